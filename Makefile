@@ -40,10 +40,10 @@ test: install  ## every test but the long ones: notebooks and package agree, eve
 test-long: install  ## simulations, kill matrices, parity runs: nightly, and before an issue is closed
 	@OMP_NUM_THREADS=1 python -m pytest tests -q -m long --durations 10
 
-docs: install quarto  ## the site, into _docs/
+docs: quarto install  ## the site, into _docs/
 	@nbdev-docs
 
-readme: install quarto  ## README.md from nbs/index.ipynb
+readme: quarto install  ## README.md from nbs/index.ipynb
 	@nbdev-readme
 
 # nbdev would fetch and install Quarto with sudo; that is not for a build to decide.

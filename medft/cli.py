@@ -24,10 +24,9 @@ def explain(
     name, line = {c.__name__ for c in type(error).__mro__}, " ".join(str(error).split())
     if isinstance(error, TyperException): return error.exit_code, f"{' '.join(error.format_message().split()).rstrip('.')}; see: medft --help"
     if "MedftError" in name: return 2, line
-    if "YAMLError" in name: return 2, f"a value is not readable as YAML: {line}"
     if "Refused" in name: return 3, line
     if "StageFailed" in name: return error.code, line
-    if isinstance(error, (KeyboardInterrupt, typer.Abort)): return getattr(error, "code", 130), getattr(error, "line", "") or "interrupted"
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)): return 130, "interrupted"
     if isinstance(error, BrokenPipeError): return 0, ""
     return 1, f"{type(error).__name__}: {line} (a bug of medft's: the same command with --debug shows where)"
 
@@ -106,11 +105,9 @@ def finish(run, stages, started):
     from medft import runner
     say(f"{run.recipe.name}: {', '.join(stages)} -> {runner.shorter(run.path)}")
     try: runner.go(run, stages, say, warn, started)
-    except (KeyboardInterrupt, runner.StageFailed) as e:
-        again = f"go on with: medft resume {runner.shorter(run.path)}"
-        if isinstance(e, runner.StageFailed): e.args = (f"{e}; {again}" if e.code == 1 else str(e),)
-        else: e.line = f"interrupted; {again}"
-        raise
+    except (runner.Interrupted, runner.StageFailed) as e:
+        said = str(e) or "interrupted"
+        raise runner.StageFailed(said if e.code in (2, 3) else f"{said}; go on with: medft resume {runner.shorter(run.path)}", e.code) from e
     for line in summary(run): say(line)
 
 def chosen(stages) -> list[str] | None:
@@ -133,7 +130,10 @@ def run_(
 ):
     "Run a recipe: six notebooks, one folder, a verdict."
     from medft.core import MedftError, Run, load_recipe, runs_root
-    started, r, names = time.time(), load_recipe(recipe, overrides or ()), chosen(stages)
+    from ruamel.yaml import YAMLError
+    started, names = time.time(), chosen(stages)
+    try: r = load_recipe(recipe, overrides or ())
+    except YAMLError: raise MedftError(f"command line: a value is not readable as YAML in: {' '.join(overrides)}") from None
     root = Path(r.output.dir or runs_root()).resolve()
     if run_dir and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise MedftError(f"--run-dir: {run_dir} is not an empty folder; choose a new one, or go on with: medft resume {run_dir}")
@@ -198,17 +198,17 @@ def track(
 @app.command()
 def ui(port: int = typer.Option(5000, help="port on this machine")):
     "Open MLflow on the local store (this machine only)."
-    import socket, subprocess
+    import socket
     from medft.core import MedftError, runs_root
-    from medft.track import PATIENCE, connect, redact, tracking_uri
-    uri = tracking_uri()
+    from medft.track import PATIENCE, redact, tracking_uri
+    uri, env = tracking_uri(), {**PATIENCE, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
     if uri.startswith("http"): say(f"runs are tracked at {redact(uri)}: open it in a browser"); return
     with socket.socket() as s:
         if s.connect_ex(("127.0.0.1", port)) == 0: raise MedftError(f"port {port} is taken; choose another with --port")
-    connect(uri)
-    say(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
-    return subprocess.run([sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port),
-                           "--workers", "1", "--default-artifact-root", str(runs_root()/"mlartifacts")], env={**PATIENCE, **os.environ}).returncode
+    runs_root().mkdir(parents=True, exist_ok=True)
+    say(f"MLflow on http://127.0.0.1:{port} in half a minute (Ctrl-C ends it)")
+    os.execve(sys.executable, [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port),
+                               "--workers", "1", "--default-artifact-root", str(runs_root()/"mlartifacts")], env)
 
 # %% ../nbs/11_cli.ipynb #c024
 OK, WARN, BAD = "ok", "warn", "bad"

@@ -14,7 +14,7 @@ __all__ = ['QUIET', 'PACKAGE', 'SOURCES', 'CLASSES', 'Action', 'STAGES', 'ENGINE
            'seed_everything', 'Run', 'injected_parameters', 'open_run', 'list_runs']
 
 # %% ../nbs/00_core.ipynb #c002
-import ast, difflib, hashlib, importlib.metadata, importlib.util, io, json, os, platform, subprocess, tempfile, time, typing
+import ast, difflib, hashlib, importlib.metadata, importlib.util, io, json, logging, os, platform, subprocess, tempfile, time, typing, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,10 +27,14 @@ from ruamel.yaml import YAML, YAMLError
 # %% ../nbs/00_core.ipynb #c005
 QUIET = dict(HF_HUB_DISABLE_TELEMETRY="1", DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", MLFLOW_DISABLE_TELEMETRY="true",
              UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_DISABLE_AUTO_UPDATES="1", UNSLOTH_COMPILE_LOCATION=str(Path(tempfile.gettempdir())/"unsloth_compiled_cache"),
-             WANDB_DISABLED="true", GRADIO_ANALYTICS_ENABLED="False", TOKENIZERS_PARALLELISM="false")
+             GRADIO_ANALYTICS_ENABLED="False", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 for _key, _value in QUIET.items(): os.environ.setdefault(_key, _value)
 
 # %% ../nbs/00_core.ipynb #c007
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes", "bitsandbytes.cextension"): logging.getLogger(_name).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="IProgress not found")
+
+# %% ../nbs/00_core.ipynb #c009
 class MedftError(Exception): "Something the user can mend: what was found, where, and what to do."
 class Refused(Exception): "A gate said no: the result exists, but must not be used as it is."
 
@@ -42,7 +46,7 @@ def nearest(
     close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
-# %% ../nbs/00_core.ipynb #c011
+# %% ../nbs/00_core.ipynb #c013
 PACKAGE = Path(__file__).resolve().parent if "__file__" in globals() else Path(importlib.util.find_spec("medft").origin).parent
 
 def checkout() -> Path | None:
@@ -59,7 +63,7 @@ def notebooks() -> Path:
     if os.environ.get("MEDFT_NOTEBOOKS"): return Path(os.environ["MEDFT_NOTEBOOKS"]).resolve()
     return checkout()/"nbs" if checkout() else PACKAGE/"nbs"
 
-# %% ../nbs/00_core.ipynb #c013
+# %% ../nbs/00_core.ipynb #c015
 def runs_root() -> Path:
     "Where runs are written: `$MEDFT_RUNS`, else the checkout's `runs/` when we stand in it, else `./runs`."
     if os.environ.get("MEDFT_RUNS"): return Path(os.environ["MEDFT_RUNS"]).resolve()
@@ -90,7 +94,7 @@ def find_recipe(
     if name in known: return known[name]
     raise MedftError(f"no recipe {str(name)!r}{nearest(name, known)}; known: {', '.join(known)}; or give the path of a .yaml file")
 
-# %% ../nbs/00_core.ipynb #c017
+# %% ../nbs/00_core.ipynb #c019
 def atomic_write(path, data):
     "Write text or bytes so that a reader sees all of it or none."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +112,7 @@ def read_json(path, default=None):
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: return default
 
-# %% ../nbs/00_core.ipynb #c019
+# %% ../nbs/00_core.ipynb #c021
 def sha256(path) -> str:
     "SHA-256 of a file, or of a folder's file names and contents."
     path, h = Path(path), hashlib.sha256()
@@ -117,7 +121,7 @@ def sha256(path) -> str:
         with open(p, "rb") as f: h.update(hashlib.file_digest(f, "sha256").digest())
     return h.hexdigest()
 
-# %% ../nbs/00_core.ipynb #c022
+# %% ../nbs/00_core.ipynb #c024
 SOURCES = {"training": [("trl", "trainer/sft_config.py"), ("trl", "trainer/base_config.py"), ("transformers", "training_args.py")],
            "lora": [("peft", "tuners/lora/config.py")]}
 CLASSES = {"training": ("SFTConfig", "_BaseConfig", "TrainingArguments"), "lora": ("LoraConfig",)}
@@ -138,7 +142,7 @@ def library_default(section, key):
         for s in c.body:
             if isinstance(s, ast.AnnAssign) and s.target.id == key: return ast.literal_eval(next((k.value for k in getattr(s.value, "keywords", []) if k.arg == "default"), s.value))
 
-# %% ../nbs/00_core.ipynb #c025
+# %% ../nbs/00_core.ipynb #c027
 def library_enums() -> dict:
     "Enumerations that transformers' training arguments use: class name -> its words."
     trees = _trees([("transformers", "trainer_utils.py"), ("transformers", "training_args.py")])
@@ -157,7 +161,7 @@ def library_section(section) -> type[BaseModel]:
     fields = {k: (_type(a, enums) | None, None) for k, a in library_fields(section).items()}
     return create_model(section.capitalize(), __base__=Section, **fields)
 
-# %% ../nbs/00_core.ipynb #c027
+# %% ../nbs/00_core.ipynb #c029
 class Section(BaseModel):
     "A part of a recipe: frozen, strict, no unknown keys."
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
@@ -173,7 +177,7 @@ class Model(Section):
     attn_implementation: str | None = None      # flash_attention_2, sdpa, eager; None: the library chooses
     from_config: bool = False                   # random weights from the config alone (pre-training from scratch)
 
-# %% ../nbs/00_core.ipynb #c028
+# %% ../nbs/00_core.ipynb #c030
 class Quantization(Section):
     "Keys of transformers.BitsAndBytesConfig that fine-tuning uses."
     load_in_4bit: bool = False
@@ -193,7 +197,7 @@ class Checks(Section):
     duplicates: Action = "warn"                 # the same row again
     same_options: Action = "warn"               # two options that read the same
 
-# %% ../nbs/00_core.ipynb #c029
+# %% ../nbs/00_core.ipynb #c031
 class Dataset(Section):
     "Where the rows come from."
     name: str | None = None                     # hub id ...
@@ -209,7 +213,7 @@ class Dataset(Section):
     answer: typing.Literal["text", "letter"] = "text"   # what a four-option question is answered with
     checks: Checks = Checks()
 
-# %% ../nbs/00_core.ipynb #c030
+# %% ../nbs/00_core.ipynb #c032
 class Evaluation(Section):
     "How models are scored."
     batch_size: int = 64                        # sequences a forward pass
@@ -234,7 +238,7 @@ class Output(Section):
     dir: str | None = None                      # the folder for runs; None: ./runs
     hub_model_id: str | None = None
 
-# %% ../nbs/00_core.ipynb #c032
+# %% ../nbs/00_core.ipynb #c034
 STAGES = dict(data="01_data", model="02_model", train="03_train", fast="04_fast", evaluate="05_evaluate", export="06_export")
 ENGINES = ("trl", "unsloth")
 Training, Lora = library_section("training"), library_section("lora")
@@ -259,7 +263,7 @@ class Recipe(Section):
     @property
     def seed(self): return self.training.seed if self.training.seed is not None else 42
 
-# %% ../nbs/00_core.ipynb #c034
+# %% ../nbs/00_core.ipynb #c036
 def _dump(recipe):
     d = recipe.model_dump(exclude_none=False)
     for k in ("training", "lora"):
@@ -279,7 +283,7 @@ def flat(recipe) -> dict:
 Recipe.to_yaml, Recipe.flat = to_yaml, flat
 Recipe.digest = lambda self: hashlib.sha256(self.to_yaml().encode()).hexdigest()
 
-# %% ../nbs/00_core.ipynb #c036
+# %% ../nbs/00_core.ipynb #c038
 def _plain(node, at=(), lines=None):
     "A ruamel tree as plain dicts and lists; `lines` receives the line of every key."
     if isinstance(node, dict):
@@ -303,7 +307,7 @@ def read_yaml(
     if not isinstance(node, dict): raise MedftError(f"{path}:1: a recipe is a list of sections (model:, training:, ...), not {type(node).__name__}")
     return _plain(node, (), lines), lines
 
-# %% ../nbs/00_core.ipynb #c038
+# %% ../nbs/00_core.ipynb #c040
 def _modern(raw):
     "Older spellings, moved to today's names."
     if "task" in raw: raw.setdefault("model", {})["task"] = raw.pop("task")
@@ -322,7 +326,7 @@ def _override(raw, text):
     elif isinstance(raw.setdefault(section, {}), dict) and raw[section] is not None: raw[section][field] = value
     else: raw[section] = {field: value}
 
-# %% ../nbs/00_core.ipynb #c039
+# %% ../nbs/00_core.ipynb #c041
 def _explain(error, where, lines, overrides=()):
     "The first complaint of pydantic, as one line that names file, line, key and the nearest known key."
     e, n = error.errors()[0], error.error_count() - 1
@@ -336,7 +340,7 @@ def _explain(error, where, lines, overrides=()):
 SECTIONS = dict(model=Model, quantization=Quantization, lora=Lora, training=Training, dataset=Dataset, evaluation=Evaluation,
                 export=Export, tracking=Tracking, output=Output)
 
-# %% ../nbs/00_core.ipynb #c041
+# %% ../nbs/00_core.ipynb #c043
 OURS = dict(output_dir="the run folder decides it", report_to="use tracking.mlflow", push_to_hub="use export.push_to_hub",
             hub_token="tokens belong in the environment (HF_TOKEN), never in a file", hub_model_id="use output.hub_model_id",
             trust_remote_code="medft never runs code that comes with a model", resume_from_checkpoint="use `medft resume RUN`",
@@ -355,7 +359,7 @@ def contradictions(r: Recipe):
     if "unsloth" in r.engine and r.task == "classification": yield "engine", "", "unsloth has no sequence classifier; use engine: [trl]"
     if r.dataset.name and r.dataset.path: yield "dataset", "path", "a data set comes from the hub (name) or from a file (path), not both"
 
-# %% ../nbs/00_core.ipynb #c042
+# %% ../nbs/00_core.ipynb #c044
 def load_recipe(
     name="quickstart",  # a recipe's name or file
     overrides=(),       # "section.key=value", ...
@@ -374,7 +378,7 @@ def load_recipe(
         raise MedftError(f"{path.name}{f':{spot}' if spot else ''}: {'.'.join(loc)}: {why}")
     return recipe
 
-# %% ../nbs/00_core.ipynb #c048
+# %% ../nbs/00_core.ipynb #c050
 PACKAGES = "medft torch transformers trl peft datasets accelerate bitsandbytes unsloth unsloth_zoo mlflow papermill scikit-learn numpy".split()
 
 def _command(*args, cwd=None):
@@ -391,7 +395,7 @@ def cpu_name() -> str:
     names = [l.split(":", 1)[1].strip() for l in info.read_text().splitlines() if l.startswith("model name")] if info.exists() else []
     return (names or [platform.processor() or platform.machine()])[0]
 
-# %% ../nbs/00_core.ipynb #c049
+# %% ../nbs/00_core.ipynb #c051
 def environment() -> dict:
     "Package versions, hardware and git state: what a reader needs to repeat the run."
     top = checkout() or Path.cwd()
@@ -402,7 +406,7 @@ def environment() -> dict:
                 git=dict(commit=_command("git", "rev-parse", "HEAD", cwd=top) or None,
                          dirty=bool(_command("git", "status", "--porcelain", cwd=top))))
 
-# %% ../nbs/00_core.ipynb #c051
+# %% ../nbs/00_core.ipynb #c053
 def model_path(name) -> str:
     "What a library loads for a recipe's model name: the shipped tiny base, a local folder, or a hub id."
     return str(assets()/"tiny_base") if name == "tiny-base" else str(locate(name) or name)
@@ -417,7 +421,7 @@ def seed_everything(seed):
     from transformers import set_seed
     set_seed(seed)
 
-# %% ../nbs/00_core.ipynb #c053
+# %% ../nbs/00_core.ipynb #c055
 def _merge(a, b): return {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
 
 class Run:
@@ -425,7 +429,7 @@ class Run:
     def __init__(self, path, recipe): self.path, self.recipe = Path(path), recipe
     def __repr__(self): return f"Run({self.recipe.name}/{self.path.name}: {self.status})"
 
-# %% ../nbs/00_core.ipynb #c054
+# %% ../nbs/00_core.ipynb #c056
 @patch(cls_method=True)
 def create(cls: Run, recipe, root=None, run_id=None, command=None):
     "Make the folder, freeze the recipe, write the first manifest. Never touches an existing run."
@@ -446,7 +450,7 @@ def open(cls: Run, path):
         raise MedftError(f"{path} is no run folder (it lacks manifest.json or recipe.yaml); `medft list` shows the runs")
     return cls(path, load_recipe(path/"recipe.yaml"))
 
-# %% ../nbs/00_core.ipynb #c055
+# %% ../nbs/00_core.ipynb #c057
 @patch(as_prop=True)
 def manifest(self: Run) -> dict: return read_json(self.path/"manifest.json", {})
 
@@ -465,7 +469,7 @@ def hold(self: Run):
     try: yield self
     finally: lock.release()
 
-# %% ../nbs/00_core.ipynb #c056
+# %% ../nbs/00_core.ipynb #c058
 @patch(as_prop=True)
 def status(self: Run) -> str:
     "finished, failed, interrupted, or running (which means: somebody holds the lock)."
@@ -479,13 +483,13 @@ def status(self: Run) -> str:
 def done(self: Run, stage) -> bool: return self.manifest["stages"].get(stage, {}).get("status") == "finished"
 
 @patch
-def log(self: Run, message):
-    "Add a line to logs/finetune.log, and show it."
+def log(self: Run, message, show=True):
+    "Add a line to logs/finetune.log, and show it here too."
     (self.path/"logs").mkdir(exist_ok=True)
     with (self.path/"logs"/"finetune.log").open("a", encoding="utf-8") as f: f.write(f"{time.strftime('%H:%M:%S')} {message}\n")
-    print(message)
+    if show: print(message)
 
-# %% ../nbs/00_core.ipynb #c058
+# %% ../nbs/00_core.ipynb #c060
 @patch
 @contextmanager
 def stage(self: Run, name):
@@ -497,7 +501,7 @@ def stage(self: Run, name):
     except BaseException: note("failed"); raise
     note("finished")
 
-# %% ../nbs/00_core.ipynb #c063
+# %% ../nbs/00_core.ipynb #c065
 def injected_parameters(cells) -> set:
     "The names that papermill set, read from the cell it injects."
     sources = [c for c in cells if c.startswith("# Parameters\n")]

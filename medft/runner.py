@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/runner.html.md"""
 
 # %% auto #0
 __all__ = ['ENDING', 'stage_notebook', 'kernel_class', 'Interrupted', 'signals', 'Watch', 'oom_kills', 'StageFailed', 'failed',
-           'shorter', 'unfinished', 'why_killed', 'mark', 'killed', 'executed', 'clean', 'execute', 'cell_seconds',
-           'run_stage', 'start_tracking', 'end_tracking', 'hold', 'stages_of', 'complete', 'go']
+           'shorter', 'blank', 'unfinished', 'place', 'why_killed', 'mark', 'killed', 'executed', 'clean', 'execute',
+           'cell_seconds', 'run_stage', 'start_tracking', 'end_tracking', 'hold', 'stages_of', 'complete', 'go']
 
 # %% ../nbs/10a_runner.ipynb #c002
 import html, importlib.util, json, logging, os, re, signal, subprocess, sys, tempfile, threading, time
@@ -51,6 +51,7 @@ def kernel_class(
             return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="Python 3", language="python")
         async def start_kernel(self, **kw):
             self.connection_file = str(Path(home)/"kernel.json")
+            if os.name == "posix" and len(str(home)) < 80: self.transport, self.ip = "ipc", str(Path(home)/"kernel")   # no port, no network
             env = dict(os.environ, IPYTHONDIR=str(home), JUPYTER_RUNTIME_DIR=str(home), PYDEVD_DISABLE_FILE_VALIDATION="1")
             await super().start_kernel(env=env, stdout=out, stderr=out, **kw)
             Kernel.process = self.provisioner.process
@@ -64,6 +65,7 @@ class Interrupted(KeyboardInterrupt):
     "Ctrl-C, SIGTERM or SIGHUP; `.code` is the exit code that shells expect."
     def __init__(self, number=signal.SIGINT): super().__init__(); self.code = 128 + number
 
+# %% ../nbs/10a_runner.ipynb #c014
 @contextmanager
 def signals(caught=("SIGINT", "SIGTERM", "SIGHUP")):
     "While inside, signals that end the program raise `Interrupted`, once."
@@ -78,7 +80,7 @@ def signals(caught=("SIGINT", "SIGTERM", "SIGHUP")):
         for n, h in before.items(): signal.signal(n, h)
         ENDING.clear()
 
-# %% ../nbs/10a_runner.ipynb #c016
+# %% ../nbs/10a_runner.ipynb #c017
 class Watch(threading.Thread):
     "Shows what a run logs, and remembers how much memory its kernel took."
     def __init__(self, log, kernel, show):
@@ -100,7 +102,7 @@ class Watch(threading.Thread):
 
     def stop(self): self.end.set(); self.join(); self.look()
 
-# %% ../nbs/10a_runner.ipynb #c018
+# %% ../nbs/10a_runner.ipynb #c019
 def oom_kills() -> int | None:
     "How often the system has killed a process here for memory; None when it does not say."
     try: group = next(l[3:] for l in Path("/proc/self/cgroup").read_text().splitlines() if l.startswith("0::"))
@@ -109,7 +111,7 @@ def oom_kills() -> int | None:
         try: return int(re.search(r"^oom_kill (\d+)", Path(p).read_text(), re.M)[1])
         except (OSError, TypeError): continue
 
-# %% ../nbs/10a_runner.ipynb #c021
+# %% ../nbs/10a_runner.ipynb #c022
 class StageFailed(Exception):
     "A stage did not finish; `.code` is the exit code, `.status` goes to the manifest."
     def __init__(self, line, code=1, status="failed"): super().__init__(line); self.code, self.status = code, status
@@ -127,50 +129,56 @@ def shorter(path) -> str:
     path, here = Path(path), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
-# %% ../nbs/10a_runner.ipynb #c023
+# %% ../nbs/10a_runner.ipynb #c024
+def blank(cell) -> bool: return cell["cell_type"] != "code" or not "".join(cell["source"]).strip()
+
 def unfinished(
     nb,             # an executed notebook, as a dict
     died=False,     # the kernel is known to have died
-) -> tuple[dict | None, int]:   # the cell it stopped in, None if it ran through; the number of cells never run
+) -> tuple[int | None, int]:    # which of its cells it stopped in (None: it ran through), and how many were never run
     "Where a notebook stopped, if it did."
-    code = [c for c in nb["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
-    note = lambda c: c["metadata"].get("papermill", {})
-    ran, never = [c for c in code if note(c).get("start_time")], [c for c in code if not note(c).get("start_time")]
-    stopped = ran and (died or never or note(ran[-1]).get("status") == "failed")
-    return (ran[-1] if stopped else None), len(never)
+    code = [(i, c["metadata"].get("papermill", {})) for i, c in enumerate(nb["cells"]) if not blank(c)]
+    ran, never = [x for x in code if x[1].get("start_time")], [x for x in code if not x[1].get("start_time")]
+    stopped = ran and (died or never or ran[-1][1].get("status") == "failed")
+    return (ran[-1][0] if stopped else None), len(never)
 
+def place(nb, i) -> str: "How Jupyter numbers a cell."; return f"cell [{sum(not blank(c) for c in nb['cells'][:i + 1])}]"
+
+# %% ../nbs/10a_runner.ipynb #c026
 def why_killed(process, watch, kills_before) -> str:
     "The likely cause of a kernel's death."
     code, advice = getattr(process, "returncode", None), "try a smaller training.per_device_train_batch_size or training.max_length"
-    size = f"it held {watch.peak / 2**30:.1f} GB, and {watch.free / 2**30:.1f} GB of the machine's memory were left"
+    size = f"when last seen it held {watch.peak / 2**30:.1f} GB, and {watch.free / 2**30:.1f} GB of the machine's memory were left"
     if (oom_kills() or 0) > (kills_before or 0): return f"out of memory, by the system's own count ({size}); {advice}"
-    if code == -signal.SIGKILL: return f"signal 9, most likely out of memory ({size}); {advice}"
+    if code == -signal.SIGKILL: return f"signal 9, which is how a system out of memory ends a program ({size}); if so, {advice}"
     if code and code < 0: return f"signal {-code}, {signal.strsignal(-code)}; logs/kernel.log may say more"
     return "it does not answer" if code is None else f"it ended by itself with code {code}"
 
-# %% ../nbs/10a_runner.ipynb #c025
+# %% ../nbs/10a_runner.ipynb #c028
 def mark(path, line, died=False):
     "Make an executed notebook say how it ended."
     nb, tag = read_json(path, {"cells": [], "metadata": {}}), "papermill-error-cell-tag"
-    cell, _ = unfinished(nb, died)
-    for c in nb["cells"]:
+    stopped, _ = unfinished(nb, died)
+    for i, c in enumerate(nb["cells"]):
         p = c["metadata"].setdefault("papermill", {})
         if not p.get("start_time"): p["status"] = "pending"
-        elif c is cell: p.update(status="failed", exception=True)
+        elif i == stopped: p.update(status="failed", exception=True)
     nb["metadata"].setdefault("papermill", {})["exception"] = True
     text = f'<span style="color:red; font-size:1.5em">{html.escape(line)}</span>'
     top = dict(cell_type="markdown", id="ended-early", metadata=dict(tags=[tag]), source=[text])
     nb["cells"] = [top] + [c for c in nb["cells"] if tag not in c["metadata"].get("tags", [])]
     if path.exists(): atomic_write(path, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
+# %% ../nbs/10a_runner.ipynb #c029
 def killed(stage, path, why) -> StageFailed:
     "What to say of a kernel that died; its notebook is marked."
-    cell, _ = unfinished(read_json(path, {"cells": []}), died=True)
-    where = f" in cell [{cell['execution_count'] or '*'}]" if cell else ""
+    nb = read_json(path, {"cells": []})
+    i, _ = unfinished(nb, died=True)
+    where = f" in {place(nb, i)}" if i is not None else " before its first cell"
     mark(path, f"The kernel was killed{where}: {why}.", died=True)
     return StageFailed(f"stage {stage} was killed{where}: {why}; see {shorter(path)}", 1, "killed")
 
-# %% ../nbs/10a_runner.ipynb #c027
+# %% ../nbs/10a_runner.ipynb #c031
 def executed(run, stage) -> Path: "Where a stage's executed notebook lies."; return run.path/"notebooks"/f"{core.STAGES[stage]}.ipynb"
 
 def clean(run, *paths):
@@ -179,6 +187,7 @@ def clean(run, *paths):
         text = p.read_text(encoding="utf-8", errors="replace") if p.exists() else ""
         if (safe := redact(text)) != text: atomic_write(p, safe)
 
+# %% ../nbs/10a_runner.ipynb #c032
 def execute(
     run: Run,       # gets the executed notebook under notebooks/
     stage,          # "data", "model", ...
@@ -197,11 +206,11 @@ def execute(
         except (DeadKernelError, RuntimeError) as e: raise killed(stage, target, why_killed(kernel.process, watch, kills)) from e
         except KeyboardInterrupt: mark(target, "This stage was interrupted.", died=True); raise
         finally: watch.stop(); clean(run, target)
-    cell, never = unfinished(read_json(target))
-    if cell: raise killed(stage, target, f"a cell made it exit early, {never} cells were never run")
+    stopped, never = unfinished(read_json(target))
+    if stopped is not None: raise killed(stage, target, f"a cell made it exit early, {never} cells were never run")
     return watch.peak
 
-# %% ../nbs/10a_runner.ipynb #c028
+# %% ../nbs/10a_runner.ipynb #c033
 def cell_seconds(path) -> float:
     "Seconds that a notebook spent inside its cells, by papermill's own notes."
     return round(sum(c["metadata"].get("papermill", {}).get("duration") or 0 for c in read_json(path, {"cells": []})["cells"]), 2)
@@ -216,7 +225,7 @@ def run_stage(run, stage, show=print):
     finally: run.update({"stages": {stage: dict(status=status, reason=reason, seconds=round(time.time() - start, 2),
                                                 cell_seconds=cell_seconds(executed(run, stage)), peak_memory_bytes=peak)}})
 
-# %% ../nbs/10a_runner.ipynb #c035
+# %% ../nbs/10a_runner.ipynb #c040
 def start_tracking(run):
     "The process that mirrors this run to MLflow, or None when nobody asked for one."
     if not run.recipe.tracking.mlflow or not importlib.util.find_spec("mlflow"): return None
@@ -230,10 +239,10 @@ def end_tracking(run, process, warn, patience=None):
     try: code = process.wait(patience or (20 if "://" in uri and not uri.startswith("sqlite") else 60))
     except subprocess.TimeoutExpired: process.kill(); code = process.wait()
     clean(run, run.path/"logs"/"track.log")
-    said = (run.path/"logs"/"track.log").read_text(errors="replace").strip().split("\n")[-1][:160]
-    if code: warn(f"tracking: not everything reached {redact(uri)} ({said or 'no answer in time'}); nothing is lost, send it later with: medft track {shorter(run.path)}")
+    said = (run.path/"logs"/"track.log").read_text(errors="replace").strip().split("\n")[-1][:160] or "no answer in time"
+    if code: warn(f"tracking: not everything reached {redact(uri)} ({said}); nothing is lost, send it later with: medft track {shorter(run.path)}")
 
-# %% ../nbs/10a_runner.ipynb #c036
+# %% ../nbs/10a_runner.ipynb #c041
 def hold(run, stack, tries=5):
     "Take the run's lock; patient for a moment, because a reader of the status holds it for an instant."
     for i in range(tries):
@@ -242,6 +251,7 @@ def hold(run, stack, tries=5):
             if i == tries - 1: raise
             time.sleep(0.2)
 
+# %% ../nbs/10a_runner.ipynb #c043
 def stages_of(recipe, wanted=None) -> list[str]:
     "The stages a recipe needs, in order: `fast` only when it names an engine that trains there."
     needless = {"train": "trl" not in recipe.engine, "fast": not set(recipe.engine) - {"trl"}}
@@ -249,8 +259,9 @@ def stages_of(recipe, wanted=None) -> list[str]:
 
 def complete(run, stage) -> bool:
     "Is this stage done, to the last cell of its notebook?"
-    return run.done(stage) and not unfinished(read_json(executed(run, stage), {"cells": []}))[0]
+    return run.done(stage) and unfinished(read_json(executed(run, stage), {"cells": []}))[0] is None
 
+# %% ../nbs/10a_runner.ipynb #c045
 def go(run, stages, show=print, warn=print, started=None):
     "Run the stages that are not done yet, and write down how it all ended. Raises `StageFailed` or `Interrupted`."
     start, status, before, tracker = started or time.time(), "failed", run.manifest.get("overhead_seconds", 0), None
@@ -260,7 +271,9 @@ def go(run, stages, show=print, warn=print, started=None):
         try:
             run.update(dict(status="running", wanted=stages, ended=None))
             tracker = start_tracking(run)
-            for stage in todo: show(f"{stage} ..."); run_stage(run, stage, lambda l: show(f"  {l}")); show(f"{stage} done in {run.manifest['stages'][stage]['seconds']:.1f} s")
+            for stage in todo:
+                show(f"{stage} ..."); run_stage(run, stage, lambda line: show(f"  {line}"))
+                show(f"{stage} done in {run.manifest['stages'][stage]['seconds']:.1f} s")
             status = "finished"
         except KeyboardInterrupt: status = "interrupted"; raise
         finally:

@@ -34,7 +34,7 @@ def redact(
 # %% ../nbs/00a_track.ipynb #c009
 PATIENCE = dict(MLFLOW_HTTP_REQUEST_TIMEOUT="5", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR="1",
                 MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", GIT_PYTHON_REFRESH="quiet", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
-                MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true")
+                MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true", MLFLOW_LOGGING_LEVEL="WARNING")
 
 def tracking_uri(
     recipe=None,    # a Recipe; its tracking.uri counts when the environment is silent
@@ -43,6 +43,7 @@ def tracking_uri(
     said = os.environ.get("MLFLOW_TRACKING_URI") or (recipe.tracking.uri if recipe else None)
     return said or f"sqlite:///{runs_root()/'mlflow.db'}"
 
+# %% ../nbs/00a_track.ipynb #c012
 def connect(uri):
     "An MLflow client for this address, and for a new local store its tables."
     for k, v in PATIENCE.items(): os.environ.setdefault(k, v)
@@ -53,7 +54,7 @@ def connect(uri):
         client = MlflowClient(uri); client.search_experiments(max_results=1)
     return client
 
-# %% ../nbs/00a_track.ipynb #c011
+# %% ../nbs/00a_track.ipynb #c014
 def parameters(recipe) -> dict:
     "The recipe as MLflow parameters: flat, as text, without secrets."
     return {k: redact(str(v))[:500] for k, v in recipe.flat().items() if not SECRET.search(k.split(".")[-1]) and v not in (None, {}, "")}
@@ -66,10 +67,11 @@ def final_metrics(
     out = {}
     for name, m in ((f"{prefix}{s}/{k}", m) for s, ms in scores.items() for k, m in ms.items() if isinstance(m, dict)):
         low, high = m.get("ci95") or (None, None)
-        out |= {name: m.get("value"), f"{name}_ci_low": low, f"{name}_ci_high": high, f"{name}_n": m.get("n")}
+        out |= {name: m.get("value"), f"{name}_n": m.get("n")}
+        if low != high: out |= {f"{name}_ci_low": low, f"{name}_ci_high": high}
     return {re.sub(r"[^\w\-./ ]", "_", k): float(v) for k, v in out.items() if isinstance(v, (int, float))}
 
-# %% ../nbs/00a_track.ipynb #c015
+# %% ../nbs/00a_track.ipynb #c018
 def new_lines(
     path,       # a log.jsonl that may still be growing
     seen,       # number of lines that were read before
@@ -83,7 +85,7 @@ def new_lines(
         except ValueError: continue
     return rows, len(lines)
 
-# %% ../nbs/00a_track.ipynb #c019
+# %% ../nbs/00a_track.ipynb #c022
 class Mirror:
     "Repeats a run folder's record to MLflow, and remembers what has arrived."
     def __init__(self, path, uri=None):
@@ -99,25 +101,27 @@ class Mirror:
         mark = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
         if self.notes["sent"].get(key) != mark: send(value); self.notes["sent"][key] = mark; self.save()
 
-# %% ../nbs/00a_track.ipynb #c021
+# %% ../nbs/00a_track.ipynb #c024
 def milliseconds(stamp) -> int | None:
     "A time stamp of the manifest as MLflow wants it."
     try: return int(datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S%z").timestamp() * 1000)
     except (TypeError, ValueError): return None
 
+# %% ../nbs/00a_track.ipynb #c026
 def tags(run, engine=None) -> dict:
     "Tags of a run, or of one engine's part of it."
     m, r = run.manifest, run.recipe
-    hashes, commit = m.get("hashes", {}), m.get("git", {}).get("commit")
+    hashes, commit, source = m.get("hashes", {}), m.get("git", {}).get("commit"), r.dataset.name or r.dataset.path
+    files = hashes.get("data") or {}
     t = {"medft.run": f"{r.name}/{run.path.name}@{m.get('created')}" + (f"#{engine}" if engine else ""),
          "run": run.path.name, "recipe": r.name, "task": r.task, "engine": engine or ",".join(r.engine), "digest": m.get("digest"),
          "model": r.model.name, "model.revision": r.model.revision or hashes.get("model"),
-         "dataset": r.dataset.name or r.dataset.path, "dataset.revision": r.dataset.revision or hashes.get("data"),
+         "dataset": source, "dataset.revision": r.dataset.revision or (files.get(str(source), files) if isinstance(files, dict) else files) or None,
          "git.commit": commit, "git.dirty": m.get("git", {}).get("dirty"), "mlflow.source.git.commit": commit,
          "mlflow.source.name": f"medft run {r.name}", "mlflow.source.type": "LOCAL"}
     return {k: redact(v if isinstance(v, str) else json.dumps(v))[:4000] for k, v in t.items() if v is not None}
 
-# %% ../nbs/00a_track.ipynb #c023
+# %% ../nbs/00a_track.ipynb #c028
 @patch
 def experiment(self: Mirror) -> str:
     "The id of the experiment, made when it is not there."
@@ -129,6 +133,7 @@ def experiment(self: Mirror) -> str:
         if known := self.client.get_experiment_by_name(name): return known.experiment_id
         raise
 
+# %% ../nbs/00a_track.ipynb #c030
 @patch
 def open(self: Mirror, engine=None) -> str:
     "The id of the parent run, or of an engine's child; made when it is not there."
@@ -142,7 +147,7 @@ def open(self: Mirror, engine=None) -> str:
     self.notes["runs"][key] = got.info.run_id; self.save()
     return got.info.run_id
 
-# %% ../nbs/00a_track.ipynb #c025
+# %% ../nbs/00a_track.ipynb #c032
 @patch
 def numbers(self: Mirror, run_id, rows, stamp):
     "Send rows of metrics: [(step, {name: number})]."
@@ -151,16 +156,22 @@ def numbers(self: Mirror, run_id, rows, stamp):
              if k not in ("step", "time") and isinstance(v, (int, float)) and not isinstance(v, bool)]
     for i in range(0, len(found), 900): self.client.log_batch(run_id, metrics=found[i:i + 900])
 
+# %% ../nbs/00a_track.ipynb #c034
 @patch
 def steps(self: Mirror, engine):
-    "Send what an engine has logged since last time."
-    path, key, start = self.path/engine/"log.jsonl", f"{engine}/steps", milliseconds(self.run.manifest.get("created")) or 0
-    rows, count = new_lines(path, self.notes["sent"].get(key, 0))
-    stamp = lambda row: int(row["time"] * 1000) if row.get("time") else start + int(1000 * (row.get("seconds") or 0))
-    if rows: self.numbers(self.open(engine), [(int(r.get("step", 0)), r) for r in rows], stamp)
-    if self.notes["sent"].get(key) != count: self.notes["sent"][key] = count; self.save()
+    "Send what an engine has logged since last time, and how fast it was."
+    key, sent, start = f"{engine}/steps", self.notes["sent"], milliseconds(self.run.manifest.get("created")) or 0
+    seen, top, tokens, seconds = sent.get(key) or (0, -1, 0, 0)     # lines read, highest step, tokens and seconds up to it
+    rows, count = new_lines(self.path/engine/"log.jsonl", seen)
+    if count < seen: rows = [r for r in rows if r.get("step", 0) > top]      # the log began anew: what was sent stays sent
+    for r in rows:
+        now, then = r.get("num_tokens") or 0, r.get("seconds") or 0
+        if now > tokens and then > seconds: r["tokens_per_second"] = (now - tokens) / (then - seconds)
+        tokens, seconds, top = now or tokens, then or seconds, max(top, r.get("step", 0))
+    if rows: self.numbers(self.open(engine), [(int(r.get("step", 0)), r) for r in rows], lambda r: start + int(1000 * (r.get("seconds") or 0)))
+    if count != seen: sent[key] = [count, top, tokens, seconds]; self.save()
 
-# %% ../nbs/00a_track.ipynb #c026
+# %% ../nbs/00a_track.ipynb #c036
 @patch
 def inputs(self: Mirror, run_id):
     "Send which data went in, as MLflow data set entities."
@@ -173,7 +184,7 @@ def inputs(self: Mirror, run_id):
                                   [InputTag("mlflow.data.context", folder.name)]))
     if found: self.once(f"{run_id}/inputs", [f.dataset.digest for f in found], lambda _: self.client.log_inputs(run_id, datasets=found))
 
-# %% ../nbs/00a_track.ipynb #c028
+# %% ../nbs/00a_track.ipynb #c038
 FILES = ("recipe.yaml", "manifest.json", "metrics.json", "README.md", "report.html", "notebooks/*.ipynb", "logs/finetune.log",
          "data/report.json", "data/split.json", "*/training.json")
 
@@ -189,37 +200,40 @@ def files(self: Mirror, patterns=FILES):
             where = None if str(name.parent) == "." else name.parent.as_posix()
             self.once(f"file/{name}", hashlib.sha256(raw).hexdigest(), lambda _: self.client.log_artifact(run_id, str(copy), where))
 
-# %% ../nbs/00a_track.ipynb #c029
-ENDED = dict(finished="FINISHED", failed="FAILED", interrupted="KILLED")
-
+# %% ../nbs/00a_track.ipynb #c040
 @patch
 def results(self: Mirror):
-    "Send the scores with their intervals, and the verdict."
-    found, at = read_json(self.path/"metrics.json"), lambda _: int((self.path/"metrics.json").stat().st_mtime * 1000)
-    if not found: return
-    models, parent = found.get("models", {}), self.open()
-    everything = {k: v for m, s in models.items() for k, v in final_metrics(s, f"{m}/").items()}
+    "Send the scores with their intervals, and the verdicts."
+    path, parent = self.path/"metrics.json", self.open()
+    if not (found := read_json(path)): return
+    at, models = (lambda row: int(path.stat().st_mtime * 1000)), found.get("models", {})
+    everything = {k: v for m, sets in models.items() for k, v in final_metrics(sets, f"{m}/").items()}
     self.once("results", everything, lambda row: self.numbers(parent, [(0, row)], at))
-    for engine in (e for e in models if e in self.notes["runs"]):
-        self.once(f"{engine}/results", final_metrics(models[engine]), lambda row: self.numbers(self.open(engine), [(0, row)], at))
-    for engine, v in found.get("verdict", {}).items():
-        self.once(f"{engine}/verdict", v.get("label"), lambda label: self.client.set_tag(parent, f"verdict.{engine}", label))
-        self.once(f"{engine}/sentence", v.get("sentence"), lambda s: s and self.client.set_tag(self.notes["runs"].get(engine, parent), "mlflow.note.content", s))
+    for e, run_id in self.notes["runs"].items():
+        if e in models: self.once(f"{e}/results", final_metrics(models[e]), lambda row: self.numbers(run_id, [(0, row)], at))
+    for e, v in found.get("verdict", {}).items():
+        said, note = redact(str(v.get("sentence") or "")), self.notes["runs"].get(e, parent)
+        self.once(f"{e}/verdict", v.get("label"), lambda label: self.client.set_tag(parent, f"verdict.{e}", label))
+        self.once(f"{e}/sentence", said, lambda s: self.client.set_tag(note, "mlflow.note.content", s))
 
+# %% ../nbs/00a_track.ipynb #c042
 @patch
-def engines(self: Mirror, status):
-    "Send what each engine logged, and how its training ended."
-    for engine in self.run.recipe.engine:
-        self.steps(engine)
-        end = read_json(self.path/engine/"training.json")
-        if end and end.get("status") == "skipped": self.once(f"{engine}/skipped", end.get("reason"), lambda why: self.client.set_tag(self.open(), f"skipped.{engine}", redact(str(why))))
-        elif end: self.once(f"{engine}/training", end, lambda row: self.numbers(self.open(engine), [(0, {f"training/{k}": v for k, v in row.items()})], lambda _: int((self.path/engine/"training.json").stat().st_mtime * 1000)))
-        if engine in self.notes["runs"]:
-            self.inputs(self.open(engine))
-            state = "FINISHED" if end else ENDED.get(status, "RUNNING")
-            self.once(f"{engine}/status", state, lambda s: self.state(self.open(engine), s))
+def engine(self: Mirror, name, status):
+    "Send what an engine logged, and how its training ended."
+    self.steps(name)
+    path = self.path/name/"training.json"
+    end, at = read_json(path), lambda row: int(path.stat().st_mtime * 1000)
+    if end and end.get("status") == "skipped":
+        return self.once(f"{name}/skipped", end.get("reason"), lambda why: self.client.set_tag(self.open(), f"skipped.{name}", redact(str(why))))
+    row = {f"training/{k}": v for k, v in (end or {}).items()}
+    if end: self.once(f"{name}/training", row, lambda row: self.numbers(self.open(name), [(0, row)], at))
+    if name not in self.notes["runs"]: return
+    self.inputs(self.open(name))
+    self.once(f"{name}/status", "FINISHED" if end else ENDED.get(status, "RUNNING"), lambda s: self.state(self.open(name), s))
 
-# %% ../nbs/00a_track.ipynb #c031
+# %% ../nbs/00a_track.ipynb #c044
+ENDED = dict(finished="FINISHED", failed="FAILED", interrupted="KILLED")
+
 @patch
 def state(self: Mirror, run_id, status):
     "Tell the server how a run stands."
@@ -227,6 +241,7 @@ def state(self: Mirror, run_id, status):
     if status == "RUNNING": self.client.update_run(run_id, status=status)
     else: self.client.set_terminated(run_id, status, end)
 
+# %% ../nbs/00a_track.ipynb #c046
 @patch
 def forget(self: Mirror):
     "Start anew when the server does not know our run any more."
@@ -237,7 +252,7 @@ def forget(self: Mirror):
         gone = True
     if gone: self.notes = dict(runs={}, sent={}); self.save()
 
-# %% ../nbs/00a_track.ipynb #c032
+# %% ../nbs/00a_track.ipynb #c048
 @patch
 def sync(self: Mirror, adapters=False) -> str:
     "Send all that is missing, and return the run's status. Raises what MLflow raises."
@@ -250,12 +265,13 @@ def sync(self: Mirror, adapters=False) -> str:
     for i in range(0, len(params), 90):
         self.once(f"parameters/{i}", params[i:i + 90], lambda ps: self.client.log_batch(parent, params=[Param(*p) for p in ps]))
     self.once("tags", tags(self.run), lambda t: self.client.log_batch(parent, tags=[RunTag(*x) for x in t.items()]))
-    self.engines(status); self.results()
+    for e in self.run.recipe.engine: self.engine(e, status)
+    self.results()
     if status != "running": self.inputs(parent); self.files(FILES + (("*/adapters/*",) if adapters else ()))
     self.once("status", ENDED.get(status, "RUNNING"), lambda s: self.state(parent, s))
     return status
 
-# %% ../nbs/00a_track.ipynb #c041
+# %% ../nbs/00a_track.ipynb #c057
 def plainly(error) -> str:
     "An exception as one line without secrets."
     return redact(f"{type(error).__name__}: {error}".split("\n")[0])[:300]
@@ -269,6 +285,7 @@ def upload(
     with FileLock(mirror.path/".tracking"): mirror.sync(adapters)
     return mirror
 
+# %% ../nbs/00a_track.ipynb #c058
 def follow(
     path,       # the folder of a run that is going on
     pause=1.0,  # seconds between two looks
@@ -285,7 +302,7 @@ def follow(
         time.sleep(pause if not problem else 3 * pause)
     return 1
 
-# %% ../nbs/00a_track.ipynb #c046
+# %% ../nbs/00a_track.ipynb #c064
 def main(args=None) -> int:
     "Entry point of `python -m medft.track RUN [--follow]`."
     from dotenv import load_dotenv

@@ -28,7 +28,7 @@ def has_bfloat16() -> bool:
 def sft_config(run, engine):
     "TRL's SFTConfig for a run: the recipe's training section and where things go."
     from trl import SFTConfig
-    given = dict(bf16=has_bfloat16(), data_seed=run.recipe.seed, logging_nan_inf_filter=False) | run.recipe.training.given()
+    given = dict(bf16=has_bfloat16(), data_seed=run.recipe.seed, logging_nan_inf_filter=False, disable_tqdm=True) | run.recipe.training.given()
     if given.get("fp16"): given["bf16"] = False
     if given.get("packing"): given.setdefault("packing_strategy", "wrapped")
     ours = dict(output_dir=str(run.path/engine/"checkpoints"), report_to=[], use_cpu=device() == "cpu", completion_only_loss=True)
@@ -44,7 +44,7 @@ class Record(TrainerCallback):
         with self.path.open("a") as f: f.write(json.dumps(row) + "\n"); f.flush()
         if "loss" not in row: return
         left = row["seconds"]/max(state.global_step, 1)*(state.max_steps - state.global_step)
-        self.run.log(f"{self.engine}: step {state.global_step}/{state.max_steps}, loss {row['loss']:.4f}, {left:.0f} s left")
+        self.run.log(f"{self.engine}: step {state.global_step}/{state.max_steps}, loss {row['loss']:.4f}, {left:.0f} s left", show=False)
         if not (math.isfinite(row["loss"]) and math.isfinite(row.get("grad_norm", 0))):
             raise MedftError(f"{self.engine}: the loss is {row['loss']} and the gradient norm {row.get('grad_norm')} at step {state.global_step}; "
                              "lower training.learning_rate, or use bfloat16 or float32 instead of float16")
