@@ -310,7 +310,7 @@ def read_yaml(
 # %% ../nbs/00_core.ipynb #c040
 def _modern(raw):
     "Older spellings, moved to today's names."
-    if "task" in raw: raw.setdefault("model", {})["task"] = raw.pop("task")
+    if "task" in raw: raw["model"] = (raw.get("model") or {}) | {"task": raw.pop("task")}
     if isinstance(raw.get("engine"), str): raw["engine"] = [raw["engine"]]
     t = raw.get("training") or {}
     if "max_seq_length" in t: t["max_length"] = t.pop("max_seq_length")
@@ -319,12 +319,14 @@ def _modern(raw):
 def _override(raw, text):
     "Apply one key=value to a recipe's dict."
     key, eq, value = text.partition("=")
-    section, _, field = key.partition(".")
-    if not eq: raise MedftError(f"{text!r} is no override: write section.key=value, as in training.learning_rate=1e-4")
-    value = _plain(YAML(typ="rt").load(value)) if value.strip() else None
-    if not field: raw[section] = value
-    elif isinstance(raw.setdefault(section, {}), dict) and raw[section] is not None: raw[section][field] = value
-    else: raw[section] = {field: value}
+    if not eq or not key.strip(): raise MedftError(f"{text!r} is no override: write section.key=value, as in training.learning_rate=1e-4")
+    try: value = _plain(YAML(typ="rt").load(value)) if value.strip() else None
+    except (YAMLError, ValueError): raise MedftError(f"{text!r}: the value is not readable as YAML; quote it if it holds special characters") from None
+    *path, last = key.strip().split(".")
+    for p in path:
+        if not isinstance(raw.get(p), dict): raw[p] = {}
+        raw = raw[p]
+    raw[last] = value
 
 # %% ../nbs/00_core.ipynb #c041
 def _explain(error, where, lines, overrides=()):
@@ -367,9 +369,10 @@ def load_recipe(
     "Read, complete and check a recipe. Raises `MedftError` for anything a run could not honour."
     path = find_recipe(name)
     raw, lines = read_yaml(path)
+    base = {k: v for k, v in read_yaml(shipped_recipes()/"quickstart.yaml")[0].items() if k not in ("name", "description")}
+    raw = {"name": path.stem} | base | _modern(raw)
     for o in overrides: _override(raw, o)
-    raw, base = _modern(raw), _modern(read_yaml(shipped_recipes()/"quickstart.yaml")[0])
-    raw = {"name": path.stem} | {k: v for k, v in base.items() if k not in ("name", "description")} | raw
+    raw = _modern(raw)
     try: recipe = Recipe(**raw)
     except ValidationError as e: raise _explain(e, path.name, lines, overrides) from None
     for section, key, why in contradictions(recipe):

@@ -16,6 +16,7 @@ import csv, gzip, html, io, json, os, random, re, shutil, sys
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
 
@@ -104,7 +105,7 @@ def _csv(path, text, delimiter):
         if cells: yield reader.line_num, dict(zip(head, cells))
 
 def _parquet(path):
-    try: return list(enumerate(pd.read_parquet(path).astype(object).where(lambda d: d.notna(), None).to_dict("records"), 1))
+    try: return list(enumerate(pq.read_table(path).to_pylist(), 1))
     except Exception as e: raise MedftError(f"{path}: not readable as Parquet: {e}".split("\n")[0]) from None
 
 def read_file(path) -> list[tuple[int, dict]]:

@@ -6,8 +6,9 @@ Docs: https://medft.github.io/medft/runner.html.md"""
 
 # %% auto #0
 __all__ = ['ENDING', 'stage_notebook', 'kernel_class', 'Interrupted', 'signals', 'Watch', 'oom_kills', 'StageFailed', 'failed',
-           'shorter', 'blank', 'unfinished', 'place', 'why_killed', 'mark', 'killed', 'executed', 'clean', 'execute',
-           'cell_seconds', 'run_stage', 'start_tracking', 'end_tracking', 'hold', 'stages_of', 'complete', 'go']
+           'shorter', 'blank', 'unfinished', 'place', 'why_killed', 'mark', 'killed', 'executed', 'clean', 'attempt',
+           'execute', 'cell_seconds', 'run_stage', 'start_tracking', 'end_tracking', 'hold', 'stages_of', 'complete',
+           'each', 'close', 'go']
 
 # %% ../nbs/10a_runner.ipynb #c002
 import html, importlib.util, json, logging, os, re, signal, subprocess, sys, tempfile, threading, time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 sys.modules.setdefault("rfc3987_syntax", None)
 import papermill, psutil
+from fastcore.basics import patch
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
@@ -97,12 +99,15 @@ class Watch(threading.Thread):
         try: self.peak = max(self.peak, psutil.Process(self.kernel.process.pid).memory_info().rss)
         except (psutil.Error, AttributeError): pass
 
-    def run(self):
-        while not self.end.wait(0.5): self.look()
+# %% ../nbs/10a_runner.ipynb #c018
+@patch
+def run(self: Watch):
+    while not self.end.wait(0.5): self.look()
 
-    def stop(self): self.end.set(); self.join(); self.look()
+@patch
+def stop(self: Watch): self.end.set(); self.join(); self.look()
 
-# %% ../nbs/10a_runner.ipynb #c019
+# %% ../nbs/10a_runner.ipynb #c020
 def oom_kills() -> int | None:
     "How often the system has killed a process here for memory; None when it does not say."
     try: group = next(l[3:] for l in Path("/proc/self/cgroup").read_text().splitlines() if l.startswith("0::"))
@@ -111,7 +116,7 @@ def oom_kills() -> int | None:
         try: return int(re.search(r"^oom_kill (\d+)", Path(p).read_text(), re.M)[1])
         except (OSError, TypeError): continue
 
-# %% ../nbs/10a_runner.ipynb #c022
+# %% ../nbs/10a_runner.ipynb #c023
 class StageFailed(Exception):
     "A stage did not finish; `.code` is the exit code, `.status` goes to the manifest."
     def __init__(self, line, code=1, status="failed"): super().__init__(line); self.code, self.status = code, status
@@ -129,7 +134,7 @@ def shorter(path) -> str:
     path, here = Path(path), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
-# %% ../nbs/10a_runner.ipynb #c024
+# %% ../nbs/10a_runner.ipynb #c025
 def blank(cell) -> bool: return cell["cell_type"] != "code" or not "".join(cell["source"]).strip()
 
 def unfinished(
@@ -144,7 +149,7 @@ def unfinished(
 
 def place(nb, i) -> str: "How Jupyter numbers a cell."; return f"cell [{sum(not blank(c) for c in nb['cells'][:i + 1])}]"
 
-# %% ../nbs/10a_runner.ipynb #c026
+# %% ../nbs/10a_runner.ipynb #c027
 def why_killed(process, watch, kills_before) -> str:
     "The likely cause of a kernel's death."
     code, advice = getattr(process, "returncode", None), "try a smaller training.per_device_train_batch_size or training.max_length"
@@ -154,7 +159,7 @@ def why_killed(process, watch, kills_before) -> str:
     if code and code < 0: return f"signal {-code}, {signal.strsignal(-code)}; logs/kernel.log may say more"
     return "it does not answer" if code is None else f"it ended by itself with code {code}"
 
-# %% ../nbs/10a_runner.ipynb #c028
+# %% ../nbs/10a_runner.ipynb #c029
 def mark(path, line, died=False):
     "Make an executed notebook say how it ended."
     nb, tag = read_json(path, {"cells": [], "metadata": {}}), "papermill-error-cell-tag"
@@ -169,7 +174,7 @@ def mark(path, line, died=False):
     nb["cells"] = [top] + [c for c in nb["cells"] if tag not in c["metadata"].get("tags", [])]
     if path.exists(): atomic_write(path, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
-# %% ../nbs/10a_runner.ipynb #c029
+# %% ../nbs/10a_runner.ipynb #c030
 def killed(stage, path, why) -> StageFailed:
     "What to say of a kernel that died; its notebook is marked."
     nb = read_json(path, {"cells": []})
@@ -178,7 +183,7 @@ def killed(stage, path, why) -> StageFailed:
     mark(path, f"The kernel was killed{where}: {why}.", died=True)
     return StageFailed(f"stage {stage} was killed{where}: {why}; see {shorter(path)}", 1, "killed")
 
-# %% ../nbs/10a_runner.ipynb #c031
+# %% ../nbs/10a_runner.ipynb #c032
 def executed(run, stage) -> Path: "Where a stage's executed notebook lies."; return run.path/"notebooks"/f"{core.STAGES[stage]}.ipynb"
 
 def clean(run, *paths):
@@ -187,30 +192,36 @@ def clean(run, *paths):
         text = p.read_text(encoding="utf-8", errors="replace") if p.exists() else ""
         if (safe := redact(text)) != text: atomic_write(p, safe)
 
-# %% ../nbs/10a_runner.ipynb #c032
+# %% ../nbs/10a_runner.ipynb #c033
+def attempt(run, stage, kernel, watch):
+    "Let papermill run the notebook; every ending but success is raised."
+    source, target, kills = stage_notebook(stage), executed(run, stage), oom_kills()
+    given = dict(recipe=str(run.path/"recipe.yaml"), run=str(run.path))
+    try: papermill.execute_notebook(source, target, given, kernel_name="python3", language="python", progress_bar=False,
+                                    start_timeout=120, kernel_manager_class=kernel)
+    except PapermillExecutionError as e: raise failed(stage, e, target) from None
+    except (DeadKernelError, RuntimeError) as e: raise killed(stage, target, why_killed(kernel.process, watch, kills)) from e
+    except KeyboardInterrupt: mark(target, "This stage was interrupted.", died=True); raise
+    stopped, never = unfinished(read_json(target))
+    if stopped is not None: raise killed(stage, target, f"a cell made it exit early, {never} cells were never run")
+
+# %% ../nbs/10a_runner.ipynb #c034
 def execute(
     run: Run,       # gets the executed notebook under notebooks/
     stage,          # "data", "model", ...
     show=print,     # receives every line that the stage logs
 ) -> int:           # the kernel's largest memory, bytes
     "Run one stage's notebook. Raises `StageFailed`."
-    source, target, kills = stage_notebook(stage), executed(run, stage), oom_kills()
+    target = executed(run, stage)
     target.parent.mkdir(exist_ok=True); target.unlink(missing_ok=True)
-    given = dict(recipe=str(run.path/"recipe.yaml"), run=str(run.path))
     with tempfile.TemporaryDirectory(prefix="medft-", ignore_cleanup_errors=True) as home, open(run.path/"logs"/"kernel.log", "ab") as out:
         kernel = kernel_class(home, out)
         watch = Watch(run.path/"logs"/"finetune.log", kernel, show); watch.start()
-        try: papermill.execute_notebook(source, target, given, kernel_name="python3", language="python", progress_bar=False,
-                                        start_timeout=120, kernel_manager_class=kernel)
-        except PapermillExecutionError as e: raise failed(stage, e, target) from None
-        except (DeadKernelError, RuntimeError) as e: raise killed(stage, target, why_killed(kernel.process, watch, kills)) from e
-        except KeyboardInterrupt: mark(target, "This stage was interrupted.", died=True); raise
+        try: attempt(run, stage, kernel, watch)
         finally: watch.stop(); clean(run, target)
-    stopped, never = unfinished(read_json(target))
-    if stopped is not None: raise killed(stage, target, f"a cell made it exit early, {never} cells were never run")
     return watch.peak
 
-# %% ../nbs/10a_runner.ipynb #c033
+# %% ../nbs/10a_runner.ipynb #c035
 def cell_seconds(path) -> float:
     "Seconds that a notebook spent inside its cells, by papermill's own notes."
     return round(sum(c["metadata"].get("papermill", {}).get("duration") or 0 for c in read_json(path, {"cells": []})["cells"]), 2)
@@ -225,7 +236,7 @@ def run_stage(run, stage, show=print):
     finally: run.update({"stages": {stage: dict(status=status, reason=reason, seconds=round(time.time() - start, 2),
                                                 cell_seconds=cell_seconds(executed(run, stage)), peak_memory_bytes=peak)}})
 
-# %% ../nbs/10a_runner.ipynb #c040
+# %% ../nbs/10a_runner.ipynb #c042
 def start_tracking(run):
     "The process that mirrors this run to MLflow, or None when nobody asked for one."
     if not run.recipe.tracking.mlflow or not importlib.util.find_spec("mlflow"): return None
@@ -242,7 +253,7 @@ def end_tracking(run, process, warn, patience=None):
     said = (run.path/"logs"/"track.log").read_text(errors="replace").strip().split("\n")[-1][:160] or "no answer in time"
     if code: warn(f"tracking: not everything reached {redact(uri)} ({said}); nothing is lost, send it later with: medft track {shorter(run.path)}")
 
-# %% ../nbs/10a_runner.ipynb #c041
+# %% ../nbs/10a_runner.ipynb #c043
 def hold(run, stack, tries=5):
     "Take the run's lock; patient for a moment, because a reader of the status holds it for an instant."
     for i in range(tries):
@@ -251,7 +262,7 @@ def hold(run, stack, tries=5):
             if i == tries - 1: raise
             time.sleep(0.2)
 
-# %% ../nbs/10a_runner.ipynb #c043
+# %% ../nbs/10a_runner.ipynb #c045
 def stages_of(recipe, wanted=None) -> list[str]:
     "The stages a recipe needs, in order: `fast` only when it names an engine that trains there."
     needless = {"train": "trl" not in recipe.engine, "fast": not set(recipe.engine) - {"trl"}}
@@ -261,23 +272,32 @@ def complete(run, stage) -> bool:
     "Is this stage done, to the last cell of its notebook?"
     return run.done(stage) and unfinished(read_json(executed(run, stage), {"cells": []}))[0] is None
 
-# %% ../nbs/10a_runner.ipynb #c045
+# %% ../nbs/10a_runner.ipynb #c047
+def each(run, stages, show):
+    "Run one stage after the other."
+    for stage in stages:
+        show(f"{stage} ...")
+        run_stage(run, stage, lambda line: show(f"  {line}"))
+        show(f"{stage} done in {run.manifest['stages'][stage]['seconds']:.1f} s")
+
+def close(run, status, tracker, warn):
+    "Write down how a run ended, and let the tracker catch up."
+    run.update(dict(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z")))
+    if tracker: end_tracking(run, tracker, warn, 5 if status == "interrupted" else None)
+
+# %% ../nbs/10a_runner.ipynb #c048
 def go(run, stages, show=print, warn=print, started=None):
     "Run the stages that are not done yet, and write down how it all ended. Raises `StageFailed` or `Interrupted`."
-    start, status, before, tracker = started or time.time(), "failed", run.manifest.get("overhead_seconds", 0), None
-    todo = [s for s in stages if not complete(run, s)]
+    start, status, tracker = started or time.time(), "failed", None
+    before, todo = run.manifest.get("overhead_seconds", 0), [s for s in stages if not complete(run, s)]
     with ExitStack() as stack:
         hold(run, stack); stack.enter_context(signals())
         try:
             run.update(dict(status="running", wanted=stages, ended=None))
             tracker = start_tracking(run)
-            for stage in todo:
-                show(f"{stage} ..."); run_stage(run, stage, lambda line: show(f"  {line}"))
-                show(f"{stage} done in {run.manifest['stages'][stage]['seconds']:.1f} s")
-            status = "finished"
+            each(run, todo, show); status = "finished"
         except KeyboardInterrupt: status = "interrupted"; raise
         finally:
-            run.update(dict(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z")))
-            if tracker: end_tracking(run, tracker, warn, 5 if status == "interrupted" else None)
+            close(run, status, tracker, warn)
             inside = sum(cell_seconds(executed(run, s)) for s in todo)
             run.update(dict(overhead_seconds=round(before + time.time() - start - inside, 2)))
