@@ -27,7 +27,7 @@ from ruamel.yaml import YAML, YAMLError
 # %% ../nbs/00_core.ipynb #c005
 QUIET = dict(HF_HUB_DISABLE_TELEMETRY="1", DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", MLFLOW_DISABLE_TELEMETRY="true",
              UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_DISABLE_AUTO_UPDATES="1", UNSLOTH_COMPILE_LOCATION=str(Path(tempfile.gettempdir())/"unsloth_compiled_cache"),
-             GRADIO_ANALYTICS_ENABLED="False", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+             GRADIO_ANALYTICS_ENABLED="False", TOKENIZERS_PARALLELISM="false")
 for _key, _value in QUIET.items(): os.environ.setdefault(_key, _value)
 
 # %% ../nbs/00_core.ipynb #c007
@@ -451,6 +451,8 @@ def open(cls: Run, path):
     path = Path(path).resolve()
     if not (path/"manifest.json").exists() or not (path/"recipe.yaml").exists():
         raise MedftError(f"{path} is no run folder (it lacks manifest.json or recipe.yaml); `medft list` shows the runs")
+    try: read_json(path/"manifest.json")
+    except ValueError: raise MedftError(f"{path/'manifest.json'} is damaged: not readable as JSON; start this run anew") from None
     return cls(path, load_recipe(path/"recipe.yaml"))
 
 # %% ../nbs/00_core.ipynb #c057

@@ -12,6 +12,8 @@ __all__ = ['OPTIONS', 'SHAPES', 'LETTERS', 'TRUNCATED_SHARE', 'CHECKS', 'from_me
            'hold_out', 'prepare', 'load_split', 'scored_sets', 'ensure_data']
 
 # %% ../nbs/01_data.ipynb #c003
+from .core import MedftError, Recipe, atomic_write, library_default, locate, model_path, open_run, read_json, sha256, write_json  # first: it sets switches that the libraries read
+
 import csv, gzip, html, io, json, os, random, re, shutil, sys
 from collections import Counter
 from pathlib import Path
@@ -19,8 +21,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
-
-from .core import MedftError, Recipe, atomic_write, library_default, locate, model_path, nearest, open_run, read_json, sha256, write_json
 
 # %% ../nbs/01_data.ipynb #c008
 OPTIONS = ("opa", "opb", "opc", "opd")

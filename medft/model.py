@@ -10,14 +10,14 @@ __all__ = ['load_config', 'meta_model', 'lora_config', 'adapted_modules', 'prefl
            'memory_free', 'check_fit', 'inspect']
 
 # %% ../nbs/02_model.ipynb #c003
-import fnmatch, os, re, shutil
+from .core import MedftError, Recipe, device, library_default, model_path, nearest, open_run, seed_everything, sha256, write_json
+from .data import ensure_data, load_split, load_tokenizer
+
+import os, shutil
 from pathlib import Path
 
 import psutil, torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-
-from .core import MedftError, Recipe, device, library_default, model_path, nearest, open_run, seed_everything, write_json
-from .data import ensure_data, load_split, load_tokenizer
 
 # %% ../nbs/02_model.ipynb #c007
 def load_config(recipe: Recipe):
@@ -149,5 +149,7 @@ def inspect(run) -> dict:
     info = dict(model=run.recipe.model.name, architecture=(config.architectures or [config.model_type])[0], device=device(), dtype=str(torch_dtype(run.recipe)),
                 vocabulary=len(tok), context=getattr(config.get_text_config(), "max_position_embeddings", None), **counts, memory=check_fit(run.recipe, counts))
     write_json(run.path/"model.json", info)
+    where = Path(model_path(run.recipe.model.name))
+    run.update({"hashes": {"model": sha256(where) if where.is_dir() else getattr(config, "_commit_hash", None)}})
     run.log(f"model: {info['architecture']}, {counts['total']:,} parameters, {counts['trainable']:,} trained, on {info['device']}")
     return info

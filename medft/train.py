@@ -9,15 +9,15 @@ __all__ = ['has_bfloat16', 'sft_config', 'Record', 'read_log', 'peak_memory', 's
            'make_trainer', 'last_checkpoint', 'save', 'fit', 'train', 'training_summary', 'trained', 'skip']
 
 # %% ../nbs/03_train.ipynb #c003
+from .core import MedftError, device, open_run, read_json, seed_everything, write_json
+from .data import ensure_data, load_split, load_tokenizer
+from .model import load_base, lora_config
+
 import json, math, os, resource, shutil, sys, time
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
-
-from .core import MedftError, device, open_run, read_json, seed_everything, write_json
-from .data import ensure_data, load_split, load_tokenizer
-from .model import load_base, lora_config
 
 # %% ../nbs/03_train.ipynb #c007
 def has_bfloat16() -> bool:
