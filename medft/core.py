@@ -328,6 +328,13 @@ def _override(raw, text):
         raw = raw[p]
     raw[last] = value
 
+def _one_source(raw, overrides):
+    "A file named on the command line replaces the recipe's hub data set, and the other way round."
+    keys, d = {o.partition("=")[0] for o in overrides}, raw.get("dataset")
+    gone = ("name", "config_name", "split", "revision") if "dataset.path" in keys else ("path",) if "dataset.name" in keys else ()
+    for k in gone:
+        if isinstance(d, dict) and f"dataset.{k}" not in keys: d.pop(k, None)
+
 # %% ../nbs/00_core.ipynb #c041
 def _explain(error, where, lines, overrides=()):
     "The first complaint of pydantic, as one line that names file, line, key and the nearest known key."
@@ -359,6 +366,7 @@ def contradictions(r: Recipe):
     if r.lora is not None and r.model.from_config: yield "model", "from_config", "an adapter on random weights learns nothing; set lora: null"
     if "unsloth" in r.engine and q and q.load_in_8bit: yield "engine", "", "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl]"
     if "unsloth" in r.engine and r.task == "classification": yield "engine", "", "unsloth has no sequence classifier; use engine: [trl]"
+    if r.export.push_to_hub: yield "export", "push_to_hub", "this version writes to the run folder only; upload <engine>/adapters yourself (hf upload)"
     if r.dataset.name and r.dataset.path: yield "dataset", "path", "a data set comes from the hub (name) or from a file (path), not both"
 
 # %% ../nbs/00_core.ipynb #c044
@@ -372,7 +380,7 @@ def load_recipe(
     base = {k: v for k, v in read_yaml(shipped_recipes()/"quickstart.yaml")[0].items() if k not in ("name", "description")}
     raw = {"name": path.stem} | base | _modern(raw)
     for o in overrides: _override(raw, o)
-    raw = _modern(raw)
+    _one_source(raw, overrides); raw = _modern(raw)
     try: recipe = Recipe(**raw)
     except ValidationError as e: raise _explain(e, path.name, lines, overrides) from None
     for section, key, why in contradictions(recipe):
@@ -451,8 +459,9 @@ def open(cls: Run, path):
     path = Path(path).resolve()
     if not (path/"manifest.json").exists() or not (path/"recipe.yaml").exists():
         raise MedftError(f"{path} is no run folder (it lacks manifest.json or recipe.yaml); `medft list` shows the runs")
-    try: read_json(path/"manifest.json")
-    except ValueError: raise MedftError(f"{path/'manifest.json'} is damaged: not readable as JSON; start this run anew") from None
+    try: whole = isinstance(read_json(path/"manifest.json")["stages"], dict)
+    except (ValueError, TypeError, KeyError): whole = False
+    if not whole: raise MedftError(f"{path/'manifest.json'} is damaged: not the JSON that a run writes; start this run anew")
     return cls(path, load_recipe(path/"recipe.yaml"))
 
 # %% ../nbs/00_core.ipynb #c057

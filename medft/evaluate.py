@@ -6,11 +6,11 @@ Docs: https://medft.github.io/medft/evaluate.html.md"""
 
 # %% auto #0
 __all__ = ['CELLS', 'SAYS', 'COLORS', 'STYLE', 'only_positions', 'picked', 'pad', 'score_rows', 'score_branches',
-           'shares_prompts', 'batches', 'in_batches', 'score_choices', 'predict_choices', 'windows', 'predict_text',
-           'normal', 'token_f1', 'write_answers', 'predict', 'figure', 'share', 'redrawn', 'macro_f1', 'ratio',
-           'measure', 'paired_interval', 'detectable', 'compare_choices', 'compare_text', 'compare', 'sentence',
-           'refuse_leaks', 'each_model', 'scored_rows', 'score_run', 'read_predictions', 'by_subject', 'summarise',
-           'evaluate', 'written', 'main_metric', 'table', 'plot_scores', 'plot_subjects']
+           'shares_prompts', 'batches', 'in_batches', 'code_choices', 'score_choices', 'predict_choices', 'windows',
+           'predict_text', 'normal', 'token_f1', 'write_answers', 'predict', 'figure', 'share', 'redrawn', 'macro_f1',
+           'ratio', 'measure', 'paired_interval', 'detectable', 'compare_choices', 'compare_text', 'compare',
+           'sentence', 'refuse_leaks', 'each_model', 'scored_rows', 'score_run', 'read_predictions', 'by_subject',
+           'summarise', 'evaluate', 'written', 'main_metric', 'table', 'plot_scores', 'plot_subjects']
 
 # %% ../nbs/05_evaluate.ipynb #c003
 import hashlib, math, re, string, time
@@ -30,7 +30,7 @@ from .data import encode, ensure_data, load_split, load_tokenizer, scored_sets
 from .model import load_base, load_tuned
 from .train import train, trained
 
-# %% ../nbs/05_evaluate.ipynb #c010
+# %% ../nbs/05_evaluate.ipynb #c011
 @contextmanager
 def only_positions(model, rows, columns):
     "Let the output head see these positions only; logits come back as (1, positions, vocabulary)."
@@ -42,6 +42,7 @@ def picked(logits, targets, chunk=256):
     "The log-probability of each target token, in float32, a few positions at a time."
     return torch.cat([-F.cross_entropy(l.float(), t, reduction="none") for l, t in zip(logits.split(chunk), targets.split(chunk))])
 
+# %% ../nbs/05_evaluate.ipynb #c013
 def pad(rows, device, left=False):
     "Lists of token ids as one tensor, and the mask of what is not padding."
     n = max(map(len, rows)); ids = torch.zeros(len(rows), n, dtype=torch.long); mask = torch.zeros_like(ids)
@@ -50,7 +51,7 @@ def pad(rows, device, left=False):
         ids[i, at], mask[i, at] = torch.tensor(r, dtype=torch.long), 1
     return ids.to(device), mask.to(device)
 
-# %% ../nbs/05_evaluate.ipynb #c011
+# %% ../nbs/05_evaluate.ipynb #c014
 @torch.inference_mode()
 def score_rows(
     model,
@@ -63,7 +64,7 @@ def score_rows(
     with only_positions(model, i, t): logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
     return torch.zeros(len(rows), dtype=torch.float64).index_add(0, i.cpu(), picked(logits, ids[i, t + 1]).double().cpu())
 
-# %% ../nbs/05_evaluate.ipynb #c016
+# %% ../nbs/05_evaluate.ipynb #c019
 @torch.inference_mode()
 def score_branches(
     model,
@@ -80,7 +81,7 @@ def score_branches(
     if max(map(len, options)) == 1: return total.cpu()
     return total.cpu() + _score_rest(model, out.past_key_values, owner, options, mask, places)
 
-# %% ../nbs/05_evaluate.ipynb #c018
+# %% ../nbs/05_evaluate.ipynb #c021
 def _score_rest(model, cache, owner, options, mask, places):
     "The options' tokens after the first, behind the cached prompts."
     cache.batch_select_indices(owner)
@@ -91,13 +92,13 @@ def _score_rest(model, cache, owner, options, mask, places):
                        position_ids=places[owner, -1:] + 1 + torch.arange(ids.shape[1], device=mask.device)).logits[0]
     return torch.zeros(len(options), dtype=torch.float64).index_add(0, i.cpu(), picked(logits, targets).double().cpu())
 
-# %% ../nbs/05_evaluate.ipynb #c020
+# %% ../nbs/05_evaluate.ipynb #c023
 def shares_prompts(model) -> bool:
     "Whether this model's memory of a prompt is attention alone, which can be shared between options."
     with torch.inference_mode(): cache = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True).past_key_values
     return all(type(l).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer") for l in getattr(cache, "layers", [None]))
 
-# %% ../nbs/05_evaluate.ipynb #c023
+# %% ../nbs/05_evaluate.ipynb #c026
 CELLS = 2**28   # logits of one batch, at most
 
 def batches(costs, order):
@@ -108,6 +109,7 @@ def batches(costs, order):
         batch.append(i); full += costs[i]
     if batch: yield batch
 
+# %% ../nbs/05_evaluate.ipynb #c028
 def in_batches(score, items, lengths, costs, say=None, every=10):
     "Apply `score` to batches of items, longest first; results in the items' own order. `say` hears of progress every few seconds."
     out, done, start = [None]*len(items), 0, time.time(); heard = start
@@ -117,7 +119,17 @@ def in_batches(score, items, lengths, costs, say=None, every=10):
         if say and time.time() - heard > every: heard = time.time(); say(f"{done}/{len(items)}, {(heard - start)/done*(len(items) - done):.0f} s left")
     return out
 
-# %% ../nbs/05_evaluate.ipynb #c026
+# %% ../nbs/05_evaluate.ipynb #c031
+def code_choices(tok, rows) -> list:
+    "Rows with prompt and options as (prompt ids, [option ids, ...]); empty ones are refused."
+    flat = encode(tok, [r["prompt"] for r in rows for _ in r["options"]], [o for r in rows for o in r["options"]])
+    cut = iter([([t for t, m in zip(i, k) if not m], [t for t, m in zip(i, k) if m]) for i, k in zip(flat["input_ids"], flat["completion_mask"])])
+    items = [[next(cut) for _ in r["options"]] for r in rows]
+    empty = [r["id"] for r, parts in zip(rows, items) if not parts or any(not p or not o for p, o in parts)]
+    if empty: raise MedftError(f"rows without a prompt, without options or with an empty option cannot be scored: {', '.join(map(str, empty[:5]))}")
+    return [(parts[0][0], [o for _, o in parts]) for parts in items]
+
+# %% ../nbs/05_evaluate.ipynb #c032
 def score_choices(
     model, tok,
     rows,           # dicts with prompt (str) and options (list[str])
@@ -125,18 +137,15 @@ def score_choices(
     say=None,       # told of progress
 ) -> list[list[float]]:   # summed log-probability of every option, in nats
     "Score the options of multiple-choice rows."
-    flat = encode(tok, [r["prompt"] for r in rows for _ in r["options"]], [o for r in rows for o in r["options"]])
-    cut = [([t for t, m in zip(i, k) if not m], [t for t, m in zip(i, k) if m]) for i, k in zip(flat["input_ids"], flat["completion_mask"])]
-    pieces, counts = iter(cut), [len(r["options"]) for r in rows]
-    items = [(p[0][0], [o for _, o in p]) for p in ([next(pieces) for _ in range(n)] for n in counts)]
+    items = code_choices(tok, rows)
     costs = [max(len(o)/batch_size, sum(map(len, o))*model.config.get_text_config().vocab_size/CELLS) for _, o in items]
-    def branches(batch): scores = iter(score_branches(model, batch).tolist()); return [[next(scores) for _ in o] for _, o in batch]
-    def whole(batch):
-        scores = iter(score_rows(model, [(p + x, [0]*len(p) + [1]*len(x)) for p, o in batch for x in o]).tolist())
-        return [[next(scores) for _ in o] for _, o in batch]
-    return in_batches(branches if shares_prompts(model) else whole, items, [len(p) for p, _ in items], costs, say)
+    long_way = lambda batch: score_rows(model, [(p + x, [0]*len(p) + [1]*len(x)) for p, o in batch for x in o])
+    short_way = lambda batch: score_branches(model, batch)
+    way = short_way if shares_prompts(model) else long_way
+    def score(batch): found = iter(way(batch).tolist()); return [[next(found) for _ in o] for _, o in batch]
+    return in_batches(score, items, [len(p) for p, _ in items], costs, say)
 
-# %% ../nbs/05_evaluate.ipynb #c030
+# %% ../nbs/05_evaluate.ipynb #c036
 def _identity(rows): return dict(id=[r["id"] for r in rows], group=[r["group"] for r in rows], subject=[r.get("subject") or "" for r in rows],
                                  prompt_sha256=[hashlib.sha256(r["prompt"].encode()).hexdigest() for r in rows])
 
@@ -148,7 +157,7 @@ def predict_choices(model, tok, rows, batch_size=64, say=None) -> pd.DataFrame:
                               choice_norm=[int(np.argmax(s)) for s in normed], truth=[r["answer"] for r in rows]))
     return frame.assign(correct=frame.choice == frame.truth)
 
-# %% ../nbs/05_evaluate.ipynb #c033
+# %% ../nbs/05_evaluate.ipynb #c039
 def windows(ids, mask, length):
     "Cut a row into windows of at most `length` tokens that overlap by one."
     return [(ids[s:s + length], mask[s:s + length]) for s in range(0, max(len(ids) - 1, 1), length - 1)]
@@ -163,7 +172,7 @@ def predict_text(model, tok, rows, batch_size=64, length=2048, say=None) -> pd.D
     return pd.DataFrame(dict(_identity(rows), nll=nll, tokens=[len(s) for s in scored],
                              bytes=[len(tok.decode(s, skip_special_tokens=True).encode()) for s in scored]))
 
-# %% ../nbs/05_evaluate.ipynb #c036
+# %% ../nbs/05_evaluate.ipynb #c042
 def normal(text): return re.sub(r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation)).split()
 
 def token_f1(answer, reference) -> float:
@@ -172,6 +181,7 @@ def token_f1(answer, reference) -> float:
     same = sum((Counter(a) & Counter(r)).values())
     return 2*same/(len(a) + len(r)) if a or r else 1.0
 
+# %% ../nbs/05_evaluate.ipynb #c044
 @torch.inference_mode()
 def write_answers(model, tok, rows, batch_size=16, say=None) -> list[str]:
     "Greedy answers; each may be twice as long as its reference, plus a few tokens."
@@ -183,7 +193,7 @@ def write_answers(model, tok, rows, batch_size=16, say=None) -> list[str]:
         return tok.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
     return in_batches(answer, prompts, [len(p) for p in prompts], [1/batch_size]*len(rows), say)
 
-# %% ../nbs/05_evaluate.ipynb #c039
+# %% ../nbs/05_evaluate.ipynb #c047
 def predict(model, tok, rows, recipe, say=None) -> pd.DataFrame:
     "Score rows by what they are: options, a reference answer, or text."
     size = recipe.evaluation.batch_size
@@ -195,7 +205,7 @@ def predict(model, tok, rows, recipe, say=None) -> pd.DataFrame:
     return frame.assign(answer=said, reference=[r["reference"] for r in rows], exact=[normal(a) == normal(r["reference"]) for a, r in zip(said, rows)],
                         f1=[token_f1(a, r["reference"]) for a, r in zip(said, rows)])
 
-# %% ../nbs/05_evaluate.ipynb #c041
+# %% ../nbs/05_evaluate.ipynb #c049
 def figure(value, low, high, n): return dict(value=round(float(value), 6), ci95=[round(float(low), 6), round(float(high), 6)], n=int(n))
 
 def share(hits, confidence=0.95) -> dict:
@@ -205,21 +215,21 @@ def share(hits, confidence=0.95) -> dict:
 def redrawn(statistic, columns, confidence=0.95, seed=0):
     "Interval and standard error of a statistic of paired columns: 2,000 redraws of the items (Efron, Tibshirani 1993, ch. 13)."
     columns = tuple(np.asarray(c) for c in columns)
-    if len(columns[0]) < 2: return np.nan, np.nan, np.nan
+    if len(columns[0]) < 2: v = statistic(*columns, axis=-1); return v, v, 0.0
     b = bootstrap(columns, statistic, paired=True, vectorized=True, n_resamples=2000, batch=100, method="percentile",
                   confidence_level=confidence, rng=np.random.default_rng(seed))
     return *b.confidence_interval, b.standard_error
 
-# %% ../nbs/05_evaluate.ipynb #c042
+# %% ../nbs/05_evaluate.ipynb #c050
 def macro_f1(truth, choice, axis=-1):
     "The mean of the F1 scores of all options that occur (as scikit-learn's `f1_score(average='macro')`)."
     with np.errstate(invalid="ignore"):
         each = [2*((truth == k) & (choice == k)).sum(axis)/((truth == k).sum(axis) + (choice == k).sum(axis)) for k in range(int(max(truth.max(), choice.max())) + 1)]
     return np.nanmean(each, axis=0)
 
-def ratio(top, bottom, axis=-1): "Sum over sum: a loss per token weighs every token alike."; return top.sum(axis)/bottom.sum(axis)
+def ratio(top, bottom, axis=-1): "Sum over sum: a loss per token weighs every token alike."; return top.sum(axis=axis)/bottom.sum(axis=axis)
 
-# %% ../nbs/05_evaluate.ipynb #c044
+# %% ../nbs/05_evaluate.ipynb #c052
 def measure(frame, confidence=0.95) -> dict:
     "All figures of one prediction file."
     n = len(frame)
@@ -235,7 +245,7 @@ def measure(frame, confidence=0.95) -> dict:
     if "exact" in frame: out |= dict(exact_match=share(frame.exact, confidence), token_f1=figure(frame.f1.mean(), *redrawn(np.mean, (frame.f1,), confidence)[:2], n))
     return out
 
-# %% ../nbs/05_evaluate.ipynb #c047
+# %% ../nbs/05_evaluate.ipynb #c055
 def paired_interval(a, b, confidence=0.95) -> tuple[float, float]:
     "Interval for mean(b) - mean(a) of paired 0/1 arrays (Newcombe 1998, Statistics in Medicine 17:2635, method 10)."
     (la, ha), (lb, hb) = (proportion_confint(int(x.sum()), len(x), alpha=1 - confidence, method="wilson") for x in (a, b))
@@ -247,14 +257,14 @@ def paired_interval(a, b, confidence=0.95) -> tuple[float, float]:
     return (d - math.sqrt(max((pb - lb)**2 - 2*phi*(pb - lb)*(ha - pa) + (ha - pa)**2, 0)),
             d + math.sqrt(max((hb - pb)**2 - 2*phi*(hb - pb)*(pa - la) + (pa - la)**2, 0)))
 
-# %% ../nbs/05_evaluate.ipynb #c050
+# %% ../nbs/05_evaluate.ipynb #c058
 def detectable(discordant, n, confidence=0.95, power=0.8) -> float:
     "Smallest difference of paired proportions that n items show with this power (Connor 1987, Biometrics 43:207, solved for the difference)."
     za, zb, psi = norm.ppf(0.5 + confidence/2), norm.ppf(power), discordant/n
     def short(d): p = max(psi, d); return d*math.sqrt(n) - za*math.sqrt(p) - zb*math.sqrt(p - d*d)
     return brentq(short, 1e-9, 1.0) if short(1.0) > 0 else 1.0
 
-# %% ../nbs/05_evaluate.ipynb #c053
+# %% ../nbs/05_evaluate.ipynb #c061
 def compare_choices(a, b, confidence=0.95) -> dict:
     "Difference b - a of paired 0/1 arrays, with interval, McNemar's test and what could have been detected."
     a, b = np.asarray(a, bool), np.asarray(b, bool); gained, lost = int((~a & b).sum()), int((a & ~b).sum())
@@ -268,11 +278,11 @@ def _label(d, confidence, sign=1):
     d["label"] = "tie" if not sure else "better" if sign*d["effect"] > 0 else "worse"
     return d | {k: round(float(d[k]), 6) for k in ("effect", "detectable")} | dict(ci95=[round(float(x), 6) for x in d["ci95"]])
 
-# %% ../nbs/05_evaluate.ipynb #c059
+# %% ../nbs/05_evaluate.ipynb #c067
 def compare_text(a, b, confidence=0.95) -> dict:
     "Difference b - a in loss per token (nats) of paired frames: bootstrap interval and paired permutation test (scipy)."
-    tokens = a.tokens.to_numpy(); gap = lambda x, y, axis=-1: (y.sum(axis) - x.sum(axis))/tokens.sum()
-    per_token = lambda x, y, t, axis=-1: (y.sum(axis) - x.sum(axis))/t.sum(axis)
+    tokens = a.tokens.to_numpy(); gap = lambda x, y, axis=-1: (y.sum(axis=axis) - x.sum(axis=axis))/tokens.sum()
+    per_token = lambda x, y, t, axis=-1: (y.sum(axis=axis) - x.sum(axis=axis))/t.sum(axis=axis)
     low, high, se = redrawn(per_token, (a.nll, b.nll, tokens), confidence)
     p = permutation_test((a.nll.to_numpy(), b.nll.to_numpy()), gap, permutation_type="samples", vectorized=True, n_resamples=1999, batch=100, rng=np.random.default_rng(0)).pvalue
     return _label(dict(metric="loss", effect=gap(a.nll.to_numpy(), b.nll.to_numpy()), ci95=[low, high], p=float(p), n=len(a), test="permutation",
@@ -283,7 +293,7 @@ def compare(a, b, confidence=0.95) -> dict:
     if list(a.id) != list(b.id) or list(a.prompt_sha256) != list(b.prompt_sha256): raise MedftError("these predictions are about different items; score both models again")
     return compare_choices(a.correct, b.correct, confidence) if "correct" in a else compare_text(a, b, confidence)
 
-# %% ../nbs/05_evaluate.ipynb #c062
+# %% ../nbs/05_evaluate.ipynb #c070
 SAYS = dict(better="{a} is better than {b}", worse="{a} is worse than {b}", tie="{a} ties with {b}")
 
 def sentence(d, who, than="the base", where="test") -> str:
@@ -292,9 +302,9 @@ def sentence(d, who, than="the base", where="test") -> str:
     say = lambda x: f.format(k*x); bare = lambda x: say(x).removeprefix("+")
     p = "p < 0.001" if d["p"] < .001 else f"p = {d['p']:.3f}"
     out = f"{SAYS[d['label']].format(a=who, b=than)}: {say(d['effect'])} {unit} [{bare(d['ci95'][0])}, {bare(d['ci95'][1])}] on {where} (n = {d['n']}, {d['test']} {p})"
-    return out + (f"; this set could have shown a difference of {bare(d['detectable'])}" if d["label"] == "tie" else "")
+    return out + (f"; the smallest difference this set could have shown is {bare(d['detectable'])}" if d["label"] == "tie" else "")
 
-# %% ../nbs/05_evaluate.ipynb #c065
+# %% ../nbs/05_evaluate.ipynb #c073
 def _trace(row): return hashlib.sha256((row["prompt"] or row.get("completion") or str(row.get("input_ids"))).encode()).hexdigest()
 
 def refuse_leaks(train_rows, rows, name="test"):
@@ -304,7 +314,7 @@ def refuse_leaks(train_rows, rows, name="test"):
     if leaked: raise MedftError(f"data/{name}: {len(leaked)} of {len(rows)} rows were trained on ({', '.join(map(str, leaked[:3]))}{', …' if len(leaked) > 3 else ''}); "
                                 "their score would measure memory; remove them from one side")
 
-# %% ../nbs/05_evaluate.ipynb #c068
+# %% ../nbs/05_evaluate.ipynb #c076
 def each_model(run):
     "Yield (name, model): the base, then every trained engine's, with adapters freshly read from disk."
     base = load_base(run.recipe); yield "base", base
@@ -312,6 +322,7 @@ def each_model(run):
         tuned = load_tuned(run, engine, base); yield engine, tuned
         if hasattr(tuned, "unload"): base = tuned.unload()
 
+# %% ../nbs/05_evaluate.ipynb #c078
 def scored_rows(run) -> dict[str, list]:
     "The rows of every scored set, checked against what was trained on."
     train_rows, most = load_split(run, "train").to_list(), run.recipe.evaluation.max_items
@@ -320,6 +331,7 @@ def scored_rows(run) -> dict[str, list]:
     for name, rows in sets.items(): refuse_leaks(train_rows, rows, name)
     return sets
 
+# %% ../nbs/05_evaluate.ipynb #c079
 def score_run(run) -> dict:
     "Score base and engines on every set; predictions go to disk. Returns {(model, set): frame}."
     sets, tok = scored_rows(run), load_tokenizer(run.recipe); folder = run.path/"predictions"
@@ -331,7 +343,7 @@ def score_run(run) -> dict:
             run.log(f"evaluate: {who} on {name}: {len(rows)} rows in {time.time() - start:.1f} s")
     return read_predictions(run)
 
-# %% ../nbs/05_evaluate.ipynb #c069
+# %% ../nbs/05_evaluate.ipynb #c080
 def read_predictions(run) -> dict:
     "{(model, set): frame} of a run's prediction files."
     found = {tuple(p.stem.split(".", 1)): pd.read_parquet(p) for p in sorted((run.path/"predictions").glob("*.parquet"))}
@@ -344,6 +356,7 @@ def by_subject(frames, name, confidence=0.95) -> dict:
     names = sorted({x for f in sets.values() for x in f.subject if x})
     return {x: {who: share(f.correct[f.subject == x], confidence) for who, f in sets.items()} for x in names}
 
+# %% ../nbs/05_evaluate.ipynb #c082
 def summarise(frames, confidence=0.95) -> dict:
     "metrics.json from prediction files alone."
     models = list(dict.fromkeys(sorted((w for w, _ in frames), key=lambda w: (w != "base", w)))); sets = sorted({s for _, s in frames}, key=lambda s: (s != "test", s))
@@ -353,7 +366,7 @@ def summarise(frames, confidence=0.95) -> dict:
     return dict(verdict={e: gaps[e][main] for e in engines}, models={m: {s: measure(frames[m, s], confidence) for s in sets} for m in models},
                 differences=gaps, between=pairs, subjects={s: by_subject(frames, s, confidence) for s in sets}, main=main, confidence=confidence)
 
-# %% ../nbs/05_evaluate.ipynb #c070
+# %% ../nbs/05_evaluate.ipynb #c083
 def evaluate(run) -> dict:
     "Score a run's models and write metrics.json. Trains the baseline first when nothing is trained."
     ensure_data(run)
@@ -363,7 +376,7 @@ def evaluate(run) -> dict:
     for d in [*metrics["verdict"].values(), *metrics["between"].values()]: run.log(d["sentence"])
     return metrics
 
-# %% ../nbs/05_evaluate.ipynb #c075
+# %% ../nbs/05_evaluate.ipynb #c088
 COLORS = dict(base="#888888", trl="#4878a8", unsloth="#e07030", fast="#3a9a5b")
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
          "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "medft"}
@@ -377,12 +390,12 @@ def table(metrics) -> pd.DataFrame:
     rows = {}
     for s, scores in metrics["models"]["base"].items():
         m = main_metric(scores); percent = m == "accuracy"
-        rows[s] = {"n": scores[m]["n"], "metric": "accuracy, %" if percent else "loss"} | ({"chance": f"{100*scores['chance']['value']:.0f}"} if percent else {})
-        rows[s] |= {w: written(x[s][m], percent) for w, x in metrics["models"].items()}
+        rows[s] = {w: written(x[s][m], percent) for w, x in metrics["models"].items()}
         rows[s] |= {f"{e} - base": written(dict(d[s], value=d[s]["effect"]), percent) for e, d in metrics["differences"].items()}
+        rows[s] |= {"chance": f"{100*scores['chance']['value']:.0f}" if percent else "", "n": scores[m]["n"], "metric": "accuracy, %" if percent else "loss"}
     return pd.DataFrame(rows).T.rename_axis("set")
 
-# %% ../nbs/05_evaluate.ipynb #c077
+# %% ../nbs/05_evaluate.ipynb #c090
 def plot_scores(metrics) -> Figure:
     "Every model's main metric on every set, with intervals; the dashed line is chance."
     import matplotlib as mpl
@@ -398,7 +411,7 @@ def plot_scores(metrics) -> Figure:
         fig.legend(loc="outside upper center", ncols=4)
     return fig
 
-# %% ../nbs/05_evaluate.ipynb #c079
+# %% ../nbs/05_evaluate.ipynb #c092
 def plot_subjects(metrics, name=None, most=20) -> Figure | None:
     "Accuracy by subject, a dot a model, the largest gain on top; None when rows name no subjects."
     import matplotlib as mpl
@@ -407,9 +420,9 @@ def plot_subjects(metrics, name=None, most=20) -> Figure | None:
     best = list(metrics["models"])[-1]; gain = lambda x: subjects[x][best]["value"] - subjects[x]["base"]["value"]
     rows = sorted(sorted(subjects, key=lambda x: -subjects[x]["base"]["n"])[:most], key=gain)
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(4.8, .6 + .28*len(rows)), layout="constrained"); ax = fig.subplots()
+        fig = Figure(figsize=(4.8, .8 + .28*len(rows)), layout="constrained"); ax = fig.subplots()
         for who in metrics["models"]: ax.plot([100*subjects[x][who]["value"] for x in rows], range(len(rows)), "o", ms=6 if who == "base" else 5, color=COLORS.get(who), alpha=.85, label=who)
         ax.hlines(range(len(rows)), *([100*subjects[x][w]["value"] for x in rows] for w in ("base", best)), color="#cccccc", lw=1.5, zorder=0)
-        ax.set(yticks=range(len(rows)), yticklabels=[f"{x} ({subjects[x]['base']['n']})" for x in rows], xlim=(-3, 103), xlabel="accuracy, %")
+        ax.set(yticks=range(len(rows)), yticklabels=[f"{x} ({subjects[x]['base']['n']})" for x in rows], xlim=(-3, 103), ylim=(-.6, len(rows) - .4), xlabel="accuracy, %")
         fig.legend(loc="outside upper center", ncols=4)
     return fig

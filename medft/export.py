@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/export.html.md"""
 __all__ = ['TOLERANCE', 'SHAPES', 'GEMMA', 'HAI_DEF', 'LIMITS', 'SCORING', 'parity', 'next_logits', 'load_merged', 'how_merged',
            'check_engine', 'in_words', 'refuse_secrets', 'write', 'training_env', 'training_table', 'parity_table',
            'skipped', 'markdown', 'notice', 'card_data', 'base_name', 'procedure', 'model_card', 'rows_in_words',
-           'inline', 'plot_losses', 'changed_answers', 'changed_texts', 'html_table', 'report', 'data_table',
+           'inline', 'plot_losses', 'changed_answers', 'changed_texts', 'html_table', 'data_table', 'report',
            'artefacts', 'export']
 
 # %% ../nbs/06_export.ipynb #c003
@@ -27,21 +27,22 @@ from .evaluate import COLORS, STYLE, evaluate, main_metric, only_positions, pad,
 from .model import load_tuned, merge, torch_dtype
 from .train import read_log, trained, training_summary
 
-# %% ../nbs/06_export.ipynb #c007
-TOLERANCE = 0.01   # share of answers that may differ before an artefact is refused
+# %% ../nbs/06_export.ipynb #c008
+TOLERANCE = dict(answers=0.01, drift=0.1)   # share of answers that may differ; median difference of an item's scores, in nats
 
 def parity(before, after) -> dict:
-    "Compare an artefact's predictions with those of the evaluation: equal answers, the differing ids, the largest difference of a score in nats."
+    "Compare an artefact's predictions with those of the evaluation: answers that differ, and how far scores moved (nats)."
     if "choice" in before:
-        gap = max(np.abs(np.subtract(list(a), list(b))).max() for a, b in zip(before.scores, after.scores))
+        moved = [np.abs(np.subtract(list(a), list(b))).max() for a, b in zip(before.scores, after.scores)]
         differ = [dict(id=i, scored=int(a), now=int(b)) for i, a, b in zip(before.id, before.choice, after.choice) if a != b]
     else:
-        apart = (before.nll - after.nll).abs()/before.tokens; gap = apart.max()
-        differ = [dict(id=i, scored=float(a), now=float(b)) for i, a, b, d in zip(before.id, before.nll, after.nll, apart) if d > .01]
-    label = "same" if not differ else "nearly the same" if len(differ) <= TOLERANCE*len(before) else "different"
-    return dict(label=label, n=len(before), differing=differ, max_score_difference=float(gap))
+        moved = ((before.nll - after.nll).abs()/before.tokens).tolist()
+        differ = [dict(id=i, scored=float(a), now=float(b)) for i, a, b, m in zip(before.id, before.nll, after.nll, moved) if m > TOLERANCE["drift"]]
+    far = len(differ) > TOLERANCE["answers"]*len(before) or np.median(moved) > TOLERANCE["drift"]
+    return dict(label="different" if far else "nearly the same" if differ else "same", n=len(before), differing=differ,
+                max_score_difference=float(np.max(moved)), median_score_difference=float(np.median(moved)))
 
-# %% ../nbs/06_export.ipynb #c012
+# %% ../nbs/06_export.ipynb #c014
 @torch.inference_mode()
 def next_logits(model, tok, rows, most=32) -> torch.Tensor:
     "The logits that follow the first prompts (or texts), in float32: (rows, vocabulary)."
@@ -54,12 +55,13 @@ def load_merged(run, engine):
     "The merged model, from disk, as it will be used elsewhere."
     return AutoModelForCausalLM.from_pretrained(run.path/engine/"merged", dtype=torch_dtype(run.recipe)).to(device()).eval()
 
-# %% ../nbs/06_export.ipynb #c013
+# %% ../nbs/06_export.ipynb #c015
 def how_merged(recipe) -> str:
     "In words: into what the adapter was merged."
     bits = recipe.quantization and (4 if recipe.quantization.load_in_4bit else 8 if recipe.quantization.load_in_8bit else None)
     return f"merged into the {bits}-bit base, dequantised first" if bits else "merged into the base"
 
+# %% ../nbs/06_export.ipynb #c017
 def check_engine(run, engine, name, rows, tok) -> dict:
     "Read an engine's artefacts from disk, score them again, and compare with the evaluation's predictions."
     before, say = read_predictions(run)[engine, name], lambda t: run.log(f"export: {engine}: {t}")
@@ -74,12 +76,14 @@ def check_engine(run, engine, name, rows, tok) -> dict:
     for what, p in found.items(): run.log(f"export: {engine} {what}: {in_words(p)}")
     return found
 
+# %% ../nbs/06_export.ipynb #c018
 def in_words(p) -> str:
     "A parity in words."
     n = len(p["differing"])
-    return f"{p['label']}: {p['n'] - n} of {p['n']} answers equal" + (f", differing: {', '.join(str(d['id']) for d in p['differing'][:5])}{', …' if n > 5 else ''}" if n else "")
+    drift = f", scores moved by {p['median_score_difference']:.2g} nats (median)" if p["label"] == "different" else ""
+    return f"{p['label']}: {p['n'] - n} of {p['n']} answers equal{drift}" + (f", differing: {', '.join(str(d['id']) for d in p['differing'][:5])}{', …' if n > 5 else ''}" if n else "")
 
-# %% ../nbs/06_export.ipynb #c016
+# %% ../nbs/06_export.ipynb #c021
 SHAPES = dict(hub=r"\bhf_[A-Za-z0-9]{30,}", aws=r"\bAKIA[0-9A-Z]{16}\b", github=r"\bgh[pousr]_[A-Za-z0-9]{30,}", key=r"\bsk-[A-Za-z0-9_-]{20,}", login=r"://[^/\s:@]+:[^/\s:@]+@")
 
 def refuse_secrets(text, where, environment=os.environ):
@@ -90,21 +94,21 @@ def refuse_secrets(text, where, environment=os.environ):
 
 def write(path, text, where=None): refuse_secrets(text, where or Path(path).name); atomic_write(path, text)
 
-# %% ../nbs/06_export.ipynb #c019
+# %% ../nbs/06_export.ipynb #c024
 def training_env(recipe) -> str:
     "The resolved recipe as KEY=value lines that a shell can source."
     text = lambda v: json.dumps(v) if isinstance(v, (list, dict, bool)) else str(v)
     return "".join(f"{k.replace('.', '_').upper()}={shlex.quote(text(v))}\n" for k, v in recipe.flat().items() if v not in (None, "", [], {}))
 
-# %% ../nbs/06_export.ipynb #c022
+# %% ../nbs/06_export.ipynb #c028
 def training_table(run) -> pd.DataFrame:
     "Time, speed and memory of every engine that trained."
     rows = {e: training_summary(run, e) for e in trained(run)}
-    say = lambda s, k, f, d=1: f.format(s[k]/d) if isinstance(s.get(k), (int, float)) else "–"
-    return pd.DataFrame({e: {"seconds": say(s, "seconds", "{:.1f}"), "steps": say(s, "steps", "{}"), "tokens per second": say(s, "tokens_per_second", "{:,.0f}"),
-                             "peak memory, GB": say(s, "peak_memory_bytes", "{:.2f}", 1e9), "trained parameters": say(s, "trainable_parameters", "{:,}"),
-                             "of": say(s, "total_parameters", "{:,}"), "mean loss": say(s, "train_loss", "{:.3f}")} for e, s in rows.items()}).T.rename_axis("engine")
+    say = lambda s, k, digits=0, d=1: f"{s[k]/d:,.{digits}f}" if isinstance(s.get(k), (int, float)) else "–"
+    return pd.DataFrame({e: {"seconds": say(s, "seconds", 1), "steps": say(s, "steps"), "tokens per second": say(s, "tokens_per_second"), "peak memory, GB": say(s, "peak_memory_bytes", 2, 1e9),
+                             "trained parameters": say(s, "trainable_parameters"), "of": say(s, "total_parameters"), "mean loss": say(s, "train_loss", 3)} for e, s in rows.items()}).T.rename_axis("engine")
 
+# %% ../nbs/06_export.ipynb #c029
 def parity_table(parities) -> pd.DataFrame:
     "One row an artefact: is it the model that was scored?"
     return pd.DataFrame([{"file": f"{e}/{dict(adapter='adapters').get(what, what)}", "verdict": p["label"], "equal answers": f"{p['n'] - len(p['differing'])} of {p['n']}",
@@ -116,14 +120,14 @@ def skipped(run) -> list[str]:
     found = {e: training_summary(run, e) for e in run.recipe.engine}
     return [f"{e} was left out: {s.get('reason', 'it did not finish training')}." for e, s in found.items() if s.get("status") != "finished"]
 
-# %% ../nbs/06_export.ipynb #c025
+# %% ../nbs/06_export.ipynb #c032
 def markdown(frame) -> str:
     "A small table as Markdown."
     head = [frame.index.name or "", *map(str, frame.columns)]
     line = lambda cells: "| " + " | ".join("" if c is None or c != c else str(c).replace("|", "\\|") for c in cells) + " |\n"
     return line(head) + line(["---"]*len(head)) + "".join(line([i, *row]) for i, row in zip(frame.index, frame.itertuples(index=False)))
 
-# %% ../nbs/06_export.ipynb #c028
+# %% ../nbs/06_export.ipynb #c035
 GEMMA = "Gemma is provided under and subject to the Gemma Terms of Use found at https://ai.google.dev/gemma/terms. This model is a modified version of Gemma; its use restrictions apply to you too."
 HAI_DEF = "HAI-DEF is provided under and subject to the Health AI Developer Foundations Terms of Use found at https://developers.google.com/health-ai-developer-foundations/terms. This model is a modified version of a HAI-DEF model; its use restrictions apply to you too."
 
@@ -136,19 +140,18 @@ LIMITS = ["It was measured on the sets above and nothing else. How it does on ot
           "A choice among given options is easier than a free answer; accuracy here says little about text that the model writes by itself.",
           "Whatever bias its base and its training data have, it has too; it was not examined for it."]
 
-# %% ../nbs/06_export.ipynb #c030
+# %% ../nbs/06_export.ipynb #c037
 def card_data(run, metrics) -> ModelCardData:
     "The machine-readable head of the card."
     r, results = run.recipe, []
-    for who, sets in metrics["models"].items():
-        for s, scores in sets.items():
-            m = main_metric(scores)
-            results.append(EvalResult(task_type="multiple-choice" if m == "accuracy" else "text-generation", dataset_type=r.dataset.name or r.name, dataset_name=f"{r.dataset.name or r.name} ({s})",
-                                      dataset_split=s, metric_type=m, metric_value=scores[m]["value"], metric_name=f"{m} ({who})",
-                                      metric_args=dict(ci95=scores[m]["ci95"], n=scores[m]["n"])))
+    for who, s, scores in [(w, s, x) for w, sets in metrics["models"].items() if w != "base" for s, x in sets.items()]:
+        m = main_metric(scores); name = r.dataset.name or r.name
+        results.append(EvalResult(task_type="multiple-choice" if m == "accuracy" else "text-generation", dataset_type=name, dataset_name=f"{name} ({s})", dataset_split=s,
+                                  metric_type=m, metric_value=scores[m]["value"], metric_name=f"{m} ({who})", metric_args=dict(ci95=scores[m]["ci95"], n=scores[m]["n"])))
     return ModelCardData(base_model=base_name(r), datasets=[r.dataset.name] if r.dataset.name else None, library_name="peft" if r.lora else "transformers",
                          pipeline_tag="text-generation", tags=["medft", r.task, *(["lora"] if r.lora else [])], model_name=r.name, eval_results=results)
 
+# %% ../nbs/06_export.ipynb #c038
 def base_name(recipe): return Path(recipe.model.name).name if Path(recipe.model.name).is_dir() else recipe.model.name
 
 def procedure(recipe) -> list[tuple[str, str]]:
@@ -158,7 +161,7 @@ def procedure(recipe) -> list[tuple[str, str]]:
             ("adapter", ", ".join(f"{k} {v}" for k, v in recipe.lora.given().items()) if recipe.lora else "none: every weight was trained"),
             ("quantisation", ", ".join(f"{k} {v}" for k, v in recipe.quantization.given().items()) if recipe.quantization else "none"), *((k, str(v)) for k, v in t.items())]
 
-# %% ../nbs/06_export.ipynb #c032
+# %% ../nbs/06_export.ipynb #c040
 SCORING = dict(accuracy="Every option's text is appended to the question; the model's choice is the option with the largest summed log-probability.",
                loss="The loss is the mean negative log-likelihood per token, in nats.")
 
@@ -175,12 +178,13 @@ def model_card(run, metrics, parities) -> str:
         limits=LIMITS, notice=notice(r.model.name, read_json(run.path/"model.json", {}).get("architecture", "")))
     return str(card)
 
+# %% ../nbs/06_export.ipynb #c041
 def rows_in_words(report) -> str:
     "What the data room kept."
     return (f"{report.get('rows_in', 0):,} rows read, {report.get('rows_out', 0):,} kept, {sum(report.get('rejected', {}).values()):,} rejected, {sum(report.get('filtered', {}).values()):,} filtered; "
             f"{report.get('trainable_tokens', 0):,} tokens trained on, {report.get('truncated', 0):,} rows truncated.")
 
-# %% ../nbs/06_export.ipynb #c034
+# %% ../nbs/06_export.ipynb #c043
 def inline(fig) -> str:
     "A figure as SVG text to put into a page; the same figure always gives the same text."
     if fig is None: return ""
@@ -194,10 +198,10 @@ def plot_losses(run) -> Figure | None:
     with mpl.rc_context(STYLE):
         fig = Figure(figsize=(4.8, 2.4), layout="constrained"); ax = fig.subplots()
         for i, (e, log) in enumerate(logs.items()): ax.plot([r["step"] for r in log], [r["loss"] for r in log], color=COLORS.get(e), lw=3 - 1.6*i, label=e)
-        ax.set(xlabel="step", ylabel="loss"); fig.legend(loc="outside upper center", ncols=4)
+        ax.set(xlabel="step", ylabel="loss", ylim=(0, None)); fig.legend(loc="outside upper center", ncols=4)
     return fig
 
-# %% ../nbs/06_export.ipynb #c035
+# %% ../nbs/06_export.ipynb #c044
 def changed_answers(frames, rows, name, most=10) -> list[dict]:
     "Items that an engine answers otherwise than the base: those it lost first, at most half, then those it gained."
     who = list(dict.fromkeys(["base", *(w for w, s in frames if s == name)])); base, tuned = frames["base", name], frames[who[1], name]
@@ -213,15 +217,22 @@ def changed_texts(frames, rows, name, who, most):
     say = lambda w, i: dict(who=w, text=f"{frames[w, name].nll[i]/frames[w, name].tokens[i]:.3f} nats per token", mark="")
     return [dict(prompt=(rows[i]["prompt"] + rows[i].get("completion", ""))[:300], truth="", answers=[say(w, i) for w in who]) for i in np.argsort(-moved.to_numpy(), kind="stable")[:most]]
 
-# %% ../nbs/06_export.ipynb #c037
-def html_table(frame) -> str: return frame.fillna("").to_html(border=0) if len(frame) else ""
+# %% ../nbs/06_export.ipynb #c046
+def html_table(frame) -> str: return frame.fillna("").reset_index().to_html(index=False, border=0) if len(frame) else ""
+
+def data_table(data) -> pd.DataFrame:
+    "Rows of every split, and what was counted."
+    counts = {k: f"{data[k]:,}" for k in ("rows_in", "rows_out", "tokens", "trainable_tokens", "truncated") if k in data} | {f"rejected: {k}": v for k, v in data.get("rejected", {}).items()}
+    return pd.Series({f"rows in {k}": f"{v:,}" for k, v in data.get("splits", {}).items()} | counts, name="count").to_frame().rename_axis("what")
+
+# %% ../nbs/06_export.ipynb #c049
+def _checks(data): return pd.DataFrame(data["checks"]).T[["action", "count"]].rename_axis("check") if data.get("checks") else pd.DataFrame()
 
 def report(run, metrics, parities) -> str:
     "The report as one self-contained HTML page."
     frames, name, data = read_predictions(run), metrics["main"], read_json(run.path/"data"/"report.json", {})
-    notes = [f"{e}/{what}: {p['how'] + '; ' if 'how' in p else ''}{in_words(p)}." for e, found in parities.items() for what, p in found.items()]
+    notes = [f"{e}/{what}: {p['how'] + '; ' if 'how' in p else ''}{in_words(p)}." for e, found in parities.items() for what, p in found.items() if p["differing"] or "dequantised" in p.get("how", "")]
     figures = [(plot_scores(metrics), "Every model on every set; bars are intervals, the dashed line is chance."), (plot_subjects(metrics), f"By subject, on {name} (number of items in brackets).")]
-    checks = pd.DataFrame(data.get("checks", {})).T
     page = Environment(loader=FileSystemLoader(assets()), autoescape=True, trim_blocks=True).get_template("report.html.j2")
     return page.render(
         title=run.recipe.name, description=run.recipe.description, run=run.path.name, created=run.manifest.get("created", ""), verdicts=list(metrics["verdict"].values()),
@@ -229,14 +240,9 @@ def report(run, metrics, parities) -> str:
         plots=[dict(svg=inline(f), caption=c) for f, c in figures if f is not None], parity=html_table(parity_table(parities)), notes=notes, losses=inline(plot_losses(run)),
         training=html_table(training_table(run)), changed=changed_answers(frames, load_split(run, name).to_list(), name),
         changed_note=f"On {name}; answers the tuned model lost come first, then those it gained.", data=html_table(data_table(data)),
-        checks=html_table(checks[["action", "count"]].rename_axis("check")) if len(checks) else "", recipe=run.recipe.to_yaml(), manifest=json.dumps(run.manifest, indent=1, default=str))
+        checks=html_table(_checks(data)), recipe=run.recipe.to_yaml(), manifest=json.dumps(run.manifest, indent=1, default=str))
 
-def data_table(data) -> pd.DataFrame:
-    "Rows of every split, and what was counted."
-    counts = {k: f"{data[k]:,}" for k in ("rows_in", "rows_out", "tokens", "trainable_tokens", "truncated") if k in data} | {f"rejected: {k}": v for k, v in data.get("rejected", {}).items()}
-    return pd.Series({f"rows in {k}": f"{v:,}" for k, v in data.get("splits", {}).items()} | counts, name="count").to_frame().rename_axis("what")
-
-# %% ../nbs/06_export.ipynb #c039
+# %% ../nbs/06_export.ipynb #c051
 def artefacts(run) -> dict:
     "What is handed over: path -> bytes and SHA-256."
     paths = [p for e in trained(run) for p in (run.path/e/"adapters", run.path/e/"model", run.path/e/"merged") if p.is_dir()]
@@ -244,6 +250,7 @@ def artefacts(run) -> dict:
     size = lambda p: p.stat().st_size if p.is_file() else sum(f.stat().st_size for f in p.rglob("*") if f.is_file())
     return {str(p.relative_to(run.path)): dict(bytes=size(p), sha256=sha256(p)) for p in paths}
 
+# %% ../nbs/06_export.ipynb #c052
 def export(run) -> dict:
     "Check every artefact, write card, report, training.env and export.json. Raises `Refused` when an artefact answers otherwise."
     if not (run.path/"metrics.json").exists(): run.log("export: nothing is scored yet; evaluating first"); evaluate(run)

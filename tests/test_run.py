@@ -87,7 +87,7 @@ def test_same_recipe_and_seed_give_the_same_bytes(tmp_path):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real MedMCQA rows in ../shared/data are not on this machine")
 def test_real_questions_end_in_a_tie(tmp_path):
-    done = medft("run", "medmcqa_tiny", "dataset.name=null", "dataset.revision=null", "dataset.split=null", f"dataset.path={DATA/'medmcqa/dev.json'}",
+    done = medft("run", "medmcqa_tiny", f"dataset.path={DATA/'medmcqa/dev.json'}",
                  "dataset.max_samples=256", "evaluation.max_items=150", "tracking.mlflow=false", "--stages", "data,train,evaluate", runs=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     verdict = read(only_run(tmp_path, "medmcqa_tiny")/"metrics.json")["verdict"]["trl"]

@@ -106,11 +106,11 @@ def test_failed_and_interrupted_runs_say_so(tmp_path, monkeypatch):
 
 def test_secrets_are_known_by_their_names(monkeypatch):
     from medft.core import load_recipe
-    from medft.track import SECRET, parameters, redact
+    from medft.track import SECRET, recipe_parameters, redact
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "hub_token", "OPENAI_API_KEY", "CLIENT_SECRET"): assert SECRET.search(name), name
     for name in ("TOKENIZERS_PARALLELISM", "max_new_tokens", "num_tokens", "PATH", "MONKEY", "KEYBOARD", "include_num_input_tokens_seen"): assert not SECRET.search(name), name
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    got = parameters(load_recipe("quickstart", ["description=a " + TOKEN, "model.name=https://me:hunter2@example.org/x"]))
+    got = recipe_parameters(load_recipe("quickstart", ["description=a " + TOKEN, "model.name=https://me:hunter2@example.org/x"]))
     assert TOKEN not in str(got) and "hunter2" not in str(got) and redact("") == ""
 
 @pytest.mark.parametrize("kind", ["dead", "slow"])

@@ -7,7 +7,7 @@ Docs: https://medft.github.io/medft/assets/starter.html.md"""
 # %% auto #0
 __all__ = ['chat_template', 'config', 'tokenizer_config', 'world', 'invent_facts', 'render', 'invented_question',
            'reading_question', 'pretrain_rows', 'leaks', 'train_tokenizer', 'tokenizer_texts', 'jsonl', 'as_csv',
-           'make_files', 'write_files', 'differing']
+           'make_files', 'write_files', 'differing', 'ship', 'cloze_share', 'collect']
 
 # %% ../../nbs/assets/starter.ipynb #c003
 import csv, gzip, io, json, os, random, re
@@ -108,7 +108,7 @@ def tokenizer_texts(
     plain = sorted({r["text"] for _, r in rows if "text" in r})
     return plain + [r["prompt"] + r["completion"] for _, r in rows if "prompt" in r][::3]
 
-# %% ../../nbs/assets/starter.ipynb #c030
+# %% ../../nbs/assets/starter.ipynb #c031
 chat_template = (
     "{%- for m in messages %}"
     "{%- if m['role'] == 'system' %}{{ m['content'] + '\\n' }}"
@@ -116,7 +116,7 @@ chat_template = (
     "{%- elif m['role'] == 'assistant' %}{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}"
     "{%- endif %}{%- endfor %}")
 
-# %% ../../nbs/assets/starter.ipynb #c035
+# %% ../../nbs/assets/starter.ipynb #c036
 config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=2048, hidden_size=192, num_hidden_layers=4,
               intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, head_dim=48, hidden_act="silu",
               max_position_embeddings=512, initializer_range=.03, rms_norm_eps=1e-6, tie_word_embeddings=True,
@@ -126,7 +126,7 @@ config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size
 tokenizer_config = dict(tokenizer_class="PreTrainedTokenizerFast", pad_token="<pad>", eos_token="<eos>", model_max_length=512,
                         padding_side="right", clean_up_tokenization_spaces=False)
 
-# %% ../../nbs/assets/starter.ipynb #c037
+# %% ../../nbs/assets/starter.ipynb #c038
 def jsonl(rows):
     "Rows as JSON lines."
     return "".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in rows).encode()
@@ -137,7 +137,7 @@ def as_csv(rows):
     w = csv.DictWriter(out, rows[0], lineterminator="\n"); w.writeheader(); w.writerows(rows)
     return out.getvalue().encode()
 
-# %% ../../nbs/assets/starter.ipynb #c038
+# %% ../../nbs/assets/starter.ipynb #c039
 def make_files():
     "Every file made here, as {path: bytes}."
     groups = split_facts(facts())
@@ -152,7 +152,7 @@ def make_files():
     files[tiny/"tokenizer.json"] = (train_tokenizer(tokenizer_texts(rows)).to_str(pretty=True) + "\n").encode()
     return files
 
-# %% ../../nbs/assets/starter.ipynb #c040
+# %% ../../nbs/assets/starter.ipynb #c041
 def write_files(
     files, # from `make_files`
 ):
@@ -167,3 +167,42 @@ def differing(
     "Shipped files that are missing or not what `make_files` makes."
     plain = lambda p, b: gzip.decompress(b) if p.suffix == ".gz" else b
     return [p.name for p, b in files.items() if not p.exists() or plain(p, p.read_bytes()) != plain(p, b)]
+
+# %% ../../nbs/assets/starter.ipynb #c045
+def ship(
+    trained, # folder of a pre-trained base
+    out, # where the base goes
+):
+    "A pre-trained base as it ships: weights in bfloat16, with the tokenizer."
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(out)
+    AutoTokenizer.from_pretrained(trained).save_pretrained(out)
+
+def cloze_share(
+    base, # a model folder
+): # {group: accuracy with interval}
+    "How many of the plain sentences a base completes with the right value."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from medft.evaluate import score_choices, share
+    rows = [json.loads(l) for l in (here/"cloze.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = score_choices(AutoModelForCausalLM.from_pretrained(base).float().eval(), AutoTokenizer.from_pretrained(base), rows)
+    right = [(r["id"][0], s.index(max(s)) == r["answer"]) for r, s in zip(rows, scores)]
+    return {g: share([ok for h, ok in right if h == g]) for g in "BC"}
+
+# %% ../../nbs/assets/starter.ipynb #c046
+def collect(
+    seeds, # {seed: {"trl": run folder, "qlora": run folder, "shuffled": run folder, "base": model folder}}
+    quickstart, # run folder of the quickstart itself
+    costs, # {recipe: run folder}
+): # for evidence.json
+    "What runs wrote into their folders, in one small file."
+    from medft.core import read_json
+    def scores(run, who): return {s: m["accuracy"] for s, m in read_json(f"{run}/metrics.json")["models"][who].items()}
+    out = [dict(seed=s, cloze=cloze_share(r["base"]), models=dict(base=scores(r["trl"], "base"), **{k: scores(r[k], "trl") for k in ("trl", "qlora", "shuffled")})) for s, r in seeds.items()]
+    metrics, manifest = read_json(f"{quickstart}/metrics.json"), read_json(f"{quickstart}/manifest.json")
+    shown = dict(models={m: scores(quickstart, m) for m in metrics["models"]}, verdict={e: v["sentence"] for e, v in metrics["verdict"].items()},
+                 minutes=sum(s["seconds"] for s in manifest["stages"].values())/60, stages={k: v["seconds"] for k, v in manifest["stages"].items()},
+                 hardware=manifest["hardware"], packages=manifest["packages"])
+    cost = {k: {c: read_json(f"{r}/trl/training.json")[c] for c in ("seconds", "peak_memory_bytes", "tokens_per_second")} for k, r in costs.items()}
+    return dict(seeds=out, quickstart=shown, cost=cost)
