@@ -106,6 +106,7 @@ def last_checkpoint(run, engine):
 def save(run, engine, model, tok):
     "Write what was trained: the adapter, or the whole model. The folder appears when it is complete."
     for c in getattr(model, "peft_config", {}).values(): c.base_model_name_or_path = run.recipe.model.name     # not a path of this machine
+    model.config._name_or_path = run.recipe.model.name
     out = run.path/engine/("adapters" if hasattr(model, "peft_config") else "model")
     tmp = out.with_name(f".{out.name}.new"); shutil.rmtree(tmp, ignore_errors=True)
     model.save_pretrained(tmp); tok.save_pretrained(tmp)
