@@ -12,6 +12,8 @@ __all__ = ['TOLERANCE', 'SHAPES', 'GEMMA', 'HAI_DEF', 'LIMITS', 'SCORING', 'pari
            'artefacts', 'export']
 
 # %% ../nbs/06_export.ipynb #c003
+from .core import Refused, assets, atomic_write, device, open_run, read_json, sha256, write_json  # first: it sets switches that the libraries read
+
 import io, json, os, re, shlex
 from pathlib import Path
 
@@ -21,7 +23,6 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
-from .core import Refused, assets, atomic_write, device, open_run, read_json, sha256, write_json
 from .data import load_split, load_tokenizer
 from .evaluate import COLORS, STYLE, evaluate, main_metric, only_positions, pad, plot_scores, plot_subjects, predict, read_predictions, table
 from .model import load_tuned, merge, torch_dtype
@@ -262,5 +263,5 @@ def export(run) -> dict:
     out = dict(artefacts=artefacts(run), parity=parities, tolerance=TOLERANCE); write_json(run.path/"export.json", out)
     wrong = [f"{e}/{what}: {in_words(p)}" for e, found in parities.items() for what, p in found.items() if p["label"] == "different"]
     if wrong: raise Refused(f"not the model that was scored: {'; '.join(wrong)} (all are listed in {run.path.name}/export.json)")
-    run.log(f"export: {len(out['artefacts'])} artefacts, report in {run.path/'report.html'}")
+    run.log(f"export: {len(out['artefacts'])} artefacts, report in {run.path.name}/report.html")
     return out

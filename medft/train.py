@@ -9,7 +9,7 @@ __all__ = ['has_bfloat16', 'sft_config', 'Record', 'read_log', 'peak_memory', 's
            'make_trainer', 'last_checkpoint', 'save', 'fit', 'train', 'training_summary', 'trained', 'skip']
 
 # %% ../nbs/03_train.ipynb #c003
-from .core import MedftError, device, open_run, read_json, seed_everything, write_json
+from .core import MedftError, device, model_path, open_run, read_json, seed_everything, write_json
 from .data import ensure_data, load_split, load_tokenizer
 from .model import load_base, lora_config
 
@@ -103,17 +103,18 @@ def last_checkpoint(run, engine):
     folder = run.path/engine/"checkpoints"
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
+# %% ../nbs/03_train.ipynb #c022
 def save(run, engine, model, tok):
     "Write what was trained: the adapter, or the whole model. The folder appears when it is complete."
-    for c in getattr(model, "peft_config", {}).values(): c.base_model_name_or_path = run.recipe.model.name     # not a path of this machine
-    model.config._name_or_path = run.recipe.model.name
     out = run.path/engine/("adapters" if hasattr(model, "peft_config") else "model")
     tmp = out.with_name(f".{out.name}.new"); shutil.rmtree(tmp, ignore_errors=True)
     model.save_pretrained(tmp); tok.save_pretrained(tmp)
+    for p in [tmp/"adapter_config.json", tmp/"README.md"]:
+        if p.exists(): p.write_text(p.read_text().replace(model_path(run.recipe.model.name), run.recipe.model.name))
     shutil.rmtree(out, ignore_errors=True); os.replace(tmp, out)
     return out
 
-# %% ../nbs/03_train.ipynb #c021
+# %% ../nbs/03_train.ipynb #c023
 def fit(run, engine, model, tok, peft_config) -> dict:
     "Train, save, and say what it took (training.json)."
     (run.path/engine).mkdir(exist_ok=True)
@@ -131,7 +132,7 @@ def fit(run, engine, model, tok, peft_config) -> dict:
     run.log(f"{engine}: {summary['steps']} steps in {seconds:.1f} s, {summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_bytes']/1e9:.2f} GB")
     return summary
 
-# %% ../nbs/03_train.ipynb #c023
+# %% ../nbs/03_train.ipynb #c025
 def train(run, engine="trl") -> dict:
     "Train a run's recipe with plain TRL and PEFT."
     if run.recipe.task == "classification": raise MedftError("model.task: this version trains generative and pretraining tasks; classification is not there yet")
