@@ -262,6 +262,8 @@ class Recipe(Section):
     def task(self): return self.model.task
     @property
     def seed(self): return self.training.seed if self.training.seed is not None else 42
+    @property
+    def max_length(self): return self.training.max_length or library_default("training", "max_length")
 
 # %% ../nbs/00_core.ipynb #c036
 def _dump(recipe):

@@ -12,7 +12,7 @@ __all__ = ['OPTIONS', 'SHAPES', 'LETTERS', 'TRUNCATED_SHARE', 'CHECKS', 'from_me
            'hold_out', 'prepare', 'load_split', 'scored_sets', 'ensure_data']
 
 # %% ../nbs/01_data.ipynb #c003
-from .core import MedftError, Recipe, atomic_write, library_default, locate, model_path, open_run, read_json, sha256, write_json  # first: it sets switches that the libraries read
+from .core import MedftError, Recipe, atomic_write, locate, model_path, open_run, read_json, sha256, write_json  # first: it sets switches that the libraries read
 
 import csv, gzip, html, io, json, os, random, re, shutil, sys
 from collections import Counter
@@ -287,7 +287,7 @@ def prepare(run) -> dict:
     "Read, split, render, tokenise, check and write a recipe's data. Returns the report."
     r, folder = run.recipe, run.path/"data"
     splits, report = gather(r)
-    tok, limit = load_tokenizer(r), r.training.max_length or library_default("training", "max_length")
+    tok, limit = load_tokenizer(r), r.max_length
     rows = {name: [to_prompt(tok, ex, r.dataset.answer) for ex in part] for name, part in splits.items()}
     for part in rows.values():
         coded = encode(tok, [x["prompt"] for x in part], [x["completion"] for x in part])

@@ -199,7 +199,7 @@ def predict(model, tok, rows, recipe, say=None) -> pd.DataFrame:
     size = recipe.evaluation.batch_size
     if "options" in rows[0]: return predict_choices(model, tok, rows, size, say)
     if "input_ids" not in rows[0]: raise MedftError(f"scored rows need options, or input_ids and completion_mask; found {sorted(rows[0])}")
-    frame = predict_text(model, tok, rows, size, recipe.training.max_length or 2048, say)
+    frame = predict_text(model, tok, rows, size, recipe.max_length, say)
     if "reference" not in rows[0] or not recipe.evaluation.generate: return frame
     said = write_answers(model, tok, rows, say=say)
     return frame.assign(answer=said, reference=[r["reference"] for r in rows], exact=[normal(a) == normal(r["reference"]) for a, r in zip(said, rows)],

@@ -17,11 +17,9 @@ try:
 except Exception as e: UNSLOTH = f"unsloth does not start on this machine: {str(e).splitlines()[0]}"
 
 # %% ../nbs/04_fast.ipynb #c005
-import torch
-
-from .core import MedftError, device, model_path, open_run
+from .core import model_path, open_run
 from .data import ensure_data, load_tokenizer
-from .model import quantization_config, torch_dtype
+from .model import torch_dtype
 from .train import fit, read_log, skip, trained, training_summary
 
 # %% ../nbs/04_fast.ipynb #c009
@@ -38,7 +36,7 @@ def load_unsloth(recipe):
     "The base and its adapter through Unsloth."
     from unsloth import FastLanguageModel
     q = recipe.quantization
-    model, _ = FastLanguageModel.from_pretrained(model_path(recipe.model.name), revision=recipe.model.revision, max_seq_length=recipe.training.max_length,
+    model, _ = FastLanguageModel.from_pretrained(model_path(recipe.model.name), revision=recipe.model.revision, max_seq_length=recipe.max_length,
                                                  dtype=torch_dtype(recipe), load_in_4bit=bool(q and q.load_in_4bit), full_finetuning=recipe.lora is None)
     return model if recipe.lora is None else FastLanguageModel.get_peft_model(model, **unsloth_adapter(recipe))
 

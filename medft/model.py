@@ -10,7 +10,7 @@ __all__ = ['load_config', 'meta_model', 'lora_config', 'adapted_modules', 'prefl
            'memory_free', 'check_fit', 'inspect']
 
 # %% ../nbs/02_model.ipynb #c003
-from .core import MedftError, Recipe, device, library_default, model_path, nearest, open_run, seed_everything, sha256, write_json
+from .core import MedftError, Recipe, device, model_path, nearest, open_run, seed_everything, sha256, write_json
 from .data import ensure_data, load_split, load_tokenizer
 
 import os, shutil
@@ -46,7 +46,7 @@ def adapted_modules(recipe, shapes) -> list[str]:
 def preflight(recipe, tok, config) -> dict:
     "Refuse what cannot work, before weights are loaded. Returns parameter counts."
     text = config.get_text_config()
-    limit = recipe.training.max_length or library_default("training", "max_length")
+    limit = recipe.max_length
     context = getattr(text, "max_position_embeddings", None)
     if context and limit > context: raise MedftError(f"training.max_length={limit} is longer than the {context} positions that {recipe.model.name} was made for")
     if len(tok) > text.vocab_size: raise MedftError(f"the tokenizer knows {len(tok)} tokens, the model has {text.vocab_size} rows for them: they do not belong together")

@@ -1,9 +1,9 @@
 "The command line: what it refuses, what it says, what it leaves behind."
-import json, os, statistics, subprocess, sys, time
+import json, subprocess, sys
 from pathlib import Path
 
 import pytest
-from stages import PARAMETERS, STAGES, environment, manifest, medft, write
+from stages import PARAMETERS, manifest, medft, write
 
 OFF = "tracking.mlflow=false"
 

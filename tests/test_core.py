@@ -1,11 +1,11 @@
 """Recipes and run folders: what has no place on the page."""
-import os, subprocess, sys, threading
+import subprocess, sys, threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from medft.core import MedftError, Run, atomic_write, load_recipe, read_json, sha256, write_json
+from medft.core import MedftError, Run, atomic_write, load_recipe, read_json, write_json
 
 SEEDS = Path(__file__).resolve().parents[2]/"shared/seeds"
 
