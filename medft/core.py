@@ -70,6 +70,7 @@ def runs_root() -> Path:
     top, here = checkout(), Path.cwd().resolve()
     return (top if top and (here == top or top in here.parents) else here)/"runs"
 
+# %% ../nbs/00_core.ipynb #c015s1
 def shipped_recipes() -> Path:
     "The folder of the recipes that come with medft."
     return checkout()/"runs" if checkout() else PACKAGE/"recipes"
@@ -221,6 +222,7 @@ class Evaluation(Section):
     confidence: float = 0.95
     generate: bool = False                      # open answers: also write them out (slow)
 
+# %% ../nbs/00_core.ipynb #c032s1
 class Export(Section):
     "What is handed over."
     merge: bool = True                          # also write the adapter merged into full weights
@@ -243,6 +245,7 @@ STAGES = dict(data="01_data", model="02_model", train="03_train", fast="04_fast"
 ENGINES = ("trl", "unsloth")
 Training, Lora = library_section("training"), library_section("lora")
 
+# %% ../nbs/00_core.ipynb #c034s1
 class Recipe(Section):
     "Everything that decides what a run does."
     name: str
@@ -297,6 +300,7 @@ def _plain(node, at=(), lines=None):
         if isinstance(node, t): return t(node)
     return node
 
+# %% ../nbs/00_core.ipynb #c038s1
 def read_yaml(
     path,   # a recipe file
 ) -> tuple[dict, dict]:   # its content, and (section, key) -> line
@@ -318,6 +322,7 @@ def _modern(raw):
     if "max_seq_length" in t: t["max_length"] = t.pop("max_seq_length")
     return raw
 
+# %% ../nbs/00_core.ipynb #c040s1
 def _override(raw, text):
     "Apply one key=value to a recipe's dict."
     key, eq, value = text.partition("=")
@@ -455,6 +460,7 @@ def create(cls: Run, recipe, root=None, run_id=None, command=None):
                created=time.strftime("%Y-%m-%dT%H:%M:%S%z"), stages={}, hashes={}, **environment()))
     return cls(path, recipe)
 
+# %% ../nbs/00_core.ipynb #c056s1
 @patch(cls_method=True)
 def open(cls: Run, path):
     "Open a run folder, with the recipe that was frozen in it."
@@ -523,6 +529,7 @@ def injected_parameters(cells) -> set:
     sources = [c for c in cells if c.startswith("# Parameters\n")]
     return {t.id for c in sources for s in ast.parse(c).body if isinstance(s, ast.Assign) for t in s.targets}
 
+# %% ../nbs/00_core.ipynb #c065s1
 def open_run(
     recipe="quickstart",    # a recipe's name or file
     run="",                 # a run folder; "": one for working by hand

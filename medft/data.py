@@ -265,6 +265,7 @@ def gather(recipe) -> tuple[dict, dict]:
     splits |= {name: take(path, name) for name, path in [("validation", d.validation_path), ("test", d.test_path), *d.sets.items()] if path}
     return hold_out(splits, recipe, report), report
 
+# %% ../nbs/01_data.ipynb #c046s1
 def hold_out(splits, recipe, report):
     "Cut what the recipe gave no file for out of the training rows, then keep at most max_samples of the rest."
     d, missing = recipe.dataset, {"validation", "test"} - set(splits)
@@ -283,6 +284,7 @@ def _save(rows, path):
     Dataset.from_list(rows).save_to_disk(tmp)
     shutil.rmtree(path, ignore_errors=True); os.replace(tmp, path)
 
+# %% ../nbs/01_data.ipynb #c047s1
 def prepare(run) -> dict:
     "Read, split, render, tokenise, check and write a recipe's data. Returns the report."
     r, folder = run.recipe, run.path/"data"

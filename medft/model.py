@@ -56,6 +56,7 @@ def preflight(recipe, tok, config) -> dict:
     if recipe.lora is None: return dict(total=total, trainable=total, modules=None)
     return dict(total=total, **trainable_part(recipe, model))
 
+# %% ../nbs/02_model.ipynb #c014s1
 def trainable_part(recipe, model) -> dict:
     "How much the adapter trains. Raises `MedftError` when it would train nothing."
     leaves = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
