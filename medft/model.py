@@ -126,7 +126,7 @@ def merge(run, engine, out):
 def memory_estimate(recipe, counts) -> dict:
     "Bytes for weights, gradients and optimizer states; activations come on top."
     q = recipe.quantization
-    width = 0.5 + 4/64 if q and q.load_in_4bit else 1 if q and q.load_in_8bit else torch_dtype(recipe).itemsize
+    width = 4 if recipe.lora is None else 0.5 + 4/64 if q and q.load_in_4bit else 1 if q and q.load_in_8bit else torch_dtype(recipe).itemsize
     adapter = 0 if recipe.lora is None else counts["trainable"]*4
     return dict(weights=int(counts["total"]*width) + adapter, gradients=counts["trainable"]*4, optimizer=counts["trainable"]*8)
 
