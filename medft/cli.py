@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'OK', 'WARN', 'BAD', 'explain', 'main', 'local_files', 'check_files', 'check_place', 'metric_text',
-           'score_table', 'run_summary', 'chosen_stages', 'planned', 'find_run', 'check_versions', 'check_machine',
-           'check_gpus', 'cpu_features', 'check_hub', 'check_surroundings', 'reachable']
+           'score_table', 'data_summary', 'run_summary', 'chosen_stages', 'planned', 'find_run', 'check_versions',
+           'check_machine', 'check_gpus', 'cpu_features', 'check_hub', 'check_surroundings', 'reachable', 'looked']
 
 # %% ../nbs/11_cli.ipynb #c002
 import os, sys, time
@@ -55,16 +55,21 @@ def main(args=None) -> int:
 def local_files(recipe) -> list[str]:
     "Files that a recipe names and that must be here."
     d = recipe.dataset
-    named = [*([d.path] if isinstance(d.path, str) else d.path or []), d.validation_path, d.test_path, *d.sets.values()]
-    return [p for p in named if p and "://" not in p]
+    named = [d.path, d.validation_path, d.test_path, *d.sets.values(), *d.benchmarks.values()]
+    return [p for entry in named for p in ([entry] if isinstance(entry, str) else entry or []) if "://" not in p]
 
 # %% ../nbs/11_cli.ipynb #c016
-def check_files(recipe):
+def check_files(
+    recipe,     # a Recipe
+    stages=(),  # names of the stages that will run
+):
     "Is everything here that a recipe names? Raises `MedftError`."
+    from medft import sources
     from medft.core import MedftError, locate
-    if recipe.task == "classification": raise MedftError("model.task: classification is not trained by this version; use generative or pretraining")
-    for p in local_files(recipe):
-        if not locate(p): raise MedftError(f"dataset: no such file: {p} (looked in {Path.cwd()}, then in medft's own data); mend the path in the recipe")
+    if not (recipe.dataset.path or recipe.dataset.name): raise MedftError("dataset: nothing to train on; name a file (dataset.path=FILE) or a hub data set (dataset.name=ID)")
+    if recipe.task == "classification" and set(stages) != {"data"}:
+        raise MedftError("model.task: classification is prepared (--stages data) but not trained by this version; use generative or pretraining")
+    for p in local_files(recipe): sources.parts(p)
     if recipe.model.name.startswith((".", "/", "~")) and not locate(recipe.model.name): raise MedftError(f"model.name: no such folder: {recipe.model.name}")
 
 # %% ../nbs/11_cli.ipynb #c019
@@ -111,6 +116,19 @@ def score_table(
         if k: rows.append([s, k, first[k].get("n", ""), *(metric_text(sets.get(s, {}).get(k) or {}) for sets in models.values())])
     return rows
 
+# %% ../nbs/11_cli.ipynb #c027s1
+def data_summary(
+    report,     # data/report.json
+) -> list[str]:
+    "Where the rows went, and what the checks found, in a few lines."
+    some = lambda counts: f" ({', '.join(f'{k} {v:,}' for k, v in counts.items())})" if counts else ""
+    left, total = (report.get(k, {}) for k in ("rejected", "filtered")), lambda c: f"{sum(c.values()):,}"
+    out = [f"rows in {report['rows_in']:,} = out {report['rows_out']:,} + " + " + ".join(f"{n} {total(c)}{some(c)}" for n, c in zip(("rejected", "filtered"), left)),
+           " · ".join(f"{k} {v:,}" for k, v in report.get("splits", {}).items()) + f" rows; {', '.join(dict.fromkeys(report.get('shapes', {}).values()))}",
+           f"{report['trainable_tokens']:,} of {report['tokens']:,} training tokens are trained on; {report['truncated']:,} rows are cut at {report['max_length']}"]
+    found = [[c["action"], name, f"{c['count']:,} rows", f"e.g. {', '.join(c['ids'][:3])}"] for name, c in report.get("checks", {}).items() if c["count"]]
+    return out + _aligned(found) if found else [*out, "no check found anything"]
+
 # %% ../nbs/11_cli.ipynb #c028
 def run_summary(run) -> list[str]:
     "What a run found, in a few lines."
@@ -119,6 +137,7 @@ def run_summary(run) -> list[str]:
     found, m = read_json(run.path/"metrics.json", {}), run.manifest
     out = [v.get("sentence") or f"{e}: {v.get('label')}" for e, v in found.get("verdict", {}).items()]
     if found.get("models"): out += ["", *_aligned(score_table(found["models"]))]
+    elif report := read_json(run.path/"data"/"report.json", {}): out += data_summary(report)
     times = [f"{s} {v['seconds']:.0f} s" for s, v in m.get("stages", {}).items() if v.get("seconds") is not None]
     return [*out, "", " · ".join(times), f"{run.status}: {shorter(run.path)}"]
 
@@ -154,8 +173,8 @@ def planned(
     from medft.core import load_recipe, runs_root
     r, names = load_recipe(recipe, overrides or ()), chosen_stages(stages)
     root, place = Path(r.output.dir or runs_root()).resolve(), run_dir and run_dir.resolve()
-    check_files(r); check_place(place or root, fresh=bool(place))
     names = runner.stages_of(r, names)
+    check_files(r, names); check_place(place or root, fresh=bool(place))
     for s in names: runner.stage_notebook(s)
     return r, names, root, place
 
@@ -198,6 +217,47 @@ def _resume(
     names = names and runner.stages_of(r.recipe, names) or r.manifest.get("wanted") or runner.stages_of(r.recipe)
     if all(runner.is_complete(r, s) for s in names) and r.status == "finished": _say(f"nothing left to do: {runner.shorter(r.path)} is finished"); return
     _finish(r, names, started)
+
+# %% ../nbs/11_cli.ipynb #c043s1
+_prepare = typer.Typer(help="Make training data: pairs of patient records, or a packed corpus.", no_args_is_help=False, rich_markup_mode=None)
+app.add_typer(_prepare, name="prepare")
+
+@_prepare.command(name="entity-resolution")
+def _pairs(
+    synthea: str = typer.Argument(..., help="a folder of Synthea CSV files, or of FHIR bundles"),
+    out: Path = typer.Option(..., help="folder to write"),
+    seed: int = typer.Option(42, help="same seed, same bytes"),
+    per_patient: int = typer.Option(2, help="matches that a patient gives, and as many mismatches"),
+    ssn_missing: float = typer.Option(0.3, help="share of left records without a social security number"),
+    license: str = typer.Option(None, help="for the card, by the hub's name: apache-2.0, cc-by-4.0, ..."),
+    push: str = typer.Option(None, help="also push to this hub data set, org/name"),
+    public: bool = typer.Option(False, "--public", help="a pushed data set is public (private otherwise)"),
+):
+    "Patients to labelled pairs of records, split by patient, with a card."
+    from medft.linkage import prepare_pairs
+    about = prepare_pairs(synthea, out, seed, per_patient, ssn_missing, license, push, private=not public)
+    _say(" · ".join(f"{name} {sum(kinds.values()):,} pairs of {about['patients'][name]:,} patients" for name, kinds in about["pairs"].items()) + f" -> {out}")
+    _say(f"train on them: medft run your_data dataset.path={out}/train.jsonl dataset.validation_path={out}/validation.jsonl dataset.test_path={out}/test.jsonl")
+    if about.get("commit"): _say(f"pushed to {push}: {about['commit']}")
+
+# %% ../nbs/11_cli.ipynb #c043s2
+@_prepare.command(name="corpus")
+def _corpus(
+    paths: list[str] = typer.Argument(..., help="folders, files, patterns or URLs: JSON lines, JATS or CNXML, plain text"),
+    out: Path = typer.Option(..., help="folder to write; the same call goes on with an interrupted one"),
+    model: str = typer.Option("tiny-base", help="whose tokenizer: hub id, folder, or the shipped tiny base"),
+    revision: str = typer.Option(None, help="hub commit of the tokenizer"),
+    max_length: int = typer.Option(8192, help="tokens in a window"),
+    similarity: float = typer.Option(0.8, help="documents alike to this degree (Jaccard) are copies; 0: only equal ones"),
+    holdout: float = typer.Option(0.05, help="share of documents for validation, and as much for test; 0: all for training"),
+    seed: int = typer.Option(42, help="of the split"),
+    column: str = typer.Option("text", help="the column that holds the text"),
+    workers: int = typer.Option(None, help="processes; one a core if not given"),
+):
+    "Articles to packed windows: cleaned, deduplicated, tokenised, document boundaries kept."
+    from medft.corpus import corpus_summary, prepare_corpus
+    _say(corpus_summary(prepare_corpus(paths, out, model, revision, max_length, similarity, holdout, seed, column, workers)) + f" -> {out}")
+    _say(f"train on it: medft run your_data dataset.path={out} model.task=pretraining model.name={model} training.max_length={max_length}")
 
 # %% ../nbs/11_cli.ipynb #c045
 @app.command(name="list")
@@ -320,12 +380,18 @@ def reachable(uri, seconds=2) -> bool:
     except OSError: return False
 
 # %% ../nbs/11_cli.ipynb #c061
+def looked(look):
+    "What a check yields; a missing package ends that check, not the others."
+    try: yield from look()
+    except ImportError as e: yield BAD, f"{look.__name__.removeprefix('check_')}: not looked at, {e}", "install what is missing, then ask again"
+
 @app.command(name="doctor")
 def _doctor():
     "Look at the installation, and say what to mend."
-    found = [x for look in (check_versions, check_machine, check_hub, check_surroundings) for x in look()]
-    for level, what, cure in found: _say(f"{level:<5}{what}" + (f": {cure}" if cure else ""))
-    return int(any(level == BAD for level, *_ in found))
+    bad = 0
+    for level, what, cure in (x for look in (check_versions, check_machine, check_hub, check_surroundings) for x in looked(look)):
+        _say(f"{level:<5}{what}" + (f": {cure}" if cure else "")); bad |= level == BAD
+    return int(bad)
 
 # %% ../nbs/11_cli.ipynb #c073
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

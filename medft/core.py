@@ -9,12 +9,12 @@ __all__ = ['QUIET', 'PACKAGE', 'SOURCES', 'CLASSES', 'Action', 'STAGES', 'ENGINE
            'PACKAGES', 'MedftError', 'Refused', 'nearest', 'checkout', 'assets', 'notebooks', 'runs_root',
            'shipped_recipes', 'locate', 'recipe_folders', 'find_recipe', 'atomic_write', 'write_json', 'read_json',
            'sha256', 'library_fields', 'library_default', 'library_enums', 'library_section', 'Section', 'Model',
-           'Quantization', 'Checks', 'Dataset', 'Evaluation', 'Export', 'Tracking', 'Output', 'Recipe', 'to_yaml',
-           'flat', 'read_yaml', 'contradictions', 'load_recipe', 'cpu_name', 'environment', 'model_path', 'device',
-           'seed_everything', 'Run', 'injected_parameters', 'open_run', 'list_runs']
+           'Quantization', 'Checks', 'Source', 'Dataset', 'Evaluation', 'Export', 'Tracking', 'Output', 'Recipe',
+           'to_yaml', 'flat', 'read_yaml', 'contradictions', 'load_recipe', 'cpu_name', 'environment', 'model_path',
+           'device', 'peak_rss', 'seed_everything', 'Run', 'injected_parameters', 'open_run', 'list_runs']
 
 # %% ../nbs/00_core.ipynb #c002
-import ast, difflib, hashlib, importlib.metadata, importlib.util, io, json, logging, os, platform, subprocess, tempfile, time, typing, warnings
+import ast, difflib, hashlib, importlib.metadata, importlib.util, io, json, logging, os, platform, resource, subprocess, sys, tempfile, time, typing, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -187,32 +187,72 @@ class Quantization(Section):
     bnb_4bit_use_double_quant: bool = False
     bnb_4bit_compute_dtype: typing.Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
+
+# %% ../nbs/00_core.ipynb #c030a
 Action = typing.Literal["refuse", "warn", "off"]
 
 class Checks(Section):
     "What the data room does when it finds something: refuse the run, warn, or not look."
     untrainable: Action = "refuse"              # a row of which nothing would be trained on
-    truncated: Action = "refuse"                # more than 1 % of the rows longer than max_length
+    truncated: Action = "refuse"                # more than truncated_share of the rows longer than max_length
     overlap: Action = "refuse"                  # a scored item that is also trained on
+    chat_markers: Action = "refuse"             # a user's text that holds the model's own special tokens
     contradictions: Action = "warn"             # same question, another answer
     duplicates: Action = "warn"                 # the same row again
     same_options: Action = "warn"               # two options that read the same
 
+
+# %% ../nbs/00_core.ipynb #c030b
+class Checks(Checks):
+    "All checks: the exact ones above, and those that look for likeness, people and damage."
+    near_duplicates: Action = "warn"            # almost the same row again
+    near_overlap: Action = "warn"               # a scored item almost like one that is trained on
+    contamination: Action = "warn"              # a training row that holds an item of dataset.benchmarks
+    identifiers: Action = "warn"                # what may identify a real person (HIPAA Safe Harbor)
+    encoding: Action = "warn"                   # text decoded wrongly somewhere before
+    control_characters: Action = "warn"         # invisible characters
+    label_balance: Action = "warn"              # a label or answer position that is rare
+
+
 # %% ../nbs/00_core.ipynb #c031
-class Dataset(Section):
-    "Where the rows come from."
+class Source(Section):
+    "Where the rows come from, and what they are."
     name: str | None = None                     # hub id ...
     config_name: str | None = None
-    split: str | None = None                    # hub split to train on (default: train)
+    split: str | None = None                    # split to train on, of a hub data set or a saved one (default: train)
+    validation_split: str | None = None         # ... to validate on; None: held out of the training rows
+    test_split: str | None = None               # ... to be scored on; None: held out of the training rows
     revision: str | None = None                 # hub commit; null: resolved, and recorded
-    path: str | list[str] | None = None         # ... or local file(s) to train on
-    validation_path: str | None = None
-    test_path: str | None = None                # scored, never trained on; absent: held out of the training rows
-    sets: dict[str, str] = {}                   # further scored sets: name -> file
-    holdout: float = 0.1                        # share held out for validation, and for test, where no file is given
-    max_samples: int | None = None              # of the training rows; None: all
+    path: str | list[str] | None = None         # ... or files, folders, globs, URLs to train on
+    validation_path: str | list[str] | None = None
+    test_path: str | list[str] | None = None    # scored, never trained on; absent: held out of the training rows
+    sets: dict[str, str | list[str]] = {}       # further scored sets: name -> file
+    streaming: bool = False                     # read a remote source as it comes instead of fetching it first
+    columns: dict[str, str] = {}                # our column -> the file's: {question: q, answer: a}
+
+
+# %% ../nbs/00_core.ipynb #c031a
+warnings.filterwarnings("ignore", message='Field name "schema" in')   # the field's word for it; pydantic's own .schema is unused
+
+class Dataset(Source):
+    "What is made of the rows."
+    schema: str | None = None                   # None: recognised by the columns
+    labels: list[str] | None = None             # names of the labels, in order; None: as found
+    first_option: typing.Literal[0, 1] | None = None    # what a MedMCQA file calls its first option; None: read off the file
     answer: typing.Literal["text", "letter"] = "text"   # what a four-option question is answered with
+    system: str | None = None                   # a system message before every conversation
+    holdout: float = 0.1                        # share held out for validation, and for test, where no file is given
+    max_samples: int | None = None              # of the training rows; None or 0: all
+    similarity: float = 0.8                     # Jaccard similarity from which two texts are near-duplicates
+    truncated_share: float = 0.01               # share of cut rows from which check `truncated` acts
+    benchmarks: dict[str, str | None] = {}      # benchmark -> its file (null: from the hub), for check `contamination`
+    drop: list[str] = []                        # checks whose rows are left out instead
+    cache: bool = True                          # keep prepared rows, and use them again for the same recipe and files
     checks: Checks = Checks()
+
+    @property
+    def actions(self) -> dict: return self.checks.model_dump()
+
 
 # %% ../nbs/00_core.ipynb #c032
 class Evaluation(Section):
@@ -318,6 +358,7 @@ def _modern(raw):
     "Older spellings, moved to today's names."
     if "task" in raw: raw["model"] = (raw.get("model") or {}) | {"task": raw.pop("task")}
     if isinstance(raw.get("engine"), str): raw["engine"] = [raw["engine"]]
+    if isinstance(raw.get("dataset"), dict) and raw["dataset"].get("max_samples") == 0: raw["dataset"]["max_samples"] = None
     t = raw.get("training") or {}
     if "max_seq_length" in t: t["max_length"] = t.pop("max_seq_length")
     return raw
@@ -374,7 +415,12 @@ def contradictions(r: Recipe):
     if "unsloth" in r.engine and q and q.load_in_8bit: yield "engine", "", "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl]"
     if "unsloth" in r.engine and r.task == "classification": yield "engine", "", "unsloth has no sequence classifier; use engine: [trl]"
     if r.export.push_to_hub: yield "export", "push_to_hub", "this version writes to the run folder only; upload <engine>/adapters yourself (hf upload)"
-    if r.dataset.name and r.dataset.path: yield "dataset", "path", "a data set comes from the hub (name) or from a file (path), not both"
+    d = r.dataset
+    if d.name and d.path: yield "dataset", "path", "a data set comes from the hub (name) or from a file (path), not both"
+    if not 0 <= d.holdout < 0.5: yield "dataset", "holdout", f"a share below 0.5 is held out for validation, and as much for test; found {d.holdout}"
+    if not 0 < d.similarity <= 1: yield "dataset", "similarity", f"a Jaccard similarity lies between 0 and 1; found {d.similarity}"
+    for k in d.drop:
+        if k not in Checks.model_fields or k == "label_balance": yield "dataset", "drop", f"{k!r} is no check that finds rows{nearest(k, Checks.model_fields)}"
 
 # %% ../nbs/00_core.ipynb #c044
 def load_recipe(
@@ -433,6 +479,10 @@ def device() -> str:
     "cuda, mps or cpu: the best there is."
     import torch
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+def peak_rss() -> int:
+    "The largest resident memory of this process so far, in bytes."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
 
 def seed_everything(seed):
     "Seed Python, NumPy and torch, through transformers, so that every engine starts alike."

@@ -1,93 +1,192 @@
-"""The data room on real files and on broken ones."""
-import gzip, json
+"""The data room whole: real files by recipe, splits that hold groups together, checks, the cache."""
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from medft import data
+from medft import data, staging
 from medft.core import MedftError, Run, load_recipe, read_json
 
 DATA = Path(__file__).resolve().parents[2]/"shared/data"
 real = pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets in ../shared/data are not on this machine")
-OWN = ["dataset.test_path=null", "dataset.validation_path=null", "dataset.sets={}"]
+LOOSE = ["training.max_length=8192", "dataset.checks={truncated: warn, overlap: warn, chat_markers: warn}", "dataset.cache=false"]
 
 
 def prepared(tmp_path, path, *more):
-    run = Run.create(load_recipe("quickstart", [f"dataset.path={path}", *OWN, *more]), root=tmp_path/"runs")
+    run = Run.create(load_recipe("your_data", [f"dataset.path={path}", "training.max_length=512", "dataset.cache=false", *more]), root=tmp_path/"runs")
     return run, data.prepare(run)
 
 
 def balanced(report): return report["rows_in"] == report["rows_out"] + sum(report["rejected"].values()) + sum(report["filtered"].values())
+def split(run, name): return data.load_split(run, name).to_list()
+def write(path, rows): path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8"); return path
+
+
+# ---- everything real, by recipe ----
+REAL = {"medmcqa/dev.json": (2683, "medmcqa"), "medmcqa/validation-00000-of-00001.parquet": (2683, "medmcqa"), "medmcqa/validation.csv": (500, "medmcqa"),
+        "medqa/phrases_no_exclude_test.jsonl": (773, "medqa"), "medqa/train_from_devsplit.jsonl": (1269, "medqa"),
+        "pubmedqa/ori_pqal.json": (500, "pubmedqa"), "pubmedqa/train-00000-of-00001.parquet": (500, "pubmedqa"),
+        "medquad/medDataset_processed.csv": (5000, None), "medquad/medquad.parquet": (6435, "medquad"), "medquad/xml": (None, "medquad"),
+        "cpt_text/plos_articles.jsonl.gz": (81, "text"), "cpt_text/openstax_ap2e.jsonl.gz": (136, "text"), "cpt_text/plos_jats_xml": (40, "text"),
+        "cpt_text/openstax_ap2e_cnxml": (136, "text"), "synthea/csv": (622, "patient"), "synthea/csv_full_record": (27, "patient"), "synthea/fhir": (10, "patient"),
+        "synthea/er_pairs.jsonl": (2000, "entity-pairs")}
 
 
 @real
-@pytest.mark.parametrize("name, rows, first", [("medmcqa/dev.json", 2683, 1), ("medmcqa/validation-00000-of-00001.parquet", 2683, 0), ("medmcqa/validation.csv", 500, 0)])
-def test_medmcqa_in_every_shape(tmp_path, name, rows, first):
-    lines = data.read_file(DATA/name)
-    assert len(lines) == rows and data.first_option(r for _, r in lines) == first
-    run, report = prepared(tmp_path, DATA/name, "training.max_length=512", "dataset.checks.truncated=warn", "dataset.checks.overlap=warn")
-    assert balanced(report) and report["rows_in"] == rows
-    assert not any("Ans." in p for p in data.load_split(run, "train")["prompt"]), "an explanation that tells the answer was read"
+@pytest.mark.parametrize("name", REAL)
+def test_every_real_file_goes_in(tmp_path, name):
+    rows, schema = REAL[name]
+    run, report = prepared(tmp_path, DATA/name, *LOOSE)
+    assert balanced(report) and (rows is None or report["rows_in"] == rows) and report["shapes"]["train"] == (schema or report["shapes"]["train"]), report
+    assert report["rows_out"] > 0 and report["trainable_tokens"] > 0
+    rejected = [json.loads(l) for l in (run.path/"data/rejected.jsonl").open()]
+    assert len(rejected) == sum(report["rejected"].values()) and all(r["file"] and r["reason"] and r["row"] for r in rejected)
+    groups = {s: {g for r in split(run, s) for g in r["group"].split(" & ")} for s in report["splits"]}
+    for a in groups:
+        for b in groups: assert a == b or not groups[a] & groups[b], f"a group stands in {a} and in {b}"
 
 
 @real
-def test_the_same_rows_give_the_same_answers_in_both_numberings():
-    hub, raw = ({r["id"]: data.from_medmcqa(r, b)["answer"] for _, r in data.read_file(DATA/f"medmcqa/{f}") if r["cop"] is not None}
-                for f, b in (("validation-00000-of-00001.parquet", 0), ("dev.json", 1)))
-    assert hub == raw
+def test_the_same_questions_whatever_the_numbering(tmp_path):
+    a, b = ({r["id"]: (r["prompt"], r["completion"], r["answer"]) for s in ("train", "test") for r in split(prepared(tmp_path, DATA/f"medmcqa/{f}", *LOOSE)[0], s)}
+            for f in ("dev.json", "validation-00000-of-00001.parquet"))
+    assert a == b
+    assert not any("Ans." in p for p, *_ in a.values()), "an explanation that tells the answer was read"
 
 
 @real
 def test_unlabelled_rows_are_set_aside_and_named(tmp_path):
-    with pytest.raises(MedftError, match="no usable training row"): prepared(tmp_path, DATA/"medmcqa/test_unlabelled.json")
-    rejected = [json.loads(l) for l in next((tmp_path/"runs").rglob("rejected.jsonl")).open()] if list((tmp_path/"runs").rglob("rejected.jsonl")) else []
-    assert all(r["reason"] and r["file"] == "test_unlabelled.json" for r in rejected)
+    with pytest.raises(MedftError, match="no usable training row"): prepared(tmp_path, DATA/"medmcqa/test_unlabelled.parquet")
+    rejected = [json.loads(l) for l in next((tmp_path/"runs").rglob("data/rejected.jsonl")).open()]
+    assert len(rejected) == 200 and all("no answer" in r["reason"] and r["file"] == "test_unlabelled.parquet" for r in rejected)
 
 
 @real
-def test_medquad_csv(tmp_path):
-    run, report = prepared(tmp_path, DATA/"medquad/medDataset_processed.csv", "training.max_length=512", "dataset.checks.truncated=warn")
-    assert balanced(report) and report["shapes"]["train"] == "question/answer" and report["rows_out"] > 4000
-    groups = {s: set(data.load_split(run, s)["group"]) for s in ("train", "validation", "test")}
-    assert not groups["train"] & groups["test"] and not groups["train"] & groups["validation"]
+def test_llama_prompts_are_refused_by_a_model_that_does_not_know_their_markers(tmp_path):
+    with pytest.raises(MedftError, match="begin_of_text|start_header_id"): prepared(tmp_path, DATA/"llama3_prompt/medical_llama3_instruct.jsonl", *LOOSE)
+    run, report = prepared(tmp_path, DATA/"llama3_prompt/medical_llama3_instruct.jsonl", *LOOSE, "dataset.schema=alpaca")
+    assert balanced(report) and report["rows_in"] == 2000
 
 
+@real
+def test_pairs_of_patients_never_cross(tmp_path):
+    run, report = prepared(tmp_path, DATA/"synthea/er_pairs.jsonl", *LOOSE, "model.task=classification", "model.num_labels=2", "dataset.holdout=0.2")
+    assert balanced(report) and report["filtered"]["crosses_split"] > 0
+    of = {s: {g for r in split(run, s) for g in r["group"].split(" & ")} for s in report["splits"]}
+    assert not of["train"] & of["test"] and not of["train"] & of["validation"] and not of["test"] & of["validation"]
+    assert {r["label"] for r in split(run, "train")} == {0, 1}
+
+
+# ---- rows, splits, checks ----
 MCQ = dict(question="q", opa="a", opb="b", opc="c", opd="d", cop=0)
-BROKEN = {"half.jsonl": b'{"question": "a", "answer": "b"}\n{"question": "a", "ans', "array.json": b'[{"question": 1},', "list.jsonl": b'["a"]\n',
-          "latin.csv": "Question,Answer\nÜber,b\n".encode("latin-1"), "shift.csv": b"Question,Answer\na,b,c\n", "cut.jsonl.gz": gzip.compress(b'{"text": "a"}\n'*999)[:40],
-          "notgzip.jsonl.gz": b"plain", "strange.docx": b"PK", "noending": b"x", "columns.jsonl": b'{"foo": 1}\n', "bad.parquet": b"PAR1 no",
-          "numbering.jsonl": "\n".join(json.dumps(MCQ | {"cop": c}) for c in (0, 4)).encode()}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_one_line_that_names_it(tmp_path, name):
-    (tmp_path/name).write_bytes(BROKEN[name])
-    with pytest.raises(MedftError) as e: prepared(tmp_path, tmp_path/name)
-    assert "\n" not in str(e.value) and (name in str(e.value) or name == "numbering.jsonl"), str(e.value)
+def questions(n): return [MCQ | dict(question=f"Which sign belongs to finding number {i}, seen on day {i*i}?", cop=i % 4) for i in range(n)]
 
 
 def test_bad_rows_are_counted_and_kept(tmp_path):
-    rows = [MCQ | dict(question=f"question {i}", cop=i % 4) for i in range(50)] + [MCQ | dict(cop=9), MCQ | dict(opa=""), MCQ | dict(question=" "), MCQ | dict(cop=None)]
-    (tmp_path/"r.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run, report = prepared(tmp_path, tmp_path/"r.jsonl")
+    rows = questions(50) + [MCQ | dict(cop=9), MCQ | dict(opa=""), MCQ | dict(question=" "), MCQ | dict(cop=None)]
+    run, report = prepared(tmp_path, write(tmp_path/"r.jsonl", rows))
     assert balanced(report) and sum(report["rejected"].values()) == 4 and len(report["rejected"]) == 4
     assert [json.loads(l)["row"] for l in (run.path/"data/rejected.jsonl").open()] == [51, 52, 53, 54]
 
 
-def test_a_scored_question_in_the_training_rows_is_refused(tmp_path):
-    row = MCQ | dict(question="Which vitamin?")
-    (tmp_path/"a.jsonl").write_text("\n".join(json.dumps(MCQ | dict(question=f"q {i}")) for i in range(9)) + "\n" + json.dumps(row))
-    (tmp_path/"b.jsonl").write_text(json.dumps(row | dict(question="which  VITAMIN?")))
-    with pytest.raises(MedftError, match="overlap"): prepared(tmp_path, tmp_path/"a.jsonl", f"dataset.test_path={tmp_path/'b.jsonl'}")
-    assert prepared(tmp_path, tmp_path/"a.jsonl", f"dataset.test_path={tmp_path/'b.jsonl'}", "dataset.checks.overlap=warn")[1]["checks"]["overlap"]["count"] == 1
+def test_a_scored_question_in_the_training_rows_is_refused_or_dropped(tmp_path):
+    row = MCQ | dict(question="Which vitamin prevents scurvy?")
+    a, b = write(tmp_path/"a.jsonl", questions(20) + [row]), write(tmp_path/"b.jsonl", [row | dict(question="which  VITAMIN prevents scurvy?")])
+    test = f"dataset.test_path={b}"
+    with pytest.raises(MedftError, match="overlap"): prepared(tmp_path, a, test)
+    run, report = prepared(tmp_path, a, test, "dataset.checks={overlap: warn}")
+    assert report["checks"]["overlap"]["count"] == 1 and report["checks"]["overlap"]["ids"] == ["b.jsonl:1"]
+    assert {"check": "overlap", "id": "b.jsonl:1", "split": "test"} in [json.loads(l) for l in (run.path/"data/flagged.jsonl").open()]
+    run, report = prepared(tmp_path, a, test, "dataset.drop=[overlap]")
+    assert balanced(report) and report["filtered"]["dropped_overlap"] == 1 and not any("scurvy" in r["prompt"] for r in split(run, "train"))
+
+
+def test_a_benchmark_item_in_the_training_rows_is_found(tmp_path):
+    item = MCQ | dict(question="A 54-year-old man with a long history of smoking presents with haemoptysis, weight loss and a mass in the hilum of the right lung; which cells are seen?")
+    a, b = write(tmp_path/"a.jsonl", questions(30) + [item]), write(tmp_path/"exam.jsonl", [item])
+    _, report = prepared(tmp_path, a, f"dataset.benchmarks={{exam: {b}}}", "dataset.holdout=0.0")
+    assert report["checks"]["contamination"]["ids"] == ["a.jsonl:31"]
+    _, report = prepared(tmp_path, a, f"dataset.benchmarks={{exam: {b}}}", "dataset.holdout=0.0", "dataset.drop=[contamination]")
+    assert balanced(report) and report["rows_out"] == 30
+    with pytest.raises(MedftError, match="benchmarks"): prepared(tmp_path, a, "dataset.benchmarks={exma: null}")
 
 
 def test_max_samples_is_counted_as_filtered_and_repeatable(tmp_path):
-    (tmp_path/"r.jsonl").write_text("\n".join(json.dumps(MCQ | dict(question=f"q {i}")) for i in range(100)))
-    (a, ra), (b, rb) = (prepared(tmp_path, tmp_path/"r.jsonl", "dataset.max_samples=20") for _ in range(2))
+    path = write(tmp_path/"r.jsonl", questions(100))
+    (a, ra), (b, rb) = (prepared(tmp_path, path, "dataset.max_samples=20") for _ in range(2))
     assert balanced(ra) and ra["filtered"]["max_samples"] > 50 and read_json(a.path/"data/split.json") == read_json(b.path/"data/split.json")
 
 
+def test_near_copies_stay_on_one_side(tmp_path):
+    words = "fever cough rash nausea fatigue tremor oedema pallor dyspnoea jaundice syncope ataxia".split()
+    rng = np.random.default_rng(0)
+    base = [" ".join(rng.choice(words, 30)) + f" case {i}" for i in range(150)]
+    rows = [dict(question=t, answer="yes") for b in base for t in (b, b.replace("case", "Case:"), b + " .")]
+    run, report = prepared(tmp_path, write(tmp_path/"r.jsonl", rows))
+    number = lambda s: {r["prompt"].split("ase")[-1].strip(": .\nAnswer") for r in split(run, s)}
+    assert not number("train") & number("test") and not number("train") & number("validation") and number("test")
+
+
 def test_more_rows_move_no_row_to_another_side():
-    few, many = ({g: data.side(g, 1, .1) for g in map(str, range(n))} for n in (100, 1000))
-    assert few.items() <= many.items()
+    few, many = (dict(zip(keys, staging.side(keys, 1, .1))) for keys in (list(map(str, range(n))) for n in (100, 1000)))
+    assert few.items() <= many.items() and set(many.values()) == {"train", "validation", "test"}
+
+
+def test_text_with_a_label_becomes_a_classifiers_rows(tmp_path):
+    path = write(tmp_path/"r.jsonl", [dict(text=f"Report {i}: " + ("normal" if i % 3 else "a mass is seen"), label=int(i % 3 == 0)) for i in range(90)])
+    run, report = prepared(tmp_path, path, "model.task=classification", "model.num_labels=2", "dataset.labels=['0', '1']")
+    rows = split(run, "train")
+    assert balanced(report) and all(r["label"] == ("mass" in r["prompt"]) for r in rows) and "completion_mask" not in rows[0]
+    run, report = prepared(tmp_path, path)
+    assert report["labels"] == ["0", "1"] and all(r["options"][r["answer"]] in r["completion"] for r in split(run, "train"))
+
+
+def test_own_columns(tmp_path):
+    path = write(tmp_path/"r.jsonl", [dict(frage=f"What is disease {i}?", antwort=f"It is number {i}.", fall=i // 2) for i in range(200)])
+    run, report = prepared(tmp_path, path, "dataset.columns={question: frage, answer: antwort, group: fall}")
+    assert balanced(report) and len({r["group"] for r in split(run, "train")} & {r["group"] for r in split(run, "test")}) == 0
+    with pytest.raises(MedftError, match="antwrt.*antwort"): prepared(tmp_path, path, "dataset.columns={question: frage, answer: antwrt}")
+
+
+def test_an_exact_mask(tmp_path):
+    run, _ = prepared(tmp_path, write(tmp_path/"r.jsonl", questions(40)))
+    tok = data.load_tokenizer(run.recipe)
+    for r in split(run, "train"):
+        slow = [tok(r[k], add_special_tokens=False)["input_ids"] for k in ("prompt", "completion")]
+        assert r["input_ids"] == slow[0] + slow[1] and r["completion_mask"] == [0]*len(slow[0]) + [1]*len(slow[1])
+        assert tok.decode([i for i, m in zip(r["input_ids"], r["completion_mask"]) if m]) == r["completion"]
+
+
+# ---- the cache ----
+def test_a_second_run_links_the_same_rows_and_a_changed_file_does_not(tmp_path):
+    path = write(tmp_path/"r.jsonl", questions(60))
+    keep = "dataset.cache=true"
+    (a, ra), (b, rb) = prepared(tmp_path, path, keep), prepared(tmp_path, path, keep)
+    assert "cached" not in ra and rb["cached"] and split(a, "train") == split(b, "train") and (ra["rows_out"], ra["checks"]) == (rb["rows_out"], rb["checks"])
+    one, two = ((r.path/"data/split.json").stat() for r in (a, b))
+    assert one.st_ino == two.st_ino, "linked, not copied"
+    assert "cached" not in prepared(tmp_path, path, keep, "training.seed=1")[1]
+    write(path, questions(61))
+    assert "cached" not in prepared(tmp_path, path, keep)[1]
+    assert split(a, "train") == split(b, "train"), "an older run keeps its rows"
+
+
+def test_a_refusal_leaves_its_report_and_is_not_cached(tmp_path):
+    path = write(tmp_path/"r.jsonl", [dict(question="q", answer="a " * 2000)] * 3)
+    for _ in range(2):
+        with pytest.raises(MedftError, match="truncated"): prepared(tmp_path, path, "dataset.cache=true", "dataset.holdout=0.0")
+    report = read_json(next((tmp_path/"runs").rglob("data/report.json")))
+    assert report["truncated"] == 3 and report["truncation"]["completion"]["tokens_lost"] > 1000 and report["checks"]["duplicates"]["count"] == 3
+
+
+def test_every_room_that_decides_the_rows_decides_the_cache_too():
+    import ast
+    folder, seen = Path(staging.__file__).parent, {"data"}
+    while True:
+        trees = [ast.parse((folder/f"{n}.py").read_text(encoding="utf-8")) for n in seen]
+        near = [n for t in trees for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and n.level == 1]
+        found = seen | {x for n in near for x in ([n.module.split(".")[0]] if n.module else [a.name for a in n.names])}
+        if found == seen: break
+        seen = found
+    assert seen - {"core", "data"} <= set(staging.ROOMS), seen - set(staging.ROOMS)
