@@ -12,7 +12,7 @@ __all__ = ['READERS', 'ENDINGS', 'PLAIN', 'GROWTH', 'FREE', 'CHAT', 'CELL', 'Par
 # %% ../nbs/00b_formats.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
 
-import csv, gzip, io, itertools, re, zlib
+import csv, gzip, io, itertools, json, re, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -120,6 +120,17 @@ def _encoding_error(name, data, line=1):
     column, line = e.start - data.rfind(b"\n", 0, e.start), line + data.count(b"\n", 0, e.start)
     return broken(name, f"byte {column} of this line, 0x{data[e.start]:02x}, is not UTF-8; convert the file first (iconv -f {guess} -t utf-8)", line)
 
+# %% ../nbs/00b_formats.ipynb #c023a
+def _constant(name): raise ValueError(name)
+
+def _loads(data):
+    "JSON out of bytes, also with half a surrogate pair in it. Raises `orjson.JSONDecodeError`."
+    try: return orjson.loads(data)
+    except orjson.JSONDecodeError as e:
+        if "surrogate" not in e.msg: raise
+        try: return json.loads(data.decode(), parse_constant=_constant)
+        except (ValueError, RecursionError): raise e from None
+
 # %% ../nbs/00b_formats.ipynb #c025
 def _lines(f):
     "(number, line) of every line that is not blank, without a byte-order mark."
@@ -128,7 +139,7 @@ def _lines(f):
         if line and not line.isspace(): yield n, line
 
 def _object(name, n, line):
-    try: row = orjson.loads(line)
+    try: row = _loads(line)
     except orjson.JSONDecodeError as e: raise _json_error(name, line, e, n) from None
     if type(row) is dict: return row
     raise broken(name, f"a row is an object, not {_called(row)}", n)
@@ -148,7 +159,7 @@ def read_json(part):
 
 def _complete(line):
     "Whether a line is a whole object by itself."
-    try: return line.lstrip().startswith(b"{") and bool(orjson.loads(line))
+    try: return line.lstrip().startswith(b"{") and bool(_loads(line))
     except orjson.JSONDecodeError: return False
 
 READERS |= dict(json=read_json, jsonl=read_json)
@@ -160,7 +171,7 @@ def _document(name, line, data):
     "(row number, row) of a JSON document."
     if len(data) >= _WHOLE:
         raise broken(name, f"a JSON document of {_WHOLE >> 30} GiB or more would be read whole; write one object a line (jq -c '.[]')")
-    try: obj = orjson.loads(data)
+    try: obj = _loads(data)
     except orjson.JSONDecodeError as e: raise _json_error(name, data, e, line) from None
     for n, row in enumerate(_rows_in(name, obj), 1):
         if type(row) is not dict: raise broken(name, f"a row is an object, not {_called(row)}", f"row {n}")

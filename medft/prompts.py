@@ -77,9 +77,9 @@ SPEAKERS = {"model": "assistant", "/": "assistant", "": "user"}
 
 def headers(text) -> tuple:
     "The format that a text is written in, and its turns: (name or None, [(role, header's start, header's end), ...])."
-    for name, (header, _, _) in FORMATS.items():
-        if found := [(SPEAKERS.get(m[1], m[1]), m.start(), m.end()) for m in re.finditer(header, text)]: return name, found
-    return None, []
+    turns = {name: [(SPEAKERS.get(m[1], m[1]), m.start(), m.end()) for m in re.finditer(header, text)] for name, (header, _, _) in FORMATS.items()}
+    name = min(filter(turns.get, turns), key=lambda n: turns[n][0][1], default=None)     # the first to appear: others are quoted in it
+    return name, turns.get(name, [])
 
 # %% ../nbs/00e_prompts.ipynb #c017
 @lru_cache(maxsize=64)
@@ -93,7 +93,8 @@ def check_format(
     if name == "Mistral" and "[INST]" not in (tok.chat_template or "[INST]") and len(ids("[INST]")) != 1: strange += ["[INST]"]
     if strange:
         raise MedftError(f"dataset: the rows are written for {name}, but this tokenizer reads {', '.join(strange)} as plain text, not as a token; "
-                         f"use the file's other columns (dataset.schema: alpaca for instruction, input, output; dataset.columns), or a {name} model")
+                         f"use a {name} model, or, if the file has these texts without markers in other columns, read those "
+                         "(dataset.schema: alpaca when they are instruction, input and output; else dataset.columns)")
 
 # %% ../nbs/00e_prompts.ipynb #c019
 @lru_cache(maxsize=8)
@@ -222,10 +223,12 @@ def specials(tok) -> tuple:
 @lru_cache(maxsize=8)
 def _pattern(tok): return re.compile("|".join(map(re.escape, specials(tok))) or "(?!)")
 
+# %% ../nbs/00e_prompts.ipynb #c037a
 def _inside(tok, text):
     "A ready text without the headers and ends of its turns; headers stay that stand where none should."
     (name, turns), bos, eos = headers(text), tok.bos_token or "\0", tok.eos_token or "\0"
-    if not name: return text.removeprefix(bos).rstrip().removesuffix(eos)
+    if not name or not re.fullmatch(rf"(?:\s|<s>|<bos>|<\|begin_of_text\|>|{re.escape(bos)})*", text[:turns[0][1]]):
+        return text.removeprefix(bos).rstrip().removesuffix(eos)
     stray = [text[a:b] for (role, a, b), (before, *_) in zip(turns[1:], turns) if role in (before, "system")]
     clean = lambda s: s.strip().removesuffix(bos).strip().removesuffix(eos).removesuffix(FORMATS[name][1])
     return "\n".join([*stray, *(clean(text[a:b]) for (*_, a), (_, b, _) in zip(turns, [*turns[1:], (0, len(text), 0)]))])

@@ -14,7 +14,7 @@ from .core import MedftError  # first: it sets switches that the libraries read
 
 import json, re
 
-from .choices import Reject, cell, filled, group_key, nested, number
+from .choices import Reject, cell, filled, group_key, nested, number, passages
 
 # %% ../nbs/00d_prose.ipynb #c006
 MEDQUAD = "document_source document_id question_id question_focus _file pid".split()
@@ -31,9 +31,7 @@ def from_medquad(row):
 # %% ../nbs/00d_prose.ipynb #c010
 def from_question_answer(row):
     "An open question and its answer; context and system when the row has them."
-    question, answer, context = filled(row, "question"), filled(row, "answer"), nested(row.get("context"))
-    context = "\n".join(map(cell, context)) if isinstance(context, (list, tuple)) else cell(context)
-    system = cell(row.get("system"))
+    question, answer, context, system = filled(row, "question"), filled(row, "answer"), passages(row.get("context")), cell(row.get("system"))
     question = f"Context: {context}\nQuestion: {question}" if context else question
     return dict(question=question, answer=answer, subject=cell(row.get("question_type"))) | (dict(system=system) if system else {})
 

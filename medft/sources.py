@@ -10,7 +10,7 @@ __all__ = ['MARKS', 'SPLITS', 'UNPACKED', 'NESTED', 'STATE', 'whole_folder', 'sh
 # %% ../nbs/00b_sources.ipynb #c002
 from .core import MedftError, assets, locate, nearest, runs_root, sha256  # first: it sets switches that the libraries read
 
-import glob, hashlib, json, logging, os, re, shutil, stat, tempfile, zipfile
+import glob, hashlib, json, logging, os, re, shutil, stat, tempfile, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from .formats import ENDINGS, FREE, GROWTH, PLAIN, READERS, Part, broken, check_end, explained, features, kind_of, opened
-from .formats import printable, reason, rows
+from .formats import printable, rows
 from .hub import cache, causes, hub, pick
 
 # %% ../nbs/00b_sources.ipynb #c008
@@ -47,16 +47,29 @@ def _split_of(name):
     words = [w for w in re.split(r"[^a-z]+", name.lower()) if w in SPLITS]
     return SPLITS[words[-1]] if words else None
 
+# %% ../nbs/00b_sources.ipynb #c011a
+def _several(name, files, splits):
+    "The message for files of several kinds, and the way out that there is."
+    kinds = sorted({_family(n) for n in files})
+    parted = any(len({_family(n) for n in files if _split_of(n) == s}) == 1 for s in splits)
+    ways = [f"set dataset.split ({', '.join(splits)})"]*parted
+    if name.endswith("!"): ways += ["unpack it and name one"]
+    else:
+        one = next(n for n in files if _family(n) == kinds[0])
+        home = one.rpartition("/")[0].removeprefix(name.partition("://")[2].rstrip("/")).strip("/")     # keys of a bucket are whole
+        end = re.search(r"\.\w+(\.gz)?$", one, re.I)[0]
+        ways += [f"name one: {'/'.join(filter(None, (name.rstrip('/'), home, '*' + end)))}"]
+    return f"files of several kinds ({', '.join(kinds)}), perhaps the same rows twice; {', or '.join(ways)}"
+
 # %% ../nbs/00b_sources.ipynb #c012
 def _alike(name, files, split):
     "The files of a folder that belong to one split; all must be of one kind."
-    kinds, splits, split = sorted({_family(n) for n in files}), {n: _split_of(n) for n in files}, SPLITS.get(split, split)
-    if not kinds: raise broken(name, f"no file in this folder that can be read; known: {', '.join(ENDINGS)} (.gz)")
-    if len(kinds) > 1:
-        raise broken(name, f"files of several kinds ({', '.join(kinds)}), perhaps the same rows twice; name one: {name.rstrip('/!')}/*.{kinds[0]}")
-    known = sorted({s for s in splits.values() if s})
-    if kinds == ["xml"] or not known: return files
-    if split in known: return {n: p for n, p in files.items() if splits[n] == split}
+    if not files: raise broken(name, f"no file in this folder that can be read; known: {', '.join(ENDINGS)} (.gz)")
+    splits, split, kinds = {n: _split_of(n) for n in files}, SPLITS.get(split, split), {_family(n) for n in files}
+    known, chosen = sorted({s for s in splits.values() if s}), files
+    if split in known and kinds != {"xml"}: chosen = {n: p for n, p in files.items() if splits[n] == split}
+    if len({_family(n) for n in chosen}) > 1: raise broken(name, _several(name, chosen, known if chosen is files else ()))
+    if kinds == {"xml"} or not known or split in known: return chosen
     if split: raise broken(name, f"dataset.split: no files of split {split!r}{nearest(split, known)}; there are {', '.join(known)}")
     if len(known) > 1: raise broken(name, f"files of several splits ({', '.join(known)}), which must not mix; set dataset.split, or name the files")
     return files
@@ -158,7 +171,9 @@ def _unzip(path, name):
             if not target.is_dir():
                 with whole_folder(target) as tmp: z.extractall(tmp, [m for m in z.infolist() if not m.is_dir()])
     except (MedftError, PermissionError): raise
-    except Exception as e: raise broken(name, f"not a whole zip archive ({reason(Part(name, path, 'zip'), e)})") from e
+    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+        raise broken(name, f"not a whole zip archive ({str(e) or 'it breaks off'}); fetch it again") from e
+    except Exception as e: raise broken(name, f"cannot be unpacked: {str(e) or type(e).__name__}") from e
     return target
 
 # %% ../nbs/00b_sources.ipynb #c030

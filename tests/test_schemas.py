@@ -212,7 +212,7 @@ def test_medqa_in_every_way_files_write_options():
     assert one(row | dict(options=OPTIONS | dict(E="t")))["options"] == list("pqrst")
 
 
-@pytest.mark.parametrize("change, reason", [(dict(answer="p"), "answer is not the option that answer_idx names"), (dict(answer_idx="F", answer=""), "answer names no option"),
+@pytest.mark.parametrize("change, reason", [(dict(answer="p"), "answer is not the option that answer_idx names"), (dict(answer_idx="F", answer=""), "answer_idx names no option"), (dict(answer_idx="Z"), "answer_idx names no option"),
                                             (dict(options=None), "options are no list and no lettered texts"), (dict(options=["p"]), "fewer than two options"),
                                             (dict(options=dict(A="p", B=" ")), "empty option"), (dict(answer=None, answer_idx=None), "no answer (answer missing or -1)"),
                                             (dict(question=""), "empty question"), (dict(options="A. p B. q"), "options are no list and no lettered texts")])
@@ -229,6 +229,47 @@ def test_numbers_beside_options_are_decided_over_the_file():
     assert one(hf)["answer"] == 3 and one(hf)["question"] == "q more" and one(hf | dict(label=-1)) == "no answer (label missing or -1)"
 
 
+SUMS = [list(p) for p in itertools.permutations(["2", "3", "1", "0"])]
+
+
+def answers(rows, d=None, features=None): return [ex["answer"] for ex in read(rows, d, features)[1]]
+
+
+def test_a_number_counts_whatever_the_options_read():
+    for base in (0, 1):
+        rows = [dict(question=f"q{i}", choices=SUMS[i % 24], answer=i % 4 + base) for i in range(40)]
+        right = [i % 4 for i in range(40)]
+        assert answers(rows) == right and answers([r | dict(answer=float(r["answer"])) for r in rows]) == right
+        assert answers([r | dict(answer=str(r["answer"]), choices=str(r["choices"])) for r in rows]) == right, "as CSV has them"
+        assert answers([r | dict(answer_idx=r["answer"]) for r in rows]) == right, "the same number twice is no text"
+        assert answers([r | dict(choices=[int(o) for o in r["choices"]]) for r in rows]) == right
+    rows = [dict(question=f"q{i}", choices=SUMS[i], answer=i % 2 + 1) for i in range(24)]
+    assert answers(rows, features={"answer": list("abcd")}) == [i % 2 + 1 for i in range(24)] and "first_option" in refused(rows)
+
+
+def test_texts_that_are_numbers_are_texts_in_a_file_of_texts():
+    rows = [dict(question="q", options=["2 mg", "x", "y", "z"], answer="y"), dict(question="q", options=["2", "3", "1", "4"], answer="4"), dict(question="q", options=["2", "3", "1", "0"], answer="0")]
+    table = [dict(question="q", answer=r["answer"]) | dict(zip("ABCD", r["options"])) for r in rows]
+    for made in (rows, table):
+        assert answers(made) == answers(made[1:] + made[:1])[-1:] + answers(made[1:] + made[:1])[:2] == [2, 3, 3]
+    vitamins = [dict(question="q", options=["K", "B", "A", "C"], answer=a) for a in ("A", "K")]
+    assert answers(vitamins) == [2, 0] and answers(vitamins[:1]) == [0] and answers(vitamins[:1] + [dict(vitamins[0], options=list("pqrs"), answer="B")]) == [0, 1]
+
+
+def test_an_answer_that_nothing_can_decide_is_refused_with_all_three_rows():
+    rows = [dict(question="q", options=o, answer=a) for o, a in ((["2", "3", "1", "0"], "1"), (list("pqrs"), "2"), (["2 mg", "x", "y", "z"], "2 mg"))]
+    for order in itertools.permutations(rows):
+        said = refused(order)
+        assert all(f"row {n}" in said for n in (1, 2, 3)) and "one file says it one way" in said
+    assert answers(rows[1:] + [dict(rows[1], answer="0")]) == [2, 0, 0], "without a doubtful row there is nothing to refuse"
+
+
+def test_a_doubtful_file_is_held_back_but_no_other_is():
+    taken = itertools.count()
+    endless = ((next(taken) + 1, dict(question="q", choices=SUMS[n % 24] if n else list("pqrs"), answer=str(n % 4))) for n in itertools.count())
+    assert len(list(itertools.islice(read_examples(endless, "stream"), 2000))) == 2000 and next(taken) <= 2010
+
+
 # ---------------------------------------------------------------------------------------------------------- PubMedQA
 
 def test_pubmedqa_unlabelled_and_odd_decisions():
@@ -238,6 +279,17 @@ def test_pubmedqa_unlabelled_and_odd_decisions():
     row.pop("final_decision")
     assert one(row) == "no answer (final_decision missing)" and one(row | dict(final_decision="perhaps")) == "final_decision is not yes, no or maybe"
     assert one(row | dict(final_decision="no", context=None)) == "empty abstract"
+
+
+def test_pubmedqa_as_open_questions():
+    row = dict(pubid=7, question="q?", context=dict(contexts=["a", "b"], labels=["X", "Y"], meshes=[]), long_answer="Long.", final_decision="yes")
+    d = Dataset(schema="question-answer", columns=dict(answer="long_answer"))
+    for made in (row, row | dict(context=json.dumps(row["context"])), row | dict(context=str(row["context"]))):
+        ex = read([made], d)[1][0]
+        assert (ex["question"], ex["answer"], ex["id"]) == ("Context: a\nb\nQuestion: q?", "Long.", "7")
+    original = dict(_key="7", QUESTION="q?", CONTEXTS=["a", "b"], LONG_ANSWER="Long.", final_decision="yes")
+    assert read([original], Dataset(schema="question-answer", columns=dict(answer="LONG_ANSWER")))[1][0]["question"] == ex["question"]
+    assert one(dict(question="q", answer="a", context=dict(labels=["X"]))) == "a list or object where text belongs"
 
 
 # ---------------------------------------------------------------------------------------------------- the open schemas
@@ -385,6 +437,29 @@ def test_nothing_fits():
     assert "fit no schema" in refused([dict(foo=1)]) and "fit no schema" in refused([dict(chosen="x", rejected="y")])
 
 
+def test_what_is_nearest_to_nothing():
+    said = refused([dict(foo=1, bar=2)])
+    assert "nearest is question-answer, which lacks question, answer" in said and "header" not in said and "messages" not in said
+    for row in ({"What is gout?": "q", "Urate crystals": "a"}, {"17": "q", "Flumazenil": "a"}, {"a " * 40: "q", "b": "a"}, {"two\nlines of it.": "q", "b": "a"}):
+        said = refused([row]); assert "no header line" in said and len(said) < 500
+    assert "nearest is medmcqa" in refused([dict(question="q", opa="a", opb="b", opc="c", x="d")]) and len(refused([{f"c{i}": 1 for i in range(5000)}])) < 1000
+    assert "\ud83d" not in refused([{"\ud83d": 1}])
+
+
+def test_a_mapping_is_not_asked_of_a_file_that_has_nothing_of_it():
+    d = Dataset(columns=dict(question="Patient", answer="Doctor", group="clinic"))
+    plain = [dict(question="q", answer="a")]
+    reading = read_examples(enumerate(plain, 1), "test.jsonl", d)
+    assert list(reading)[0][2]["question"] == "q" and reading.columns == {} and reading.schema == "question-answer"
+    exam = [MCQ | dict(cop=c) for c in (0, 3)]
+    assert answers(exam, Dataset(columns=dict(question="stem", opa="w", opb="x", opc="y", opd="z", cop="right"))) == [0, 3]
+    assert "no column 'Patient'" in refused([dict(question="q", Doctor="a")], d) and "no column 'Patient'" in refused([dict(foo="q")], d)
+    assert "did you mean 'patient'" in refused([dict(question="q", answer="a", patient=1)], Dataset(columns=dict(group="patinet")))
+    mine = read_examples(iter([(1, dict(Patient="p", Doctor="d", clinic=3))]), "train.jsonl", d)
+    assert mine.columns == d.columns and list(mine)[0][2]["group"] == "group 3"
+    assert "no column 'Patient'" in refused(plain, Dataset(schema="alpaca", columns=dict(instruction="Patient")))
+
+
 def test_a_patient_column_groups_without_being_asked():
     assert [ex["group"] for ex in read([dict(question=f"q{i}", answer="a", patient_id=7) for i in range(2)])[1]] == ["patient_id 7"]*2
     assert one(dict(question="q", answer="a", patient_id=None))["group"] == "q" and one(dict(question="Q ?", answer="a", group=3))["group"] == "q"
@@ -394,6 +469,25 @@ def test_ids_are_unique_whatever_the_file_says():
     ids = [ex["id"] for ex in read([dict(id=i, question="q", answer="a") for i in ("x", "x", "x:2", None, "", 5, 5.0)])[1]]
     assert len(set(ids)) == 7 and ids[0] == "x" and ids[3] == "f.jsonl:4"
     assert one(dict(id=[1], question="q", answer="a")) == "a list or object where text belongs"
+
+
+def test_readings_that_share_their_ids_give_none_twice():
+    seen, rows = set(), [dict(question=f"q{i}", answer="a") | ({"id": "own"} if i == 3 else {}) for i in range(60)]
+    ids = [ex["id"] for name in ("dA/x.jsonl", "dB/x.jsonl", "dB/x.jsonl") for *_, ex, _ in read_examples(enumerate(rows, 1), name, seen=seen)]
+    assert len(set(ids)) == 180 and ids[:4] == ["x.jsonl:1", "x.jsonl:2", "x.jsonl:3", "own"] and ids[60] == "dB/x.jsonl:1" and ids[63] == "own:4"
+    alone = [ex["id"] for *_, ex, _ in read_examples(enumerate(rows, 1), "dB/x.jsonl")]
+    assert alone == ids[:60] and len(seen) == 180
+
+
+@pytest.mark.parametrize("row", [dict(question="q \ud83d", answer="a"), dict(question="q", answer="\ude00 a"), dict(question="q", answer="a", id="\ud83d"), dict(question="q", answer="a", group="\ud83d"),
+                                 dict(messages=[TALK[0], dict(role="assistant", content="\ud83d")]), MCQ | dict(opd="\ud83d", cop=0), MCQ | dict(subject_name="\ud83d", cop=0)])
+def test_half_a_surrogate_costs_one_row(row, tmp_path):
+    good = {k: "x" if k != "messages" else TALK for k in row} | (dict(cop=0) if "cop" in row else {})
+    path = tmp_path/"a.jsonl"; path.write_text("\n".join(map(json.dumps, [good, row, good])))
+    d = Dataset(columns=dict(group="group")) if "group" in row else Dataset()
+    part, = sources.parts(str(path)); out = list(read_examples(sources.rows(part), part.name, d))
+    assert [why for *_, why in out] == [None, "broken Unicode (half of a surrogate pair)", None]
+    assert one(dict(question="q", answer="a", note="\ud83d"))["answer"] == "a", "a column that nobody reads costs nothing"
 
 
 def test_rows_that_are_no_rows():

@@ -170,7 +170,7 @@ BROKEN = {
     "rows.json": (b'[{"q": 1}, ["x"]]', ":row 2: a row is an object, not an array"), "scalar.json": (b'"text"', "not a string"), "bool.json": (b"[true]", "not true or false"),
     "nan.jsonl": (b'{"q": 1}\n{"q": NaN}\n', ":2: NaN is not JSON; write null"), "inf.json": (b'[{"q": -Infinity}]', ":1: Inf"), "big.json": (b'[{"q": 1e999}]', "infinity"),
     "deep.json": (b"["*5000 + b"]"*5000, "nested more than"), "deep.jsonl": (b'{"a":'*5000 + b"1" + b"}"*5000, "nested more than"), "quotes.jsonl": (b"{'q': 1}\n", ":1: not JSON"), "comma.json": (b'[{"q": 1},]', "trailing comma"),
-    "tail.json": (b'[{"q": 1}] x', "not JSON"), "two.json": (b'{\n"q": 1}\n{\n"q": 2}\n', ":3: not JSON"), "surrogate.jsonl": (b'{"q": "\\ud800"}', ":1: not JSON"), "control.jsonl": (b'{"q": "a\x01b"}', ":1: not JSON: unexpected control"),
+    "tail.json": (b'[{"q": 1}] x', "not JSON"), "two.json": (b'{\n"q": 1}\n{\n"q": 2}\n', ":3: not JSON"), "surrogate.jsonl": (b'{"q": "\\ud800", "a": NaN}', ":1: not JSON"), "control.jsonl": (b'{"q": "a\x01b"}', ":1: not JSON: unexpected control"),
     "empty.json": (b"", "holds no row"), "blank.jsonl": (b"\n \n\n", "holds no row"), "none.json": (b"[]", "holds no row"), "lists.json": (b'{"train": [{"q": 1}], "test": [{"q": 2}]}', "holds 2 lists"),
     "truth.json": (b'{"1": "yes", "2": "no"}', "maps ids to a string"), "pandas.json": (b'{"q": {"0": "a"}, "a": {"0": "b"}}', "orient="),
     # encodings
@@ -206,6 +206,37 @@ def test_a_broken_file_is_one_line_that_names_it(name):
     said = str(e.value)
     assert says in said and said.isprintable() and (name in said or "break" in name) and len(said) < 500, said
     assert not list(Path("cache").rglob(".part-*")), "a half-unpacked archive was left behind"
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\\ude00", "\\ud83d\\u0041", "\\ud83d\\ud83d", "x\\ud83d\\n"])
+def test_half_a_surrogate_does_not_cost_the_file(half):
+    bad = '{"q": "%s"}' % half; row = json.loads(bad)
+    assert read(put("a.jsonl", '{"q": 1}\n' + bad + '\n{"q": 2}\n')) == [{"q": 1}, row, {"q": 2}] and read(put("b.jsonl", bad + "\n" + bad)) == [row, row]
+    assert read(put("c.json", bad + "\n" + '{"q": 2}\n')) == [row, {"q": 2}] and read(put("d.json", "[" + bad + "]")) == [row]
+    with pytest.raises(MedftError, match=":2: byte 8"): read(put("e.jsonl", b'{"q": 1}\n{"q": "\xff\\ud83d"}'))
+
+
+@pytest.mark.parametrize("members, split, says, never", [
+    (["a.csv", "b.jsonl"], None, "unpack it and name one", "*"), (["train.csv", "test.jsonl"], None, "set dataset.split (test, train), or unpack it", "*"),
+    (["train.csv", "train.jsonl"], "train", "unpack it and name one", "dataset.split"), (["x/a.csv.gz", "x/b.jsonl"], None, "unpack it", "*")])
+def test_several_kinds_and_the_way_out(members, split, says, never):
+    put("both.zip", zipped([(m, "x") for m in members])); [put(f"both/{m}", "x") for m in members]; put("both/more/readme.md", "x")
+    with pytest.raises(MedftError) as e: sources.parts("both.zip", split=split)
+    assert says in str(e.value) and never not in str(e.value)
+    with pytest.raises(MedftError) as e: sources.parts("both", split=split)
+    advice = str(e.value).rpartition("name one: ")[2]
+    assert "unpack" not in str(e.value) and sources.glob.glob(advice), advice
+
+
+def test_a_split_may_be_of_a_kind_of_its_own():
+    put("both/train.csv", "q\n1\n2\n"); put("both/test.jsonl", '{"q": 3}'); put("both.zip", zipped([("train.csv", "q\n1\n2\n"), ("test.jsonl", '{"q": 3}')]))
+    for spec in ("both", "both.zip"): assert read(spec, split="train") == [{"q": "1"}, {"q": "2"}] and read(spec, split="test") == [{"q": 3}]
+
+
+@pytest.mark.parametrize("content", [flipped(GOOD["a.zip"], 60), GOOD["shards.zip"][:-30], b"text", b""])
+def test_a_broken_zip_is_not_called_a_gzip_file(content):
+    with pytest.raises(MedftError, match="not a whole zip archive .*fetch it again") as e: sources.parts(put("a.zip", content))
+    assert "gzip" not in str(e.value)
 
 
 def test_a_gzip_bomb_is_refused_before_memory_is_full(monkeypatch):
@@ -251,7 +282,7 @@ def test_a_disk_that_is_full_leaves_nothing_half(monkeypatch):
     put("a.zip", GOOD["shards.zip"])
     def full(*args): raise OSError(28, "No space left on device")
     monkeypatch.setattr(sources.zipfile.ZipFile, "extractall", full)
-    with pytest.raises(MedftError, match="No space left"): sources.parts("a.zip")
+    with pytest.raises(MedftError, match="cannot be unpacked: .*No space left"): sources.parts("a.zip")
     assert not [p for p in Path("cache").rglob("*") if p.is_file()] and not list(Path("cache").rglob(".part-*"))
 
 
