@@ -14,7 +14,7 @@ __all__ = ['QUIET', 'PACKAGE', 'SOURCES', 'CLASSES', 'Action', 'STAGES', 'ENGINE
            'device', 'peak_rss', 'seed_everything', 'Run', 'injected_parameters', 'open_run', 'list_runs']
 
 # %% ../nbs/00_core.ipynb #c002
-import ast, difflib, hashlib, importlib.metadata, importlib.util, io, json, logging, os, platform, resource, subprocess, sys, tempfile, time, typing, warnings
+import ast, difflib, hashlib, importlib.metadata, importlib.util, io, json, logging, os, platform, re, resource, subprocess, sys, tempfile, time, typing, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -195,7 +195,8 @@ class Checks(Section):
     "What the data room does when it finds something: refuse the run, warn, or not look."
     untrainable: Action = "refuse"              # a row of which nothing would be trained on
     truncated: Action = "refuse"                # more than truncated_share of the rows longer than max_length
-    overlap: Action = "refuse"                  # a scored item that is also trained on
+    overlap: Action = "refuse"                  # a held-out item that is also trained on
+    group_overlap: Action = "warn"              # a held-out row that shares a patient, document or question with a training row
     chat_markers: Action = "refuse"             # a user's text that holds the model's own special tokens
     contradictions: Action = "warn"             # same question, another answer
     duplicates: Action = "warn"                 # the same row again
@@ -206,7 +207,7 @@ class Checks(Section):
 class Checks(Checks):
     "All checks: the exact ones above, and those that look for likeness, people and damage."
     near_duplicates: Action = "warn"            # almost the same row again
-    near_overlap: Action = "warn"               # a scored item almost like one that is trained on
+    near_overlap: Action = "warn"               # a held-out item almost like one that is trained on
     contamination: Action = "warn"              # a training row that holds an item of dataset.benchmarks
     identifiers: Action = "warn"                # what may identify a real person (HIPAA Safe Harbor)
     encoding: Action = "warn"                   # text decoded wrongly somewhere before
@@ -419,6 +420,10 @@ def contradictions(r: Recipe):
     if d.name and d.path: yield "dataset", "path", "a data set comes from the hub (name) or from a file (path), not both"
     if not 0 <= d.holdout < 0.5: yield "dataset", "holdout", f"a share below 0.5 is held out for validation, and as much for test; found {d.holdout}"
     if not 0 < d.similarity <= 1: yield "dataset", "similarity", f"a Jaccard similarity lies between 0 and 1; found {d.similarity}"
+    if d.max_samples is not None and d.max_samples < 1: yield "dataset", "max_samples", f"keep at least one row, or all of them with null; found {d.max_samples}"
+    for k in d.sets:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", k) or k in ("train", "validation", "test"):
+            yield "dataset", "sets", f"{k!r} names no further set: use letters, digits, - and _, and none of train, validation, test"
     for k in d.drop:
         if k not in Checks.model_fields or k == "label_balance": yield "dataset", "drop", f"{k!r} is no check that finds rows{nearest(k, Checks.model_fields)}"
 

@@ -105,9 +105,11 @@ def read_patients(
     synthea,    # folder
 ):              # (rows sorted by id, Counter of reasons for leaving one out, SHA-256 of the folder)
     "The patients of a folder. Raises `MedftError` when it holds something else, or too few."
-    part, found, left_out = parts(str(synthea))[0], {}, Counter()
+    needed, found, left_out = "name a Synthea CSV folder (with patients.csv) or a folder of FHIR bundles", {}, Counter()
+    try: part = parts(str(synthea))[0]
+    except MedftError as e: raise MedftError(f"{str(e).split(';')[0]}; {needed}") from None
     if part.kind not in ("synthea", "fhir"):
-        raise MedftError(f"{synthea}: holds {part.kind} files; name a Synthea CSV folder (with patients.csv) or a folder of FHIR bundles")
+        raise MedftError(f"{synthea}: holds {part.kind} files; {needed}")
     for _, p in rows(part):
         if reason := _unusable(p, found): left_out[reason] += 1
         else: found[p["patient_id"]] = p

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medft import data, staging
+from medft import data, staging, storing
 from medft.core import MedftError, Run, load_recipe, read_json
 
 DATA = Path(__file__).resolve().parents[2]/"shared/data"
@@ -19,6 +19,7 @@ def prepared(tmp_path, path, *more):
 
 
 def balanced(report): return report["rows_in"] == report["rows_out"] + sum(report["rejected"].values()) + sum(report["filtered"].values())
+def flagged(run): return [json.loads(l) for l in (run.path/"data/flagged.jsonl").open()]
 def split(run, name): return data.load_split(run, name).to_list()
 def write(path, rows): path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8"); return path
 
@@ -59,7 +60,7 @@ def test_the_same_questions_whatever_the_numbering(tmp_path):
 def test_unlabelled_rows_are_set_aside_and_named(tmp_path):
     with pytest.raises(MedftError, match="no usable training row"): prepared(tmp_path, DATA/"medmcqa/test_unlabelled.parquet")
     rejected = [json.loads(l) for l in next((tmp_path/"runs").rglob("data/rejected.jsonl")).open()]
-    assert len(rejected) == 200 and all("no answer" in r["reason"] and r["file"] == "test_unlabelled.parquet" for r in rejected)
+    assert len(rejected) == 200 and all("no answer" in r["reason"] and r["file"].endswith("test_unlabelled.parquet") for r in rejected)
 
 
 @real
@@ -97,9 +98,10 @@ def test_a_scored_question_in_the_training_rows_is_refused_or_dropped(tmp_path):
     with pytest.raises(MedftError, match="overlap"): prepared(tmp_path, a, test)
     run, report = prepared(tmp_path, a, test, "dataset.checks={overlap: warn}")
     assert report["checks"]["overlap"]["count"] == 1 and report["checks"]["overlap"]["ids"] == ["b.jsonl:1"]
-    assert {"check": "overlap", "id": "b.jsonl:1", "split": "test"} in [json.loads(l) for l in (run.path/"data/flagged.jsonl").open()]
+    assert dict(check="overlap", id="b.jsonl:1", file=str(b), row=1, split="test", dropped=False) in flagged(run)
     run, report = prepared(tmp_path, a, test, "dataset.drop=[overlap]")
     assert balanced(report) and report["filtered"]["dropped_overlap"] == 1 and not any("scurvy" in r["prompt"] for r in split(run, "train"))
+    assert dict(check="overlap", id="a.jsonl:21", file=str(a), row=21, split=None, dropped=True) in flagged(run)
 
 
 def test_a_benchmark_item_in_the_training_rows_is_found(tmp_path):
@@ -147,6 +149,9 @@ def test_own_columns(tmp_path):
     run, report = prepared(tmp_path, path, "dataset.columns={question: frage, answer: antwort, group: fall}")
     assert balanced(report) and len({r["group"] for r in split(run, "train")} & {r["group"] for r in split(run, "test")}) == 0
     with pytest.raises(MedftError, match="antwrt.*antwort"): prepared(tmp_path, path, "dataset.columns={question: frage, answer: antwrt}")
+    plain = write(tmp_path/"p.jsonl", [dict(question=f"What is disease {i}?", answer=f"It is number {i}.") for i in range(100)])
+    with pytest.raises(MedftError, match="clinic"): prepared(tmp_path, plain, "dataset.columns={group: clinic}")
+    assert prepared(tmp_path, path, "dataset.columns={question: frage, answer: antwort}", f"dataset.test_path={plain}", "dataset.checks={overlap: warn}")[1]["splits"]["test"] == 100
 
 
 def test_an_exact_mask(tmp_path):
@@ -164,8 +169,9 @@ def test_a_second_run_links_the_same_rows_and_a_changed_file_does_not(tmp_path):
     keep = "dataset.cache=true"
     (a, ra), (b, rb) = prepared(tmp_path, path, keep), prepared(tmp_path, path, keep)
     assert "cached" not in ra and rb["cached"] and split(a, "train") == split(b, "train") and (ra["rows_out"], ra["checks"]) == (rb["rows_out"], rb["checks"])
-    one, two = ((r.path/"data/split.json").stat() for r in (a, b))
-    assert one.st_ino == two.st_ino, "linked, not copied"
+    inode = lambda r, f: (r.path/"data"/f).stat().st_ino
+    assert inode(a, "train/data-00000-of-00001.arrow") == inode(b, "train/data-00000-of-00001.arrow"), "linked, not copied"
+    assert inode(a, "split.json") != inode(b, "split.json"), "a change to one run's file would be one to the other's"
     assert "cached" not in prepared(tmp_path, path, keep, "training.seed=1")[1]
     write(path, questions(61))
     assert "cached" not in prepared(tmp_path, path, keep)[1]
@@ -182,11 +188,82 @@ def test_a_refusal_leaves_its_report_and_is_not_cached(tmp_path):
 
 def test_every_room_that_decides_the_rows_decides_the_cache_too():
     import ast
-    folder, seen = Path(staging.__file__).parent, {"data"}
+    folder, seen = Path(storing.__file__).parent, {"data"}
     while True:
         trees = [ast.parse((folder/f"{n}.py").read_text(encoding="utf-8")) for n in seen]
         near = [n for t in trees for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and n.level == 1]
         found = seen | {x for n in near for x in ([n.module.split(".")[0]] if n.module else [a.name for a in n.names])}
         if found == seen: break
         seen = found
-    assert seen - {"core", "data"} <= set(staging.ROOMS), seen - set(staging.ROOMS)
+    assert seen - {"core", "data"} <= set(storing.ROOMS), seen - set(storing.ROOMS)
+
+
+# ---- what testers found ----
+def test_a_changed_benchmark_is_looked_at_again(tmp_path):
+    a, b = write(tmp_path/"a.jsonl", questions(30)), write(tmp_path/"exam.jsonl", [MCQ | dict(question="What is the unit of radioactivity in the international system?")])
+    more = ["dataset.cache=true", "dataset.holdout=0.0", f"dataset.benchmarks={{exam: {b}}}"]
+    assert prepared(tmp_path, a, *more)[1]["checks"]["contamination"]["count"] == 0
+    write(b, questions(3))
+    assert prepared(tmp_path, a, *more)[1]["checks"]["contamination"]["count"] >= 3
+
+
+def test_one_document_stays_for_training(tmp_path):
+    path = write(tmp_path/"r.jsonl", [dict(document_id="d1", question=f"Which sign has disease {i*i}?", answer=f"sign {i}", question_focus=f"disease {i % 2}") for i in range(20)])
+    for seed in range(6):
+        run, report = prepared(tmp_path, path, f"training.seed={seed}", "dataset.columns={group: document_id}")
+        assert report["splits"] == {"train": 20}
+
+
+def test_what_is_trained_on_may_stand_before_the_cut(tmp_path):
+    turns = lambda i: [dict(role="user", content=f"Case {i}?"), dict(role="assistant", content="Yes."), dict(role="user", content="word " * 400), dict(role="assistant", content="No.")]
+    path = write(tmp_path/"r.jsonl", [dict(messages=turns(i)) for i in range(30)])
+    run, report = prepared(tmp_path, path, "training.max_length=256", "training.assistant_only_loss=true", "dataset.checks={truncated: warn, near_duplicates: 'off', near_overlap: 'off'}")
+    assert report["checks"]["untrainable"]["count"] == 0 and report["checks"]["truncated"]["count"] == report["splits"]["train"]
+    assert report["truncation"]["completion"]["rows"] == report["splits"]["train"] == report["truncated"]
+
+
+@pytest.mark.parametrize("name", ["../evil", "train", "", "a/b", "flagged.jsonl", ".work"])
+def test_a_sets_name_stays_in_its_place(name):
+    with pytest.raises(MedftError, match="names no further set"): load_recipe("quickstart", [f"dataset.sets={{'{name}': starter/test.jsonl}}"])
+
+
+def test_a_test_file_without_a_usable_row_is_refused(tmp_path):
+    a, b = write(tmp_path/"a.jsonl", questions(30)), write(tmp_path/"b.jsonl", [q | dict(cop=-1) for q in questions(5)] + [MCQ | dict(question="", cop=0), MCQ | dict(question="", cop=3)])
+    with pytest.raises(MedftError, match="test_path: no usable row"): prepared(tmp_path, a, f"dataset.test_path={b}")
+    with pytest.raises(MedftError, match="max_samples"): load_recipe("quickstart", ["dataset.max_samples=-5"])
+
+
+def test_leaks_between_named_files_are_told(tmp_path):
+    a, v = write(tmp_path/"a.jsonl", questions(30)), write(tmp_path/"v.jsonl", questions(3))
+    with pytest.raises(MedftError, match="overlap"): prepared(tmp_path, a, f"dataset.validation_path={v}")
+    pair = lambda x, y, label: dict(left=dict(first=f"A{x}"), right=dict(first=f"A{y}"), left_patient=f"p{x}", right_patient=f"p{y}", label=label, pair_id=f"{x}-{y}")
+    a, b = write(tmp_path/"p.jsonl", [pair(i, i + 1, i % 2) for i in range(20)]), write(tmp_path/"q.jsonl", [pair(3, 50, 0), pair(60, 61, 1)])
+    loose = "dataset.checks={near_duplicates: 'off', near_overlap: 'off', truncated: warn}"
+    run, report = prepared(tmp_path, a, f"dataset.test_path={b}", "dataset.holdout=0.0", loose)
+    assert report["checks"]["group_overlap"]["ids"] == ["3-50"]
+    words = lambda i: f"Chapter {i}: " + " ".join(f"word{i}x{k}" for k in range(40))
+    a, b = write(tmp_path/"t.jsonl", [dict(text=words(i)) for i in range(20)]), write(tmp_path/"u.jsonl", [dict(text=words(3))])
+    with pytest.raises(MedftError, match="overlap"): prepared(tmp_path, a, f"dataset.test_path={b}", "model.task=pretraining")
+
+
+def test_class_names_keep_their_order(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+    rows = dict(text=[f"pressure reading number {i}" for i in range(60)], label=[i % 3 for i in range(60)])
+    Dataset.from_dict(rows, Features(text=Value("string"), label=ClassLabel(names=["low", "mid", "high"]))).to_parquet(tmp_path/"r.parquet")
+    run, report = prepared(tmp_path, tmp_path/"r.parquet", "model.task=classification", "model.num_labels=3", "dataset.checks={near_duplicates: 'off', near_overlap: 'off'}")
+    assert report["labels"] == ["low", "mid", "high"] and all(r["label"] == int(r["prompt"].split()[-1]) % 3 for r in split(run, "train"))
+
+
+def test_reordered_options_and_other_labels_contradict(tmp_path):
+    q = dict(question="Which vitamin prevents scurvy in sailors?", opa="A", opb="B", opc="C", opd="D")
+    path = write(tmp_path/"r.jsonl", questions(20) + [q | dict(cop=2), q | dict(opa="C", opc="A", cop=2)])
+    assert prepared(tmp_path, path, "dataset.holdout=0.0")[1]["checks"]["contradictions"]["ids"] == ["r.jsonl:21", "r.jsonl:22"]
+    path = write(tmp_path/"l.jsonl", [dict(text=f"report number {i}", label=i % 2) for i in range(20)] + [dict(text="one report", label=0), dict(text="one report", label=1)])
+    report = prepared(tmp_path, path, "dataset.holdout=0.0", "model.task=classification", "model.num_labels=2", "dataset.checks={near_duplicates: 'off'}")[1]
+    assert report["checks"]["duplicates"]["count"] == 0 and report["checks"]["contradictions"]["count"] == 2
+
+
+def test_one_label_alone_is_told(tmp_path):
+    path = write(tmp_path/"r.jsonl", [dict(text=f"report number {i}", label=1) for i in range(20)])
+    report = prepared(tmp_path, path, "dataset.holdout=0.0", "model.task=classification", "model.num_labels=2", "dataset.labels=['0', '1']", "dataset.checks={near_duplicates: 'off'}")[1]
+    assert report["checks"]["label_balance"]["count"] == 20
