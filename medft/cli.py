@@ -256,7 +256,8 @@ def _corpus(
 ):
     "Articles to packed windows: cleaned, deduplicated, tokenised, document boundaries kept."
     from medft.corpus import corpus_summary, prepare_corpus
-    _say(corpus_summary(prepare_corpus(paths, out, model, revision, max_length, similarity, holdout, seed, column, workers)) + f" -> {out}")
+    made = prepare_corpus(paths, out, workers, model=model, revision=revision, max_length=max_length, similarity=similarity, holdout=holdout, seed=seed, column=column)
+    _say(f"{corpus_summary(made)} -> {out}")
     _say(f"train on it: medft run your_data dataset.path={out} model.task=pretraining model.name={model} training.max_length={max_length}")
 
 # %% ../nbs/11_cli.ipynb #c045

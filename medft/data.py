@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/data.html.md"""
 
 # %% auto #0
 __all__ = ['entries', 'open_entry', 'benchmark_sections', 'open_benchmarks', 'texts_of', 'Progress', 'prepare', 'all_hashes',
-           'fresh', 'checked', 'refuse_empty', 'write_splits', 'write_report', 'flags', 'finish', 'adopt', 'load_split',
-           'scored_sets', 'ensure_data']
+           'fresh', 'checked', 'refuse_empty', 'write_splits', 'write_report', 'flags', 'finish', 'adopt', 'as_rows',
+           'load_split', 'scored_sets', 'ensure_data']
 
 # %% ../nbs/01_data.ipynb #c003
 from .core import MedftError, atomic_write, open_run, peak_rss, read_json, sha256, write_json  # first: it sets switches that the libraries read
@@ -193,11 +193,20 @@ def adopt(run, part, tok) -> dict:
     if made["max_length"] != run.recipe.max_length: raise MedftError(f"{part.name}: its rows have {made['max_length']} tokens; set training.max_length={made['max_length']}")
     names = [n for n in ("train", "validation", "test") if (part.path/n).is_dir()]
     for n in names: shutil.rmtree(folder/n, ignore_errors=True); storing.link(part.path/n, folder/n)
+    for n in set(names) - {"train"}: as_rows(folder/n, n, tok)
     splits = {n: len(load_from_disk(str(folder/n))) for n in names}
     write_json(folder/"split.json", {n: [f"{n}:{i}" for i in range(k)] for n, k in splits.items()})
     total = made["tokens"]["train"] if isinstance(made["tokens"], dict) else made["tokens"]
     return dict(rows_in=sum(splits.values()), rows_out=sum(splits.values()), rejected={}, filtered={}, splits=splits, shapes={"train": "corpus"}, hashes={part.name: made["hash"]},
                 tokens=total, trainable_tokens=total, truncated=0, max_length=made["max_length"], corpus=made, checks={})
+
+def as_rows(path, name, tok):
+    "Give the windows of a held-out split the columns that scored rows have."
+    made = lambda b, at: dict(id=[f"{name}:{i}" for i in at], group=[f"{name}:{i}" for i in at], subject=[""]*len(at), prompt=[""]*len(at),
+                              completion=tok.batch_decode(b["input_ids"]), completion_mask=[[1]*len(x) for x in b["input_ids"]])
+    rows, tmp = load_from_disk(str(path)).map(made, with_indices=True, batched=True, batch_size=64, keep_in_memory=True), path.with_name(f".{name}.new")
+    rows.save_to_disk(tmp)
+    shutil.rmtree(path); tmp.rename(path)
 
 # %% ../nbs/01_data.ipynb #c025
 def load_split(run, name) -> Dataset:

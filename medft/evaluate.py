@@ -305,11 +305,11 @@ def sentence(d, who, than="the base", where="test") -> str:
     return out + (f"; the smallest difference this set could have shown is {bare(d['detectable'])}" if d["label"] == "tie" else "")
 
 # %% ../nbs/05_evaluate.ipynb #c073
-def _trace(row): return hashlib.sha256((row["prompt"] or row.get("completion") or str(row.get("input_ids"))).encode()).hexdigest()
+def _trace(row): return hashlib.sha256((row.get("prompt") or row.get("completion") or str(row.get("input_ids"))).encode()).hexdigest()
 
 def refuse_leaks(train_rows, rows, name="test"):
     "Raise `MedftError` when a row to be scored was trained on: the same prompt, or the same id about the same thing."
-    prompts, ids = {_trace(r) for r in train_rows}, {(r["id"], r["group"]) for r in train_rows}
+    prompts, ids = {_trace(r) for r in train_rows}, {(r["id"], r["group"]) for r in train_rows if "id" in r}
     leaked = [r["id"] for r in rows if _trace(r) in prompts or (r["id"], r["group"]) in ids]
     if leaked: raise MedftError(f"data/{name}: {len(leaked)} of {len(rows)} rows were trained on ({', '.join(map(str, leaked[:3]))}{', …' if len(leaked) > 3 else ''}); "
                                 "their score would measure memory; remove them from one side")

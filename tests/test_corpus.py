@@ -1,5 +1,5 @@
 "A corpus comes out the same whatever happens on the way; nothing is lost, nothing comes twice, and memory does not grow."
-import gzip, json, os, pickle, random, resource, signal, subprocess, sys, time
+import contextlib, gzip, json, pickle, random, resource, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, psutil, pytest
@@ -120,7 +120,7 @@ def test_killed_after_the_last_step(tmp_path, fast, monkeypatch):
         m.setattr(corpus, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt): make(paths, tmp_path/"out")
     with monkeypatch.context() as m:
-        m.setattr(corpus.shutil, "rmtree", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        m.setattr(corpus.shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt): make(paths, tmp_path/"out")
     assert make(paths, tmp_path/"out")["hash"] == whole["hash"] and not (tmp_path/"out"/".work").exists()
     assert load_corpus(tmp_path/"out")[:] == load_corpus(tmp_path/"whole")[:]
@@ -150,7 +150,8 @@ def test_a_full_disk_is_one_line_and_the_work_goes_on_later(tmp_path, fast):
 def test_a_worker_that_dies_is_one_line(tmp_path, fast, monkeypatch):
     paths, real = [write(tmp_path/"a.jsonl.gz", some(300))], corpus.Builder.add
     def add(self, *a):
-        for c in psutil.Process().children(): c.kill()
+        for c in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess): c.kill()
         return real(self, *a)
     with monkeypatch.context() as m:
         m.setattr(corpus.Builder, "add", add)

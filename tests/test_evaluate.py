@@ -46,11 +46,11 @@ def test_the_head_never_sees_more_than_the_scored_positions():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoTokenizer
     out = tmp_path_factory.mktemp("base"); config = AutoConfig.from_pretrained(assets()/"tiny_base"); config.num_hidden_layers, config.initializer_range = 2, .1
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(out)
-    data.AutoTokenizer.from_pretrained(assets()/"tiny_base").save_pretrained(out)
+    AutoTokenizer.from_pretrained(assets()/"tiny_base").save_pretrained(out)
     return out
 
 
@@ -131,7 +131,8 @@ def test_options_are_scored_without_the_end_token_and_chosen_by_their_sum(tmp_pa
 
 
 def test_running_text_is_scored_token_for_token(tmp_path, base):
-    tok = data.AutoTokenizer.from_pretrained(base); model = AutoModelForCausalLM.from_pretrained(base).eval()
+    from transformers import AutoTokenizer
+    tok = AutoTokenizer.from_pretrained(base); model = AutoModelForCausalLM.from_pretrained(base).eval()
     text = [dict(id=str(i), group=str(i), prompt="", **{k: v[0] for k, v in data.encode(tok, [""], [t]).items()}) for i, t in enumerate(["Zinc heals wounds. "*9, "Iron."])]
     frame = ev.predict_text(model, tok, text, length=512)
     with torch.no_grad(): loss = model(torch.tensor([text[0]["input_ids"]]), labels=torch.tensor([text[0]["input_ids"]])).loss.item()
