@@ -19,6 +19,7 @@ import gc, json, shutil, time
 from contextlib import contextmanager
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, load_from_disk
 
 # %% ../nbs/01_data.ipynb #c008
@@ -147,7 +148,8 @@ def write_splits(folder, rows, arrows):
     "Every split as a folder, and which ids went where."
     ids = {n: (at, rows.side[at] == n) for n, (_, at) in arrows.items()}
     for n, (at, keep) in ids.items(): storing.save_split(arrows[n][0], keep, folder/n)
-    write_json(folder/"split.json", {n: rows.table["id"].take(at[keep]).to_pylist() for n, (at, keep) in ids.items()})
+    names = rows.text("id")
+    atomic_write(folder/"split.json", json.dumps({n: names.take(pa.array(at[keep])).to_pylist() for n, (at, keep) in ids.items()}, ensure_ascii=False))
 
 # %% ../nbs/01_data.ipynb #c020
 def write_report(folder, rows, report, found, recipe):

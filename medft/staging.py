@@ -20,6 +20,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from fastcore.basics import chunked, patch
 
 # %% ../nbs/00i_staging.ipynb #c004
@@ -175,18 +176,24 @@ def chains(
 BOUND = 0.5     # share of the rows
 
 def sides_of(
-    keys,       # (n,) list of keys per row
-    label,      # (n,) group of each row: what keys and near-duplicates bind
+    groups,     # (n,) Arrow array of lists of keys
+    pairs,      # (pairs, 2) rows that near-duplicates bind
     seed,       # the recipe's
     holdout,    # share held out for validation, and as much for test
 ) -> np.ndarray:
     "The side of each row; '' where its keys part."
-    most = Counter(k for several in keys for k in set(several)).most_common(1)[0][1]
-    if np.bincount(label).max() > BOUND*len(keys) >= most and max(map(len, keys)) > 1:
-        sides = (set(side(k, seed, holdout)) for k in keys)
-        return np.array([s.pop() if len(s) == 1 else "" for s in sides], object)
-    sides = side(pd.Series([min(k) for k in keys]).groupby(label).transform("min").to_numpy(object), seed, holdout)
-    return np.where(np.bincount(label)[label] > BOUND*len(keys), "train", sides)
+    keys = pc.list_flatten(groups).dictionary_encode()
+    names, code, starts = keys.dictionary, keys.indices.to_numpy(), np.asarray(groups.offsets)[:-1] - groups.offsets[0].as_py()
+    order = pc.sort_indices(names).to_numpy()
+    rank = np.empty(len(order), int); rank[order] = np.arange(len(order))
+    label = neighbours.groups([c.tolist() for c in np.split(code, starts[1:])] if len(code) > len(groups) else code.tolist(), pairs)
+    size, own = np.bincount(label), side(names.take(pa.array(order)).to_pylist(), seed, holdout)
+    if len(code) > len(groups) and size.max() > BOUND*len(groups) >= np.bincount(code).max():
+        kinds = np.unique(own, return_inverse=True)[1][rank[code]]
+        low, high = np.minimum.reduceat(kinds, starts), np.maximum.reduceat(kinds, starts)
+        return np.where(low == high, np.unique(own)[low], "")
+    first = pd.Series(np.minimum.reduceat(rank[code], starts)).groupby(label).transform("min").to_numpy()
+    return np.where(size[label] > BOUND*len(groups), "train", own[first])
 
 # %% ../nbs/00i_staging.ipynb #c027
 def hold_out(
@@ -197,8 +204,8 @@ def hold_out(
     d, missing, left = recipe.dataset, [s for s in ("validation", "test") if s not in rows.side], {}
     if missing and d.holdout:
         at = rows.at[rows.train]
-        keys = rows.table["groups"].take(pa.array(at)).to_pylist()
-        sides = sides_of(keys, neighbours.groups(keys, chains(rows.clusters[at]) if wants_neighbours(recipe) else ()), recipe.seed, d.holdout)
+        groups = rows.text("groups").take(pa.array(at))
+        sides = sides_of(groups, chains(rows.clusters[at]) if wants_neighbours(recipe) else (), recipe.seed, d.holdout)
         rows.side[at] = np.where(np.isin(sides, missing) | (sides == ""), sides, "train")
         left["crosses_split"] = at[sides == ""]
     return left | sampled(rows, d.max_samples, recipe.seed)
