@@ -41,6 +41,7 @@ class Schema:
 
 # %% ../nbs/00d_schemas.ipynb #c007
 def _medmcqa_counts(row):
+    if type(row.get("cop")) is int and row.get("ope") is None: return row["cop"], 4, way(row["cop"], ())     # the hub's rows, and most others
     said, fifth = row.get("cop"), str(row.get("ope") or "nan").strip()
     options = [*(str(row.get(k)).strip() for k in OPTIONS), fifth][:4 if fifth in ("", "nan") else 5]
     return said, len(options), way(said, options)
