@@ -171,6 +171,7 @@ def check_near_duplicates(r):
     copies = [i for i, k, hit in zip(at, first, found) if hit and i != k and not neighbours.variant(texts[k], texts[i])]
     return at[found], np.array(copies, int)
 
+# %% ../nbs/00h_checks.ipynb #c023b
 def check_near_overlap(r):
     "Held-out rows that are almost a training row."
     found = r.at[r.held & (r.clusters >= 0) & np.isin(r.clusters, r.clusters[r.train])]

@@ -93,6 +93,7 @@ def prepare(run) -> dict:
     if r.dataset.cache: storing.keep_in_cache(folder, kept)
     return finish(run, report, p)
 
+# %% ../nbs/01_data.ipynb #c015b
 def all_hashes(opened, benchmarks) -> dict:
     "What every source held, by name."
     both = [h for _, h in opened.values()] + [h for several in benchmarks.values() for *_, h in several]
@@ -119,6 +120,7 @@ def fresh(run, tok, opened, benchmarks, p) -> dict:
     shutil.rmtree(work)
     return report
 
+# %% ../nbs/01_data.ipynb #c017b
 def checked(rows, r, tok, work, report, p) -> tuple[dict, dict]:
     "Give every row its side, check, tokenise: what was found, and per split its Arrow file and rows."
     d, late = r.dataset, checks.LATE
@@ -202,6 +204,7 @@ def adopt(run, part, tok) -> dict:
     return dict(rows_in=sum(splits.values()), rows_out=sum(splits.values()), rejected={}, filtered={}, splits=splits, shapes={"train": "corpus"}, hashes={part.name: made["hash"]},
                 tokens=total, trainable_tokens=total, truncated=0, max_length=made["max_length"], corpus=made, checks={})
 
+# %% ../nbs/01_data.ipynb #c023b
 def as_rows(path, name, tok):
     "Give the windows of a held-out split the columns that scored rows have."
     made = lambda b, at: dict(id=[f"{name}:{i}" for i in at], group=[f"{name}:{i}" for i in at], subject=[""]*len(at), prompt=[""]*len(at),

@@ -119,6 +119,7 @@ def link(old, new):
         except OSError: shutil.copy2(a, b)
     shutil.copytree(old, new, copy_function=one, dirs_exist_ok=True)
 
+# %% ../nbs/00k_storing.ipynb #c018b
 def from_cache(kept, folder) -> dict:
     "Link kept rows into a run; returns their report."
     link(kept, folder); os.utime(kept)

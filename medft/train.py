@@ -134,6 +134,7 @@ def sizes(model) -> dict:
     trainable, total = model.get_nb_trainable_parameters() if hasattr(model, "get_nb_trainable_parameters") else (sum(p.numel() for p in model.parameters()),)*2
     return dict(total_parameters=total, trainable_parameters=trainable)
 
+# %% ../nbs/03_train.ipynb #c023b
 def fit(run, engine, model, tok, peft_config) -> dict:
     "Train, save, and say what it took (training.json)."
     (run.path/engine).mkdir(exist_ok=True)
