@@ -192,7 +192,7 @@ class HubServer:
     def env(self, home, token=None, **more):
         "The environment of a client that knows this hub only, with its caches in `home`."
         return dict(HF_ENDPOINT=self.url, HF_HOME=str(home), HF_TOKEN=token or "", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1",
-                    HF_HUB_DISABLE_IMPLICIT_TOKEN="0", MEDFT_CACHE=str(home/"medft"), HF_HUB_DISABLE_PROGRESS_BARS="1", **more)
+                    HF_HUB_DISABLE_IMPLICIT_TOKEN="0", MEDFT_CACHE=str(home/"fetched"), HF_HUB_DISABLE_PROGRESS_BARS="1", **more)
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
