@@ -104,7 +104,7 @@ def fresh(run, tok, opened, benchmarks, p) -> dict:
     "Prepare rows that no earlier run has prepared."
     r, folder = run.recipe, run.path/"data"
     work = folder/".work"; shutil.rmtree(work, ignore_errors=True); work.mkdir()
-    gc.disable()    # millions of objects and no cycles: collecting costs a fifth of the time and finds nothing
+    gc.disable()    # millions of objects and no cycles: the collector would look through them again and again and find nothing
     try:
         with p.step("read"): table, report = staging.stage_all(work, r, tok, opened, p.tell)
         shutil.copyfile(work/"rejected.jsonl", folder/"rejected.jsonl")
