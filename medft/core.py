@@ -173,7 +173,8 @@ class Model(Section):
     name: str = "tiny-base"                     # hub id, folder, or "tiny-base" (shipped, offline)
     revision: str | None = None                 # hub commit
     task: typing.Literal["generative", "classification", "pretraining"] = "generative"
-    num_labels: int | None = None               # classification only
+    num_labels: int | None = None               # classification only; None: as many as the data have
+    class_weights: typing.Literal["balanced"] | list[float] | None = None   # classification only: weight of each label in the loss; balanced: the rare count more
     dtype: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # auto: bfloat16 on a GPU, float32 weights on a CPU
     attn_implementation: str | None = None      # flash_attention_2, sdpa, eager; None: the library chooses
     from_config: bool = False                   # random weights from the config alone (pre-training from scratch)
@@ -246,6 +247,7 @@ class Dataset(Source):
     max_samples: int | None = None              # of the training rows; None or 0: all
     similarity: float = 0.8                     # Jaccard similarity from which two texts are near-duplicates
     truncated_share: float = 0.01               # share of cut rows from which check `truncated` acts
+    pairs: typing.Literal["text", "aligned"] = "text"   # pairs of records: written out one after the other, or field by field with their characters side by side
     benchmarks: dict[str, str | None] = {}      # benchmark -> its file (null: from the hub), for check `contamination`
     drop: list[str] = []                        # checks whose rows are left out instead
     cache: bool = True                          # keep prepared rows, and use them again for the same recipe and files
@@ -262,13 +264,20 @@ class Evaluation(Section):
     max_items: int | None = None                # first n items of every scored set; None: all
     confidence: float = 0.95
     generate: bool = False                      # open answers: also write them out (slow)
+    threshold: float | None = None              # two labels: the probability from which the second is said; None: the best F1 on validation
+    baselines: list[str] = []                   # classification: simple rules to show beside the models, by name
 
 # %% ../nbs/00_core.ipynb #c032s1
 class Export(Section):
     "What is handed over."
     merge: bool = True                          # also write the adapter merged into full weights
-    merged_save_format: typing.Literal["safetensors"] = "safetensors"
-    push_to_hub: bool = False
+    merged_save_format: typing.Literal["safetensors", "bin"] = "safetensors"
+    max_shard_size: str = "5GB"                 # of one file of merged weights
+    merge_base: typing.Literal["dequantized", "original"] = "dequantized"    # QLoRA: merge into the quantised weights written out in 16 bits, or into the 16-bit weights they were made from
+    adapter_save_format: typing.Literal["safetensors", "bin"] = "safetensors"
+    onnx: bool = False                          # classification: also write an ONNX file
+    push_to_hub: bool = False                   # upload to output.hub_model_id; never unasked
+    private: bool = True                        # a repository that is made for it is private
 
 class Tracking(Section):
     "MLflow, in a process of its own."
@@ -279,7 +288,8 @@ class Tracking(Section):
 class Output(Section):
     "Where it goes."
     dir: str | None = None                      # the folder for runs; None: ./runs
-    hub_model_id: str | None = None
+    hub_model_id: str | None = None             # org/name
+    keep_best: int | None = None                # checkpoints of lowest evaluation loss to keep, beside the newest; None: training.save_total_limit decides
 
 # %% ../nbs/00_core.ipynb #c034
 STAGES = dict(data="01_data", model="02_model", train="03_train", fast="04_fast", evaluate="05_evaluate", export="06_export")
@@ -408,14 +418,17 @@ def contradictions(r: Recipe):
     "Yield (section, key, reason) for what the recipe asks and no run could give."
     yield from (("training", k, why) for k, why in OURS.items() if k in r.training.model_fields_set and getattr(r.training, k) is not None)
     q = r.quantization
-    if r.model.num_labels is not None and r.task != "classification": yield "model", "num_labels", f"only task classification has labels; this task is {r.task}"
+    if r.task != "classification":
+        for section, keys in dict(model=("num_labels", "class_weights"), evaluation=("threshold", "baselines"), export=("onnx",)).items():
+            for k in keys:
+                if getattr(getattr(r, section), k) not in (None, [], False): yield section, k, f"only task classification can use it; this task is {r.task}"
     if q and q.load_in_4bit and q.load_in_8bit: yield "quantization", "load_in_8bit", "choose 4 or 8 bits, not both"
     if q and (q.load_in_4bit or q.load_in_8bit) and r.lora is None: yield "quantization", "load_in_4bit", "quantised weights cannot be trained; add a lora section"
     if q and r.model.from_config: yield "model", "from_config", "random weights are not worth quantising; drop the quantization section"
     if r.lora is not None and r.model.from_config: yield "model", "from_config", "an adapter on random weights learns nothing; set lora: null"
     if "unsloth" in r.engine and q and q.load_in_8bit: yield "engine", "", "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl]"
     if "unsloth" in r.engine and r.task == "classification": yield "engine", "", "unsloth has no sequence classifier; use engine: [trl]"
-    if r.export.push_to_hub: yield "export", "push_to_hub", "this version writes to the run folder only; upload <engine>/adapters yourself (hf upload)"
+    if r.export.push_to_hub and not r.output.hub_model_id: yield "export", "push_to_hub", "say where to: output.hub_model_id: org/name"
     d = r.dataset
     if d.name and d.path: yield "dataset", "path", "a data set comes from the hub (name) or from a file (path), not both"
     if not 0 <= d.holdout < 0.5: yield "dataset", "holdout", f"a share below 0.5 is held out for validation, and as much for test; found {d.holdout}"
