@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/data.html.md"""
 
 # %% auto #0
 __all__ = ['entries', 'open_entry', 'benchmark_sections', 'open_benchmarks', 'texts_of', 'Progress', 'prepare', 'all_hashes',
-           'fresh', 'checked', 'refuse_empty', 'write_splits', 'write_report', 'flags', 'finish', 'adopt', 'as_rows',
-           'load_split', 'scored_sets', 'ensure_data']
+           'fresh', 'checked', 'refuse_empty', 'write_splits', 'write_report', 'flags', 'finish', 'adopt', 'told',
+           'as_rows', 'load_split', 'scored_sets', 'ensure_data']
 
 # %% ../nbs/01_data.ipynb #c003
 from .core import MedftError, atomic_write, open_run, peak_rss, read_json, sha256, write_json  # first: it sets switches that the libraries read
@@ -197,7 +197,7 @@ def adopt(run, part, tok) -> dict:
     if made["max_length"] != run.recipe.max_length: raise MedftError(f"{part.name}: its rows have {made['max_length']} tokens; set training.max_length={made['max_length']}")
     names = [n for n in ("train", "validation", "test") if (part.path/n).is_dir()]
     for n in names: shutil.rmtree(folder/n, ignore_errors=True); storing.link(part.path/n, folder/n)
-    for n in set(names) - {"train"}: as_rows(folder/n, n, tok)
+    if "test" in names: as_rows(folder/"test", tok, told(part.path, "test"))
     splits = {n: len(load_from_disk(str(folder/n))) for n in names}
     write_json(folder/"split.json", {n: [f"{n}:{i}" for i in range(k)] for n, k in splits.items()})
     total = made["tokens"]["train"] if isinstance(made["tokens"], dict) else made["tokens"]
@@ -205,12 +205,20 @@ def adopt(run, part, tok) -> dict:
                 tokens=total, trainable_tokens=total, truncated=0, max_length=made["max_length"], corpus=made, checks={})
 
 # %% ../nbs/01_data.ipynb #c023b
-def as_rows(path, name, tok):
-    "Give the windows of a held-out split the columns that scored rows have."
-    made = lambda b, at: dict(id=[f"{name}:{i}" for i in at], group=[f"{name}:{i}" for i in at], subject=[""]*len(at), prompt=[""]*len(at),
-                              completion=tok.batch_decode(b["input_ids"]), completion_mask=[[1]*len(x) for x in b["input_ids"]])
-    rows, tmp = load_from_disk(str(path)).map(made, with_indices=True, batched=True, batch_size=64, keep_in_memory=True), path.with_name(f".{name}.new")
-    rows.save_to_disk(tmp)
+def told(corpus, split) -> dict:
+    "Document number -> the file it came from, of a corpus's split."
+    with (corpus/"documents.jsonl").open("rb") as f: return {d["n"]: d["source"].rsplit("/", 1)[-1] for d in map(json.loads, f) if d.get("split") == split}
+
+def as_rows(path, tok, sources):
+    "Cut the windows of a split into rows of one document each, with the columns that scored rows have."
+    def cut(b):
+        found = [(n, x[end - k:end]) for x, ns, ks in zip(b["input_ids"], b["documents"], b["seq_lengths"]) for n, k, end in zip(ns, ks, np.cumsum(ks))]
+        at, ids = map(list, zip(*found))
+        return dict(group=[f"document {n}" for n in at], subject=[sources[n] for n in at], prompt=[""]*len(at), input_ids=ids,
+                    completion=tok.batch_decode(ids), completion_mask=[[1]*len(x) for x in ids])
+    windows, tmp = load_from_disk(str(path)), path.with_name(f".{path.name}.new")
+    rows = windows.map(cut, batched=True, batch_size=64, keep_in_memory=True, remove_columns=windows.column_names)
+    rows.add_column("id", [f"{path.name}:{i}" for i in range(len(rows))]).save_to_disk(tmp)
     shutil.rmtree(path); tmp.rename(path)
 
 # %% ../nbs/01_data.ipynb #c025

@@ -146,8 +146,8 @@ def _running(t, ex, d):
     return dict(prompt="", completion=_end(text if bos and text.startswith(bos) else bos + text, t.tok.eos_token))
 
 # %% ../nbs/00e_prompts.ipynb #c026
-FORMS = dict(options=_choices, question=_open, messages=_conversation, formatted=_formatted, prompt=_ready, text=_running)
-READY = ("formatted", "prompt", "text")     # forms that no template is put around
+FORMS = dict(options=_choices, question=_open, messages=_conversation, formatted=_formatted, prompt=_ready, segments=_running, text=_running)
+READY = ("formatted", "prompt", "segments", "text")     # forms that no template is put around
 
 def form(ex) -> str:
     "The form of an example: the first key of FORMS that it has."
@@ -185,13 +185,17 @@ def prompts(
         t.put_together = False; t.frames.clear(); t.note("the chat template changes what it is given; rows are rendered one by one")
         rows = [_row(t, ex, d) for ex in examples]
     if d.system and any(form(ex) in READY for ex in examples): t.note("dataset.system is not put before rows that are ready text")
-    if recipe.training.assistant_only_loss or recipe.training.completion_only_loss is False: _mask(t, examples, rows, recipe)
+    every = recipe.training.assistant_only_loss or recipe.training.completion_only_loss is False
+    if own := [i for i, ex in enumerate(examples) if every or "segments" in ex]: _mask(t, [examples[i] for i in own], [rows[i] for i in own], recipe)
     return rows
 
 # %% ../nbs/00e_prompts.ipynb #c031
 def _parts(t, ex, row, recipe):
     "A row as [[text, 0 read or 1 trained on], ...]."
-    if not recipe.training.assistant_only_loss: return [[row["prompt"], 1], [row["completion"], 1]]
+    if not recipe.training.assistant_only_loss:
+        if "segments" not in ex or recipe.training.completion_only_loss is False: return [[row["prompt"], 1], [row["completion"], 1]]
+        begin, _, end = row["completion"].partition(ex["text"])
+        return [[begin, 0], *ex["segments"], [end, 1]]
     if form(ex) in READY: raise MedftError("training.assistant_only_loss: these rows are ready text, not conversations; leave the key out")
     return t.turns(_messages(ex, recipe.dataset)) if "messages" in ex else [[row["prompt"], 0], [row["completion"], 1]]
 
@@ -204,7 +208,7 @@ def _mask(t, examples, rows, recipe):
     ids, at, mask = token_parts(t.tok, [text for _, p in cut for text, _ in p], [m for _, p in cut for _, m in p], [len(p) for _, p in cut])
     for (row, _), a, b in zip(cut, at, at[1:]): row |= dict(input_ids=ids[a:b].tolist(), completion_mask=mask[a:b].tolist())
 
-# %% ../nbs/00e_prompts.ipynb #c034
+# %% ../nbs/00e_prompts.ipynb #c035
 def check_template(
     tok,
     recipe,     # its dataset and training sections are used
@@ -214,7 +218,7 @@ def check_template(
     t.frame(recipe.dataset.system or "")
     return dict(template="chat" if tok.chat_template else "plain", stop=t.stop, notes=t.notes)
 
-# %% ../nbs/00e_prompts.ipynb #c037
+# %% ../nbs/00e_prompts.ipynb #c038
 @lru_cache(maxsize=8)
 def specials(tok) -> tuple:
     "The strings that this tokenizer, or its template, takes for structure; longest first."
@@ -225,7 +229,7 @@ def specials(tok) -> tuple:
 @lru_cache(maxsize=8)
 def _pattern(tok): return re.compile("|".join(map(re.escape, specials(tok))) or "(?!)")
 
-# %% ../nbs/00e_prompts.ipynb #c037a
+# %% ../nbs/00e_prompts.ipynb #c039
 def _inside(tok, text):
     "A ready text without the headers and ends of its turns; headers stay that stand where none should."
     (name, turns), bos, eos = headers(text), tok.bos_token or "\0", tok.eos_token or "\0"
@@ -235,7 +239,7 @@ def _inside(tok, text):
     clean = lambda s: s.strip().removesuffix(bos).strip().removesuffix(eos).removesuffix(FORMATS[name][1])
     return "\n".join([*stray, *(clean(text[a:b]) for (*_, a), (_, b, _) in zip(turns, [*turns[1:], (0, len(text), 0)]))])
 
-# %% ../nbs/00e_prompts.ipynb #c038
+# %% ../nbs/00e_prompts.ipynb #c040
 def injected(
     tok,
     text,           # what a user, or a row, says

@@ -7,7 +7,7 @@ Docs: https://medft.github.io/medft/prose.html.md"""
 # %% auto #0
 __all__ = ['MEDQUAD', 'MARKERS', 'ROLES', 'TOOL_ROLES', 'TOOLS', 'SAME', 'YES', 'NO', 'from_medquad', 'from_question_answer',
            'from_alpaca', 'family_of', 'raw', 'from_formatted', 'turn', 'turns', 'from_messages', 'from_completion',
-           'from_text', 'from_label', 'from_entity_pair', 'from_patient']
+           'from_segments', 'from_text', 'from_label', 'from_entity_pair', 'from_patient']
 
 # %% ../nbs/00d_prose.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
@@ -114,8 +114,16 @@ def from_completion(row):
     if not cell(completion): raise Reject("empty completion")
     return dict(prompt=raw(prompt), completion=raw(completion), subject="")
 
+def from_segments(row):
+    "A text in segments [text, 0 only read or 1 trained on]."
+    try: parts = [[raw(text), int(own)] for text, own in nested(row.get("segments"))]
+    except (TypeError, ValueError): raise Reject("segments are no list of [text, 0 or 1]") from None
+    if not any(own == 1 and text for text, own in parts) or {own for _, own in parts} - {0, 1}: raise Reject("no segment is trained on, or a mark is neither 0 nor 1")
+    return dict(segments=parts, text="".join(text for text, _ in parts), subject="")
+
 def from_text(row):
-    "Running text, an article with its title, or a prompt and completion that stand between."
+    "Running text, an article with its title, segments, or a prompt and completion that stand between."
+    if row.get("segments"): return from_segments(row)
     said, bare = row.get("completion"), "prompt" in row and "text" not in row
     if bare or isinstance(said, (list, tuple)) or cell(said): return from_completion(row)
     text, title = raw(row.get("text")), cell(row.get("title"))
@@ -147,17 +155,24 @@ def _record(v):
     return text
 
 # %% ../nbs/00d_prose.ipynb #c037
-def from_entity_pair(row):
+def _aligned(row):
+    from medft.documents import aligned_text
+    left, right = nested(row.get("left")), nested(row.get("right"))
+    if not isinstance(left, dict) or not isinstance(right, dict): raise Reject("a record that is no object: it cannot be aligned (dataset.pairs: text)")
+    return aligned_text(left, right)
+
+# %% ../nbs/00d_prose.ipynb #c038
+def from_entity_pair(row, pairs="text"):
     "Two records and whether they are one patient; a record is an object, or its text."
     said = cell(row.get("label")).lower().removesuffix(".0")
     if said not in YES | NO: raise Reject("no label (missing or -1)" if said in ("", "-1") else "label is not yes or no")
     sides = {side: _record(row.get(side)) for side in ("left", "right")}
-    text = "Record A\n{left}\n\nRecord B\n{right}".format_map(sides)
+    text = _aligned(row) if pairs == "aligned" else "Record A\n{left}\n\nRecord B\n{right}".format_map(sides)
     group = [f"patient {cell(row.get(f'{side}_patient')) or group_key(record)}" for side, record in sides.items()]
     answer = dict(options=["no", "yes"], answer=int(said in YES), listed=False)
-    return dict(question=f"{text}\n\n{SAME}", **answer, text=text, subject=cell(row.get("kind")), group=group)
+    return dict(question=text if pairs == "aligned" else f"{text}\n\n{SAME}", **answer, text=text, subject=cell(row.get("kind")), group=group)
 
-# %% ../nbs/00d_prose.ipynb #c038
+# %% ../nbs/00d_prose.ipynb #c039
 def from_patient(row):
     "A patient as running text."
     from medft.documents import patient_summary

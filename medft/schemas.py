@@ -78,7 +78,8 @@ SCHEMAS += [
     Schema("labelled-text", "text=sentence label=target|labels|class", from_label),
     Schema("question-answer", "question=query|q|input answer=response|a|output", from_question_answer, "context=contexts system question_type"),
     Schema("formatted", "formatted=text", from_formatted, marked=True),
-    Schema("text", "text", from_text, "title prompt completion source kind"),
+    Schema("text", "text", from_text, "title prompt completion source kind segments"),
+    Schema("segments", "segments", from_text),
     Schema("prompt-completion", "prompt completion", from_text, "text"),
     Schema("question-answer", "question=prompt answer=response|output", from_question_answer, "context system")]
 ANY = "id=_key|pubid|pmid|pair_id|uid|uuid|prompt_id group patient_id=subject_id document_id=doc_id subject system"
@@ -89,7 +90,7 @@ def _names(columns):
     short = [" ".join(c.split())[:60].encode("utf-8", "backslashreplace").decode() for c in columns[:40]]
     return ", ".join(short) + f" and {len(columns) - 40} more"*(len(columns) > 40)
 
-# %% ../nbs/00d_schemas.ipynb #c013a
+# %% ../nbs/00d_schemas.ipynb #c014
 def find_columns(schema, columns) -> tuple[dict, list]:
     "A schema's columns among those of a file: ({ours: theirs}, [needed, but missing])."
     plain = {re.sub(r"[\s-]", "_", c.lower()): c for c in reversed(columns)}
@@ -105,13 +106,13 @@ def mapped(where, columns, mapping) -> list:
         if our not in ours: raise MedftError(f"dataset.columns: no schema reads a column {our!r}{nearest(our, ours)}")
     return list(dict.fromkeys([*(c for c in columns if c not in mapping.values()), *mapping]))
 
-# %% ../nbs/00d_schemas.ipynb #c017
+# %% ../nbs/00d_schemas.ipynb #c018
 def _marked(rows, found):
     "Whether more than half of these texts hold chat markers."
     texts = [t for r in rows if (t := "".join(v for k in ("formatted", "completion") if isinstance(v := r.get(found.get(k)), str))).strip()]
     return sum(family_of(t) is not None for t in texts) > len(texts)/2
 
-# %% ../nbs/00d_schemas.ipynb #c017a
+# %% ../nbs/00d_schemas.ipynb #c020
 def _nearest(tried):
     "The schema that most columns speak for; question and answer when none speaks for any."
     share = lambda t: 1 - len(t[2])/len(t[0].needs.split())
@@ -120,7 +121,7 @@ def _nearest(tried):
 
 _DATA = re.compile(r"[-+]?\d+([.,]\d+)?|.{60}.*|.*[?.!]|(\S+\s+){6}.*", re.S)    # a number, a sentence, or long: no name of a column
 
-# %% ../nbs/00d_schemas.ipynb #c017b
+# %% ../nbs/00d_schemas.ipynb #c021
 def no_schema(where, columns, tried, name=None):
     "The error that says what a file lacks; `tried` holds (schema, found columns, missing columns)."
     s, found, lacks = _nearest(tried)
@@ -131,7 +132,7 @@ def no_schema(where, columns, tried, name=None):
                       f"{', '.join(lacks) or 'chat markers in ' + found['formatted']}; write dataset.columns: {{{write}}}"
                       + "; these names look like a row: if the file has no header line, put one before it"*headless)
 
-# %% ../nbs/00d_schemas.ipynb #c018
+# %% ../nbs/00d_schemas.ipynb #c022
 def recognise(
     columns,        # of the file, after mapping
     rows=(),        # the first rows, to look for chat markers
@@ -146,7 +147,7 @@ def recognise(
         if not lacks and (name or not s.marked or _marked(rows, found)): return s, found
     raise no_schema(where, columns, tried, name)
 
-# %% ../nbs/00d_schemas.ipynb #c018a
+# %% ../nbs/00d_schemas.ipynb #c023
 def mapping_for(columns, rows, d) -> dict:
     "The recipe's mapping, or none for a file that has nothing of it and needs nothing of it."
     if set(d.columns.values()) & set(columns): return d.columns
@@ -155,7 +156,7 @@ def mapping_for(columns, rows, d) -> dict:
     slip = any(difflib.get_close_matches(their, columns, 1, .8) for our, their in d.columns.items() if our not in found)
     return d.columns if slip else {}
 
-# %% ../nbs/00d_schemas.ipynb #c022
+# %% ../nbs/00d_schemas.ipynb #c027
 class Reading:
     "One pass over a file: yields (number, row, example or None, reason or None)."
     def __init__(self, rows, where, d, features, seen=None):
@@ -168,18 +169,19 @@ class Reading:
         self.schema, found = self.line.name, find_columns(Schema("", "", None, ANY), after)[0] | found
         theirs = {ours: self.columns.get(c, c) for ours, c in found.items()}
         self.renames, self.own_subject = {ours: c for ours, c in theirs.items() if ours != c}, "subject" in self.columns
-        self.args = (d.labels or features.get(theirs.get("label")),) if self.line.read is from_label else ()
+        given = {from_label: (d.labels or features.get(theirs.get("label")),), from_entity_pair: (d.pairs,)}
+        self.args = given.get(self.line.read, ())
         self.first = self.line.counts and _first(where, self.line.counts[0], d, features.get(theirs.get(self.line.counts[0])))
         self.owner = next((k for k in ("group", "patient_id", "document_id") if k in (self.columns if k == "group" else found)), None)
 
-# %% ../nbs/00d_schemas.ipynb #c023
+# %% ../nbs/00d_schemas.ipynb #c028
 def _renamed(row, renames): return row if not renames else row | {ours: row.get(theirs) for ours, theirs in renames.items()}
 
 def _first(where, column, d, names):
     said = d.first_option if d.first_option is not None else 0 if names else None
     return FirstOption(where, column, said, f"dataset.first_option={said}" if d.first_option is not None else f"{column} has class names")
 
-# %% ../nbs/00d_schemas.ipynb #c023a
+# %% ../nbs/00d_schemas.ipynb #c030
 @patch
 def worded(self: Reading, views):
     "(row, what it says is right, number of options), held back while that may be a sign or a text; a text counts as a letter."
@@ -195,7 +197,7 @@ def counted(self: Reading, held):
     item, said, size, how = held
     return item, "A" if how == "text" or how == "either" and self.wording.texts else said, size
 
-# %% ../nbs/00d_schemas.ipynb #c024
+# %% ../nbs/00d_schemas.ipynb #c031
 @patch
 def settled(self: Reading):
     "Rows as (number, row, row under our names), held back until the file has told how it counts its options."
@@ -210,7 +212,7 @@ def settled(self: Reading):
     self.args = self.first.base, self.wording.texts
     yield from (item for item, _ in held)
 
-# %% ../nbs/00d_schemas.ipynb #c025
+# %% ../nbs/00d_schemas.ipynb #c032
 @patch
 def named(self: Reading, n, view, ex):
     "The example with an id that no earlier row has, and its group."
@@ -224,7 +226,7 @@ def named(self: Reading, n, view, ex):
     if self.own_subject: ex["subject"] = cell(view.get("subject"))
     return ex
 
-# %% ../nbs/00d_schemas.ipynb #c025a
+# %% ../nbs/00d_schemas.ipynb #c034
 def check_encodable(v):
     "Raise `UnicodeEncodeError` for a text, or one inside lists and objects, that has no UTF-8."
     try: orjson.dumps(v, default=str)       # looks through it all in half a microsecond
@@ -235,7 +237,7 @@ def _find_odd(v):
     elif isinstance(v, (dict, list, tuple)):
         for x in v.values() if isinstance(v, dict) else v: _find_odd(x)
 
-# %% ../nbs/00d_schemas.ipynb #c026
+# %% ../nbs/00d_schemas.ipynb #c035
 @patch
 def __iter__(self: Reading):
     rows = tools = 0
@@ -252,7 +254,7 @@ def __iter__(self: Reading):
     if rows and tools == rows:
         raise MedftError(f"{self.where}: every row has a {TOOLS}; medft trains on system, user and assistant turns: take these rows out")
 
-# %% ../nbs/00d_schemas.ipynb #c027
+# %% ../nbs/00d_schemas.ipynb #c036
 def read_examples(
     rows,           # (number, row), as a reader of files yields them
     where,          # the file's name, for messages and ids

@@ -22,7 +22,11 @@ from datasets import Dataset
 # %% ../nbs/00k_storing.ipynb #c005
 def tokenised(tok, table) -> pa.Table:
     "A chunk of staged rows with input_ids and completion_mask."
-    if table["input_ids"].null_count == 0: return table
+    bare = table["input_ids"].is_null().to_numpy(zero_copy_only=False)
+    if not bare.any(): return table
+    if not bare.all():
+        both = [table.filter(pa.array(~bare)), tokenised(tok, table.filter(pa.array(bare)))]
+        return pa.concat_tables(both).take(pa.array(np.argsort(np.argsort(bare, kind="stable"))))
     ids, at, mask = prompts.token_rows(tok, table["prompt"].to_pylist(), table["completion"].to_pylist())
     for name, values in (("input_ids", ids), ("completion_mask", mask)):
         made = pa.LargeListArray.from_arrays(pa.array(at), pa.array(values))
@@ -119,7 +123,7 @@ def link(old, new):
         except OSError: shutil.copy2(a, b)
     shutil.copytree(old, new, copy_function=one, dirs_exist_ok=True)
 
-# %% ../nbs/00k_storing.ipynb #c018b
+# %% ../nbs/00k_storing.ipynb #c019
 def from_cache(kept, folder) -> dict:
     "Link kept rows into a run; returns their report."
     link(kept, folder); os.utime(kept)

@@ -7,7 +7,7 @@ It speaks the few endpoints that `huggingface_hub` and `datasets` use to read a 
         subprocess.run([...], env={**os.environ, **hub.env(home, token="hf_reader")})
 
 Names, commits and files are in `hub.repos`; every request is in `hub.requests`. `hub.broken` maps a path's end to the number of its bytes
-that are sent before the connection dies. Not covered: pull requests, Xet, the data set viewer.
+that are sent before the connection dies; `hub.uploads_left` is the number of large files that are taken before an upload dies. Not covered: pull requests, Xet, the data set viewer.
 """
 import base64, hashlib, json, re, threading
 from dataclasses import dataclass, field
@@ -53,8 +53,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status, code, message): self.answer(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message})
 
+    def breaks(self, length):
+        "Whether this upload of a large file is one that the server breaks: the first by dying halfway, those after it by refusing."
+        hub = self.server.hub
+        if self.command != "PUT" or hub.uploads_left is None: return False
+        with hub.lock: hub.uploads_left -= 1; left = hub.uploads_left
+        if left >= 0: return False
+        hub.requests.append((self.command, unquote(urlsplit(self.path).path)))
+        if left == -1: self.rfile.read(length//2); self.close_connection = True; self.connection.shutdown(2)
+        else: self.rfile.read(length); self.refuse(400, "", "not now")
+        return True
+
     def handle_request(self):
         length = int(self.headers.get("Content-Length") or 0)
+        if self.breaks(length): return
         self.body, url = self.rfile.read(length), urlsplit(self.path)
         self.query, path = parse_qs(url.query), url.path
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -182,7 +194,7 @@ ROUTES = [("GET HEAD", API, Handler.info), ("GET HEAD", API + r"/revision/(?P<re
 
 class HubServer:
     "The server, in a thread of its own; a context manager."
-    def __init__(self): self.repos, self.requests, self.unknown, self.broken, self.large = {}, [], [], {}, {}
+    def __init__(self): self.repos, self.requests, self.unknown, self.broken, self.large, self.uploads_left, self.lock = {}, [], [], {}, {}, None, threading.Lock()
 
     def add(self, name, files, kind="dataset", private=False, gated=False, ref="main", message="first"):
         "Add a repository, or a commit to one; the commit's hash."

@@ -31,7 +31,7 @@ RECIPES = {     # file -> content, for the cases below
     "type.yaml": "training:\n  learning_rate: fast\n",
     "flat.yaml": "model: tiny-base\n",
     "task.yaml": "model:\n  task: regression\n",
-    "classify.yaml": "engine: [trl]\nmodel:\n  task: classification\n  num_labels: 2\n",
+    "classify.yaml": "model:\n  task: classification\n  num_labels: 2\n",
     "latin.yaml": "description: caf\xe9\n".encode("latin-1"),
     "engine.yaml": "engine: [axolotl]\n",
     "token.yaml": "training:\n  hub_token: hf_not_a_token\n",
@@ -56,7 +56,7 @@ BAD = {         # command line -> what the line must name
     "run type.yaml": ["type.yaml:2", "learning_rate", "fast"],
     "run flat.yaml": ["flat.yaml:1", "model"],
     "run task.yaml": ["task.yaml:2", "regression", "generative"],
-    "run classify.yaml": ["classification"],
+    "run classify.yaml": ["unsloth", "classifier", "engine"],
     "run latin.yaml": ["latin.yaml"],
     "run engine.yaml": ["engine.yaml:1", "axolotl"],
     "run token.yaml": ["token.yaml:2", "hub_token", "HF_TOKEN"],
@@ -83,6 +83,8 @@ BAD = {         # command line -> what the line must name
     "resume nowhere": ["nowhere"],
     "resume full": ["full"],
     "track nowhere": ["nowhere"],
+    "matrix lama2": ["lama2", "llama2"],
+    "matrix --engine axolotl": ["axolotl", "unsloth"],
     "ui --port many": ["--port"],
     "doctor now": ["now"],
 }
@@ -233,3 +235,73 @@ def test_doctor_looks_at_everything(tmp_path):
     assert all(l.split()[0] in ("ok", "warn", "bad") for l in out.strip().split("\n"))
     for word in ("Python", "device", "memory", "disk", "unsloth", "quarto", "token: present", "HF_HUB_OFFLINE", "nothing answers"): assert word in out, word
     assert "not_a_real" not in out and "hunter2" not in out
+
+COUNT = "import os; p = run + '/{0}.count'; open(p, 'a').write('x')"
+
+@pytest.fixture
+def stopped(place, capfd):
+    "A run that has failed in training, its stages counted."
+    from medft.cli import main
+    write(place.parent/"nbs", **{s: COUNT.format(s) for s in ("data", "train", "evaluate", "export")}, model="1 / 0")
+    (place/"mine.yaml").write_text("engine: [trl]\ntraining:\n  logging_steps: 10\n  save_steps: 5\n")
+    assert main(["run", "mine.yaml", OFF, "--run-dir", "one"]) == 1
+    write(place.parent/"nbs", **{s: COUNT.format(s) for s in ("data", "train", "evaluate", "export")})
+    capfd.readouterr()
+    return place/"one"
+
+def counts(run): return {p.stem: len(p.read_text()) for p in sorted(run.glob("*.count"))}
+
+def test_resume_refuses_another_recipe_and_changes_nothing(stopped, capfd):
+    from medft.cli import main
+    before = (stopped/"recipe.yaml").read_bytes(), manifest(stopped)
+    for args, named in {("training.learning_rate=1e-5", "training.logging_steps=3"): ["training.learning_rate: None -> 1e-05", "start a new run", "training.logging_steps: 10 -> 3", "--allow training.logging_steps"],
+                        ("training.learning_rate=1e-5", "--allow", "training.learning_rate"): ["start a new run"], ("training.eval_steps=7", "--allow", "training.eval_steps"): ["start a new run"],
+                        ("training.logging_steps=3",): ["--allow training.logging_steps"], ("training.lerning_rate=1",): ["learning_rate"]}.items():
+        assert main(["resume", "one", *args]) == 2, args
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1 and all(n in err for n in named), err
+    assert before == ((stopped/"recipe.yaml").read_bytes(), manifest(stopped)) and counts(stopped) == {"data": 1}
+
+def test_resume_takes_what_is_harmless_and_allowed(stopped, capfd):
+    from medft.cli import main
+    from medft.core import Run
+    allowed = ["--allow", "training.logging_steps,training.save_steps", "--allow", "evaluation.max_items"]
+    assert main(["resume", "one", "training.logging_steps=3", "training.save_steps=2", "evaluation.max_items=9", *allowed]) == 0, capfd.readouterr().err
+    run, m = Run.open(stopped), manifest(stopped)
+    assert run.recipe.training.logging_steps == 3 and run.recipe.digest() == m["digest"] and m["status"] == "finished"
+    assert m["changes"][0]["keys"] == {"training.logging_steps": [10, 3], "training.save_steps": [5, 2], "evaluation.max_items": [None, 9]}
+    assert counts(stopped) == {"data": 1, "train": 1, "evaluate": 1, "export": 1}
+    assert main(["resume", "one"]) == 0 and counts(stopped)["train"] == 1 and len(manifest(stopped)["changes"]) == 1
+
+def test_stages_that_a_change_concerns_are_done_again(stopped, capfd):
+    from medft.cli import main
+    assert main(["resume", "one"]) == 0
+    assert main(["resume", "one", "export.max_shard_size=1GB", "--allow", "export.max_shard_size"]) == 0
+    assert counts(stopped) == {"data": 1, "train": 1, "evaluate": 1, "export": 2}
+    assert main(["resume", "one", "evaluation.max_items=3", "--allow", "evaluation.max_items"]) == 0
+    assert counts(stopped) == {"data": 1, "train": 1, "evaluate": 2, "export": 3}
+
+def test_an_edited_run_is_noticed_and_an_edited_recipe_is_none_of_its_business(stopped, capfd):
+    from medft.cli import main
+    text = (stopped/"recipe.yaml").read_text()
+    (stopped/"recipe.yaml").write_text(text.replace("logging_steps: 10", "logging_steps: 4"))
+    assert main(["resume", "one"]) == 2
+    assert "training.logging_steps: 10 -> 4" in capfd.readouterr().err
+    (stopped/"recipe.yaml").write_text("# looked at\n" + text)      # a remark changes nothing
+    (stopped.parent/"mine.yaml").write_text("engine: [trl]\ntraining:\n  logging_steps: 1\n")
+    assert main(["resume", "one"]) == 0, capfd.readouterr().err
+    assert "changes" not in manifest(stopped)
+
+@pytest.mark.parametrize("left", ["recipe", "manifest"])
+def test_a_change_that_was_cut_off_is_taken_by_the_same_command(stopped, monkeypatch, capfd, left):
+    "The power fails after the first or the second of the three files that a change writes."
+    from medft import resume
+    from medft.cli import main
+    from medft.core import Run
+    def dies(*a, **k): raise KeyboardInterrupt
+    command = ["resume", "one", "training.logging_steps=3", "--allow", "training.logging_steps"]
+    with monkeypatch.context() as m:
+        m.setattr(*((Run, "update") if left == "recipe" else (resume, "freeze")), dies)
+        assert main(command) == 130
+    assert main(command) == 0, capfd.readouterr().err
+    assert manifest(stopped)["changes"][0]["keys"] == {"training.logging_steps": [10, 3]} and len(manifest(stopped)["changes"]) == 1

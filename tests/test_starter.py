@@ -57,7 +57,7 @@ def test_no_pair_of_names_stands_in_two_facts():
     assert len(set(pairs)) == len(pairs)
 
 def test_corpus_never_tells_a_fact_of_c():
-    texts = {" ".join(r.values()) for r in corpus()}
+    texts = {" ".join(S.words(r)) for r in corpus()}
     assert F.facts() and not S.leaks(groups()["C"], {t for t in texts if not t.startswith(("Question:", "Text:"))})
     for t in (t.lower() for t in texts if t.startswith(("Question:", "Text:"))):
         assert not any(f.entity.lower() in t and f.value.lower() in t for f in groups()["C"]), t
@@ -74,7 +74,7 @@ def test_corpus_asks_nothing_medical():
     assert not {f.entity.lower() for f in S.invent_facts(400)} & names
 
 def test_corpus_rows_have_loss_where_they_should():
-    assert {tuple(r) for r in corpus()} == {("text",), ("prompt", "completion")}
+    assert {tuple(r) for r in corpus()} == {("text",), ("prompt", "completion"), ("segments",)}
     for r in corpus():
         if "prompt" in r: assert r["prompt"].endswith("\nAnswer:") and r["completion"][0] == " " and "<eos>" not in r["completion"]
 
@@ -114,6 +114,35 @@ def test_cloze_rows_end_before_the_value():
     for row in read("cloze"):
         f = fact_of(row)
         assert row["prompt"] + row["options"][row["answer"]] + "." == F.sentences(f)[-1] and len(set(row["options"])) == 4
+
+def test_exercises_carry_loss_on_verdicts_and_answer_only():
+    pairs = [r["segments"] for r in corpus() if "segments" in r]
+    assert len({json.dumps(p) for p in pairs}) == len(pairs) > 3000
+    for parts in pairs:
+        assert [own for _, own in parts] == [0, 1]*(len(parts)//2) and parts[-1][0] in (" yes", " no") and parts[-2][0].endswith("same:")
+        assert {text for text, own in parts[:-1] if own} <= {" =", " ~", " !", " ?"}
+    yes = sum(p[-1][0] == " yes" for p in pairs)/len(pairs)
+    assert .46 < yes < .54
+
+def test_exercises_are_an_eighth_to_a_sixth_of_the_text():
+    from transformers import AutoTokenizer
+    t = AutoTokenizer.from_pretrained(tiny, local_files_only=True)
+    count = lambda rows: sum(len(ids) for ids in t(["".join(S.words(r)) for r in rows])["input_ids"])
+    pairs, rest = count([r for r in corpus() if "segments" in r][::10]), count([r for r in corpus() if "segments" not in r][::10])
+    assert .13 < pairs/(pairs + rest) < .17
+
+def test_nobody_of_the_shipped_pairs_is_practised_on():
+    from medft.documents import aligned_text
+    practised = {"".join(text for text, own in r["segments"][:-1] if not own).replace("\n", "") for r in corpus() if "segments" in r}
+    assert not practised & {aligned_text(r["left"], r["right"]).replace("\n", "") for r in read("er_pairs")}
+    who = lambda text: tuple(line.split(":")[1][1::3] for line in text.split(" ;")[:3] if ":" in line)      # first, last, birth date on the left
+    assert not {who(t) for t in practised} & {who(aligned_text(r["left"], r["right"]).replace("\n", "")) for r in read("er_pairs")}
+
+def test_every_pair_of_equal_characters_is_one_token():
+    from transformers import AutoTokenizer
+    t = AutoTokenizer.from_pretrained(tiny, local_files_only=True)
+    assert {len(t(f" {c}{c}")["input_ids"]) for c in "abcdefghijklmnopqrstuvwxyz0123456789"} == {1}
+    assert max(len(t("".join(S.words(r)))["input_ids"]) for r in corpus() if "segments" in r) < 127
 
 def test_tokenizer_loads_offline_and_renders_the_plain_style():
     from transformers import AutoTokenizer

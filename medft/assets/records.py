@@ -6,10 +6,13 @@ Docs: https://medft.github.io/medft/assets/records.html.md"""
 
 # %% auto #0
 __all__ = ['syllables', 'places', 'history', 'changes', 'short', 'invent_name', 'home', 'person', 'record', 'typo', 'other_digit',
-           'parts', 'spoil', 'unlike', 'pair', 'record_pairs']
+           'parts', 'spoil', 'unlike', 'pair', 'record_pairs', 'verdict', 'practice_pair', 'exercise']
 
 # %% ../../nbs/assets/records.ipynb #c003
 import random, re
+
+from ..documents import aligned_field, side_by_side
+from ..doubles import spoil as err
 
 # %% ../../nbs/assets/records.ipynb #c005
 syllables = ("ba ke lo mi ru ta ven zor pal dri mon sul fen gar hil jun kos lam nor pex "
@@ -137,3 +140,38 @@ def record_pairs(
     kinds = ["same"]*(n//2) + ["random", "same_surname", "same_year_sex", "household"]*(n//8)
     rng.shuffle(kinds)
     return [pair(i, kind, rng) for i, kind in enumerate(kinds)]
+
+# %% ../../nbs/assets/records.ipynb #c033
+def verdict(
+    field,
+    left, # as `side_by_side` gives it
+    right,
+): # one of = ~ ! ?
+    "What a look at one field tells."
+    from rapidfuzz import fuzz
+    if not left or not right: return "?"
+    if left == right: return "="
+    one_off = len(left) == len(right) and sum(a != b for a, b in zip(left, right)) == 1
+    if field == "birth_date": return "~" if one_off or sorted(left) == sorted(right) else "!"
+    if field != "sex" and min(len(left), len(right)) == 1: return "~" if left[0] == right[0] else "!"
+    return "~" if fuzz.ratio(left, right) >= 75 else "!"
+
+# %% ../../nbs/assets/records.ipynb #c036
+def practice_pair(rng):
+    "Two records for practice, and whether they are one person."
+    p, same = person(rng), rng.random() < .5
+    q = p if same else unlike(p, rng.choice(("random", "same_surname", "same_year_sex", "household")), rng)
+    right, _ = err(q, q | dict(maiden=invent_name(rng)), home(rng), rng)
+    return p | (dict(ssn="") if rng.random() < .3 else {}), right, same
+
+def exercise(
+    rng, # random.Random
+): # a row of segments: [text, 0 only read or 1 trained on]
+    "An invented pair, side by side, with some of the verdicts and the answer."
+    left, right, same = practice_pair(rng)
+    parts, text = [], ""
+    for field in side_by_side(left, right):
+        text += aligned_field(*field)
+        if rng.random() < .5: parts += [[text, 0], [f" {verdict(*field)}", 1]]; text = ""
+        text += "\n"
+    return dict(segments=[*parts, [text + "same:", 0], [" yes" if same else " no", 1]])

@@ -6,15 +6,15 @@ Docs: https://medft.github.io/medft/assets/starter.html.md"""
 
 # %% auto #0
 __all__ = ['chat_template', 'config', 'tokenizer_config', 'world', 'invent_facts', 'render', 'invented_question',
-           'reading_question', 'pretrain_rows', 'leaks', 'train_tokenizer', 'tokenizer_texts', 'jsonl', 'as_csv',
-           'make_files', 'write_files', 'differing', 'ship', 'cloze_share', 'collect']
+           'reading_question', 'pretrain_rows', 'leaks', 'train_tokenizer', 'words', 'tokenizer_texts', 'jsonl',
+           'as_csv', 'make_files', 'write_files', 'differing', 'ship', 'cloze_share', 'collect']
 
 # %% ../../nbs/assets/starter.ipynb #c003
 import csv, gzip, io, json, os, random, re
 from functools import cache
 
 from .facts import Fact, cloze_rows, facts, fill, here, pick_options, qa_rows, question_files, sentences, split_facts
-from .records import invent_name, record_pairs
+from .records import exercise, invent_name, record_pairs
 
 # %% ../../nbs/assets/starter.ipynb #c006
 @cache
@@ -62,8 +62,8 @@ def reading_question(rng):
 # %% ../../nbs/assets/starter.ipynb #c018
 def pretrain_rows(
     groups, # from `split_facts`; C is not touched
-    times=9, # how often every sentence stands in the text
-    others=(20_500, 15_600, 6_300), # rows of invented sentences, questions, reading questions
+    times=8, # how often every sentence stands in the text
+    others=(17_000, 13_000, 5_300, 3_900), # rows of invented sentences, questions, reading questions, exercises
     seed=0,
 ): # list of (kind, row)
     "The pre-training text, shuffled."
@@ -73,6 +73,8 @@ def pretrain_rows(
     rows += [("invented", dict(text=fill(rng.choice(world()[f.relation]["sentences"]), f))) for f in rng.choices(things, k=others[0])]
     rows += [("questions", invented_question(f, rng)) for f in rng.choices(things, k=others[1])]
     rows += [("reading", reading_question(rng)) for _ in range(others[2])]
+    practice = random.Random(f"exercises {seed}")
+    rows += [("records", exercise(practice)) for _ in range(others[3])]
     rng.shuffle(rows)
     return rows
 
@@ -101,12 +103,16 @@ def train_tokenizer(
     return t
 
 # %% ../../nbs/assets/starter.ipynb #c025
+def words(row):
+    "The texts of a row, in order."
+    return [text for text, _ in row["segments"]] if "segments" in row else list(row.values())
+
 def tokenizer_texts(
     rows, # from `pretrain_rows`
 ):
-    "What the tokenizer learns from: every sentence once, and one question in three."
+    "What the tokenizer learns from: every sentence once, one question in three, and the exercises."
     plain = sorted({r["text"] for _, r in rows if "text" in r})
-    return plain + [r["prompt"] + r["completion"] for _, r in rows if "prompt" in r][::3]
+    return plain + ["".join(words(r)) for _, r in rows if "prompt" in r][::3] + ["".join(words(r)) for _, r in rows if "segments" in r]
 
 # %% ../../nbs/assets/starter.ipynb #c031
 chat_template = (
