@@ -106,6 +106,7 @@ def results(run, metrics) -> list[EvalResult]:
                              metric_args=dict(ci95=scores[m]["ci95"], n=scores[m]["n"])) for m in names if (scores.get(m) or {}).get("value") is not None]
     return found
 
+# %% ../nbs/05c_card.ipynb #c016s1
 def base_name(recipe): return Path(recipe.model.name).name if Path(recipe.model.name).is_dir() else recipe.model.name
 
 def card_data(run, metrics) -> ModelCardData:
@@ -159,6 +160,7 @@ def places(run, engine, hub=None) -> dict:
     lines = {k: v.replace(f"{engine}/adapters", hub).replace(f"{engine}/model", hub).replace(f"{engine}/merged", f"{hub.split('/')[-1]}/merged") for k, v in serve_lines(run, engine).items()}
     return dict(adapter=hub, merged=f"{hub}, subfolder merged", tokenizer=hub, serve=lines, fetch=fetch if "merged" in lines else "")
 
+# %% ../nbs/05c_card.ipynb #c022s1
 def model_card(
     run, metrics, parities,
     hub=None,   # the repository that the card is written for; None: the run's folder
@@ -169,6 +171,6 @@ def model_card(
     return re.sub(r"\n{3,}", "\n\n", str(ModelCard.from_template(
         card_data(run, metrics), template_path=str(assets()/"card.md.j2"), title=r.name, description=r.description, base=base_name(r), engine=engine, sentences=sentences(metrics),
         scores=markdown(table(metrics)), tables=[markdown(t) for t in class_tables(metrics, report.get("labels"))], scoring=SCORING[kind], level=f"{100*metrics['confidence']:g}", procedure=procedure(r), task=r.task,
-        datasets=[(k, v, data_licence(k, r.dataset)) for k, v in report.get("hashes", {}).items()], rows=rows_in_words(report), training=markdown(training_table(run)), tiny=r.model.name == "tiny-base",
+        datasets=[(Path(k).name if Path(k).is_absolute() else k, v, data_licence(k, r.dataset)) for k, v in report.get("hashes", {}).items()], rows=rows_in_words(report), training=markdown(training_table(run)), tiny=r.model.name == "tiny-base",
         parity=markdown(parity_table(parities)), how={e: p["merged"]["how"] for e, p in parities.items() if "merged" in p}, revision=f', revision="{r.model.revision}"' if r.model.revision else "",
         lora=r.lora is not None, at=places(run, engine, hub), limits=[MEASURED, LIMITS[kind], BIAS], notice=notice(r.model.name, read_json(run.path/"model.json", {}).get("architecture", "")), labels=report.get("labels"))))

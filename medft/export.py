@@ -41,6 +41,7 @@ def make_artefacts(run, engine):
     for f in ("adapters", "model", "merged", "onnx"):
         if text and (folder/f).is_dir(): atomic_write(folder/f/"NOTICE", text + "\n")
 
+# %% ../nbs/06_export.ipynb #c014s1
 def artefacts(run) -> dict:
     "What is handed over: path -> bytes and SHA-256."
     paths = [p for e in trained(run) for f in ("adapters", "model", "merged", "onnx") if (p := run.path/e/f).is_dir()]

@@ -134,7 +134,8 @@ def shrink(
     window=32,          # tokens; the widest sliding window
 ):
     "The same architecture with a few hundred thousand parameters. Raises `MedftError` when it stays large."
-    d = config.to_dict(); text, ids = config.get_text_config(), dict(pad_token_id=pad, eos_token_id=end, bos_token_id=None, dtype="float32")
+    d, text = config.to_dict(), config.get_text_config()
+    ids = dict(pad_token_id=pad, eos_token_id=end, bos_token_id=None, dtype="float32")
     if "text_config" not in d: d = smaller(d, kinds(text), vocab_size, window) | ids
     else:
         d |= ids | dict(text_config=smaller(d["text_config"], kinds(text), vocab_size, window) | ids, vision_config=(d.get("vision_config") or {}) | EYE)

@@ -51,6 +51,7 @@ def task_config(recipe, labels=None):
     for c in (config, config.get_text_config()): c.pad_token_id = load_tokenizer(recipe).pad_token_id
     return config
 
+# %% ../nbs/02_model.ipynb #c009
 @contextmanager
 def quietly():
     "Without transformers' report on what a checkpoint lacks: `check_loaded` reads it."
@@ -64,7 +65,7 @@ def seed_head(model, seed):
     drawn = torch.normal(0.0, std, model.score.weight.shape, generator=torch.Generator().manual_seed(seed))
     model.score.weight.data = drawn.to(model.score.weight.device)
 
-# %% ../nbs/02_model.ipynb #c009
+# %% ../nbs/02_model.ipynb #c010
 def load_base(
     recipe: Recipe,
     labels=None,    # names of the labels, in order; None: those of the recipe
@@ -83,7 +84,7 @@ def load_base(
     check_loaded(recipe, model, info)
     return ready(model if q or where == "cuda" else model.to(where))
 
-# %% ../nbs/02_model.ipynb #c011
+# %% ../nbs/02_model.ipynb #c012
 HEADS = ("score", "lm_head")
 
 def check_loaded(recipe, model, info=None):
@@ -96,7 +97,7 @@ def check_loaded(recipe, model, info=None):
     if not asked and (odd := {k for k in kind.values() if k in ("Linear4bit", "Linear8bitLt")}): raise MedftError(f"quantization: not asked for, and the model holds {', '.join(odd)}; {recipe.model.name!r} is stored quantised: choose its full-precision files")
     if bad := [n for n, k in kind.items() if n.split(".")[-1] in HEADS and k != "Linear"]: raise MedftError(f"quantization: {bad[0]} is quantised, and must not be")
 
-# %% ../nbs/02_model.ipynb #c020
+# %% ../nbs/02_model.ipynb #c019
 def load_tuned(run, engine, base=None):
     "The base with an engine's adapter read from disk (or the fully tuned model). Raises `MedftError` when it is not there."
     adapters, whole, r = run.path/engine/"adapters", run.path/engine/"model", run.recipe
@@ -107,7 +108,7 @@ def load_tuned(run, engine, base=None):
     from peft import PeftModel
     return ready(PeftModel.from_pretrained(base if base is not None else load_base(r, labels_of(run)), adapters))
 
-# %% ../nbs/02_model.ipynb #c022
+# %% ../nbs/02_model.ipynb #c021
 def in_type(model, dtype):
     "The model in a type for storing, a classifier's head in float32."
     head = model.score.weight.data.float().clone() if hasattr(model, "score") else None
@@ -115,6 +116,7 @@ def in_type(model, dtype):
     if head is not None: model.score.weight.data = head
     return model
 
+# %% ../nbs/02_model.ipynb #c022
 def merge(run, engine, out):
     "Write the adapter merged into full weights, in the base's own 16-bit type, with its tokenizer. Returns the folder."
     base = load_base(run.recipe, labels_of(run))

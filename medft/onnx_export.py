@@ -51,6 +51,7 @@ def without_traces(model):
     model.metadata_props.clear(); model.graph.metadata_props.clear()
     return model
 
+# %% ../nbs/05e_onnx.ipynb #c007s1
 def write_onnx(model, path):
     "Write a classifier (float32, on the CPU) as ONNX. Raises `MedftError` when torch cannot."
     ids = torch.full((2, 8), 3); mask = torch.ones_like(ids); mask[1, 5:] = 0

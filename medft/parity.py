@@ -84,9 +84,8 @@ def prompts_of(tok, rows) -> list[list[int]]:
 @torch.inference_mode()
 def greedy(
     model, tok,
-    rows,       # of a prepared split
-    most=32,    # the first so many are answered
-    tokens=32,  # at most, of every answer
+    rows,               # of a prepared split; the first `most` are answered
+    most=32, tokens=32, # of every answer so many at most
 ) -> tuple[torch.Tensor, list]: # logits behind every prompt (rows, vocabulary), float32; [(token ids, their leads), ...]
     "What a model writes greedily."
     def answer(batch):
@@ -95,8 +94,7 @@ def greedy(
                              pad_token_id=tok.pad_token_id, logits_processor=LogitsProcessorList([steps]))[:, ids.shape[1]:].tolist()
         ended = [next((i + 1 for i, t in enumerate(x) if t == tok.pad_token_id), len(x) + 1) - 1 for x in out]
         return [(logits, x[:n], [round(v, 4) for v in lead[:n].tolist()]) for logits, x, n, lead in zip(steps.first, out, ended, torch.stack(steps.leads, 1))]
-    prompts = prompts_of(tok, rows[:most])
-    said = in_batches(answer, prompts, list(map(len, prompts)), [1/8]*len(prompts))
+    prompts = prompts_of(tok, rows[:most]); said = in_batches(answer, prompts, list(map(len, prompts)), [1/8]*len(prompts))
     return torch.stack([l for l, _, _ in said]), [(x, lead) for _, x, lead in said]
 
 # %% ../nbs/05a_parity.ipynb #c015
@@ -128,6 +126,7 @@ def head(model) -> torch.Tensor | None:
     found = [p for n, p in model.named_parameters() if n.endswith(("score.modules_to_save.default.weight", "score.weight"))]
     return found[-1].detach().float().cpu() if found else None
 
+# %% ../nbs/05a_parity.ipynb #c020s1
 def kept(model, tok) -> dict:
     "What an artefact brings along besides its weights."
     generation = getattr(model, "generation_config", None)
@@ -192,6 +191,7 @@ def threshold(run, engine) -> float | None:
     "The probability from which this engine's second label is said; None where there is none."
     return read_json(run.path/"metrics.json").get("thresholds", {}).get(engine, {}).get("value")
 
+# %% ../nbs/05a_parity.ipynb #c028s1
 def score_artefact(run, engine, what, out, rows):
     "Score one artefact, and write down what it gives."
     model, tok, said = load_artefact(run, engine, what), load_its_tokenizer(run, engine, what), f"export: {engine}/{FOLDERS[what]}: read back"
@@ -243,6 +243,7 @@ def lengths_of(run, tok, rows) -> list | None:
     "Tokens of every option, for multiple choice."
     return [[len(o) for o in options] for _, options in code_choices(tok, rows)] if "options" in rows[0] else None
 
+# %% ../nbs/05a_parity.ipynb #c033s1
 def judge(run, engine, what, before, first, lengths) -> dict:
     "Is this artefact the model that was scored?"
     now, task = read_scored(run, engine, what), run.recipe.task

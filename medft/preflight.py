@@ -7,14 +7,14 @@ Docs: https://medft.github.io/medft/preflight.html.md"""
 # %% auto #0
 __all__ = ['PLAIN', 'LOW_RANK', 'SFT_KEYS', 'CHECKS', 'check_tokens', 'check_length', 'check_numbers', 'training_arguments',
            'check_arguments', 'check_attention', 'check_kernels', 'check_optimizer', 'planned_steps', 'check_schedule',
-           'check_used', 'check_best', 'check_sharding', 'check_labels', 'check_combination', 'odd', 'check_validation',
-           'preflight', 'training_rows', 'inspect']
+           'check_used', 'check_packing', 'check_best', 'check_sharding', 'check_labels', 'check_combination',
+           'check_stored', 'odd', 'check_validation', 'preflight', 'training_rows', 'inspect']
 
 # %% ../nbs/01e_preflight.ipynb #c002
 from .core import MedftError, device, model_path, nearest, read_json, sha256, write_json  # first: it sets switches that the libraries read
 from .adapters import check_disk, check_fit, sizes_of, torch_dtype
 from .data import load_split, load_tokenizer
-from .families import adapter_kind, family_of, load_config, meta_model, model_class, refusal
+from .families import adapter_kind, family_of, kinds, load_config, meta_model, model_class, refusal
 
 import dataclasses, math, os, shutil, tempfile
 from pathlib import Path
@@ -103,6 +103,7 @@ def planned_steps(recipe, rows=None) -> int | None:
     batches = math.ceil(rows/((t.per_device_train_batch_size or 8)*int(os.environ.get("WORLD_SIZE", 1))))
     return math.ceil((t.num_train_epochs or 3)*math.ceil(batches/(t.gradient_accumulation_steps or 1)))
 
+# %% ../nbs/01e_preflight.ipynb #c018
 def check_schedule(recipe, steps):
     "The learning rate's schedule can be built, and there are steps enough for it. Returns warnings."
     args, o = training_arguments(recipe), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
@@ -115,18 +116,28 @@ def check_schedule(recipe, steps):
         raise MedftError(f"training.lr_scheduler_kwargs: {warm} steps of warm-up and {decay} of decay do not fit into this run's {steps}: the rate would fall before it has risen; use fewer, or more training.max_steps")
     return [f"all {steps} steps are warm-up ({warm}): the learning rate never reaches {args.learning_rate:g}"] if steps and warm >= steps else []
 
-# %% ../nbs/01e_preflight.ipynb #c020
+# %% ../nbs/01e_preflight.ipynb #c021
 SFT_KEYS = dict(classification={"max_length"}, pretraining={"max_length", "packing", "packing_strategy"})     # of SFTConfig's own, what these tasks use
 
 def check_used(recipe, tok, config):
     "Every training key is one that this task uses."
     given, known = recipe.training.given(), {f.name for f in dataclasses.fields(TrainingArguments)}
-    dropped = [k for k, v in given.items() if v is not None and k not in known and k not in SFT_KEYS.get(recipe.task, given)]
+    dropped = [k for k, v in given.items() if v not in (None, False) and k not in known and k not in SFT_KEYS.get(recipe.task, given)]
     if dropped: raise MedftError(f"training.{dropped[0]}: only task generative can use it; this task is {recipe.task}")
     if recipe.task == "generative" and (given.get("completion_only_loss") is False or given.get("assistant_only_loss")):
         raise MedftError("training: what is trained on is decided by the data room (the answer, and nothing else); leave out completion_only_loss and assistant_only_loss")
     if recipe.task == "pretraining" and given.get("packing") is False: raise MedftError("training.packing: pretraining always packs its windows; leave it out")
 
+# %% ../nbs/01e_preflight.ipynb #c022
+def check_packing(recipe, tok, config):
+    "Rows that share a window do not see each other."
+    t = recipe.training
+    if recipe.task != "generative" or not (t.packing or t.padding_free): return
+    if t.packing_strategy == "wrapped": raise MedftError("training.packing_strategy: wrapped joins rows end to end and cuts them anywhere, so that each is read as the sequel of another; use bfd_split, or leave it out")
+    if set(kinds(config.get_text_config())) & {"linear_attention", "mamba"}:
+        raise MedftError(f"training.{'packing' if t.packing else 'padding_free'}: {family_of(config)} carries state from one row of a window into the next, and no mask parts them; leave it out")
+
+# %% ../nbs/01e_preflight.ipynb #c023
 def check_best(recipe, tok, config):
     "Keeping the best checkpoint needs evaluations and checkpoints."
     t = recipe.training
@@ -134,7 +145,7 @@ def check_best(recipe, tok, config):
     if key and (t.eval_strategy or "no") == "no": raise MedftError(f"{key} needs evaluations to tell the best: set training.eval_strategy to steps or epoch")
     if key and t.save_strategy == "no": raise MedftError(f"{key} needs checkpoints: set training.save_strategy to {t.eval_strategy}")
 
-# %% ../nbs/01e_preflight.ipynb #c021
+# %% ../nbs/01e_preflight.ipynb #c024
 def check_sharding(recipe, tok, config):
     "No sharding over GPUs where there is none."
     key = next((k for k in ("fsdp", "deepspeed") if getattr(recipe.training, k)), None)
@@ -148,7 +159,7 @@ def check_labels(recipe, tok, config):
     if m.num_labels and names and m.num_labels != len(names): raise MedftError(f"model.num_labels={m.num_labels}, and dataset.labels names {len(names)}: {', '.join(names)}")
     if isinstance(m.class_weights, list) and n and len(m.class_weights) != n: raise MedftError(f"model.class_weights has {len(m.class_weights)} weights for {n} labels")
 
-# %% ../nbs/01e_preflight.ipynb #c024
+# %% ../nbs/01e_preflight.ipynb #c027
 def check_combination(recipe, tok, config):
     "Family, task and adapter go together, on this machine."
     kind, family, q = adapter_kind(recipe), family_of(config), recipe.quantization
@@ -157,8 +168,18 @@ def check_combination(recipe, tok, config):
     if kind == "dora" and q and q.load_in_8bit and device() == "cpu":
         raise MedftError("lora.use_dora: DoRA needs the norm of every weight, which bitsandbytes cannot give for 8-bit weights on a CPU; use quantization.load_in_4bit, or LoRA without it")
 
-# %% ../nbs/01e_preflight.ipynb #c027
-CHECKS = (check_tokens, check_length, check_numbers, check_used, check_labels, check_arguments, check_attention, check_kernels, check_optimizer, check_best, check_sharding, check_combination)
+# %% ../nbs/01e_preflight.ipynb #c029
+def check_stored(recipe, tok, config):
+    "Weights that are stored quantised are quantised as the recipe says."
+    stored, q = getattr(config, "quantization_config", None), recipe.quantization
+    if not stored: return
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    bits = next((k for k in ("load_in_4bit", "load_in_8bit") if stored.get(k)), None)
+    if not bits: raise MedftError(f"model.name: {recipe.model.name!r} is stored quantised ({stored.get('quant_method')}), which is not trained here; choose its full-precision files")
+    if not (q and getattr(q, bits)): raise MedftError(f"model.name: {recipe.model.name!r} is stored quantised; say quantization.{bits}: true (and lora), or choose its full-precision files")
+
+# %% ../nbs/01e_preflight.ipynb #c033
+CHECKS = (check_tokens, check_length, check_numbers, check_used, check_packing, check_labels, check_stored, check_arguments, check_attention, check_kernels, check_optimizer, check_best, check_sharding, check_combination)
 
 def odd(recipe, counts) -> list[str]:
     "What is strange but may be meant."
@@ -169,6 +190,7 @@ def odd(recipe, counts) -> list[str]:
     if kwargs.get("use_reentrant"): out += ["training.gradient_checkpointing_kwargs: reentrant checkpointing loses the gradient where its input is frozen; leave use_reentrant out"]
     return out
 
+# %% ../nbs/01e_preflight.ipynb #c034
 def check_validation(run):
     "A run that evaluates while it trains has rows to evaluate on."
     data = run.path/"data"
@@ -184,7 +206,7 @@ def preflight(recipe, tok, config, run=None) -> dict:
     if run: counts["disk"] = check_disk(recipe, counts, run.path, steps)
     return counts | dict(steps=steps, share=counts["trainable"]/counts["total"], warnings=warned + odd(recipe, counts))
 
-# %% ../nbs/01e_preflight.ipynb #c028
+# %% ../nbs/01e_preflight.ipynb #c035
 def training_rows(run) -> int | None:
     "What one epoch goes through: rows, or windows where texts are packed. None before the data are prepared."
     if not (run.path/"data"/"train").is_dir(): return None
@@ -192,7 +214,7 @@ def training_rows(run) -> int | None:
     if "seq_lengths" in ds.column_names or not (r.task == "pretraining" or r.training.packing): return len(ds)
     return math.ceil(sum(map(len, ds["input_ids"]))/r.max_length)
 
-# %% ../nbs/01e_preflight.ipynb #c032
+# %% ../nbs/01e_preflight.ipynb #c039
 def inspect(run) -> dict:
     "Preflight and fit for a run, recorded in model.json."
     r, tok, config = run.recipe, load_tokenizer(run.recipe), load_config(run.recipe)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors import safe_open
 
 from . import privacy
@@ -68,6 +68,7 @@ def stretches(texts) -> dict[str, tuple]:
         found |= {flat[i:i + STRETCH]: (name, bisect(starts, i)) for i in range(len(flat) - STRETCH, -1, -1)}
     return found
 
+# %% ../nbs/05d_publish.ipynb #c011s1
 def quoted(
     texts,      # {file: text} that would go up
     prompts,    # texts of the training rows
@@ -90,6 +91,7 @@ def without_vocabulary(text) -> str:
     "A tokenizer.json without its vocabulary and merges."
     return json.dumps({k: v for k, v in json.loads(text).items() if k != "model"}, ensure_ascii=False)
 
+# %% ../nbs/05d_publish.ipynb #c014s1
 def binary_problems(path) -> list[tuple[int, str]]:
     "(1, what) of a file that is no text."
     if path.suffix == ".safetensors":
@@ -144,6 +146,7 @@ def lay_out(run, metrics, parities) -> Path:
     if text := notice(r.model.name, read_json(run.path/"model.json", {}).get("architecture", "")): atomic_write(out/"NOTICE", text + "\n")
     return out
 
+# %% ../nbs/05d_publish.ipynb #c020s1
 def training_texts(run):
     "The text of every training row: its prompt, or all of it where it has none."
     ds = load_split(run, "train"); wanted = [c for c in ("prompt", "completion", "input_ids") if c in ds.column_names]
@@ -158,16 +161,16 @@ def hub_problem(e, name) -> MedftError:
     status = getattr(getattr(e, "response", None), "status_code", None)
     if isinstance(e, OfflineModeIsEnabled): return MedftError("export.push_to_hub: HF_HUB_OFFLINE forbids it; unset it, or push later")
     if status in (401, 403): return MedftError(f"export.push_to_hub: the hub does not let this token write to {name}; give HF_TOKEN one with write access, or change output.hub_model_id")
-    return MedftError(f"export.push_to_hub: the upload to {name} broke off: {said}; what has arrived stays there: resume the run, and only the rest is sent")
+    return MedftError(f"export.push_to_hub: the way to {name} broke off: {said}; what has arrived stays there: resume the run, and only the rest is sent")
 
+# %% ../nbs/05d_publish.ipynb #c023s1
 def check_target(recipe) -> bool:
     "May this recipe push? True when the repository is there. Raises `MedftError` or `Refused`; makes nothing."
     name = recipe.output.hub_model_id
-    if not name: raise MedftError("export.push_to_hub: name the repository: output.hub_model_id=you/model")
     if not get_token(): raise MedftError("export.push_to_hub: no token; set HF_TOKEN, or log in with `hf auth login`")
     try: private = HfApi().repo_info(name).private
     except RepositoryNotFoundError: return False
-    except (HfHubHTTPError, OSError, ValueError, OfflineModeIsEnabled) as e: raise hub_problem(e, name) from None
+    except Exception as e: raise hub_problem(e, name) from None     # the hub refuses, or cannot be reached
     if recipe.export.private and not private: raise Refused(f"{name} exists and is public; set export.private: false if that is meant, or name another repository")
     return True
 
@@ -181,6 +184,7 @@ def send(recipe, folder) -> str:
     except (MedftError, Refused): raise
     except Exception as e: raise hub_problem(e, name) from None   # threads of the library wrap whatever broke
 
+# %% ../nbs/05d_publish.ipynb #c024s1
 def publish(run, metrics, parities) -> dict:
     "Push a run's first engine. Raises `Refused` with every line that must not go up."
     folder = lay_out(run, metrics, parities)

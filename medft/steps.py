@@ -16,6 +16,7 @@ from .data import load_split
 import math, os, random, shutil, signal, time
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np, torch
 from fastcore.basics import patch
@@ -118,7 +119,7 @@ def halt(
     ids = [i for x in seen if len(x) for i in rows_of(self.run, x, self.run.recipe.max_length)]
     what = f"the loss is {float(loss)}" if loss is not None else f"the gradient norm is {float(norm)}"
     raise MedftError(f"{self.engine}: {what} in step {self.state.global_step + 1}; {likely_cause(self, batches, 0.0 if loss is None else loss, few, n)}; "
-                     f"rows of {'its batch' if loss is not None else 'the step'}: {', '.join(ids[:8])}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}")
+                     f"rows of {'its batch' if loss is not None else 'the step'}: {', '.join(ids[:16])}{f' and {len(ids) - 16} more' if len(ids) > 16 else ''}")
 
 # %% ../nbs/02d_steps.ipynb #c016
 @patch
@@ -248,6 +249,7 @@ def go(self: Careful, checkpoint=None):
     self.args.restore_callback_states_from_checkpoint = True                        # the patience of early stopping
     self.add_callback(TakeUp(self))
     try: self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except UnpicklingError as e: raise MedftError(f"{checkpoint.name} holds more than numbers, and none of it was run: {str(e).splitlines()[0]} Somebody has changed this checkpoint; delete it") from None
     except Over:
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint: self._load_best_model()
     self.seconds += time.time() - self.started

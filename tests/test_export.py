@@ -200,7 +200,7 @@ def labelled(classifier):
 def test_a_classifier_is_handed_over_with_its_head(labelled):
     run, out = labelled; found = out["parity"]["trl"]
     assert list(found) == ["adapter", "merged", "onnx"] and all(p["label"] == "same" and p["n"] == 60 for p in found.values())
-    assert found["merged"]["max_logit_difference"] >= found["merged"]["mean_logit_difference"] > 0 and found["onnx"]["mean_logit_difference"] > 0
+    assert all(0 <= found[w]["mean_logit_difference"] <= found[w]["max_logit_difference"] < .05 for w in ("merged", "onnx"))
     adapter, merged = load_file(run.path/"trl/adapters/adapter_model.safetensors"), load_file(run.path/"trl/merged/model.safetensors")
     head = next(v for k, v in adapter.items() if "score" in k)
     assert merged["score.weight"].dtype == torch.float32 and torch.equal(merged["score.weight"], head.float()) and merged["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16

@@ -50,6 +50,7 @@ REFUSED = [  # family, what is asked, what is answered
     ("llama2", ["training.lr_scheduler_type=reduce_lr_on_plateau"], "requires an eval strategy"),
     ("llama2", ["training.load_best_model_at_end=true"], "training.eval_strategy"), ("llama2", ["training.use_liger_kernel=true"], "liger-kernel"),
     ("llama2", [CLASSIFY, "training.packing=true"], "only task generative can use it"), ("llama2", [CLASSIFY, "training.assistant_only_loss=true"], "only task generative can use it"),
+    ("llama2", ["training.packing=true", "training.packing_strategy=wrapped"], "sequel of another"), ("nemotron_h", ["training.packing=true"], "carries state"), ("nemotron_h", ["training.padding_free=true"], "carries state"),
     ("llama2", ["model.task=pretraining", "training.padding_free=true"], "only task generative"), ("llama2", ["training.completion_only_loss=false"], "decided by the data room"),
     ("llama2", [CLASSIFY, "model.num_labels=1"], "at least two"), ("llama2", [CLASSIFY, "dataset.labels=[a, b]", "model.class_weights=[1.0, 2.0, 3.0]"], "3 weights for 2 labels")]
 ON_CPU = [
@@ -63,7 +64,7 @@ def test_refused_with_the_way_out(tok, name, more, answer): assert answer in sai
 
 
 @pytest.mark.parametrize("more", [["training.optim=adamw_8bit"], ["training.optim=paged_adamw_8bit"], ["training.optim=adamw_torch_fused"], ["training.neftune_noise_alpha=5"], ["training.gradient_checkpointing=true"],
-                                  ["model.attn_implementation=eager"], [CLASSIFY, "training.neftune_noise_alpha=5"], ["model.task=pretraining", "training.packing=true"],
+                                  ["model.attn_implementation=eager"], [CLASSIFY, "training.neftune_noise_alpha=5"], [CLASSIFY, "training.packing=false"], ["training.packing=true", "training.packing_strategy=bfd_split"], ["model.task=pretraining", "training.packing=true"],
                                   ["training.load_best_model_at_end=true", "training.eval_strategy=steps", "training.save_strategy=steps"]], ids="+".join)
 def test_what_works_is_let_through(tok, more): preflight.preflight(recipe(*more), tok, families.tiny_config("llama3.1"))
 
@@ -73,6 +74,14 @@ def test_padding_is_never_the_end_of_a_text(tok):
     bare = AutoTokenizer.from_pretrained(BASE); bare.pad_token = bare.eos_token
     assert "never learn to stop" in said(bare, families.tiny_config("llama2"))
     assert "2048 tokens, the model has 2000" in said(tok, families.tiny_config("llama2", 2000))
+
+
+def test_weights_that_are_stored_quantised(tok):
+    config = families.tiny_config("llama2"); config.quantization_config = dict(quant_method="gptq", bits=4)
+    assert "gptq" in said(tok, config)
+    config.quantization_config = dict(quant_method="bitsandbytes", load_in_4bit=True)
+    assert "quantization.load_in_4bit: true" in said(tok, config)
+    preflight.check_stored(recipe("quantization.load_in_4bit=true"), tok, config)
 
 
 def test_torch_compile_without_a_compiler(tok, monkeypatch):

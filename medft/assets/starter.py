@@ -205,7 +205,7 @@ def collect(
     "What runs wrote into their folders, in one small file."
     from medft.core import read_json
     def scores(run, who): return {s: m["accuracy"] for s, m in read_json(f"{run}/metrics.json")["models"][who].items()}
-    out = [dict(seed=s, cloze=cloze_share(r["base"]), models=dict(base=scores(r["trl"], "base"), **{k: scores(r[k], "trl") for k in ("trl", "qlora", "shuffled")})) for s, r in seeds.items()]
+    out = [dict(seed=s, cloze=cloze_share(r["base"]), control=read_json(f"{r['shuffled']}/metrics.json")["verdict"]["trl"]["sentence"], models=dict(base=scores(r["trl"], "base"), **{k: scores(r[k], "trl") for k in ("trl", "qlora", "shuffled")})) for s, r in seeds.items()]
     metrics, manifest = read_json(f"{quickstart}/metrics.json"), read_json(f"{quickstart}/manifest.json")
     shown = dict(models={m: scores(quickstart, m) for m in metrics["models"]}, verdict={e: v["sentence"] for e, v in metrics["verdict"].items()},
                  minutes=sum(s["seconds"] for s in manifest["stages"].values())/60, stages={k: v["seconds"] for k, v in manifest["stages"].items()},
