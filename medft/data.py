@@ -178,7 +178,7 @@ def flags(rows, listed):
 def finish(run, report, p) -> dict:
     "Write the report, note the hashes in the manifest, say in one line what came of it."
     folder = run.path/"data"
-    report |= dict(seconds=p.seconds, peak_memory_bytes=peak_rss())
+    report |= dict(tokenizer=tokenizer_hash(load_tokenizer(run.recipe)), seconds=p.seconds, peak_memory_bytes=peak_rss())
     write_json(folder/"report.json", report)
     run.update({"hashes": {"data": report["hashes"], "split": sha256(folder/"split.json")}})
     run.log(f"data: {report['rows_in']:,} rows in, {report['rows_out']:,} out, {sum(report['rejected'].values()):,} rejected, {sum(report['filtered'].values()):,} filtered; "
@@ -233,7 +233,11 @@ def scored_sets(run) -> list[str]:
     names = [n for n in read_json(run.path/"data"/"split.json", {}) if n not in ("train", "validation")]
     return sorted(names, key=lambda n: n != "test")
 
+# %% ../nbs/01_data.ipynb #c025s1
 def ensure_data(run):
     "Prepare the data of a run unless that is done: lets a later notebook be run alone."
     if not (run.path/"data"/"split.json").exists():
         with run.stage("data"): prepare(run)
+    said = read_json(run.path/"data"/"report.json", {}).get("tokenizer")
+    if said and said != tokenizer_hash(load_tokenizer(run.recipe)):
+        raise MedftError(f"{run.path.name}: its data were tokenised for another model than {run.recipe.model.name!r} is now; start a new run, or delete {run.path.name}/data")
