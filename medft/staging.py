@@ -123,7 +123,7 @@ def label_names(recipe, parts) -> list[str]:
         reading = schemas.read_examples(sources.rows(part), part.name, recipe.dataset, sources.features(part))
         known = known or sources.features(part).get(reading.renames.get("label", "label"), [])
         for ex in (ex for *_, ex, _ in reading if ex):
-            if "label" not in ex: return []
+            if "label" not in ex: return ex["options"] if recipe.task == "classification" and not ex.get("listed", True) else []
             if known: return known
             seen[ex["label"]] = True
     return sorted(seen, key=lambda s: (not s.lstrip("-").isdigit(), int(s) if s.lstrip("-").isdigit() else 0, s))

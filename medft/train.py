@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/train.html.md"""
 
 # %% auto #0
 __all__ = ['has_bfloat16', 'sft_config', 'Record', 'read_log', 'peak_memory', 'in_full', 'sft_trainer', 'adapted_model',
-           'eval_rows', 'pretrainer', 'classifier', 'callbacks_of', 'make_trainer', 'last_checkpoint', 'save',
+           'eval_rows', 'pretrainer', 'classifier', 'callbacks_of', 'make_trainer', 'last_checkpoint', 'save', 'final',
            'tokens_seen', 'sizes', 'summarise', 'fit', 'train', 'training_summary', 'trained', 'skip']
 
 # %% ../nbs/03_train.ipynb #c003
@@ -146,7 +146,13 @@ def save(run, engine, model, tok):
     for p in [tmp/"adapter_config.json", tmp/"README.md"]:
         if p.exists(): p.write_text(p.read_text().replace(model_path(run.recipe.model.name), run.recipe.model.name))
     shutil.rmtree(out, ignore_errors=True); os.replace(tmp, out)
+    if run.recipe.task == "pretraining": final(out)
     return out
+
+def final(out):
+    "The name under which continued pre-training is usually handed on: final/, beside checkpoints/."
+    link = out.with_name("final"); link.unlink(missing_ok=True)
+    link.symlink_to(out.name, target_is_directory=True)
 
 # %% ../nbs/03_train.ipynb #c027
 def tokens_seen(trainer) -> int:
@@ -155,7 +161,7 @@ def tokens_seen(trainer) -> int:
 
 def sizes(model) -> dict:
     "Trainable and all parameters; PEFT knows how many stand behind a packed 4-bit weight."
-    trainable, total = model.get_nb_trainable_parameters() if hasattr(model, "get_nb_trainable_parameters") else (sum(p.numel() for p in model.parameters()),)*2
+    trainable, total = model.get_nb_trainable_parameters() if hasattr(model, "get_nb_trainable_parameters") else tuple(sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     return dict(total_parameters=total, trainable_parameters=trainable)
 
 # %% ../nbs/03_train.ipynb #c028
