@@ -11,7 +11,7 @@ __all__ = ['CHANGED', 'GEMMA', 'HAI_DEF', 'LLAMA2', 'LLAMA3', 'TERMS', 'UNKNOWN'
            'sentences', 'class_tables', 'places', 'model_card']
 
 # %% ../nbs/05c_card.ipynb #c002
-from .core import assets, locate, read_json  # first: it sets switches that the libraries read
+from .core import REHEARSED, assets, locate, read_json  # first: it sets switches that the libraries read
 
 import re
 from pathlib import Path
@@ -169,7 +169,7 @@ def model_card(
     r, report, engine = run.recipe, read_json(run.path/"data"/"report.json", {}), next(e for e in metrics["models"] if e != "base")
     kind = what_is_scored(r, metrics["models"]["base"][metrics["main"]])
     return re.sub(r"\n{3,}", "\n\n", str(ModelCard.from_template(
-        card_data(run, metrics), template_path=str(assets()/"card.md.j2"), title=r.name, description=r.description, base=base_name(r), engine=engine, sentences=sentences(metrics),
+        card_data(run, metrics), template_path=str(assets()/"card.md.j2"), title=r.name, description=r.description, base=base_name(r), engine=engine, sentences=[REHEARSED] if run.manifest.get("rehearsal") else sentences(metrics),
         scores=markdown(table(metrics)), tables=[markdown(t) for t in class_tables(metrics, report.get("labels"))], scoring=SCORING[kind], level=f"{100*metrics['confidence']:g}", procedure=procedure(r), task=r.task,
         datasets=[(Path(k).name if Path(k).is_absolute() else k, v, data_licence(k, r.dataset)) for k, v in report.get("hashes", {}).items()], rows=rows_in_words(report), training=markdown(training_table(run)), tiny=r.model.name == "tiny-base",
         parity=markdown(parity_table(parities)), how={e: p["merged"]["how"] for e, p in parities.items() if "merged" in p}, revision=f', revision="{r.model.revision}"' if r.model.revision else "",

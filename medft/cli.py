@@ -64,10 +64,9 @@ def _finish(run, stages, started):
 
 # %% ../nbs/11_cli.ipynb #c015
 def _begun(r, root, place, command, replaced):
-    "Make a run's folder, with the copy of the recipe that a later `resume` compares with."
-    from medft import core, resume
+    "Make a run's folder; a rehearsal says what it replaced."
+    from medft import core
     run = core.Run.create(r, root=root, run_id=place, command=command)
-    resume.freeze(run)
     if replaced: run.update(dict(rehearsal=True, replaced=replaced))
     for line in replaced: run.log(line, show=False)
     return run

@@ -9,7 +9,7 @@ __all__ = ['inline', 'plot_losses', 'changed_answers', 'changed_texts', 'mistake
            'parity_notes', 'plots', 'caption_of_changes', 'report']
 
 # %% ../nbs/05ca_report.ipynb #c002
-from .core import assets, read_json  # first: it sets switches that the libraries read
+from .core import REHEARSED, assets, read_json  # first: it sets switches that the libraries read
 
 import io, json
 
@@ -97,8 +97,8 @@ def report(run, metrics, parities) -> str:
     frames, name, data, r = read_predictions(run), metrics["main"], read_json(run.path/"data"/"report.json", {}), run.recipe
     page = Environment(loader=FileSystemLoader(assets()), autoescape=True, trim_blocks=True).get_template("report.html.j2")
     return page.render(
-        title=r.name, description=r.description, run=run.path.name, created=run.manifest.get("created", ""), verdicts=list(metrics["verdict"].values()), task=r.task,
-        between=[d["sentence"] for d in metrics["between"].values()], skipped=skipped(run), scores=html_table(table(metrics)), tables=[html_table(t) for t in class_tables(metrics, data.get("labels"))],
+        title=r.name, description=r.description, run=run.path.name, created=run.manifest.get("created", ""), verdicts=[dict(sentence=REHEARSED)] if run.manifest.get("rehearsal") else list(metrics["verdict"].values()), task=r.task,
+        between=[] if run.manifest.get("rehearsal") else [d["sentence"] for d in metrics["between"].values()], skipped=skipped(run), scores=html_table(table(metrics)), tables=[html_table(t) for t in class_tables(metrics, data.get("labels"))],
         level=f"{100*metrics['confidence']:g}", plots=plots(metrics, frames, read_predictions(run, "validation")), parity=html_table(parity_table(parities)), notes=parity_notes(parities),
         losses=inline(plot_losses(run)), training=html_table(training_table(run)), changed=changed_answers(frames, load_split(run, name).to_list(), name),
         changed_note=caption_of_changes(r.task, name), data=html_table(data_table(data)), checks=html_table(checks_table(data)), recipe=r.to_yaml(), manifest=json.dumps(run.manifest, indent=1, default=str))

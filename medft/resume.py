@@ -42,9 +42,9 @@ def differences(
 
 # %% ../nbs/10b_resume.ipynb #c012
 HARMLESS = ("description", "tracking.*", "export.*", "evaluation.*", "output.keep_best", "output.hub_model_id", "dataset.cache",
-            *(f"training.{k}" for k in "logging_steps logging_first_step logging_strategy log_level disable_tqdm save_steps save_strategy save_total_limit".split()),
+            *(f"training.{k}" for k in "logging_steps logging_first_step logging_strategy log_level disable_tqdm save_steps save_strategy save_total_limit eval_steps eval_strategy eval_delay".split()),
             *(f"training.dataloader_{k}" for k in "num_workers pin_memory persistent_workers prefetch_factor".split()), "training.torch_empty_cache_steps")
-CHOOSING = ("training.save_steps", "training.save_strategy")    # they matter where the best checkpoint is chosen
+CHOOSING = tuple(f"training.{k}" for k in "save_steps save_strategy eval_steps eval_strategy eval_delay".split())    # they matter where the best checkpoint is chosen
 
 def is_harmless(key, recipe) -> bool:
     "Whether changing this key leaves the trained weights as they are."

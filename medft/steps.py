@@ -20,7 +20,7 @@ from pickle import UnpicklingError
 
 import numpy as np, torch
 from fastcore.basics import patch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 # %% ../nbs/02d_steps.ipynb #c005
@@ -166,6 +166,14 @@ def _save_checkpoint(self: Careful, model, trial, **more):
             seal(folder, **self.known(), **more); self.sealed = folder
     except BaseException: shutil.rmtree(folder, ignore_errors=True); raise
     keep(folder.parent, self.run.recipe.output.keep_best, self.limit, self.state.best_model_checkpoint, bool(self.args.greater_is_better))
+
+# %% ../nbs/02d_steps.ipynb #cs18c
+@patch
+def _save(self: Careful, output_dir=None, state_dict=None):
+    model = self.accelerator.unwrap_model(self.model)
+    if not isinstance(model, PreTrainedModel): return super(Careful, self)._save(output_dir, state_dict)
+    model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict, save_original_format=False)
+    self.processing_class.save_pretrained(output_dir or self.args.output_dir)
 
 # %% ../nbs/02d_steps.ipynb #c020
 @patch

@@ -255,7 +255,7 @@ def test_resume_refuses_another_recipe_and_changes_nothing(stopped, capfd):
     from medft.cli import main
     before = (stopped/"recipe.yaml").read_bytes(), manifest(stopped)
     for args, named in {("training.learning_rate=1e-5", "training.logging_steps=3"): ["training.learning_rate: None -> 1e-05", "start a new run", "training.logging_steps: 10 -> 3", "--allow training.logging_steps"],
-                        ("training.learning_rate=1e-5", "--allow", "training.learning_rate"): ["start a new run"], ("training.eval_steps=7", "--allow", "training.eval_steps"): ["start a new run"],
+                        ("training.learning_rate=1e-5", "--allow", "training.learning_rate"): ["start a new run"], ("training.max_steps=7", "--allow", "training.max_steps"): ["start a new run"],
                         ("training.logging_steps=3",): ["--allow training.logging_steps"], ("training.lerning_rate=1",): ["learning_rate"]}.items():
         assert main(["resume", "one", *args]) == 2, args
         err = capfd.readouterr().err

@@ -130,8 +130,8 @@ def test_ctrl_c_leaves_no_process_and_a_folder_that_goes_on(tmp_path, tokens, fa
     for n in (600, 3000, 12000):    # a quick machine may be done before the signal arrives
         paths, out = [write(tmp_path/f"{n}.jsonl.gz", some(n))], tmp_path/f"out{n}"
         p = start(tokens, paths, out)
-        while p.poll() is None and not (out/"train").is_dir(): time.sleep(.01)
-        crew = psutil.Process(p.pid).children()
+        while p.poll() is None and not (out.is_dir() and any(out.iterdir()) and psutil.Process(p.pid).children()): time.sleep(.005)
+        crew = psutil.Process(p.pid).children() if p.poll() is None else []
         p.send_signal(signal.SIGINT); p.communicate(timeout=30)
         if p.returncode: break
     assert p.returncode and not psutil.wait_procs(crew, timeout=10)[1]

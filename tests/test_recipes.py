@@ -114,6 +114,7 @@ def rehearsed(name, runs, *more):
     return done, run
 
 
+@pytest.mark.long
 def test_the_command_rehearses(tmp_path):
     "Two stages, which tell whether the command and the notebooks go together; the long test has all of them."
     _, run = rehearsed("mistral_7b_qlora", tmp_path, "--stages", "data,train")

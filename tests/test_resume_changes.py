@@ -4,7 +4,7 @@ import pytest
 from medft.core import Run, load_recipe
 from medft.resume import HARMLESS, is_harmless, resumed
 
-HARMLESS_CHANGES = ["training.logging_steps=1", "training.save_steps=2", "training.save_total_limit=3", "training.dataloader_num_workers=2", "training.dataloader_prefetch_factor=4",
+HARMLESS_CHANGES = ["training.logging_steps=1", "training.save_steps=2", "training.eval_steps=2", "training.save_total_limit=3", "training.dataloader_num_workers=2", "training.dataloader_prefetch_factor=4",
                     "training.dataloader_persistent_workers=true", "training.logging_first_step=true", "output.keep_best=1", "evaluation.max_items=2", "dataset.cache=false", "export.merge=false"]
 
 
@@ -22,8 +22,7 @@ def base(tmp_path_factory):
 
 def begun(overrides):
     from medft import data
-    from medft.resume import freeze
-    run = Run.create(load_recipe("quickstart", overrides)); freeze(run); data.prepare(run)
+    run = Run.create(load_recipe("quickstart", overrides)); data.prepare(run)
     return run
 
 
@@ -51,11 +50,16 @@ def test_harmless_changes_leave_a_resumed_run_as_it_would_have_been(base, whole,
     assert train.training_summary(run, "trl")["resumed"] and weights(run) == whole
 
 
-def test_another_evaluation_step_is_another_model(base, whole):
-    "Why eval_steps cannot be allowed: a pass over the validation rows draws from the generator that dropout uses."
+def test_the_steps_that_choose_the_best_checkpoint_are_not_harmless(base):
+    best = load_recipe("quickstart", [*base, "training.load_best_model_at_end=true"])
+    for key in ("training.save_steps", "training.eval_steps", "training.eval_strategy"): assert not is_harmless(key, best) and is_harmless(key, load_recipe("quickstart", base))
+
+
+def test_another_rate_is_another_model(base, whole):
+    "What makes the equality above worth something."
     from medft import train
-    run = begun([*base, "training.eval_steps=2"]); train.train(run)
-    assert weights(run) != whole and not is_harmless("training.eval_steps", run.recipe)
+    run = begun([*base, "training.learning_rate=2.9e-3"]); train.train(run)
+    assert weights(run) != whole and not is_harmless("training.learning_rate", run.recipe)
 
 
 def test_every_harmless_key_is_a_key_of_a_recipe():
