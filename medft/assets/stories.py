@@ -91,7 +91,7 @@ def reading_story(
     return source(run, commands) | dict(bits_per_byte=table, training={k: {c: v[c] for c in ("seconds", "steps", "tokens")} for k, v in training.items()})
 
 # %% ../../nbs/assets/stories.ipynb #c016
-pairs_from, texts_from = "../shared/data/synthea/er_pairs.jsonl", "[../shared/data/cpt_text/plos_articles.jsonl.gz,../shared/data/cpt_text/openstax_ap2e.jsonl.gz]"
+pairs_from, texts_from = "data/synthea/er_pairs.jsonl", "[data/cpt_text/plos_articles.jsonl.gz,data/cpt_text/openstax_ap2e.jsonl.gz]"
 commands = dict(pairs="medft run starter_pairs", synthea=f"medft run entity_resolution dataset.path={pairs_from}",
                 reading=f"medft run continued_pretraining 'dataset.path={texts_from}'", scratch=f"medft run continued_pretraining 'dataset.path={texts_from}' model.from_config=true")
 
