@@ -54,7 +54,8 @@ print(made["hash"], made["peak_memory_bytes"]["main"], made["peak_memory_bytes"]
 
 def start(tokens, paths, out, step=20_000, **how):
     how = dict(tokens=tokens, step=step, paths=paths, out=str(out), max_length=512, workers=2) | how
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, pickle.dumps(how).hex()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)    # a shell's background jobs are born deaf to Ctrl-C, and so are their children
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, pickle.dumps(how).hex()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
 
 
 def lines(out): return [json.loads(l) for l in (Path(out)/"documents.jsonl").read_text().splitlines()]
