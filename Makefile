@@ -30,12 +30,15 @@ $(VENV)/.medft: $(VENV)/.packages settings.ini setup.py pyproject.toml
 quickstart: install  ## the whole story in a few minutes, offline: data, two trainings, verdict, model card
 	@medft run quickstart
 
+# Two cores: the notebooks and the tests named here run beside the other tests, which takes half the time away.
+BESIDE := $(addprefix tests/test_,site.py sources.py starter.py track.py train.py)
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -m "not long" --durations 10
 test: install  ## every test but the long ones: notebooks and package agree, every notebook runs, pytest
 	@.ci/same
-	@echo "==> notebooks run beside pytest; their results follow"
-	@.ci/notebooks >$(VENV)/notebooks.log 2>&1 & notebooks=$$!; trap 'kill $$notebooks 2>/dev/null' INT TERM; \
-	    OMP_NUM_THREADS=1 python -m pytest tests -q -m "not long" --durations 10; tests=$$?; \
-	    wait $$notebooks; nbs=$$?; cat $(VENV)/notebooks.log; exit $$((tests || nbs))
+	@echo "==> notebooks and some of the tests run beside the others; their results follow"
+	@{ .ci/notebooks; nbs=$$?; $(PYTEST) $(BESIDE); exit $$((nbs || $$?)); } >$(VENV)/beside.log 2>&1 & beside=$$!; trap 'kill $$beside 2>/dev/null' INT TERM; \
+	    $(PYTEST) tests $(BESIDE:%=--ignore=%); tests=$$?; \
+	    wait $$beside; rest=$$?; cat $(VENV)/beside.log; exit $$((tests || rest))
 
 test-long: install  ## simulations, kill matrices, parity runs: nightly, and before an issue is closed
 	@OMP_NUM_THREADS=1 python -m pytest tests -q -m long --durations 10
