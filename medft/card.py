@@ -139,7 +139,7 @@ def rows_in_words(report) -> str:
     "What the data room kept."
     total = lambda k: sum(report.get(k, {}).values())
     return (f"{report.get('rows_in', 0):,} rows read, {report.get('rows_out', 0):,} kept, {total('rejected'):,} rejected, {total('filtered'):,} filtered; "
-            f"{report.get('trainable_tokens', 0):,} tokens trained on, {report.get('truncated', 0):,} rows truncated.")
+            f"{report.get('learned', 'nothing counted')}; {report.get('truncated', 0):,} rows truncated.")
 
 def sentences(metrics) -> list[str]:
     "The verdicts in words: against the base, and against the best simple rule."

@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/data.html.md"""
 
 # %% auto #0
 __all__ = ['entries', 'open_entry', 'benchmark_sections', 'open_benchmarks', 'texts_of', 'Progress', 'prepare', 'all_hashes',
-           'fresh', 'checked', 'refuse_empty', 'write_splits', 'write_report', 'flags', 'finish', 'adopt', 'told',
-           'as_rows', 'load_split', 'scored_sets', 'ensure_data']
+           'fresh', 'checked', 'refuse_empty', 'write_splits', 'write_report', 'flags', 'learned', 'finish', 'adopt',
+           'told', 'as_rows', 'load_split', 'scored_sets', 'ensure_data']
 
 # %% ../nbs/01_data.ipynb #c003
 from .core import MedftError, atomic_write, open_run, peak_rss, read_json, sha256, write_json  # first: it sets switches that the libraries read
@@ -175,14 +175,18 @@ def flags(rows, listed):
             yield json.dumps(dict(check=check, **where, split=rows.side[i] or None, dropped=i in gone), ensure_ascii=False) + "\n"
 
 # %% ../nbs/01_data.ipynb #c021
+def learned(report) -> str:
+    "What is learned from the training rows, in words: a label each, or the tokens that count."
+    if report.get("labels"): return f"one of {len(report['labels'])} labels is learned from each of {report['splits'].get('train', 0):,} rows ({report['tokens']:,} tokens)"
+    return f"{report['trainable_tokens']:,} of {report['tokens']:,} training tokens are trained on"
+
 def finish(run, report, p) -> dict:
     "Write the report, note the hashes in the manifest, say in one line what came of it."
     folder = run.path/"data"
-    report |= dict(tokenizer=tokenizer_hash(load_tokenizer(run.recipe)), seconds=p.seconds, peak_memory_bytes=peak_rss())
+    report |= dict(learned=learned(report), tokenizer=tokenizer_hash(load_tokenizer(run.recipe)), seconds=p.seconds, peak_memory_bytes=peak_rss())
     write_json(folder/"report.json", report)
     run.update({"hashes": {"data": report["hashes"], "split": sha256(folder/"split.json")}})
-    run.log(f"data: {report['rows_in']:,} rows in, {report['rows_out']:,} out, {sum(report['rejected'].values()):,} rejected, {sum(report['filtered'].values()):,} filtered; "
-            f"{report['trainable_tokens']:,} of {report['tokens']:,} training tokens are trained on")
+    run.log(f"data: {report['rows_in']:,} rows in, {report['rows_out']:,} out, {sum(report['rejected'].values()):,} rejected, {sum(report['filtered'].values()):,} filtered; {report['learned']}")
     for name in {"validation", "test"} - set(report["splits"]):
         if run.recipe.dataset.holdout: run.log(f"data: no row fell to {name}: too few groups for dataset.holdout={run.recipe.dataset.holdout}; raise it, or name a file (dataset.{name}_path)")
     for name, c in report.get("checks", {}).items():

@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/model.html.md"""
 
 # %% auto #0
 __all__ = ['HEADS', 'keep_4bit_exact', 'ready', 'labels_of', 'task_config', 'quietly', 'seed_head', 'load_base', 'check_loaded',
-           'load_tuned', 'in_type', 'merge']
+           'load_tuned']
 
 # %% ../nbs/02_model.ipynb #c003
 from .core import MedftError, Recipe, device, model_path, open_run, read_json, seed_everything  # first: it sets switches that the libraries read
@@ -15,9 +15,7 @@ from .data import ensure_data, load_split, load_tokenizer
 from .families import adapter_kind, count, family_of, freeze_vision, load_config, lora_targets, meta_model, model_class, refusal
 from .preflight import inspect, preflight
 
-import os, shutil
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig
@@ -107,24 +105,3 @@ def load_tuned(run, engine, base=None):
     if not (adapters/"adapter_config.json").exists(): raise MedftError(f"{run.path.name} has no {engine} adapter; run the training stage first")
     from peft import PeftModel
     return ready(PeftModel.from_pretrained(base if base is not None else load_base(r, labels_of(run)), adapters))
-
-# %% ../nbs/02_model.ipynb #c021
-def in_type(model, dtype):
-    "The model in a type for storing, a classifier's head in float32."
-    head = model.score.weight.data.float().clone() if hasattr(model, "score") else None
-    model = model.to(dtype)
-    if head is not None: model.score.weight.data = head
-    return model
-
-# %% ../nbs/02_model.ipynb #c022
-def merge(run, engine, out):
-    "Write the adapter merged into full weights, in the base's own 16-bit type, with its tokenizer. Returns the folder."
-    base = load_base(run.recipe, labels_of(run))
-    dtype = getattr(base.config, "dtype", None) if run.recipe.model.from_config else load_config(run.recipe).dtype
-    base = keep_4bit_exact(base.dequantize()) if quantization_config(run.recipe) else base
-    model = load_tuned(run, engine, base)
-    model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    tmp = Path(out).with_name(f".{Path(out).name}.new"); shutil.rmtree(tmp, ignore_errors=True)
-    in_type(model, dtype or torch.float32).save_pretrained(tmp); load_tokenizer(run.recipe).save_pretrained(tmp)
-    shutil.rmtree(out, ignore_errors=True); os.replace(tmp, out)
-    return Path(out)

@@ -57,7 +57,7 @@ def data_summary(
     left, total = (report.get(k, {}) for k in ("rejected", "filtered")), lambda c: f"{sum(c.values()):,}"
     out = [f"rows in {report['rows_in']:,} = out {report['rows_out']:,} + " + " + ".join(f"{n} {total(c)}{some(c)}" for n, c in zip(("rejected", "filtered"), left)),
            " · ".join(f"{k} {v:,}" for k, v in report.get("splits", {}).items()) + f" rows; {', '.join(dict.fromkeys(report.get('shapes', {}).values()))}",
-           f"{report['trainable_tokens']:,} of {report['tokens']:,} training tokens are trained on; {report['truncated']:,} rows are cut at {report['max_length']}"]
+           f"{report['learned']}; {report['truncated']:,} rows are cut at {report['max_length']}"]
     found = [[c["action"], name, f"{c['count']:,} rows", f"e.g. {', '.join(c['ids'][:3])}"] for name, c in report.get("checks", {}).items() if c["count"]]
     return out + aligned(found) if found else [*out, "no check found anything"]
 

@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from medft import adapters, families, model
+from medft import adapters, families, merging, model
 from medft.core import MedftError, load_recipe
+from medft.data import load_tokenizer
 from medft.families import NAMES
 
 IDS = torch.randint(2, 2048, (2, 48), generator=torch.Generator().manual_seed(0))      # longer than the windows of sliding layers
@@ -130,7 +131,8 @@ def test_a_head_is_trained_saved_reloaded_and_merged_in_float32(tiny, tmp_path, 
     assert torch.equal(saved["base_model.model.score.weight"], head)
     again = model.load_tuned(run, "trl")
     with torch.no_grad(): assert torch.equal(again(PADDED, attention_mask=PADDED.ne(0)).logits, logits)
-    out = model.merge(run, "trl", tmp_path/"merged")
+    load_tokenizer(r).save_pretrained(tmp_path/"trl/adapters")
+    out = merging.merge(run, "trl")
     whole = load_file(out/"model.safetensors")
     assert torch.equal(whole["score.weight"], head) and {t.dtype for n, t in whole.items() if n.endswith("proj.weight")} == {torch.bfloat16}
     config = AutoConfig.from_pretrained(out)
