@@ -1,0 +1,30 @@
+"""Every notebook in a process of its own, in reading order; the libraries that nearly all of them need are loaded once, before the processes part."""
+import os, sys, tempfile, time
+from pathlib import Path
+
+import medft.core  # first: it sets switches that the libraries read
+import datasets, matplotlib.pyplot, pandas, peft, sklearn, torch, transformers, trl  # noqa: loaded here, each saves its seconds in every notebook
+from nbdev.test import nbdev_test
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: transformers loads its parts when they are asked for
+from trl import SFTConfig, SFTTrainer  # noqa
+
+# The stage notebooks run whole, every cell, in tests/test_run.py (`medft run quickstart`); the others run here.
+STAGES = {f"{n}.ipynb" for n in medft.core.STAGES.values()}
+given = [Path(a) for a in sys.argv[1:]]
+every = sorted(p for p in Path("nbs").rglob("*.ipynb") if not any(part.startswith(".") for part in p.parts) and p.name not in STAGES)
+bad = 0
+for nb in given or every:
+    start, said = time.time(), tempfile.TemporaryFile()
+    child = os.fork()
+    if child == 0:
+        for stream in (1, 2): os.dup2(said.fileno(), stream)
+        try: nbdev_test(str(nb), n_workers=0)
+        except SystemExit as e: code = 0 if e.code in (None, 0) else 1
+        except BaseException as e: print(f"{type(e).__name__}: {e}"); code = 1
+        else: code = 0
+        sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+    ok = os.waitpid(child, 0)[1] == 0
+    bad |= not ok
+    if not ok: said.seek(0); print(said.read().decode(errors="replace"))
+    print(f"notebook {'ok    ' if ok else 'FAILED'}  {time.time() - start:4.0f} s  {nb}", flush=True)
+sys.exit(bad)
