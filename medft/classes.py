@@ -13,7 +13,8 @@ __all__ = ['BASELINES', 'best_threshold', 'threshold_of', 'mean_of', 'mcc', 'dec
 from .core import MedftError, nearest  # first: it sets switches that the libraries read
 from .data import load_split, scored_sets
 from .scoring import choose, identity
-from .statistics import compare_choices, compare_sums, f1_each, macro_f1, owners, share, tallies, undefined, valued
+from .statistics import f1_each, macro_f1, share, tallies, undefined, valued
+from .verdicts import compare_choices, compare_sums
 
 import numpy as np, pandas as pd
 
@@ -96,16 +97,13 @@ def measure_labels(frame, confidence=0.95) -> dict:
     why = f"every row of this set has label {truth[0]}" if len(set(truth)) < 2 else "no row was given the label" if k == 2 else "a label is missing from this set"
     found = valued({m: f for m, f in made.items() if m in sound}, frame.group, confidence)
     out = {m: found.get(m) or undefined(why, n) for m in made} | dict(accuracy=accuracy(frame, confidence))
-    if k == 2: out |= {m: share(hits, confidence) | dict(n=n) for m, hits in (("precision", truth[choice == 1] == 1), ("recall", choice[truth == 1] == 1)) if len(hits) and hits.all()}
+    hits, whose = truth == choice, frame.group.to_numpy()
+    if k == 2: out |= {m: share(hits[of], confidence, whose[of]) | dict(n=n) for m, of in (("precision", choice == 1), ("recall", truth == 1)) if of.any() and hits[of].all()}
     main = "f1" if k == 2 and "f1" in sound else "accuracy"
     return {main: out[main]} | out
 
 # %% ../nbs/04c_classes.ipynb #c020
-def accuracy(frame, confidence=0.95) -> dict:
-    "The share of right choices: by redraws where rows share groups, else (and where all or none are right) Wilson's interval."
-    right = frame.correct.to_numpy(float)
-    if owners(frame.group)[1] == len(frame) or right.min() == right.max(): return share(frame.correct, confidence)
-    return valued(dict(accuracy=lambda w: (w @ right)/w.sum(1)), frame.group, confidence)["accuracy"]
+def accuracy(frame, confidence=0.95) -> dict: "The share of right choices."; return share(frame.correct, confidence, frame.group)
 
 # %% ../nbs/04c_classes.ipynb #c025
 def confusion(frame) -> list[list[int]]:
@@ -117,7 +115,7 @@ def confusion(frame) -> list[list[int]]:
 def compare_labels(a, b, confidence=0.95) -> dict:
     "Difference b - a of paired predictions in their main metric."
     two = len(a.probabilities.iloc[0]) == 2 and (a.truth == 1).any()
-    if not two: return compare_choices(a.correct, b.correct, confidence)
+    if not two: return compare_choices(a.correct, b.correct, confidence, a.group)
     columns = lambda f: np.stack([(f.truth == 1) & (f.choice == 1), f.truth == 1, f.choice == 1], 1).astype(float)
     f1 = lambda s: 2*s[..., 0]/np.maximum(s[..., 1] + s[..., 2], 1e-12)
     return compare_sums("f1", f1, columns(a), columns(b), a.group, confidence)

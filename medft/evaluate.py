@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/evaluate.html.md"""
 
 # %% auto #0
 __all__ = ['KINDS', 'kind', 'measure', 'compare', 'refuse_leaks', 'each_model', 'scored_rows', 'keep', 'find_threshold',
-           'score_run', 'read_predictions', 'by_subject', 'summarise', 'simple_figures', 'figures', 'with_thresholds',
-           'evaluate']
+           'score_run', 'read_predictions', 'by_subject', 'family', 'summarise', 'simple_figures', 'figures',
+           'with_thresholds', 'evaluate']
 
 # %% ../nbs/05_evaluate.ipynb #c003
 from .core import MedftError, atomic_write, open_run, read_json, write_json  # first: it sets switches that the libraries read
@@ -17,16 +17,17 @@ from .data import ensure_data, load_split, load_tokenizer, scored_sets
 from .families import load_config
 from .model import labels_of, load_base, load_tuned
 from .pictures import COLORS, STYLE, class_table, main_metric, plot_labels, plot_scores, plot_subjects, subject_table, table, written
-from .scoring import only_positions, pad, predict, score_choices    # and for those who look for them here
-from .statistics import compare_choices, compare_text, measure_choices, measure_text, sentence, share
+from .scoring import pad, predict, score_choices    # and for those who look for them here
+from .statistics import measure_choices, measure_text, share
 from .train import train, trained
+from .verdicts import compare_choices, compare_text, holm, sentence
 
 import hashlib, shutil, time
 
 import numpy as np, pandas as pd
 
 # %% ../nbs/05_evaluate.ipynb #c007
-KINDS = dict(probabilities=(measure_labels, compare_labels), scores=(measure_choices, lambda a, b, confidence: compare_choices(a.correct, b.correct, confidence)),
+KINDS = dict(probabilities=(measure_labels, compare_labels), scores=(measure_choices, lambda a, b, confidence: compare_choices(a.correct, b.correct, confidence, a.group)),
              nll=(measure_text, compare_text))  # a column that only this kind has -> how it is measured and compared
 
 def kind(frame): return next(k for column, k in KINDS.items() if column in frame)
@@ -110,6 +111,15 @@ def by_subject(frames, name, confidence=0.95) -> dict:
     return {x: {who: figures(part(f, x)) for who, f in sets.items()} for x in names}
 
 # %% ../nbs/05_evaluate.ipynb #c024
+def family(
+    asked,              # (who, than whom, on what set): the predictions of the other, and its own
+    confidence=0.95,
+) -> dict:              # the same keys: comparisons
+    "Comparisons that are looked at together, corrected for their number, each with its sentence."
+    found = holm([compare(a, b, confidence) for a, b in asked.values()], confidence)
+    return {words: d | dict(sentence=sentence(d, *words)) for words, d in zip(asked, found)}
+
+# %% ../nbs/05_evaluate.ipynb #s001
 def summarise(
     frames,                     # {(model, set): predictions}
     confidence=0.95,
@@ -118,11 +128,12 @@ def summarise(
     "metrics.json from prediction files alone."
     models, sets = (sorted(dict.fromkeys(x), key=lambda v: v != first) for x, first in zip(zip(*sorted(frames)), ("base", "test")))
     engines, main = [m for m in models if m != "base"], sets[0]
-    say = lambda a, b, who, than, s: (d := compare(a, b, confidence)) | dict(sentence=sentence(d, who, than, s))
-    gaps = {e: {s: say(frames["base", s], frames[e, s], e, f"the {names.get('base', 'base')}", s) for s in sets} for e in engines}
-    pairs = {f"{b} - {a}": say(frames[a, main], frames[b, main], b, a, main) for i, a in enumerate(engines) for b in engines[i + 1:]}
-    simple = simple_figures(baselines, main, confidence)
-    pairs |= {f"{e} - {rule}": say(baselines[rule, main], frames[e, main], e, f"the baseline {rule}", main) for e in engines for rule in list(simple)[:1]}
+    simple, than = simple_figures(baselines, main, confidence), f"the {names.get('base', 'base')}"
+    first, further = (family({(e, than, s): (frames["base", s], frames[e, s]) for e in engines for s in some}, confidence) for some in (sets[:1], sets[1:]))
+    gaps = {e: {s: (first | further)[e, than, s] for s in sets} for e in engines}
+    beside = {f"{b} - {a}": (b, a, frames[a, main]) for i, a in enumerate(engines) for b in engines[i + 1:]}
+    beside |= {f"{e} - {rule}": (e, f"the baseline {rule}", baselines[rule, main]) for e in engines for rule in list(simple)[:1]}
+    pairs = dict(zip(beside, family({(e, other, main): (f, frames[e, main]) for e, other, f in beside.values()}, confidence).values()))
     return dict(verdict={e: gaps[e][main] for e in engines}, models={m: {s: measure(frames[m, s], confidence) for s in sets} for m in models}, differences=gaps, between=pairs,
                 subjects={s: by_subject(frames, s, confidence) for s in sets}, main=main, confidence=confidence, names=names, baselines=simple)
 

@@ -65,9 +65,9 @@ STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "
          "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "medft"}
 
 def whiskers(figures, k=1):
-    "Values, and how far their intervals reach down and up."
+    "Values, and how far their intervals reach down and up (nan: there is none)."
     y = [k*f["value"] for f in figures]
-    return y, np.abs([[k*f["ci95"][e] - v for f, v in zip(figures, y)] for e in (0, 1)])
+    return y, np.abs([[np.nan if f["ci95"][e] is None else k*f["ci95"][e] - v for f, v in zip(figures, y)] for e in (0, 1)])
 
 # %% ../nbs/04e_pictures.ipynb #c021
 def plot_scores(metrics) -> Figure:

@@ -8,7 +8,7 @@ import torch
 from sklearn import metrics as sk
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from medft import classes, data, evaluate as ev, families, scoring, statistics as st
+from medft import classes, data, evaluate as ev, families, pictures, scoring, statistics as st, trials, verdicts
 from medft.core import MedftError, Run, assets, load_recipe, read_json, write_json
 
 GEMMA2 = Gemma2Config(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -64,9 +64,9 @@ def test_a_classifier_reads_the_last_token_and_no_padding(family):
 
 def test_the_head_never_sees_more_than_the_scored_positions():
     model = tiny("mistral"); seen = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda head, args, out: seen.append(out.shape[1]))
+    hook = model.get_output_embeddings().register_forward_hook(lambda head, args, out: seen.append(out.shape[:-1].numel()))
     scoring.score_rows(model, [([5]*40, [0]*37 + [1]*3), ([6]*30, [0]*29 + [1])]); hook.remove()
-    assert seen == [4]
+    assert seen == [1, 4]       # one for the model's own code, and what is asked for
 
 
 @pytest.fixture(scope="module")
@@ -176,30 +176,109 @@ def test_losses_get_a_verdict_too():
     assert ev.compare(base, base)["label"] == "tie"
 
 
-def test_mcnemar_is_exact_when_few_pairs_disagree():
-    from scipy.stats import binomtest
-    few = st.compare_choices(np.repeat([True, False, True], [80, 9, 2]), np.repeat([True, True, False], [80, 9, 2]))
-    assert few["p"] == pytest.approx(binomtest(2, 11).pvalue) and (few["gained"], few["lost"]) == (9, 2)
-    alike = st.compare_choices([True]*50, [True]*50)
+def test_mcnemar_counts_what_happened_by_half():
+    from scipy.stats import binom
+    few = verdicts.compare_choices(np.repeat([True, False, True], [80, 9, 2]), np.repeat([True, True, False], [80, 9, 2]))
+    assert few["p"] == pytest.approx(2*binom.cdf(1, 11, .5) + binom.pmf(2, 11, .5)) and (few["gained"], few["lost"], few["groups"], few["test"]) == (9, 2, 91, "McNemar")
+    alike = verdicts.compare_choices([True]*50, [True]*50)
     assert alike["p"] == 1 and alike["label"] == "tie" and alike["ci95"][0] < 0 < alike["ci95"][1] and alike["detectable"] > 0
 
 
+@pytest.mark.parametrize("gained,lost,n", [(9, 2, 91), (0, 4, 50), (60, 31, 400)])
+def test_tangos_interval_holds_what_the_score_test_does_not_reject(gained, lost, n):
+    from scipy.optimize import minimize_scalar
+    def beyond(d):          # the restricted estimate by searching the likelihood instead of by formula
+        chances = lambda q: (q + d, q, 1 - 2*q - d)
+        worth = lambda q: -sum(k*np.log(max(p, 1e-300)) for k, p in zip((gained, lost, n - gained - lost), chances(q)) if k)
+        q = minimize_scalar(worth, bounds=(max(0, -d), (1 - d)/2), method="bounded", options=dict(xatol=1e-10)).x
+        return abs(gained - lost - n*d)/np.sqrt(n*(2*q + d - d*d))
+    low, high = verdicts.tango(gained, lost, n)
+    assert low < (gained - lost)/n < high and beyond(low) == pytest.approx(1.96, abs=1e-3) and beyond(high) == pytest.approx(1.96, abs=1e-3)
+
+
+def test_questions_that_were_asked_five_times_prove_no_more():
+    a, b = np.repeat([True, True, False, False], [40, 5, 13, 27]), np.repeat([True, False, True, False], [40, 5, 13, 27])
+    once, often = verdicts.compare_choices(a, b), verdicts.compare_choices(np.repeat(a, 5), np.repeat(b, 5), groups=np.repeat(np.arange(85), 5))
+    assert often["p"] == pytest.approx(once["p"], abs=.01) and often["ci95"] == pytest.approx(once["ci95"], abs=.005) and (often["n"], often["groups"], often["test"]) == (425, 85, "permutation")
+    assert verdicts.compare_choices(np.repeat(a, 5), np.repeat(b, 5))["p"] < .001
+    shares = [st.share(np.repeat(a, k), groups=np.repeat(np.arange(85), k))["ci95"] for k in (1, 5)]
+    assert shares[1] == pytest.approx(shares[0], abs=.005)
+    assert once["detectable"] == pytest.approx(st.detectable(85, 18/85), abs=1e-6) and often["detectable"] == pytest.approx(once["detectable"], abs=.005)
+
+
+def test_the_interval_is_scipys_bca_where_rows_are_free():
+    from scipy.stats import bootstrap
+    x = np.random.default_rng(0).lognormal(0, 1, 400); mean = lambda w: (w @ x)/w.sum(1)
+    low, high, se = st.redrawn(dict(mean=mean), range(400))["mean"]
+    other = bootstrap((x,), np.mean, n_resamples=20_000, rng=1); ends = other.confidence_interval
+    assert (low, high) == pytest.approx((ends.low, ends.high), abs=.15*other.standard_error) and se == pytest.approx(other.standard_error, rel=.05)
+    assert high - x.mean() > 1.05*(x.mean() - low)                                      # a skewed figure has a lopsided interval
+    code = np.random.default_rng(1).integers(0, 4, 400)
+    assert np.isnan(st.redrawn(dict(mean=mean), ["one"]*400)["mean"]).all() and st.redrawn(dict(mean=mean), code)["mean"][2] > 0
+
+
+def test_a_set_of_one_document_gets_figures_without_intervals_and_no_verdict():
+    frame = pd.DataFrame(dict(id=range(6), group="one", prompt_sha256="", nll=[50.]*6, tokens=25, bytes=75))
+    assert ev.measure(frame)["loss"] == dict(value=2.0, ci95=[None, None], n=6) and ev.written(ev.measure(frame)["loss"], False) == "2.000"
+    d = ev.compare(frame, frame.assign(nll=10.)); assert d["label"] == "tie" and d["ci95"] == [None, None] and d["groups"] == 1 and "in 1 group" in verdicts.sentence(d, "trl")
+    assert np.isnan(pictures.whiskers([ev.measure(frame)["loss"]])[1]).all() and json.dumps(d)
+
+
+def test_holm_is_statsmodels_and_turns_a_lucky_one_of_three_into_a_tie():
+    made = [verdicts.compare_choices(np.repeat([True, True, False, False], [200, 20, x, 200]), np.repeat([True, False, True, False], [200, 20, x, 200])) for x in (60, 36, 21)]
+    told = verdicts.holm(made)
+    assert [d["label"] for d in made] == ["better", "better", "tie"] and [d["label"] for d in told] == ["better", "tie", "tie"]
+    assert [d["p_holm"] for d in told] == pytest.approx([3*made[0]["p"], 2*made[1]["p"], made[2]["p"]]) and "after Holm over 3 tests" in verdicts.sentence(told[1], "trl")
+    assert verdicts.holm(made[1:2])[0]["label"] == "better" and verdicts.holm(made[1:2])[0]["p_holm"] == made[1]["p"] and verdicts.holm([]) == []
+    assert told[0]["detectable"] == pytest.approx(st.detectable(480, 80/480, tests=3), rel=.02) and told[0]["detectable"] > made[0]["detectable"]
+
+
+def test_three_engines_two_sets_and_a_rule_are_three_families():
+    rng = np.random.default_rng(0); ids = [str(i) for i in range(60)]
+    def frame(): c = rng.integers(0, 4, 60); return pd.DataFrame(dict(id=ids, group=ids, subject="", prompt_sha256="", scores=[[0.]*4]*60, choice=c, choice_norm=c, truth=0, correct=c == 0))
+    frames = {(m, s): frame() for m in ("base", "trl", "unsloth", "fast") for s in ("test", "other")}
+    m = ev.summarise(frames, baselines={("majority", "test"): frames["base", "test"]})
+    assert {d["tests"] for d in m["verdict"].values()} == {3} == {m["differences"][e]["other"]["tests"] for e in m["verdict"]} and {d["tests"] for d in m["between"].values()} == {6}
+    assert set(m["between"]) == {"trl - fast", "unsloth - fast", "unsloth - trl", "fast - majority", "trl - majority", "unsloth - majority"} and all(d["p_holm"] >= d["p"] for d in m["verdict"].values())
+    assert m["differences"]["fast"]["test"] == m["verdict"]["fast"] and ev.table(m).loc["test", "fast - base"]
+
+
 def test_words_say_what_the_figures_say():
-    d = dict(label="better", metric="accuracy", effect=.452, ci95=[.41, .493], p=1e-9, n=423, detectable=.06, test="McNemar")
-    assert st.sentence(d, "trl") == "trl is better than the base: +45.2 points [41.0, 49.3] on test (n = 423, McNemar p < 0.001)"
-    assert "smallest difference" in st.sentence(d | dict(label="tie", p=.5), "trl")
+    d = dict(label="better", metric="accuracy", effect=.452, ci95=[.41, .493], p=1e-9, n=423, groups=423, detectable=.06, test="McNemar")
+    assert verdicts.sentence(d, "trl") == "trl is better than the base: +45.2 points [41.0, 49.3] on test (n = 423, McNemar p < 0.001); the smallest difference this set could have shown is 6.0"
+    assert "n = 423 in 200 groups" in verdicts.sentence(d | dict(label="tie", p=.5, groups=200), "trl")
+
+
+def test_a_recipe_is_better_only_if_its_seeds_agree():
+    rng = np.random.default_rng(0); base = (rng.random((500, 1)) < .5).astype(float); mean = lambda s: s[..., 0]/500
+    up = lambda k: np.where(np.arange(500)[:, None] < k, 1., base); down = lambda k: np.where(np.arange(500)[:, None] < k, 0., base)
+    agree, differ = (verdicts.over_seeds("accuracy", mean, base, np.array(x), range(500)) for x in ([up(90), up(100), up(110)], [up(140), down(80), up(150)]))
+    assert agree["label"] == "better" and differ["label"] == "tie" and differ["spread"] > 5*agree["spread"] and agree["effect"] == pytest.approx(np.mean(agree["effects"]), abs=1e-6)
+    assert differ["effect"] > 0 and "3 seeds" in verdicts.sentence(agree, "trl")
+
+
+def test_figures_of_ten_thousand_rows_are_made_piece_by_piece():
+    "No weights of all redraws at once: at most 200 x rows numbers live together."
+    import tracemalloc
+    rng = np.random.default_rng(0); n = 10_000
+    frame = pd.DataFrame(dict(id=range(n), group=[str(i//3) for i in range(n)], prompt_sha256="", nll=rng.normal(200, 9, n), tokens=100, bytes=300))
+    tracemalloc.start(); ev.measure(frame); ev.compare(frame, frame.assign(nll=frame.nll + rng.normal(0, 1, n))); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert peak < 150e6
+
+
+def test_the_verdict_was_tried_and_the_tables_are_kept():
+    kept = trials.evidence()
+    assert all(x["times"] >= 1000 and x["verdicts"] <= .065 for x in kept["nulls"]) and all(x["verdicts"] >= .025 for x in kept["nulls"] if x["rows"] >= 500)
+    assert all(.935 <= x["covered"] <= .965 for x in kept["nulls"] + kept["covers"]) and {x["group_size"] > 1 for x in kept["nulls"]} == {True, False}
+    assert all(abs(x["found"] - x["promised"]) < .03 for x in kept["powers"]) and kept["families"]["holm"] <= .065
+    again = next(x for x in kept["nulls"] if x["world"] == "accuracy" and x["group_size"] == 1)     # the code that is here made them
+    assert trials.tried(trials.accuracy_world, again["rows"], times=again["times"], disagree=again["disagree"]) == again
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("n,disagree,gain", [(200, .3, 0), (500, .2, 0), (1273, .1, 0), (500, .2, .05), (1273, .3, -.04)])
-def test_the_verdict_is_neither_jumpy_nor_shy(n, disagree, gain):
-    rng = np.random.default_rng(0); repeat = lambda *k: np.repeat([True, True, False, False], k)
-    found = []
-    for _ in range(2000):
-        up, down, both, neither = rng.multinomial(n, [(disagree + gain)/2, (disagree - gain)/2, .4, .6 - disagree])
-        found.append(st.compare_choices(np.repeat([False, True, True, False], [up, down, both, neither]), np.repeat([True, False, True, False], [up, down, both, neither])))
-    assert .935 <= np.mean([d["ci95"][0] <= gain <= d["ci95"][1] for d in found]) <= .965
-    if gain == 0: assert .025 <= np.mean([d["label"] != "tie" for d in found]) <= .065
+def test_the_tables_of_the_trials_come_out_the_same(tmp_path):
+    found = trials.remake(tmp_path/"verdicts.json")
+    assert json.loads(json.dumps(found)) == trials.evidence() == read_json(tmp_path/"verdicts.json")
 
 
 # Labels
@@ -274,7 +353,7 @@ def test_classifiers_get_a_verdict_in_f1_and_more_labels_one_in_accuracy():
     a, b = made_up(skill=.5, per_group=3), made_up(skill=2.5, per_group=3); d = classes.compare_labels(a, b)
     assert (d["label"], d["metric"], d["test"], d["groups"]) == ("better", "f1", "permutation", 100)
     assert d["effect"] == pytest.approx(sk.f1_score(b.truth, b.choice) - sk.f1_score(a.truth, a.choice), abs=1e-6) and d["ci95"][0] < d["effect"] < d["ci95"][1]
-    assert " F1 [" in st.sentence(d, "trl") and classes.compare_labels(b, a)["label"] == "worse" and classes.compare_labels(a, a)["p"] == 1
+    assert " F1 [" in verdicts.sentence(d, "trl") and classes.compare_labels(b, a)["label"] == "worse" and classes.compare_labels(a, a)["p"] == 1
     assert classes.compare_labels(made_up(k=3, skill=.5), made_up(k=3))["test"] == "McNemar"
 
 
