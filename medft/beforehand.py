@@ -67,8 +67,8 @@ def planned(
 ) -> tuple:     # the Recipe, its stages, the folder for runs, the run's own folder (None: made later), what a rehearsal replaced
     "All that is known of a run before it has begun. Raises `MedftError`."
     from medft import runner
-    from medft.core import load_recipe, runs_root
-    r, names = load_recipe(recipe, overrides or ()), chosen_stages(stages)
+    from medft.core import load_recipe, runs_root, settle
+    r, names = settle(load_recipe(recipe, overrides or ())), chosen_stages(stages)
     root, place, replaced = Path(r.output.dir or runs_root()).resolve(), run_dir and run_dir.resolve(), []
     names = runner.stages_of(r, names)
     check_place(place or root, fresh=bool(place))

@@ -26,11 +26,12 @@ from .train import trained, training_summary
 
 # %% ../nbs/05c_card.ipynb #c005
 def training_table(run) -> pd.DataFrame:
-    "Time, speed and memory of every engine that trained."
+    "Time, speed and memory of every engine that trained, and which parts of a step its own code left to the library."
     rows = {e: training_summary(run, e) for e in trained(run)}
     say = lambda s, k, digits=0, d=1: f"{s[k]/d:,.{digits}f}" if isinstance(s.get(k), (int, float)) else "–"
+    told = {e: "; ".join(s.get("notes") or []) for e, s in rows.items()}
     return pd.DataFrame({e: {"seconds": say(s, "seconds", 1), "steps": say(s, "steps"), "tokens per second": say(s, "tokens_per_second"), "peak memory, GB": say(s, "peak_memory_bytes", 2, 1e9),
-                             "trained parameters": say(s, "trainable_parameters"), "of": say(s, "total_parameters"), "mean loss": say(s, "train_loss", 3)} for e, s in rows.items()}).T.rename_axis("engine")
+                             "trained parameters": say(s, "trainable_parameters"), "of": say(s, "total_parameters"), "mean loss": say(s, "train_loss", 3)} | ({"left to the library": told[e] or "–"} if any(told.values()) else {}) for e, s in rows.items()}).T.rename_axis("engine")
 
 def skipped(run) -> list[str]:
     "Engines of the recipe that did not train, and why."

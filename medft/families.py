@@ -195,7 +195,7 @@ def adapter_kind(recipe) -> str:
 # %% ../nbs/01c_families.ipynb #c038
 def refusal(family, task, adapter, engine) -> str | None:
     "Why a combination is refused; None when it works."
-    if engine == "trl": return None
-    if task == "classification": return "unsloth has no sequence classifier on a CPU: asked for one, it loads a causal model without a word; use engine: [trl]"
-    if adapter == "8bit": return "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl]"
+    if engine in ("trl", "fast"): return None       # the second leaves to the first's step what its own does not know
+    if task == "classification": return "unsloth has no sequence classifier on a CPU: asked for one, it loads a causal model without a word; use engine: [trl, fast]"
+    if adapter == "8bit": return "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl, fast]"
     return None

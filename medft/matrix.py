@@ -88,7 +88,8 @@ def go_through(run, engine):
     from medft import data, model, scoring, train
     data.prepare(run); model.inspect(run)
     if engine == "trl": train.train(run)
-    else: from medft import fast; fast.train_fast(run)
+    elif engine == "fast": from medft import fast; fast.train_fast(run)
+    else: from medft import unsloth_engine; unsloth_engine.train_unsloth(run)
     said = train.training_summary(run, engine)
     if said.get("status") != "finished": raise MedftError(said.get("reason", "it did not train"))
     steps = [r for r in train.read_log(run, engine) if "loss" in r]
@@ -117,7 +118,7 @@ def attempt(
 def child(engine, names, place):
     "Try all combinations of an engine and some families, a JSON line each on the real stdout."
     out = os.fdopen(os.dup(1), "w"); os.dup2(2, 1)
-    if engine == "unsloth": import medft.fast
+    if engine == "unsloth": import medft.unsloth_engine
     for c in chosen(names.split(","), engine): print(json.dumps(attempt(c, place)), file=out, flush=True)
 
 def results(engine, names, place):
@@ -150,7 +151,7 @@ def tried(
     found, start, names = [], time.time(), list(dict.fromkeys(c.family for c in combinations))
     with tempfile.TemporaryDirectory(prefix="medft-matrix-") as place:
         for e in dict.fromkeys(c.engine for c in combinations):
-            for group in [names] if e == "trl" else [[n] for n in names]:
+            for group in [[n] for n in names] if e == "unsloth" else [names]:
                 for f in results(e, group, place):
                     found.append(f); show(f"{f['family']:<11}{f['task']:<15}{f['adapter']:<7}{f['engine']:<8}{f['seconds']:>6.1f} s  {'works' if f['works'] else f['why']}")
     differ = compare(found)

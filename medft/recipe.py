@@ -128,8 +128,9 @@ def of_model(r):
     if bits and r.lora is None: yield "quantization", "load_in_4bit", "quantised weights cannot be trained; add a lora section"
     if q and m.from_config: yield "model", "from_config", "random weights are not worth quantising; drop the quantization section"
     if r.lora is not None and m.from_config: yield "model", "from_config", "an adapter on random weights learns nothing; set lora: null"
-    if "unsloth" in r.engine and q and q.load_in_8bit: yield "engine", "", "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl]"
-    if "unsloth" in r.engine and r.task == "classification": yield "engine", "", "unsloth has no sequence classifier; use engine: [trl]"
+    if "auto" in r.engine and len(r.engine) > 1: yield "engine", "", "auto chooses by itself: leave the others out, or name the engines you want without it"
+    if "unsloth" in r.engine and q and q.load_in_8bit: yield "engine", "", "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl, fast]"
+    if "unsloth" in r.engine and r.task == "classification": yield "engine", "", "unsloth has no sequence classifier; use engine: [trl, fast]"
     if m.num_labels is not None and m.num_labels < 2: yield "model", "num_labels", f"a classifier tells at least two labels apart; found {m.num_labels}"
     if isinstance(m.class_weights, list) and min(m.class_weights, default=0) <= 0: yield "model", "class_weights", f"every label weighs more than nothing; found {m.class_weights}"
 

@@ -7,10 +7,11 @@ Docs: https://medft.github.io/medft/train.html.md"""
 # %% auto #0
 __all__ = ['has_bfloat16', 'sft_config', 'Record', 'read_log', 'peak_memory', 'in_full', 'sft_trainer', 'adapted_model',
            'eval_rows', 'pretrainer', 'classifier', 'callbacks_of', 'make_trainer', 'last_checkpoint', 'save', 'final',
-           'tokens_seen', 'sizes', 'summarise', 'fit', 'train', 'training_summary', 'trained', 'skip']
+           'tokens_seen', 'sizes', 'summarise', 'fit', 'trainer_of', 'train', 'training_summary', 'trained', 'loss_gap',
+           'skip']
 
 # %% ../nbs/03_train.ipynb #c003
-from .core import MedftError, device, model_path, open_run, peak_rss, read_json, seed_everything, write_json
+from .core import ENGINES, MedftError, device, model_path, open_run, peak_rss, read_json, seed_everything, write_json
 from .batches import ClassifierCollator, WeightedLoss, class_weights, keeps_apart, windows
 from .checkpoints import log_lines, newest_whole, writing
 from .data import ensure_data, load_split, load_tokenizer
@@ -29,15 +30,15 @@ def has_bfloat16() -> bool:
     if device() == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return device() == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-def sft_config(run, engine):
-    "TRL's SFTConfig for a run: the recipe's training section and where things go."
+def sft_config(run, engine, **changes):
+    "TRL's SFTConfig for a run: the recipe's training section and where things go; `changes` go before what the recipe leaves open."
     from trl import SFTConfig
     given = dict(bf16=has_bfloat16(), data_seed=run.recipe.seed, logging_nan_inf_filter=False, disable_tqdm=True) | run.recipe.training.given()
     if given.get("fp16"): given["bf16"] = False
     if given.get("packing"): given.setdefault("packing_strategy", "bfd_split")
     if given.get("gradient_checkpointing"): given.setdefault("gradient_checkpointing_kwargs", dict(use_reentrant=False))
     ours = dict(output_dir=str(run.path/engine/"checkpoints"), report_to=[], use_cpu=device() == "cpu", completion_only_loss=True, assistant_only_loss=False)
-    return SFTConfig(**dict(seed=run.recipe.seed) | given | ours)
+    return SFTConfig(**dict(seed=run.recipe.seed) | changes | given | ours)
 
 # %% ../nbs/03_train.ipynb #c011
 class Record(TrainerCallback):
@@ -69,12 +70,12 @@ def in_full(model):
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
 
-def sft_trainer(run, args, model, tok, peft_config, rows, callbacks):
+def sft_trainer(run, args, model, tok, peft_config, rows, callbacks, kind=careful):
     "TRL's SFTTrainer on prepared prompts and completions."
     from trl import SFTTrainer
     if args.packing and keeps_apart(model, tok.pad_token_id).alone: raise MedftError("training.packing: this model carries state from one row into the next, which no mask stops; set training.packing: false")
     tokens = lambda name: rows(name).select_columns(["input_ids", "completion_mask"])
-    trainer = careful(SFTTrainer)(model=model, args=args, train_dataset=tokens("train"), processing_class=tok, peft_config=peft_config, callbacks=callbacks,
+    trainer = kind(SFTTrainer)(model=model, args=args, train_dataset=tokens("train"), processing_class=tok, peft_config=peft_config, callbacks=callbacks,
                          **({"eval_dataset": tokens("validation")} if args.eval_strategy != "no" else {}))
     in_full(trainer.model)
     return trainer
@@ -91,7 +92,7 @@ def adapted_model(model, peft_config):
 def eval_rows(args, rows): "The validation rows, where the recipe wants them scored during training."; return dict(eval_dataset=rows("validation")) if args.eval_strategy != "no" else {}
 
 # %% ../nbs/03_train.ipynb #c020
-def pretrainer(run, args, model, tok, peft_config, rows, callbacks):
+def pretrainer(run, args, model, tok, peft_config, rows, callbacks, kind=careful):
     "transformers' Trainer on windows of documents that do not see each other."
     from transformers import Trainer
     collate = keeps_apart(model, tok.pad_token_id)
@@ -99,13 +100,13 @@ def pretrainer(run, args, model, tok, peft_config, rows, callbacks):
     model = adapted_model(model, peft_config)
     args.include_num_input_tokens_seen, args.remove_unused_columns = "all", False
     cut = lambda name: windows(rows(name), args.max_length, collate.alone)
-    return careful(Trainer)(model=model, args=args, train_dataset=cut("train"), data_collator=collate, processing_class=tok, callbacks=callbacks, **eval_rows(args, cut))
+    return kind(Trainer)(model=model, args=args, train_dataset=cut("train"), data_collator=collate, processing_class=tok, callbacks=callbacks, **eval_rows(args, cut))
 
 # %% ../nbs/03_train.ipynb #c022
-def classifier(run, args, model, tok, peft_config, rows, callbacks):
+def classifier(run, args, model, tok, peft_config, rows, callbacks, kind=careful):
     "transformers' Trainer on labelled rows."
     from transformers import Trainer
-    class ByWeight(careful(Trainer)):
+    class ByWeight(kind(Trainer)):
         def _get_num_items_in_batch(self, batches, device):
             held = self.compute_loss_func.held(batches).to(device)
             return self.accelerator.gather(held).sum() if self.args.world_size > 1 else held
@@ -124,12 +125,14 @@ def callbacks_of(run, engine) -> list:
     patience = run.recipe.evaluation.early_stopping_patience
     return [Record(run, engine)] + ([EarlyStoppingCallback(patience)] if patience is not None else [])
 
-def make_trainer(run, engine, model, tok, peft_config):
-    "The trainer of a run's task, on the run's prepared rows."
+def make_trainer(run, engine, model, tok, peft_config, kind=careful, **changes):
+    "The trainer of a run's task, on the run's prepared rows; `changes` are an engine's own arguments."
+    (run.path/engine).mkdir(exist_ok=True)
     rows = lambda name: load_split(run, name)
     build = dict(pretraining=pretrainer, classification=classifier, generative=sft_trainer)[run.recipe.task]
     seed_everything(run.recipe.seed)
-    trainer = build(run, sft_config(run, engine), model, tok, peft_config, rows, callbacks_of(run, engine))
+    args = sft_config(run, engine, **changes)
+    trainer = build(run, args, model, tok, peft_config, rows, callbacks_of(run, engine), kind)
     trainer.run, trainer.engine = run, engine
     return trainer
 
@@ -166,35 +169,43 @@ def sizes(model) -> dict:
 
 # %% ../nbs/03_train.ipynb #c028
 def summarise(run, engine, trainer, resumed, out) -> dict:
-    "What training took, in all attempts together."
+    "What training took, in all attempts together; and what the engine has to say of itself."
     steps, tokens, seconds = trainer.state.global_step, tokens_seen(trainer), max(trainer.seconds, 1e-3)
     losses = [r["loss"] for r in read_log(run, engine) if "loss" in r]
     return dict(status="finished", engine=engine, seconds=round(seconds, 2), steps=steps, tokens=tokens, tokens_per_second=round(tokens/seconds, 1), peak_memory_bytes=peak_memory(),
-                train_loss=sum(losses)/len(losses) if losses else None, bf16=trainer.args.bf16, resumed=bool(resumed), adapter=out.name, **sizes(trainer.model))
+                train_loss=sum(losses)/len(losses) if losses else None, bf16=trainer.args.bf16, resumed=bool(resumed), adapter=out.name, **sizes(trainer.model), **(getattr(trainer, "told", None) or {}))
 
-def fit(run, engine, model, tok, peft_config) -> dict:
+def fit(trainer) -> dict:
     "Train, save, and say what it took (training.json)."
+    run, engine = trainer.run, trainer.engine
     with writing(run.path, f"{engine}'s files"):
-        (run.path/engine).mkdir(exist_ok=True)
-        trainer, resume = make_trainer(run, engine, model, tok, peft_config), last_checkpoint(run, engine)
-        if resume: run.log(f"{engine}: going on from {resume.name}")
+        if resume := last_checkpoint(run, engine): run.log(f"{engine}: going on from {resume.name}")
         with trainer.listening():
             trainer.go(resume)
-            out = save(run, engine, trainer.accelerator.unwrap_model(trainer.model), tok)
+            out = save(run, engine, trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
             summary = summarise(run, engine, trainer, resume, out)
             write_json(run.path/engine/"training.json", summary)
     run.log(f"{engine}: {summary['steps']} steps in {summary['seconds']:.1f} s, {summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_bytes']/1e9:.2f} GB")
     return summary
 
 # %% ../nbs/03_train.ipynb #c030
-def train(run, engine="trl") -> dict:
-    "Train a run's recipe with plain TRL and PEFT."
-    return fit(run, engine, load_base(run.recipe, labels_of(run)), load_tokenizer(run.recipe), lora_config(run.recipe))
+def trainer_of(run, engine="trl"):
+    "Plain TRL and PEFT on a prepared run."
+    return make_trainer(run, engine, load_base(run.recipe, labels_of(run)), load_tokenizer(run.recipe), lora_config(run.recipe))
+
+def train(run, engine="trl") -> dict: "Train a run's recipe with plain TRL and PEFT."; return fit(trainer_of(run, engine))
 
 def training_summary(run, engine) -> dict: return read_json(run.path/engine/"training.json", {})
 def trained(run) -> list[str]:
     "The engines that have finished training in this run."
-    return [e for e in ("trl", "unsloth") if training_summary(run, e).get("status") == "finished"]
+    return [e for e in ENGINES if training_summary(run, e).get("status") == "finished"]
+
+# %% ../nbs/03_train.ipynb #cx04
+def loss_gap(run, a="trl", b="unsloth") -> float | None:
+    "The largest difference of two engines' losses over the steps that both logged."
+    x, y = ({r["step"]: r["loss"] for r in read_log(run, e) if "loss" in r} for e in (a, b))
+    both = sorted(set(x) & set(y))
+    return max(abs(x[s] - y[s]) for s in both) if both else None
 
 def skip(run, engine, reason):
     "Record that an engine was left out, and why."

@@ -11,6 +11,8 @@ SMALL = ["engine=trl", "training.per_device_train_batch_size=4", "training.num_t
 LORA, WHOLE = ["lora.lora_dropout=0.1", "lora.r=4"], ["lora=null", "training.learning_rate=1e-3", "training.neftune_noise_alpha=5"]
 TASKS = {"lora": LORA, "qlora": [*LORA, "quantization.load_in_4bit=true"], "full": [*WHOLE, "training.gradient_accumulation_steps=2"],
          "classification": [*LORA, "model.task=classification", "model.class_weights=balanced", "output.keep_best=1"],
+         "fast": ["lora.r=4", "engine=fast"], "fast-full": ["lora=null", "engine=fast", "training.learning_rate=1e-3", "training.gradient_accumulation_steps=2"],
+         "fast-classification": [*LORA, "engine=fast", "model.task=classification", "model.class_weights=balanced", "output.keep_best=1"],
          "pretraining": [*WHOLE, "model.task=pretraining", "training.load_best_model_at_end=true", "training.save_steps=3", "training.gradient_accumulation_steps=2"]}
 
 
@@ -18,7 +20,7 @@ def rows(task, n, seed):
     "Small rows: a question, a labelled sentence, or a text."
     draw, words = random.Random(seed), "the a drug fever lowers helps treats kidney pain dose daily child heart of in".split()
     text = lambda: " ".join(draw.choices(words, k=draw.randint(2, 6)))
-    if task == "classification": return [dict(text=text(), label="yes" if draw.random() < 0.3 or i == 0 else "no") for i in range(n)]
+    if "classification" in task: return [dict(text=text(), label="yes" if draw.random() < 0.3 or i == 0 else "no") for i in range(n)]
     if task == "pretraining": return [dict(text=" ".join(text() for _ in range(draw.randint(1, 20)))) for _ in range(4*n)]
     return [dict(question=text() + "?", options=[text() for _ in range(4)], answer=draw.randrange(4)) for _ in range(n)]
 
@@ -34,6 +36,9 @@ def prepare(home, task, more=()):
     return run.path
 
 
+def engine(path): return "fast" if "- fast\n" in (Path(path)/"recipe.yaml").read_text() else "trl"
+
+
 def child(path):
     "Train a run in a process of its own."
     pid = os.fork()
@@ -42,9 +47,9 @@ def child(path):
     try:
         os.setsid()
         with open(Path(path)/"logs"/"child.log", "a") as out: os.dup2(out.fileno(), 1); os.dup2(out.fileno(), 2)
-        from medft import train
+        from medft import fast, train
         from medft.core import Run
-        train.train(Run.open(path)); code = 0
+        (fast.train_fast if engine(path) == "fast" else train.train)(Run.open(path)); code = 0
     except BaseException:
         import traceback; traceback.print_exc()
     finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
@@ -53,7 +58,7 @@ def child(path):
 def ended(pid): return os.waitpid(pid, os.WNOHANG)[0] != 0
 def saving(path, least=0):
     "The checkpoint that is being written, of this step at least."
-    return [p for p in (Path(path)/"trl"/"checkpoints").glob("checkpoint-*") if int(p.name[11:]) >= least and any(p.iterdir()) and not (p/"seal.json").exists()]
+    return [p for p in (Path(path)/engine(path)/"checkpoints").glob("checkpoint-*") if int(p.name[11:]) >= least and any(p.iterdir()) and not (p/"seal.json").exists()]
 
 
 def kill(path, moment=None, least=0):
@@ -71,7 +76,7 @@ def leave(path, moment):
     "Start training and send it SIGTERM so long after its first checkpoint: it must save another one, and end by the signal. None: it was done before."
     pid, start = child(path), None
     while not ended(pid):
-        if start is None and list((Path(path)/"trl"/"checkpoints").glob("checkpoint-*/seal.json")): start = time.time()
+        if start is None and list((Path(path)/engine(path)/"checkpoints").glob("checkpoint-*/seal.json")): start = time.time()
         if start and time.time() - start > moment:
             os.kill(pid, signal.SIGTERM); code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             said = (Path(path)/"logs"/"finetune.log").read_text()
@@ -81,7 +86,7 @@ def leave(path, moment):
 
 def result(path):
     "What must be the same: the trained weights, and what is logged and counted."
-    out, log = Path(path)/"trl", []
+    out, log = Path(path)/engine(path), []
     files = sorted(p for n in ("adapters", "model") for p in (out/n).glob("*.safetensors"))
     for row in map(json.loads, (out/"log.jsonl").read_text().splitlines()):
         if "loss" in row or "eval_loss" in row: log.append({k: v for k, v in row.items() if k in ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "mean_token_accuracy", "num_tokens")})
@@ -106,7 +111,7 @@ def compare(a, b):
 
 
 def main(home, tasks, kills, seed=0, table=None):
-    import medft.train, trl, peft, bitsandbytes, sklearn       # paid for once
+    import medft.fast, medft.train, trl, peft, bitsandbytes, sklearn       # paid for once
     draw, found = random.Random(seed), []
     for task in tasks:
         first = prepare(Path(home)/task, task)

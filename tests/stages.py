@@ -4,11 +4,11 @@ from pathlib import Path
 
 import nbformat
 
-STAGES = dict(data="01_data", model="02_model", train="03_train", fast="04_fast", evaluate="05_evaluate", export="06_export")
+STAGES = dict(data="01_data", model="02_model", train="03_train", unsloth="03e_unsloth", fast="04_fast", evaluate="05_evaluate", export="06_export")
 PARAMETERS = 'recipe: str = "quickstart"\nrun: str = ""'
 
 def write(folder, parameters=PARAMETERS, default="assert run", **cells):
-    "Write six notebooks: one cell of parameters, then the given cell (or a list of cells)."
+    "Write the stages' notebooks: one cell of parameters, then the given cell (or a list of cells)."
     Path(folder).mkdir(parents=True, exist_ok=True)
     for stage, stem in STAGES.items():
         given = cells.get(stage, default)

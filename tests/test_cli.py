@@ -9,7 +9,7 @@ OFF = "tracking.mlflow=false"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    "An empty folder to stand in, with six harmless stages."
+    "An empty folder to stand in, with harmless stages."
     write(tmp_path/"nbs")
     (tmp_path/"here").mkdir(); monkeypatch.chdir(tmp_path/"here")
     monkeypatch.setenv("MEDFT_NOTEBOOKS", str(tmp_path/"nbs"))

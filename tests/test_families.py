@@ -252,13 +252,13 @@ def test_recipes_that_unsloth_would_run_as_something_else_are_refused():
         with pytest.raises(MedftError, match=says): load_recipe("quickstart", ["engine=[trl, unsloth]", *more])
     for task in ("generative", "classification", "pretraining"):
         for adapter in families.ADAPTERS:
-            assert all(families.refusal(n, task, adapter, "trl") is None for n in NAMES)
+            assert all(families.refusal(n, task, adapter, e) is None for n in NAMES for e in ("trl", "fast"))
             assert bool(families.refusal("llama2", task, adapter, "unsloth")) == (task == "classification" or adapter == "8bit")
 
 
 UNSLOTH = """
 import json, sys
-from medft import fast
+from medft import unsloth_engine
 from medft.core import MedftError, load_recipe
 from medft.families import NAMES
 from unsloth import FastLanguageModel
@@ -271,19 +271,19 @@ from transformers import BitsAndBytesConfig
 said["fp4"] = next(x.weight.quant_type for x in raw(load_in_4bit=True, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")).modules() if type(x).__name__ == "Linear4bit")
 recipe = lambda n, *more: load_recipe("quickstart", ["engine=[trl, unsloth]", f"model.name={top}/{n}", "lora.r=4", "training.max_length=64", *more])
 four = ["quantization.load_in_4bit=true", "quantization.bnb_4bit_use_double_quant=true"]
-said["fp4 reason"] = fast.why_not(recipe("llama2", *four, "quantization.bnb_4bit_quant_type=fp4"))
+said["fp4 reason"] = unsloth_engine.why_not(recipe("llama2", *four, "quantization.bnb_4bit_quant_type=fp4"))
 x = torch.arange(2, 50)[None]
 for n in NAMES:
     for more in ([], four, ["lora.use_dora=true"], ["lora=null"]):
         r = recipe(n, *more)
-        assert fast.why_not(r) is None
-        m = fast.load_unsloth(r)
+        assert unsloth_engine.why_not(r) is None
+        m = unsloth_engine.load_unsloth(r)
         m(input_ids=x, labels=x).loss.backward()
         bad = [k for k, p in m.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all() or "vision" in k)]
         said[f"{n} {more}"] = bad
 for more in (["model.task=classification"], ["quantization.load_in_8bit=true"]):
     r = load_recipe("quickstart", ["engine=trl", f"model.name={top}/llama2", "lora.r=4", *more])
-    try: fast.load_unsloth(r); said[str(more)] = "loaded"
+    try: unsloth_engine.load_unsloth(r); said[str(more)] = "loaded"
     except MedftError as e: said[str(more)] = str(e)
 print("SAID" + json.dumps(said))
 """

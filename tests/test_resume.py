@@ -24,11 +24,11 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
 
 
 @pytest.mark.long
-def test_twenty_moments_over_all_tasks(tmp_path):
-    found, table = killing(tmp_path, 3, ["lora", "qlora", "full", "classification", "pretraining"])
+def test_many_moments_over_all_tasks(tmp_path):
+    found, table = killing(tmp_path, 3, ["lora", "qlora", "full", "classification", "pretraining", "fast", "fast-full", "fast-classification"])
     print(table)
-    assert len(found) == 20 and not any(r["differs"] for r in found), table
-    assert sum(r["resumed"].startswith("checkpoint-") for r in found) >= 8 and any("being saved" in r["killed"] for r in found)
+    assert len(found) == 32 and not any(r["differs"] for r in found), table
+    assert sum(r["resumed"].startswith("checkpoint-") for r in found) >= 12 and any("being saved" in r["killed"] for r in found)
 
 
 SMALL = ["engine=trl", "training.per_device_train_batch_size=4", "training.max_steps=40", "training.logging_steps=1", "training.save_strategy=steps", "training.save_steps=5", "training.save_total_limit=2",

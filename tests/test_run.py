@@ -42,7 +42,7 @@ def test_quickstart_gives_the_verdict_that_the_page_promises(quickstart):
     m = read(quickstart[0]/"metrics.json")
     score = lambda who, name: m["models"][who][name]["accuracy"]
     assert score("base", "test")["value"] <= .5
-    for engine in ("trl", "unsloth"):
+    for engine in ("trl", "unsloth", "fast"):
         assert m["verdict"][engine]["label"] == "better"
         assert score(engine, "test")["value"] >= .9 and score(engine, "test")["ci95"][0] > score("base", "test")["ci95"][1]
         assert score(engine, "new_wording")["value"] >= .8
@@ -51,18 +51,19 @@ def test_quickstart_gives_the_verdict_that_the_page_promises(quickstart):
 
 
 def test_engines_agree_step_by_step(quickstart):
-    losses = {e: {r["step"]: r["loss"] for r in map(json.loads, (quickstart[0]/e/"log.jsonl").open()) if "loss" in r} for e in ("trl", "unsloth")}
-    assert losses["trl"].keys() == losses["unsloth"].keys() and len(losses["trl"]) > 5
-    first = [abs(losses["trl"][s] - losses["unsloth"][s]) for s in sorted(losses["trl"])[:5]]
-    assert max(first) < 0.01, first       # later steps drift apart by rounding alone
+    losses = {e: {r["step"]: r["loss"] for r in map(json.loads, (quickstart[0]/e/"log.jsonl").open()) if "loss" in r} for e in ("trl", "unsloth", "fast")}
+    for other in ("unsloth", "fast"):
+        assert losses["trl"].keys() == losses[other].keys() and len(losses["trl"]) > 5
+        first = [abs(losses["trl"][s] - losses[other][s]) for s in sorted(losses["trl"])[:5]]
+        assert max(first) < 0.01, (other, first)       # later steps drift apart by rounding alone
 
 
 def test_run_folder_is_complete(quickstart):
     run = quickstart[0]
     assert read(run/"manifest.json")["status"] == "finished"
-    assert sorted(p.name for p in (run/"notebooks").glob("*.ipynb")) == sorted(f"{s}.ipynb" for s in ("01_data", "02_model", "03_train", "04_fast", "05_evaluate", "06_export"))
+    assert sorted(p.name for p in (run/"notebooks").glob("*.ipynb")) == sorted(f"{s}.ipynb" for s in ("01_data", "02_model", "03_train", "03e_unsloth", "04_fast", "05_evaluate", "06_export"))
     for name in ("recipe.yaml", "README.md", "report.html", "metrics.json", "training.env", "logs/finetune.log", "data/report.json",
-                 "trl/adapters/adapter_model.safetensors", "unsloth/adapters/adapter_model.safetensors", "trl/merged/model.safetensors"):
+                 "trl/adapters/adapter_model.safetensors", "unsloth/adapters/adapter_model.safetensors", "fast/adapters/adapter_model.safetensors", "trl/merged/model.safetensors"):
         assert (run/name).stat().st_size > 0, name
     report = read(run/"data/report.json")
     assert report["rows_in"] == report["rows_out"] + sum(report["rejected"].values()) + sum(report["filtered"].values())
@@ -71,7 +72,7 @@ def test_run_folder_is_complete(quickstart):
 
 def test_export_scored_the_reloaded_models(quickstart):
     export = read(quickstart[0]/"export.json")
-    assert "trl" in json.dumps(export) and "unsloth" in json.dumps(export)
+    assert all(e in json.dumps(export) for e in ("trl", "unsloth", "fast"))
 
 
 def test_same_recipe_and_seed_give_the_same_bytes(tmp_path):

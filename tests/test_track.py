@@ -18,7 +18,7 @@ open(run + "/data/report.json", "w").write('{"rows_in": 12}')
 print("the environment holds", os.environ.get("HF_TOKEN"))
 with open(run + "/logs/finetune.log", "a") as f: f.write("asked the hub with " + str(os.environ.get("HF_TOKEN")) + "\\n")"""],
     train=[STEPS, "for n in range(5, 55, 5): step('trl', n)", "done('trl')"],
-    fast=[STEPS, "for n in range(5, 55, 5): step('unsloth', n)", "done('unsloth')"],
+    unsloth=[STEPS, "for n in range(5, 55, 5): step('unsloth', n)", "done('unsloth')"],
     evaluate="""import json
 a = lambda v, l, h: {"test": {"accuracy": {"value": v, "ci95": [l, h], "n": 423}}}
 v = dict(label="better", sentence="better than the base: +45.4 points.")

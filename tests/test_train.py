@@ -59,7 +59,7 @@ def test_the_row_that_gives_no_number_is_named(tmp_path, task):
         for t in set(r["input_ids"][1:run.recipe.max_length]): holders.setdefault(t, []).append(r["id"])
     token, (culprit,) = next((t, ids) for t, ids in holders.items() if len(ids) == 1)       # a token of one row alone
     base.get_input_embeddings().register_forward_hook(lambda m, given, out: out.masked_fill((given[0] == token)[..., None], float("nan")))
-    with pytest.raises(MedftError, match=r"the loss is nan in step \d+") as e: train.fit(run, "trl", base, data.load_tokenizer(run.recipe), None)
+    with pytest.raises(MedftError, match=r"the loss is nan in step \d+") as e: train.fit(train.make_trainer(run, "trl", base, data.load_tokenizer(run.recipe), None))
     named = str(e.value).split(": ")[-1].split(", ")
     assert culprit in named and (task == "pretraining" or named == [culprit])     # of a window, its documents are named
     assert not list((run.path/"trl"/"checkpoints").glob("*"))
