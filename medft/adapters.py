@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/adapters.html.md"""
 
 # %% auto #0
 __all__ = ['TASK_TYPES', 'NOT_TEXT', 'lora_config', 'adapted', 'adapted_modules', 'leaves', 'trainable_part', 'torch_dtype',
-           'quantization_config', 'quantised_part', 'sizes_of', 'optimizer_bytes', 'memory_estimate', 'memory_free',
-           'check_fit', 'checkpoint_bytes', 'checkpoints_kept', 'disk_need', 'check_disk']
+           'quantization_config', 'quantised_part', 'idle_part', 'sizes_of', 'optimizer_bytes', 'memory_estimate',
+           'memory_free', 'check_fit', 'checkpoint_bytes', 'checkpoints_kept', 'disk_need', 'check_disk']
 
 # %% ../nbs/01d_adapters.ipynb #c002
 from .core import MedftError, Recipe, device, nearest  # first: it sets switches that the libraries read
@@ -62,10 +62,10 @@ def trainable_part(recipe, model) -> dict:
     return dict(trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), modules=modules)
 
 # %% ../nbs/01d_adapters.ipynb #c015
-def torch_dtype(recipe) -> torch.dtype:
-    "The type in which weights are held."
+def torch_dtype(recipe, where=None) -> torch.dtype:
+    "The type in which weights are held, here or on another kind of device."
     if recipe.model.dtype != "auto": return getattr(torch, recipe.model.dtype)
-    return torch.bfloat16 if device() == "cuda" else torch.float32
+    return torch.bfloat16 if (where or device()) == "cuda" else torch.float32
 
 def quantization_config(recipe):
     "transformers' bitsandbytes configuration, or None."
@@ -84,10 +84,17 @@ def quantised_part(recipe, shapes) -> int:
     return sum(m.in_features*m.out_features for m in model.modules() if type(m).__module__.startswith("bitsandbytes"))
 
 # %% ../nbs/01d_adapters.ipynb #c020
+def idle_part(config, model) -> int:
+    "Parameters of the experts that a token does not visit."
+    text = config.get_text_config()
+    all_of = next((n for k in ("n_routed_experts", "num_local_experts", "num_experts") if (n := getattr(text, k, None))), 0)
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    return round(experts*(1 - text.num_experts_per_tok/all_of)) if all_of else 0
+
 def sizes_of(recipe, config) -> dict:
-    "Parameters: all, trained, quantised; and the adapted modules (None when every weight is trained)."
+    "Parameters: all, at work on a token, trained, quantised; and the adapted modules (None when every weight is trained)."
     model = freeze_vision(meta_model(config, recipe.task))
-    out = dict(total=count(model), quantised=quantised_part(recipe, meta_model(config, recipe.task)))
+    out = dict(total=count(model), active=count(model) - idle_part(config, model), quantised=quantised_part(recipe, meta_model(config, recipe.task)))
     if recipe.lora is None: return out | dict(trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), modules=None)
     return out | trainable_part(recipe, model)
 
@@ -98,11 +105,11 @@ def optimizer_bytes(recipe) -> int:
     wide = 0 if name in ("sgd", "adafactor") else 4 if "lion" in name or "rmsprop" in name or name == "adagrad" else 12 if "ademamix" in name else 8
     return wide//4 if "8bit" in name else wide
 
-def memory_estimate(recipe, counts) -> dict:
-    "Bytes for weights, gradients and optimizer states; activations come on top."
+def memory_estimate(recipe, counts, dtype=None) -> dict:
+    "Bytes for weights (the frozen ones in `dtype`; None: as here), gradients and optimizer states; activations come on top (medft plan)."
     q, few, total = recipe.quantization, counts.get("quantised", 0), counts["total"]
     narrow = 0.5 + (0.127/8 if q and q.bnb_4bit_use_double_quant else 4/64) if q and q.load_in_4bit else 1
-    wide = 4 if recipe.lora is None else torch_dtype(recipe).itemsize
+    wide = 4 if recipe.lora is None else (dtype or torch_dtype(recipe)).itemsize
     adapter = 0 if recipe.lora is None else counts["trainable"]*4
     return dict(weights=int((total - few)*wide + few*narrow) + adapter, gradients=counts["trainable"]*4, optimizer=counts["trainable"]*optimizer_bytes(recipe))
 

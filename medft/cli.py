@@ -69,6 +69,7 @@ def _begun(r, root, place, command, replaced):
     run = core.Run.create(r, root=root, run_id=place, command=command)
     if replaced: run.update(dict(rehearsal=True, replaced=replaced))
     for line in replaced: run.log(line, show=False)
+    if r.engine_chosen: line = f"engine {r.engine_chosen}"; run.log(line, show=False); _say(line)
     return run
 
 # %% ../nbs/11_cli.ipynb #c017
@@ -81,7 +82,7 @@ def _run(
     dry_run: bool = typer.Option(False, "--dry-run", help="check everything, show the recipe in full, make nothing"),
     rehearse: bool = typer.Option(False, "--rehearse", help="the whole way in minutes: a random tiny model of the same architecture, few rows, few steps"),
 ):
-    "Run a recipe: six notebooks, one folder, a verdict."
+    "Run a recipe: a notebook for every stage, one folder, a verdict."
     started, (r, names, root, place, replaced) = time.time(), planned(recipe, overrides, run_dir, stages, rehearse, not dry_run)
     for line in replaced: _say(f"# {line}" if dry_run else line)
     if dry_run: _say(f"{r.to_yaml()}# stages: {', '.join(names)}\n# folder: {place or root/r.name}\n# nothing was started"); return
@@ -101,7 +102,7 @@ def _resume(
     started, r, names = time.time(), find_run(run), chosen_stages(stages)
     from medft import resume, runner
     r = resume.resumed(r, overrides or (), [k.strip() for a in allow or [] for k in a.split(",")])
-    names = names and runner.stages_of(r.recipe, names) or r.manifest.get("wanted") or runner.stages_of(r.recipe)
+    names = names and runner.stages_of(r.recipe, names) or runner.stages_begun(r)
     if all(runner.is_complete(r, s) for s in names) and r.status == "finished": _say(f"nothing left to do: {runner.shorter(r.path)} is finished"); return
     _finish(r, names, started)
 
@@ -189,6 +190,23 @@ def _ui(port: int = typer.Option(5000, help="port on this machine")):
     os.execve(sys.executable, [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port),
                                "--workers", "1", "--default-artifact-root", str(runs_root()/"mlartifacts")], env)
 
+# %% ../nbs/11_cli.ipynb #cplan1
+@app.command(name="plan")
+def _plan(
+    recipe: str = typer.Argument(..., help="a recipe's name, or a .yaml file"),
+    overrides: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="as for run"),
+    gpu: str = typer.Option(None, help="plan for this GPU, e.g. 'H100 80GB', instead of this machine"),
+    gpus: int = typer.Option(1, min=1, help="so many of them"),
+    price: float = typer.Option(None, help="of one device for an hour"),
+    tokens_per_second: float = typer.Option(None, help="of one device, if you know it"),
+    as_json: bool = typer.Option(False, "--json", help="as JSON, for programs"),
+):
+    "What a run will need: memory by part, what to change where it does not fit, steps, time, cost, disk."
+    from medft import core, plan
+    found = plan.plan(core.load_recipe(recipe, overrides or ()), gpu, gpus, price, tokens_per_second)
+    if as_json: import json; _say(json.dumps(found, indent=1, default=str)); return
+    for line in plan.in_words(found): _say(line)
+
 # %% ../nbs/11_cli.ipynb #c032
 @app.command(name="matrix")
 def _matrix(
@@ -204,6 +222,30 @@ def _matrix(
         for line in matrix.in_text(matrix.rules(chosen)): _say(line)
         return
     return matrix.tried(chosen, _say, out)
+
+# %% ../nbs/11_cli.ipynb #bench1
+@app.command(name="bench")
+def _bench(
+    recipe: str = typer.Argument(..., help="a recipe's name, or a .yaml file"),
+    overrides: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="e.g. training.per_device_train_batch_size=8"),
+    engines: str = typer.Option(None, help="only these, e.g. trl,fast (trl runs twice: its defaults, its best settings)"),
+    shape: str = typer.Option(None, help="random weights of a real configuration: gemma-3-270m, llama-160m, a family of medft matrix, a folder"),
+    scoring: bool = typer.Option(False, "--scoring", help="scoring instead, against lm_eval"),
+    data: bool = typer.Option(False, "--data", help="preparing data instead, against datasets and TRL's packing"),
+    steps: int = typer.Option(4, help="steps in a turn"),
+    rounds: int = typer.Option(3, help="turns of each engine"),
+    warm: int = typer.Option(2, help="steps before the first turn, not counted"),
+    fresh: bool = typer.Option(None, "--fresh/--resident", help="a new process for each turn (on a GPU unless said otherwise), or all engines in memory"),
+    out: Path = typer.Option(None, help="folder; runs/.bench/<recipe>-<shape> if not given"),
+    into: Path = typer.Option(None, help="also put the result into this file of results"),
+):
+    "Which engine is fastest here: speed, memory and losses, engines in turns."
+    from medft import bench, runner
+    with runner.signals():
+        if scoring: from medft import bench_scoring; found, kind = bench_scoring.bench(recipe, out, _say, overrides or (), shape), "scoring"
+        elif data: from medft import bench_data; found, kind = bench_data.bench(recipe, overrides or (), out, rounds, _say), "data"
+        else: found, kind = bench.bench(recipe, overrides or (), engines, shape, warm, steps, rounds, out, fresh, _say), "runs"
+    if into: bench.record(found, into, kind)
 
 # %% ../nbs/11_cli.ipynb #c034
 @app.command(name="doctor")
