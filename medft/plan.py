@@ -75,10 +75,7 @@ def shape(recipe, rows) -> dict: "Rows and tokens of the largest micro-batch."; 
 
 def engine_memory(recipe, config, counts, engine, rows, *where) -> dict:
     "One engine's parts; `as` says whose step was counted."
-    try: return memory(recipe, config, counts, engine, **shape(recipe, rows) | dict(zip(("dev", "gpus", "stage"), where))) | {"as": "trl" if engine == "unsloth" else engine}
-    except Exception:
-        if engine != "fast": raise
-        return memory(recipe, config, counts, "trl", **shape(recipe, rows) | dict(zip(("dev", "gpus", "stage"), where))) | {"as": "trl"}
+    return memory(recipe, config, counts, engine, **shape(recipe, rows) | dict(zip(("dev", "gpus", "stage"), where))) | {"as": "trl" if engine == "unsloth" else engine}
 
 def peaks(recipe, config, counts, rows, *where) -> dict: "Every engine's parts."; return {e: engine_memory(recipe, config, counts, e, rows, *where) for e in engines_of(recipe)}
 def engines_of(recipe): "The engines of a recipe; auto stands for TRL's until one is chosen."; return [e if e != "auto" else "trl" for e in recipe.engine]
@@ -140,7 +137,7 @@ def config_of(recipe) -> tuple:
     except MedftError:
         kin = next((f for k, f in KIN.items() if k in recipe.model.name.lower()), None)
         if not kin: raise
-        return published(kin), f"the configuration of {recipe.model.name} cannot be had here; that of {PUBLISHED[kin][0]} stands for it"
+        return published(kin), f"the configuration of {recipe.model.name} cannot be had here; the copy that comes with medft ({PUBLISHED[kin][0]}) stands for it"
 
 def speed(recipe, config, engine, found, dev, rows, stated=None) -> dict:
     "Tokens a second of one device, and how we know."

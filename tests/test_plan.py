@@ -112,6 +112,7 @@ def test_a_plan_has_the_keys_that_programs_read():
     assert any("1,000 tokens/s" in line for line in plan.in_words(p))
 
 
+@pytest.mark.long       # the hub is asked several times before it is given up
 def test_a_gpu_that_is_not_here_and_a_model_that_cannot_be_fetched(tmp_path):
     r = load_recipe("llama31_8b_qlora", ["model.name=nobody/llama-3.1-8b", "quantization=null", "training.gradient_checkpointing=false", "training.per_device_train_batch_size=4"])
     p = plan.plan(r, "RTX 4090", price=.5)
