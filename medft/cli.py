@@ -202,6 +202,7 @@ def _plan(
     as_json: bool = typer.Option(False, "--json", help="as JSON, for programs"),
 ):
     "What a run will need: memory by part, what to change where it does not fit, steps, time, cost, disk."
+    os.environ.setdefault("TQDM_DISABLE", "1")      # rows are read in moments; bars would only stand between the lines
     from medft import core, plan
     found = plan.plan(core.load_recipe(recipe, overrides or ()), gpu, gpus, price, tokens_per_second)
     if as_json: import json; _say(json.dumps(found, indent=1, default=str)); return

@@ -17,7 +17,7 @@ from .blocks import Rows
 from .families import freeze_vision, meta_model
 from .head import supervised_loss
 
-import copy, types, weakref
+import copy, types, warnings, weakref
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest.mock import patch
 
@@ -188,6 +188,7 @@ def one_step(
     learned=1.0,                # share of the positions that are learned from (fast)
 ) -> dict:                      # bytes beside the weights in each phase, kept for the backward pass; operations
     "One forward and backward pass on fake tensors."
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")     # only asks whether there is one
     model, live = prepared(recipe, config, engine, dtype), Live()
     with FakeTensorMode(allow_non_fake_inputs=True), as_on(device, config.get_text_config().vocab_size):
         as_fake(model, torch.bfloat16 if any(".experts." in n for n, _ in model.named_parameters()) else dtype).train()   # experts' grouped product has no other type on fake tensors
