@@ -142,6 +142,7 @@ class Dataset(Source):
     truncated_share: float = 0.01               # share of cut rows from which check `truncated` acts
     pairs: typing.Literal["text", "aligned"] = "text"   # pairs of records: written out one after the other, or field by field with their characters side by side
     benchmarks: dict[str, str | None] = {}      # benchmark -> its file (null: from the hub), for check `contamination`
+    canaries: int = 0                           # made-up secrets to plant among the training rows; how well they are remembered is measured
     drop: list[str] = []                        # checks whose rows are left out instead
     cache: bool = True                          # keep prepared rows, and use them again for the same recipe and files
     checks: Checks = Checks()
@@ -160,6 +161,14 @@ class Evaluation(Section):
     score: typing.Literal["letters", "texts", "both"] | None = None     # listed options: also score them as letters, as their texts, or as both; None: as they were trained
     threshold: float | None = None              # two labels: the probability from which the second is said; None: the best F1 on validation
     baselines: list[str] = []                   # classification: simple rules to show beside the models, by name
+    shuffles: int = 1                           # listed options: score again in so many other orders; 0: do not
+    max_new_tokens: int | None = None           # open answers: at most so many; None: twice the reference and a few
+    bertscore: str | None = None                # open answers: folder of a local encoder to compute BERTScore with
+    models: dict[str, str] = {}                 # further models or adapters to score on the same items: name -> folder or hub id
+    benchmarks: dict[str, str | None] = {}      # benchmarks of lm-evaluation-harness, by its name -> a file of its rows (null: from the hub)
+    retention: list[str] = []                   # names of scored sets that the tuning is not about: what may be forgotten
+    forgetting: float | None = None             # how much worse a model may get on them: a share of right answers, nats per token of text
+    seeds: int = 1                              # train every engine with so many seeds; the verdict is over them
     early_stopping_patience: int | None = None  # stop training after so many evaluations without a better one; needs training.load_best_model_at_end
 
 # %% ../nbs/000a_sections.ipynb #c032s1

@@ -7,9 +7,12 @@ import torch
 from medft import adapters, devices, families, footprint, peak, plan
 from medft.core import MedftError, load_recipe
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 QUICK = ["engine=[trl]", "dataset.max_samples=64"]
 HERE = devices.Device("a machine", 64e9, 1e12, None, True)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch): monkeypatch.setenv("HF_HUB_OFFLINE", "1")      # for children; and gone again afterwards
 
 
 def recipe(*more): return load_recipe("quickstart", [*QUICK, *more])

@@ -165,8 +165,6 @@ def medmcqa(n):
 
 
 def said_by_harness(base, pairs):
-    import os
-    os.environ["HF_HUB_OFFLINE"] = "1"
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     lm = HFLM(pretrained=base[0], tokenizer=base[1], batch_size=16, device="cpu", backend="causal")
