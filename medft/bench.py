@@ -57,6 +57,7 @@ def checked(recipe, overrides, engines, shape, warm, steps, rounds):
     if shape: model_class(shape_config(shape), r.task)
     return r, names
 
+# %% ../nbs/08_bench.ipynb #c011x1
 def choices(runs, seen, say) -> dict:
     "Score the held-out questions with what every engine has trained: name -> likelihoods. What cannot be scored is left out."
     done = {str(runs[n].path): VARIANTS[n][0] for n, s in seen.items() if any((runs[n].path/VARIANTS[n][0]/k).is_dir() for k in ("adapters", "model"))}

@@ -52,6 +52,7 @@ def agreed(b) -> str:
     said = [f"{LABELS.get(n, n)}: {f['why']}" for n, f in b["agreement"].items() if not f["agree"]] + [f"{LABELS.get(n, n)} failed: {e}" for n, e in b["failed"].items()]
     return "NOT AGREED: " + (". ".join(said) or "nothing was measured")
 
+# %% ../nbs/080e_bench_page.ipynb #c005x1
 def figures_table(b) -> pd.DataFrame:
     "A column an engine, a row a figure."
     return pd.DataFrame([engine_row(n, e) for n, e in b["engines"].items()], columns=HEADER).set_index("engine").rename_axis(None).T

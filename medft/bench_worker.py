@@ -51,6 +51,7 @@ def settled():
     if torch.cuda.is_available(): torch.cuda.synchronize()
     return time.perf_counter()
 
+# %% ../nbs/080b_bench_worker.ipynb #c011x1
 def turn_taker(say, hear, warm, steps, seen):
     "A callback that measures a trainer in turns. `say` gets each turn's figures; `hear` answers go, or anything else to end."
     from transformers import TrainerCallback

@@ -125,6 +125,7 @@ def in_float32(layer):
     if hasattr(layer.self_attn, "config") and "flash" in (layer.self_attn.config._attn_implementation or ""): layer.self_attn.config._attn_implementation = "sdpa"
     return layer
 
+# %% ../nbs/03d_blocks.ipynb #c014x1
 def differs(body, layer, i, kinds) -> float:
     "How far a layer's outputs and gradients move, relative to their size, when pieces of some kinds are replaced."
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -149,6 +150,7 @@ def trusted(body, layer, i) -> tuple:
 def plain_model(model): return model.get_base_model() if hasattr(model, "get_base_model") else model
 def usual(layer) -> bool: "Whether a layer is attention, an MLP and their norms."; return all(hasattr(layer, n) for n in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"))
 
+# %% ../nbs/03d_blocks.ipynb #c018x1
 class Quick:
     "A model whose body runs quickly, on packed rows."
     def __init__(self, model, dtype=None):
@@ -187,6 +189,8 @@ def fit_layers(self: Quick):
     if not self.rows_wise: self.notes += sorted({f"{type(m).__name__}: {attention_obstacle(m) or 'see above'}" for l in self.body.layers if (m := getattr(l, 'self_attn', None)) is not None} or {f"{type(self.body).__name__}: its layers run as transformers wrote them"})
     return known
 
+
+# %% ../nbs/03d_blocks.ipynb #c019x1
 @patch
 def fit(self: Quick):
     "Put in every piece that passes, and note what runs as it was."
@@ -212,6 +216,7 @@ def hidden(self: Quick,
         h = self.padded(input_ids, attention_mask) if attention_mask is not None else self.packed(input_ids, position_ids, starts, keep)
     return h.to(self.dtype or h.dtype)
 
+# %% ../nbs/03d_blocks.ipynb #c021x1
 def positions(starts, n, device):
     "Positions (1, n) that begin at 0 at every start."
     at, i = torch.tensor([s for s in starts if s < n], device=device), torch.arange(n, device=device)
@@ -229,6 +234,7 @@ def packed(self: Quick, input_ids, position_ids, starts, keep):
     h = self.body(**given, attention_mask=torch.zeros(1, 1, 1, 1, device=device), rows=whole, last=last).last_hidden_state      # four dimensions: a mask that is left alone
     return h if keep is None else h[:, torch.searchsorted(last.cover, keep)] if wanted else h[:, :0]
 
+# %% ../nbs/03d_blocks.ipynb #c021x1x1
 @patch
 def padded(self: Quick, input_ids, mask):
     "Padded rows, taken out of their padding where they can be."

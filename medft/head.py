@@ -61,6 +61,7 @@ def chunk_rows(vocabulary, n) -> int:
     pieces = max(round(n*vocabulary/LOGITS + 0.5), 1)
     return max(-(-n//pieces), 1)
 
+# %% ../nbs/03a_head.ipynb #c011x1
 class HeadLoss(torch.autograd.Function):
     "Loss of supervised positions; every gradient is made on the way."
     @staticmethod

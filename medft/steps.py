@@ -214,6 +214,7 @@ def _issue_warnings_after_load(self: Careful, found):
     tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
     if lost := [k for k in found.missing_keys if k not in tied] + list(found.unexpected_keys): raise MedftError(f"the checkpoint does not fit the model: {', '.join(lost[:3])}; was the recipe or a library changed?")
 
+# %% ../nbs/02d_steps.ipynb #c023x1
 @patch
 def restore(self: Careful):
     "Take up what the seal of the checkpoint remembers."
