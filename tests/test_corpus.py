@@ -75,6 +75,7 @@ def test_same_result_with_any_number_of_workers_in_small_steps_or_large(tmp_path
     assert make(paths, tmp_path/"other", seed=7)["hash"] != made[0]["hash"]
 
 
+@pytest.mark.long
 def test_kill_9_at_any_moment_and_resume(tmp_path, tokens):
     docs = some(700) + some(20)
     paths = [write(tmp_path/"a.jsonl.gz", docs[:400]), write(tmp_path/"b.jsonl.gz", docs[400:])]
@@ -162,6 +163,7 @@ def test_a_worker_that_dies_is_one_line(tmp_path, fast, monkeypatch):
     assert make(paths, tmp_path/"out")["documents"]["read"] == 300
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokens):
     def peak(n):
         p = start(tokens, [write(tmp_path/f"{n}.jsonl.gz", ({"text": page(i, 60)} for i in range(n)))], tmp_path/f"out{n}", step=500_000, workers=1)

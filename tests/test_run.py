@@ -75,6 +75,7 @@ def test_export_scored_the_reloaded_models(quickstart):
     assert all(e in json.dumps(export) for e in ("trl", "unsloth", "fast"))
 
 
+@pytest.mark.long
 def test_same_recipe_and_seed_give_the_same_bytes(tmp_path):
     found = []
     for name in ("a", "b"):

@@ -113,7 +113,7 @@ def test_secrets_are_known_by_their_names(monkeypatch):
     got = recipe_parameters(load_recipe("quickstart", ["description=a " + TOKEN, "model.name=https://me:hunter2@example.org/x"]))
     assert TOKEN not in str(got) and "hunter2" not in str(got) and redact("") == ""
 
-@pytest.mark.parametrize("kind", ["dead", "slow"])
+@pytest.mark.parametrize("kind", ["dead", pytest.param("slow", marks=pytest.mark.long)])
 def test_a_dead_or_slow_server_warns_once_and_costs_little(tmp_path, kind, monkeypatch, capfd):
     write(tmp_path/"nbs", **STORY)
     run = ["run", "quickstart", "engine=[trl]", "--stages", "data,train,evaluate", "--run-dir", "run"]
@@ -151,6 +151,7 @@ def server(tmp_path, number):
     until(answers, 90, 0.3)
     return p
 
+@pytest.mark.long
 def test_a_server_that_dies_midway_loses_nothing(tmp_path, monkeypatch):
     "The address comes from .env."
     half = [STEPS, "for n in range(5, 30, 5): step('trl', n)", "while not os.path.exists(run + '/go'): time.sleep(0.05)", "for n in range(30, 55, 5): step('trl', n)", "done('trl')"]
