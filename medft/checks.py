@@ -44,9 +44,11 @@ class Rows:
     cluster: np.ndarray = None      # (rows,) near-duplicates, once searched for
     asked: np.ndarray = None        # (rows,) equal questions, once worked out
     identifiers: Counter = field(default_factory=Counter)   # kind of identifier -> how many
+    planted: np.ndarray = None      # (rows,) canaries: they join the training rows once these are split and checked
 
     def __post_init__(self):
         self.at = np.arange(len(self.side))
+        if self.planted is None: self.planted = np.zeros(len(self.side), bool)
         if self.prompt_tokens is None: self.prompt_tokens, self.completion_tokens, self.trained_tokens = np.zeros((3, len(self.side)), np.int64)
 
     def text(self, name): return self.table[name].combine_chunks()
@@ -62,7 +64,7 @@ def normal(
     texts,      # Arrow array of strings
 ):
     "Texts with only what tells them apart: lower case, letters and digits, single spaces."
-    bare = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"[^\pL\pM\pN]+", " "))
+    bare = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"[^\pL\pM\pN+<>]+", " "))
     return pc.if_else(pc.equal(bare, ""), texts, bare)
 
 def codes(

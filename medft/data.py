@@ -6,12 +6,13 @@ Docs: https://medft.github.io/medft/data.html.md"""
 
 # %% auto #0
 __all__ = ['entries', 'open_entry', 'benchmark_sections', 'open_benchmarks', 'texts_of', 'Progress', 'prepare', 'all_hashes',
-           'fresh', 'checked', 'refuse_empty', 'write_splits', 'write_report', 'flags', 'learned', 'finish', 'adopt',
-           'told', 'as_rows', 'load_split', 'scored_sets', 'ensure_data']
+           'fresh', 'checked', 'refuse_empty', 'write_splits', 'refuse_cut', 'write_report', 'flags', 'learned',
+           'finish', 'refuse_inherited', 'adopt', 'told', 'as_rows', 'add_sets', 'load_split', 'scored_sets',
+           'ensure_data']
 
 # %% ../nbs/01_data.ipynb #c003
 from .core import MedftError, atomic_write, open_run, peak_rss, read_json, sha256, write_json  # first: it sets switches that the libraries read
-from . import checks, documents, neighbours, prompts, schemas, sources, staging, storing
+from . import canaries, checks, documents, leaks, neighbours, prompts, schemas, sources, staging, storing
 from .texts import tokenizer_hash
 from .prompts import LETTERS, encode, load_tokenizer, sample_text, show_sample
 
@@ -83,7 +84,7 @@ def prepare(run) -> dict:
     with p.step("open"):
         opened = {name: open_entry(r.dataset, *entry) for name, entry in entries(r.dataset).items()}
         benchmarks = open_benchmarks(r.dataset)
-    if opened["train"][0][0].kind == "corpus": return finish(run, adopt(run, opened["train"][0][0], tok), p)
+    if opened["train"][0][0].kind == "corpus": return finish(run, add_sets(run, tok, opened, adopt(run, opened["train"][0][0], tok), p), p)
     kept = run.path.parent.parent/".data"/storing.cache_key(r, all_hashes(opened, benchmarks), tok)
     if r.dataset.cache and (kept/"report.json").exists():
         with p.step("link"): report = storing.from_cache(kept, folder)
@@ -116,7 +117,8 @@ def fresh(run, tok, opened, benchmarks, p) -> dict:
     write_report(folder, rows, report, found, r)
     refuse_empty(folder, rows, report, "train")
     checks.refusal(found, int(rows.train.sum()))
-    with p.step("write"): write_splits(folder, rows, arrows)
+    with p.step("write"): write_splits(folder, rows, arrows); leaks.write_list(folder)
+    if r.dataset.canaries: atomic_write(folder/"canaries.jsonl", canaries.as_lines(r))
     shutil.rmtree(work)
     return report
 
@@ -130,8 +132,10 @@ def checked(rows, r, tok, work, report, p) -> tuple[dict, dict]:
     left = staging.hold_out(rows, r)
     refuse_empty(work.parent, rows, report | dict(filtered={k: len(v) for k, v in left.items()}), "train")
     with p.step("check"): found = checks.run_checks(rows, actions, d.drop, [c for c in checks.CHECKS if c not in late])
+    rows.side[rows.planted] = "train"
     names = [n for n in dict.fromkeys(rows.side.tolist()) if n]
     with p.step("tokenise"): arrows = {n: (work/f"{n}.arrow", storing.tokenise(rows, n, tok, r.task, work/f"{n}.arrow", p.tell)) for n in names}
+    refuse_cut(rows)
     found |= checks.run_checks(rows, actions, d.drop, late)
     report["filtered"] = {k: len(v) for k, v in left.items() if len(v)} | {f"dropped_{c}": f["dropped"] for c, f in found.items() if f.get("dropped")}
     report["left"] = left
@@ -140,7 +144,7 @@ def checked(rows, r, tok, work, report, p) -> tuple[dict, dict]:
 # %% ../nbs/01_data.ipynb #c018
 def refuse_empty(folder, rows, report, entry):
     "Raise `MedftError` when no row of an entry is left, saying where they went."
-    if (rows.side == entry).any(): return
+    if ((rows.side == entry) & ~rows.planted).any(): return
     write_json(folder/"report.json", report | dict(left=None))
     gone = ", ".join(f"{why} {n}" for k in ("rejected", "filtered") for why, n in report[k].items()) or "held out for validation and test, whole groups at a time; lower dataset.holdout"
     key = "dataset" if entry == "train" else f"dataset.{entry}_path" if entry in ("validation", "test") else f"dataset.sets.{entry}"
@@ -153,12 +157,18 @@ def write_splits(folder, rows, arrows):
     names = rows.text("id")
     atomic_write(folder/"split.json", json.dumps({n: names.take(pa.array(at[keep])).to_pylist() for n, (at, keep) in ids.items()}, ensure_ascii=False))
 
+# %% ../nbs/01_data.ipynb #g001
+def refuse_cut(rows):
+    "Raise `MedftError` when a canary would lose its end, and that is its secret."
+    if (rows.prompt_tokens + rows.completion_tokens)[rows.planted].max(initial=0) > (rows.limit or np.inf):
+        raise MedftError(f"dataset.canaries: their rows are longer than training.max_length={rows.limit}, which would cut the secrets off; raise it, or plant none")
+
 # %% ../nbs/01_data.ipynb #c020
 def write_report(folder, rows, report, found, recipe):
     "The report's figures, once everything is known; and every row that a check found or a split left out."
     left, cut = report.pop("left"), storing.truncation(rows)
     splits = {n: int((rows.side == n).sum()) for n in dict.fromkeys(rows.side.tolist()) if n}
-    report |= dict(rows_out=sum(splits.values()), splits=splits, max_length=recipe.max_length, truncated=cut.pop("rows"), truncation=cut,
+    report |= dict(rows_out=sum(splits.values()) - int(rows.planted.sum()), splits=splits, max_length=recipe.max_length, truncated=cut.pop("rows"), truncation=cut,
                    tokens=int((rows.prompt_tokens + rows.completion_tokens)[rows.train].sum()), trainable_tokens=int(rows.completion_tokens[rows.train].sum()),
                    identifiers=dict(rows.identifiers), checks={c: {k: v for k, v in f.items() if k not in ("rows", "gone")} for c, f in found.items()})
     write_json(folder/"report.json", report)
@@ -185,24 +195,35 @@ def finish(run, report, p) -> dict:
     folder = run.path/"data"
     report |= dict(learned=learned(report), tokenizer=tokenizer_hash(load_tokenizer(run.recipe)), seconds=p.seconds, peak_memory_bytes=peak_rss())
     write_json(folder/"report.json", report)
-    run.update({"hashes": {"data": report["hashes"], "split": sha256(folder/"split.json")}})
+    run.update({"hashes": {"data": report["hashes"], "split": sha256(folder/"split.json"), "trained_on": sha256(run.path/leaks.LIST)}})
     run.log(f"data: {report['rows_in']:,} rows in, {report['rows_out']:,} out, {sum(report['rejected'].values()):,} rejected, {sum(report['filtered'].values()):,} filtered; {report['learned']}")
+    if told := report.get("canaries"): run.log(f"data: {told['planted']} made-up secrets are planted in {told['rows']} training rows beside these (data/canaries.jsonl)")
+    refuse_inherited(run)
     for name in {"validation", "test"} - set(report["splits"]):
         if run.recipe.dataset.holdout: run.log(f"data: no row fell to {name}: too few groups for dataset.holdout={run.recipe.dataset.holdout}; raise it, or name a file (dataset.{name}_path)")
     for name, c in report.get("checks", {}).items():
         if c["count"] and c["action"] == "warn": run.log(f"data: check {name}: {c['count']:,} rows, e.g. {', '.join(c['ids'][:3])}")
     return report
 
+# %% ../nbs/01_data.ipynb #g003
+def refuse_inherited(run):
+    "Raise `MedftError` when the model that a run starts from was tuned, by an earlier run, on what this one would score."
+    earlier = leaks.lineage(run)[1:]
+    for name in scored_sets(run) if earlier else ():
+        ds = load_split(run, name); rows = ds.select_columns([c for c in ("id", *leaks.READ) if c in ds.column_names]).to_list()
+        if unknown := leaks.check(earlier[0].path, rows, name): run.log(f"data: {name}: {unknown}")
+
 # %% ../nbs/01_data.ipynb #c023
 def adopt(run, part, tok) -> dict:
     "Link the splits of a packed corpus into a run. Raises `MedftError` when it was made for another model or length."
     made, folder = read_json(part.path/"corpus.json"), run.path/"data"
+    if run.recipe.dataset.canaries: raise MedftError(f"dataset.canaries: {part.name} is packed already, and nothing can be planted in its windows; leave the key out, or train on the texts themselves")
     if made["tokenizer"] != tokenizer_hash(tok): raise MedftError(f"{part.name}: this corpus was tokenised for another model; make it again: medft prepare corpus ... --model {run.recipe.model.name}")
     if made["max_length"] != run.recipe.max_length: raise MedftError(f"{part.name}: its rows have {made['max_length']} tokens; set training.max_length={made['max_length']}")
     names = [n for n in ("train", "validation", "test") if (part.path/n).is_dir()]
     for n in names: shutil.rmtree(folder/n, ignore_errors=True); storing.link(part.path/n, folder/n)
     if "test" in names: as_rows(folder/"test", tok, told(part.path, "test"))
-    splits = {n: len(load_from_disk(str(folder/n))) for n in names}
+    leaks.write_list(folder); splits = {n: len(load_from_disk(str(folder/n))) for n in names}
     write_json(folder/"split.json", {n: [f"{n}:{i}" for i in range(k)] for n, k in splits.items()})
     total = made["tokens"]["train"] if isinstance(made["tokens"], dict) else made["tokens"]
     return dict(rows_in=sum(splits.values()), rows_out=sum(splits.values()), rejected={}, filtered={}, splits=splits, shapes={"train": "corpus"}, hashes={part.name: made["hash"]},
@@ -224,6 +245,21 @@ def as_rows(path, tok, sources):
     rows = windows.map(cut, batched=True, batch_size=64, keep_in_memory=True, remove_columns=windows.column_names)
     rows.add_column("id", [f"{path.name}:{i}" for i in range(len(rows))]).save_to_disk(tmp)
     shutil.rmtree(path); tmp.rename(path)
+
+# %% ../nbs/01_data.ipynb #r012
+def add_sets(run, tok, opened, report, p) -> dict:
+    "Read a recipe's further sets beside a packed corpus; returns the report, with theirs."
+    r, folder, wanted = run.recipe, run.path/"data", {n: opened[n] for n in run.recipe.dataset.sets}
+    if not wanted: return report
+    work, before = folder/".work", read_json(folder/"split.json"); shutil.rmtree(work, ignore_errors=True); work.mkdir()
+    table, more = staging.stage_all(work, r, tok, wanted, p.tell); rows = staging.rows_of(table, r, tok, {})
+    shutil.copyfile(work/"rejected.jsonl", folder/"rejected.jsonl")
+    for n in wanted: refuse_empty(folder, rows, more, n)
+    write_splits(folder, rows, {n: (work/f"{n}.arrow", storing.tokenise(rows, n, tok, r.task, work/f"{n}.arrow", p.tell)) for n in wanted})
+    write_json(folder/"split.json", before | read_json(folder/"split.json")); shutil.rmtree(work)
+    splits = report["splits"] | {n: int((rows.side == n).sum()) for n in wanted}
+    return report | dict(splits=splits, rows_in=report["rows_in"] + more["rows_in"], rows_out=sum(splits.values()), rejected=dict(more["rejected"]),
+                         hashes=report["hashes"] | more["hashes"], shapes=report["shapes"] | more["shapes"])
 
 # %% ../nbs/01_data.ipynb #c025
 def load_split(run, name) -> Dataset:

@@ -10,7 +10,7 @@ __all__ = ['KEPT', 'ROOMS', 'CACHED', 'tokenised', 'count_tokens', 'final', 'tok
 
 # %% ../nbs/00k_storing.ipynb #c002
 from .core import PACKAGE, sha256  # first: it sets switches that the libraries read
-from . import checks, prompts
+from . import checks, leaks, prompts
 from .staging import CHUNK, STAGED
 
 import hashlib, json, os, shutil
@@ -51,7 +51,7 @@ KEPT = [f.name for f in STAGED if f.name not in ("groups", "said", "reply", "ask
 
 def final(table, task) -> pa.Table:
     "The columns that other rooms read. A classifier's rows have a label and no completion."
-    table = table.select(KEPT)
+    table = table.select(KEPT).append_column("content", pa.array(leaks.contents(table["asks"])))
     if task == "classification": table = table.drop_columns(["completion", "completion_mask"]).rename_columns(dict(answer="label"))
     small = {pa.large_string(): pa.string(), STAGED.field("options").type: pa.list_(pa.string()),
              STAGED.field("input_ids").type: pa.list_(pa.int32()), STAGED.field("completion_mask").type: pa.list_(pa.int8())}
@@ -104,13 +104,13 @@ def truncation(
     return dict(side="right", rows=int((lost > 0).sum()), prompt=column(read, lost - (trained - kept)), completion=column(trained, trained - kept))
 
 # %% ../nbs/00k_storing.ipynb #c017
-ROOMS = "formats hub sources articles documents choices prose schemas templates tokens prompts privacy shingles neighbours checks staging storing texts".split()
+ROOMS = "formats hub sources articles documents choices prose schemas templates tokens prompts privacy shingles neighbours checks leaks canaries staging storing texts".split()
 CACHED = 10
 
 def cache_key(recipe, hashes, tok) -> str:
     "What decides the prepared rows, as one hash."
     words = tok.backend_tokenizer.to_str() if getattr(tok, "is_fast", False) else sorted(tok.get_vocab().items())
-    made = [recipe.dataset.model_dump(), recipe.task, recipe.seed, recipe.training.given(), sorted(hashes.items()), tok.chat_template, words]
+    made = [recipe.dataset.model_dump(), recipe.task, recipe.seed, recipe.training.given(), sorted(recipe.evaluation.retention), sorted(hashes.items()), tok.chat_template, words]
     return hashlib.sha256(json.dumps(made + [sha256(PACKAGE/f"{room}.py") for room in ROOMS], sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 # %% ../nbs/00k_storing.ipynb #c018
