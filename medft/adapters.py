@@ -145,7 +145,8 @@ def checkpoints_kept(recipe, steps=None) -> int:
 def disk_need(recipe, counts, steps=None) -> dict:
     "Bytes that a run of one engine will write."
     merged = counts["total"]*2 if recipe.export.merge and recipe.lora is not None else 0
-    return dict(checkpoints=checkpoint_bytes(recipe, counts)*checkpoints_kept(recipe, steps), final=counts["trainable"]*4, merged=merged)
+    seeds = recipe.evaluation.seeds     # every one is trained, the first is handed over
+    return dict(checkpoints=checkpoint_bytes(recipe, counts)*checkpoints_kept(recipe, steps)*seeds, final=counts["trainable"]*4*seeds, merged=merged)
 
 # %% ../nbs/01d_adapters.ipynb #c028
 def check_disk(recipe, counts, folder, steps=None) -> dict:

@@ -6,21 +6,26 @@ Docs: https://medft.github.io/medft/plan.html.md"""
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'FOUR', 'ADAPTER', 'KIN', 'of_rows', 'known_before', 'at_hand', 'batch_of', 'schedule', 'shape',
-           'engine_memory', 'peaks', 'engines_of', 'changed', 'smaller_batches', 'ladder', 'changes', 'config_of',
-           'speed', 'timing', 'plan', 'sharding', 'gb', 'duration', 'in_words', 'time_in_words', 'plan_run']
+           'engine_memory', 'peaks', 'changed', 'smaller_batches', 'ladder', 'changes', 'config_of', 'speed', 'timing',
+           'sharding', 'setting', 'bytes_of', 'both_ways', 'verdict_of', 'plan', 'described', 'gb', 'duration',
+           'memory_in_words', 'time_in_words', 'in_words', 'plan_run']
 
 # %% ../nbs/07_plan.ipynb #c002
-from .core import MedftError, Recipe, Run, nearest, peak_rss, read_json, runs_root, write_json  # first: it sets switches that the libraries read
+from .core import MedftError, Recipe, Run, nearest, peak_rss, read_json, runs_root, settle, write_json  # first: it sets switches that the libraries read
 from . import recipe as recipes
 from .adapters import disk_need, sizes_of
 from .data import load_split, prepare
 from .devices import Device, earlier, estimated, here, named, recorded
+from .engines import settled
 from .families import PUBLISHED, adapter_kind, load_config, published
+from .footprint import checkpointed
+from .foreseen import foreseen, foreseen_in_words, sets_of
 from .peak import measure, memory, told     # measure and told for those who look for them here
 
-import io, math, os, sys, tempfile
+import importlib.util, io, math, os, sys, tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil, pyarrow.compute as pc
 
@@ -33,7 +38,7 @@ def of_rows(run) -> dict:
     windows = r.task == "pretraining" or bool(r.training.packing)
     rows = len(ds) if not windows or "seq_lengths" in ds.column_names else math.ceil(tokens/r.max_length)
     return dict(rows=rows, tokens=tokens, longest=r.max_length if windows else longest, mean=tokens/rows, trainable_tokens=report.get("trainable_tokens"), truncated=report.get("truncated"),
-                learned=min((report.get("trainable_tokens") or tokens)/max(tokens, 1), 1.0), basis=f"the {rows:,} training {'windows' if windows else 'rows'} at hand")
+                learned=min((report.get("trainable_tokens") or tokens)/max(tokens, 1), 1.0), sets=sets_of(run), basis=f"the {rows:,} training {'windows' if windows else 'rows'} at hand")
 
 # %% ../nbs/07_plan.ipynb #c006
 def known_before(recipe) -> Run | None:
@@ -77,8 +82,7 @@ def engine_memory(recipe, config, counts, engine, rows, *where) -> dict:
     "One engine's parts; `as` says whose step was counted."
     return memory(recipe, config, counts, engine, **shape(recipe, rows) | dict(zip(("dev", "gpus", "stage"), where))) | {"as": "trl" if engine == "unsloth" else engine}
 
-def peaks(recipe, config, counts, rows, *where) -> dict: "Every engine's parts."; return {e: engine_memory(recipe, config, counts, e, rows, *where) for e in engines_of(recipe)}
-def engines_of(recipe): "The engines of a recipe; auto stands for TRL's until one is chosen."; return [e if e != "auto" else "trl" for e in recipe.engine]
+def peaks(recipe, config, counts, rows, *where) -> dict: "Every engine's parts."; return {e: engine_memory(recipe, config, counts, e, rows, *where) for e in recipe.engine}
 
 # %% ../nbs/07_plan.ipynb #c013
 def changed(recipe, lines) -> Recipe:
@@ -150,12 +154,47 @@ def timing(recipe, config, found, dev, rows, gpus, price, stated) -> dict:
     "Steps, tokens, seconds and cost of all engines."
     s = schedule(recipe, rows, gpus)
     each = {e: speed(recipe, config, e, m, dev, rows, stated) for e, m in found.items()}
-    seconds = {e: s["tokens"]/v["tokens_per_second"]/gpus if s["tokens"] else None for e, v in each.items()}
-    total = sum(seconds.values()) if s["tokens"] else None
-    spread = [sum(s["tokens"]/(v["range"] or [v["tokens_per_second"]]*2)[i]/gpus for v in each.values()) for i in (1, 0)] if s["tokens"] and any(v["range"] for v in each.values()) else None
-    return s | dict(seconds=total, seconds_range=spread, cost=price and total and total/3600*price*gpus, speed=each, seconds_by_engine=seconds)
+    work, seeds = s["tokens"] and s["tokens"]/gpus, recipe.evaluation.seeds     # of one device, in one training; trainings of each engine
+    seconds = {e: work/v["tokens_per_second"] if work else None for e, v in each.items()}
+    total = sum(seconds.values())*seeds if s["tokens"] else None
+    spread = [seeds*sum(work/(v["range"] or [v["tokens_per_second"]]*2)[i] for v in each.values()) for i in (1, 0)] if s["tokens"] and any(v["range"] for v in each.values()) else None
+    return s | dict(seconds=total, seconds_range=spread, cost=price and total and total/3600*price*gpus, seeds=seeds, speed=each, seconds_by_engine=seconds)
 
 # %% ../nbs/07_plan.ipynb #c019
+def sharding(recipe) -> int:
+    "ZeRO's stage that the recipe asks for."
+    asked = str(recipe.training.fsdp or "")
+    return 3 if "full_shard" in asked or "True" in asked else 2 if "shard_grad_op" in asked else 0
+
+# %% ../nbs/07_plan.ipynb #q07_p0
+def setting(recipe, device, gpus, run) -> SimpleNamespace:
+    "All that a plan is made from; an engine that is left to medft is chosen first, for the device that is planned."
+    dev = named(device) if device else here(); gpu = dev.bandwidth is not None
+    r = settled(recipe, "cuda" if gpu else "cpu", bool(importlib.util.find_spec("unsloth"))) if device else settle(recipe)
+    (config, note), (rows, why) = config_of(r), at_hand(r, run)
+    room = int(dev.memory*0.95 if device else dev.memory + (0 if gpu else psutil.Process().memory_info().rss))
+    where = (dev, gpus, sharding(r) if gpus > 1 else 0)
+    return SimpleNamespace(recipe=r, config=config, counts=sizes_of(r, config), rows=rows, where=where, room=room, notes=[
+        n for n in (note, r.engine_chosen and f"engine {r.engine_chosen}", why and f"{why}: rows are taken to be {r.max_length} tokens long") if n])
+
+# %% ../nbs/07_plan.ipynb #c202
+def bytes_of(m) -> dict: return {k: v for k, v in m.items() if k not in ("step", "as")}
+
+def both_ways(c, found) -> dict:
+    "Activations and peak of every engine, with checkpointing and without."
+    def predicted(e, on):
+        if checkpointed(c.recipe, e) is on: return found[e]
+        return engine_memory(changed(c.recipe, [f"training.gradient_checkpointing={str(on).lower()}"]), c.config, c.counts, e, c.rows, *c.where)
+    some = lambda m: {k: m[k] for k in ("activations", "peak")}
+    return {way: {e: some(predicted(e, on)) for e in found} for way, on in (("with_checkpointing", True), ("without_checkpointing", False))}
+
+# %% ../nbs/07_plan.ipynb #q07_p1
+def verdict_of(c, found) -> dict:
+    "Does the worst engine fit, and if not, what would?"
+    worst = max(found, key=lambda e: found[e]["peak"]); fits = found[worst]["peak"] <= c.room
+    return dict(engine=worst, memory_bytes=bytes_of(found[worst]), engines={e: bytes_of(m) for e, m in found.items()}, room_bytes=c.room, fits=fits)
+
+# %% ../nbs/07_plan.ipynb #c203
 def plan(
     recipe: Recipe,
     device=None,                # a GPU's name; None: this machine
@@ -163,50 +202,56 @@ def plan(
     price=None,                 # of one device for an hour
     tokens_per_second=None,     # of one device, if known
     run=None,                   # the run that is planned
-    advise=True,                # look for changes where it does not fit
+    advise=True,                # look for changes where it does not fit, and at checkpointing
 ) -> dict:                      # as in plan.json
     "What a recipe will need. Raises `MedftError` for an unknown device or configuration."
-    dev = named(device) if device else here(); gpu = dev.bandwidth is not None
-    (config, note), (rows, why) = config_of(recipe), at_hand(recipe, run)
-    counts = sizes_of(recipe, config); stage = sharding(recipe) if gpus > 1 else 0
-    room = int(dev.memory*0.95 if device else dev.memory + (0 if gpu else psutil.Process().memory_info().rss))
-    found = peaks(recipe, config, counts, rows, dev, gpus, stage); worst = max(found, key=lambda e: found[e]["peak"])
-    took = timing(recipe, config, found, dev, rows, gpus, price, tokens_per_second); bytes_of = lambda m: {k: v for k, v in m.items() if k not in ("step", "as")}
-    notes = [n for n in (note, why and f"{why}: rows are taken to be {recipe.max_length} tokens long", *(f"{e} is counted as {m['as']}" for e, m in found.items() if m["as"] != e)) if n]
-    return dict(recipe=recipe.name, model=recipe.model.name, adapter=adapter_kind(recipe), device=dev.name, devices=gpus, zero_stage=stage, parameters={k: counts[k] for k in ("total", "active", "trainable", "quantised")},
-                memory_bytes=bytes_of(found[worst]), room_bytes=room, fits=found[worst]["peak"] <= room, changes=changes(recipe, config, rows, dev, gpus, room) if advise and found[worst]["peak"] > room else [],
-                engine=worst, engines={e: bytes_of(m) for e, m in found.items()}, batch=batch_of(recipe, gpus) | shape(recipe, rows), data=rows, disk_bytes={k: v*len(found) for k, v in disk_need(recipe, counts, took["steps"]).items()}, notes=notes, **took)
+    c = setting(recipe, device, gpus, run); found = peaks(c.recipe, c.config, c.counts, c.rows, *c.where)
+    told = described(c, gpus) | verdict_of(c, found) | timing(c.recipe, c.config, found, c.where[0], c.rows, gpus, price, tokens_per_second)
+    notes = c.notes + [f"{e} is counted as {m['as']}" for e, m in found.items() if m["as"] != e]
+    more = dict(changes=changes(c.recipe, c.config, c.rows, c.where[0], gpus, c.room) if advise and not told["fits"] else [], checkpointing=both_ways(c, found) if advise else None)
+    return told | more | dict(disk_bytes={k: v*len(found) for k, v in disk_need(c.recipe, c.counts, told["steps"]).items()}, notes=notes)
 
-def sharding(recipe) -> int:
-    "ZeRO's stage that the recipe asks for."
-    asked = str(recipe.training.fsdp or "")
-    return 3 if "full_shard" in asked or "True" in asked else 2 if "shard_grad_op" in asked else 0
+# %% ../nbs/07_plan.ipynb #q07_p2
+def described(c, gpus) -> dict:
+    "What is planned: the model, the device, the rows, and what the test sets could show."
+    r, counts = c.recipe, {k: c.counts[k] for k in ("total", "active", "trainable", "quantised")}
+    return dict(recipe=r.name, model=r.model.name, adapter=adapter_kind(r), device=c.where[0].name, devices=gpus, zero_stage=c.where[2], parameters=counts,
+                batch=batch_of(r, gpus) | shape(r, c.rows), data=c.rows, evaluation=foreseen(r, c.rows and c.rows["sets"]), confidence=r.evaluation.confidence)
 
 # %% ../nbs/07_plan.ipynb #c023
 def gb(n) -> str: return f"{n/1e9:.2f} GB" if n < 1e11 else f"{n/1e9:,.0f} GB"
 def duration(s) -> str: return f"{s:.0f} s" if s < 120 else f"{s/60:.0f} min" if s < 7200 else f"{s/3600:.1f} h"
 
-def in_words(p) -> list[str]:
-    "A plan in a few lines."
-    n, m, b = p["parameters"], p["memory_bytes"], p["batch"]
-    out = [f"{p['recipe']}: {p['model']}, {n['total']:,} parameters" + (f", {n['active']:,} at work on a token" if n["active"] < n["total"] else "") + f", {n['trainable']:,} trained ({n['trainable']/n['total']:.2%}), {p['adapter']}"]
-    out += [f"on {p['devices']} x {p['device']}" + (f", ZeRO stage {p['zero_stage']}" if p["zero_stage"] else "") + f": {b['effective']} rows a step ({b['micro']} x {b['accumulation']} x {b['devices']}), up to {b['length']} tokens each"]
-    out += ["peak of " + "; ".join(f"{e} {gb(x['peak'])}" for e, x in p["engines"].items()) + f"; room {gb(p['room_bytes'])}: {'it fits' if p['fits'] else 'it does not fit'}"]
-    out += [f"  {k:<12}{gb(v):>12}" for k, v in m.items() if v and k != "peak"]
+# %% ../nbs/07_plan.ipynb #q07_p3
+def memory_in_words(p) -> list[str]:
+    "The peak, its parts, and what would make it smaller."
+    out = ["peak of " + "; ".join(f"{e} {gb(x['peak'])}" for e, x in p["engines"].items()) + f"; room {gb(p['room_bytes'])}: {'it fits' if p['fits'] else 'it does not fit'}"]
+    out += [f"  {k:<12}{gb(v):>12}" for k, v in p["memory_bytes"].items() if v and k != "peak"]
+    for way, found in (p.get("checkpointing") or {}).items():
+        out += [f"  {way.replace('_', ' ')}: " + "; ".join(f"{e} {gb(m['activations'])} of activations, peak {gb(m['peak'])}" for e, m in found.items())]
     for c in p["changes"]: out += [f"it fits ({gb(c['peak'])}) with: {' '.join(c['set'])}    [{c['costs']}]"]
-    if not p["fits"] and not p["changes"]: out += ["nothing that medft can change makes it fit there: take a larger device or a smaller model"]
-    return out + time_in_words(p) + [f"disk: {', '.join(f'{k} {gb(v)}' for k, v in p['disk_bytes'].items() if v) or 'next to nothing'}", *(f"note: {x}" for x in p["notes"])]
+    return out + ["nothing that medft can change makes it fit there: take a larger device or a smaller model"]*(not p["fits"] and not p["changes"])
 
+# %% ../nbs/07_plan.ipynb #c204
 def time_in_words(p) -> list[str]:
     "Steps, tokens, time, cost."
-    out = [f"steps {p['steps']:,}, tokens {p['tokens']:,}" if p["steps"] else "steps: known when the rows are"]
+    out = [f"steps {p['steps']:,}, tokens {p['tokens']:,}" + f" with each of {p['seeds']} seeds"*(p["seeds"] > 1) if p["steps"] else "steps: known when the rows are"]
     if p["data"]: out[0] += f"; {p['data']['trainable_tokens'] or 0:,} of {p['data']['tokens']:,} tokens an epoch are learned, {p['data']['truncated'] or 0:,} rows are cut"
     for e, s in p["speed"].items():
         took = p["seconds_by_engine"][e]; low, high = s["range"] or (None, None)
-        out += [f"{e}: {s['tokens_per_second']:,.0f} tokens/s" + (f" ({low:,.0f} to {high:,.0f})" if low else "") + (f", {duration(took)}" if took else "") + f"; {s['basis']}"]
+        out += [f"{e}: {s['tokens_per_second']:,.0f} tokens/s" + (f" ({low:,.0f} to {high:,.0f})" if low else "") + (f", {duration(took)}" + " a seed"*(p["seeds"] > 1) if took else "") + f"; {s['basis']}"]
     if not p["cost"]: return out
     ends = f" ({' to '.join(f'{x:.2f}' for x in (p['cost']*y/p['seconds'] for y in p['seconds_range']))})" if p["seconds_range"] else ""
     return out + [f"cost: {p['cost']:.2f}{ends}"]
+
+# %% ../nbs/07_plan.ipynb #q07_p4
+def in_words(p) -> list[str]:
+    "A plan in a few lines."
+    n, b = p["parameters"], p["batch"]
+    out = [f"{p['recipe']}: {p['model']}, {n['total']:,} parameters" + (f", {n['active']:,} at work on a token" if n["active"] < n["total"] else "") + f", {n['trainable']:,} trained ({n['trainable']/n['total']:.2%}), {p['adapter']}"]
+    out += [f"on {p['devices']} x {p['device']}" + (f", ZeRO stage {p['zero_stage']}" if p["zero_stage"] else "") + f": {b['effective']} rows a step ({b['micro']} x {b['accumulation']} x {b['devices']}), up to {b['length']} tokens each"]
+    disk = ", ".join(f"{k} {gb(v)}" for k, v in p["disk_bytes"].items() if v) or "next to nothing"
+    return out + memory_in_words(p) + time_in_words(p) + foreseen_in_words(p["evaluation"], p["seeds"], p["confidence"]) + [f"disk: {disk}", *(f"note: {x}" for x in p["notes"])]
 
 # %% ../nbs/07_plan.ipynb #c025
 def plan_run(folder):

@@ -9,7 +9,7 @@ __all__ = ['HARMLESS', 'CHOOSING', 'REDO', 'freeze', 'unchanged', 'as_begun', 's
            'judge', 'outdated', 'take', 'resumed']
 
 # %% ../nbs/10b_resume.ipynb #c002
-from .core import MedftError, Run, atomic_write, load_recipe
+from .core import TRAINING_STAGES, MedftError, Run, atomic_write, load_recipe
 
 import hashlib, re, time
 
@@ -73,7 +73,8 @@ REDO = {"evaluation": ("evaluate", "export"), "export": ("export",), "output": (
 
 def outdated(found) -> list[str]:
     "The stages that must be done again after a change."
-    return list(dict.fromkeys(s for k in found for s in REDO.get(k.partition(".")[0], ()) if k != "output.keep_best"))
+    was, now = found.get("evaluation.seeds", (1, 1))
+    return list(dict.fromkeys([*TRAINING_STAGES]*(now > was) + [s for k in found for s in REDO.get(k.partition(".")[0], ()) if k != "output.keep_best"]))
 
 # %% ../nbs/10b_resume.ipynb #c024
 def take(run, new, found) -> Run:

@@ -310,7 +310,7 @@ def stages_begun(run) -> list[str]:
 # %% ../nbs/10a_runner.ipynb #cx03
 def note_left_out(run):
     "Say in training.json which engines a recipe does not name."
-    for at in (run.path/e/"training.json" for e in core.ENGINES if e not in run.recipe.engine):
+    for at in (run.path/e/"training.json" for e in core.ENGINES if run.recipe.engine and e not in run.recipe.engine):
         if not at.exists(): write_json(at, dict(status="skipped", engine=at.parent.name, reason="the recipe's engine list leaves it out"))
 
 def is_complete(run, stage) -> bool:

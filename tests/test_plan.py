@@ -115,6 +115,19 @@ def test_a_plan_has_the_keys_that_programs_read():
     assert any("1,000 tokens/s" in line for line in plan.in_words(p))
 
 
+def test_auto_is_settled_seeds_are_paid_for_and_both_ways_of_keeping_activations_are_told(monkeypatch):
+    monkeypatch.setattr(plan, "at_hand", lambda recipe, run=None: (dict(rows=64, tokens=4000, longest=90, mean=62.5, trainable_tokens=400, truncated=0, learned=.1, basis="", sets=dict(test=dict(n=448, groups=448, size=1.0, counted=True))), ""))
+    p = plan.plan(recipe("engine=auto", "evaluation.seeds=3", "training.save_strategy=steps"), price=2.0, tokens_per_second=100.0)
+    one = plan.plan(recipe("engine=[fast]", "training.save_strategy=steps"), price=2.0, tokens_per_second=100.0, advise=False)
+    assert list(p["engines"]) == ["fast"] and any(n.startswith("engine fast: ") for n in p["notes"]) and one["checkpointing"] is None
+    assert p["seconds"] == pytest.approx(3*one["seconds"]) and p["cost"] == pytest.approx(3*one["cost"]) and p["seconds_by_engine"] == one["seconds_by_engine"] and p["tokens"] == one["tokens"]
+    assert {k: p["disk_bytes"][k]/one["disk_bytes"][k] for k in p["disk_bytes"]} == dict(checkpoints=3, final=3, merged=1)
+    with_, without = (p["checkpointing"][f"{way}_checkpointing"]["fast"] for way in ("with", "without"))
+    assert with_["activations"] < without["activations"] and without == {k: p["memory_bytes"][k] for k in ("activations", "peak")}
+    assert p["evaluation"]["test"]["n"] == 448 and p["evaluation"]["test"]["tests"] == 1 and p["evaluation"]["test"]["detectable"] == pytest.approx(.0590, abs=2e-3)
+    said = "\n".join(plan.in_words(p)); assert "with checkpointing: fast" in said and "smallest difference it could show: 5.9 points" in said and "3 seeds" in said
+
+
 @pytest.mark.long       # the hub is asked several times before it is given up
 def test_a_gpu_that_is_not_here_and_a_model_that_cannot_be_fetched(tmp_path):
     r = load_recipe("llama31_8b_qlora", ["model.name=nobody/llama-3.1-8b", "quantization=null", "training.gradient_checkpointing=false", "training.per_device_train_batch_size=4"])
