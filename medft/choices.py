@@ -102,7 +102,8 @@ def from_medmcqa(row, base=0, texts=False):
     if cell(row.get("ope")): options.append(cell(row["ope"]))
     if "" in options: raise Reject("empty option")
     answer = pick(row.get("cop"), options, base, "cop", texts)
-    return dict(question=question, options=options, answer=answer, subject=cell(row.get("subject_name")))
+    kind = cell(row.get("choice_type"))     # single, or multi: several statements to be judged
+    return dict(question=question, options=options, answer=answer, subject=cell(row.get("subject_name")), **(dict(choice_type=kind) if kind else {}))
 
 # %% ../nbs/00d_choices.ipynb #c019
 class FirstOption:

@@ -11,6 +11,7 @@ __all__ = ['BASELINES', 'best_threshold', 'threshold_of', 'mean_of', 'mcc', 'dec
 
 # %% ../nbs/04c_classes.ipynb #c002
 from .core import MedftError, nearest  # first: it sets switches that the libraries read
+from .calibration import believable, ece, proper, reaching, stated
 from .data import load_split, scored_sets
 from .scoring import choose, identity
 from .statistics import f1_each, macro_f1, share, tallies, undefined, valued
@@ -81,17 +82,16 @@ def ranking(truth, p) -> dict:
 # %% ../nbs/04c_classes.ipynb #c018
 def scorings(truth, p) -> dict:
     "What follows from (rows, labels) probabilities: name -> function of weights."
-    k = p.shape[1]; one = np.eye(k)[truth]; mean = lambda x: lambda w: (w @ x)/w.sum(1)
+    k = p.shape[1]; one = np.eye(k)[truth]
     each = [ranking(truth, p[:, 1])] if k == 2 else [ranking(one[:, j], p[:, j]) for j in range(k)]
     over = lambda name: lambda w: np.mean([e[name](w) for e in each], axis=0)
-    loss = -np.log(np.clip(p[np.arange(len(p)), truth], np.finfo(float).eps, 1))
-    return dict(auroc=over("auroc"), auprc=over("auprc"), brier=mean(((p - one)**2).sum(1)/(2 if k == 2 else 1)), log_loss=mean(loss))
+    return dict(auroc=over("auroc"), auprc=over("auprc")) | proper(truth, p)
 
 # %% ../nbs/04c_classes.ipynb #c019
 def measure_labels(frame, confidence=0.95) -> dict:
     "Figures of a classifier's predictions, the main one first: F1 of two labels, accuracy of more."
     truth, choice, p = frame.truth.to_numpy(), frame.choice.to_numpy(), np.stack(frame.probabilities)
-    n, k = p.shape; made = decisions(truth, choice, k) | scorings(truth, p)
+    (n, k), said = p.shape, stated(frame, p); made = decisions(truth, choice, k) | scorings(truth, p) | dict(ece=ece(*said))
     with np.errstate(all="ignore"): sound = {m for m, f in made.items() if np.isfinite(f(np.ones((1, n)))[0])}
     if len(set(truth)) < 2: sound -= {"mcc", "auroc", "auprc"}
     why = f"every row of this set has label {truth[0]}" if len(set(truth)) < 2 else "no row was given the label" if k == 2 else "a label is missing from this set"
@@ -100,7 +100,7 @@ def measure_labels(frame, confidence=0.95) -> dict:
     hits, whose = truth == choice, frame.group.to_numpy()
     if k == 2: out |= {m: share(hits[of], confidence, whose[of]) | dict(n=n) for m, of in (("precision", choice == 1), ("recall", truth == 1)) if of.any() and hits[of].all()}
     main = "f1" if k == 2 and "f1" in sound else "accuracy"
-    return {main: out[main]} | out
+    return {main: out[main]} | out | dict(ece=reaching(out["ece"], believable(*said, frame.group), confidence))
 
 # %% ../nbs/04c_classes.ipynb #c020
 def accuracy(frame, confidence=0.95) -> dict: "The share of right choices."; return share(frame.correct, confidence, frame.group)

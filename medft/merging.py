@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 from transformers.utils import cached_file
 
+from .answers import stop_ids
 from .families import load_config
 from .model import labels_of, load_base, load_tuned, quantization_config
-from .parity import load_its_tokenizer, stop_ids
+from .parity import load_its_tokenizer
 
 # %% ../nbs/05b_merging.ipynb #c008
 def bits(recipe) -> int | None:

@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/parity.html.md"""
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'FOLDERS', 'moves', 'answers_that_differ', 'parity', 'in_words', 'Steps', 'prompts_of', 'greedy',
-           'parted', 'compare_written', 'stop_ids', 'head', 'kept', 'compare_kept', 'compare_heads', 'present', 'Onnx',
+           'parted', 'compare_written', 'head', 'kept', 'compare_kept', 'compare_heads', 'present', 'Onnx',
            'load_artefact', 'load_its_tokenizer', 'main_rows', 'threshold', 'score_artefact', 'score_all',
            'fresh_process', 'in_fresh_process', 'read_scored', 'lengths_of', 'judge', 'logit_gaps', 'check_artefacts']
 
@@ -21,13 +21,14 @@ import numpy as np, pandas as pd, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
+from .answers import stop_ids
 from .data import load_split, load_tokenizer
 from .evaluate import read_predictions
 from .families import model_class
 from .model import load_tuned, torch_dtype
+from .train import trained
 from .prompts import encode
 from .scoring import code_choices, in_batches, pad, predict
-from .templates import template
 
 # %% ../nbs/05a_parity.ipynb #c005
 TOLERANCE = dict(drift=0.08, answers=0.01, logits=0.1)  # median move of an item's scores, nats per token; share of answers that may differ; mean move of a logit
@@ -114,13 +115,6 @@ def compare_written(logits, said, logits_now, said_now, ids) -> dict:
     return dict(max_logit_difference=gap.max().item(), mean_logit_difference=mean, greedy=len(said), greedy_differing=differing, why=why)
 
 # %% ../nbs/05a_parity.ipynb #c020
-def stop_ids(tok, config=None) -> list[int]:
-    "Every token that ends an answer: of a generation config, the tokenizer and the chat template."
-    given = getattr(config, "eos_token_id", None)
-    found = {*(given if isinstance(given, (list, tuple)) else [given]), tok.eos_token_id}
-    if tok.chat_template: found.add(tok.convert_tokens_to_ids(template(tok).stop))
-    return sorted(t for t in found if t is not None)
-
 def head(model) -> torch.Tensor | None:
     "A classifier's head, as trained; None for other models."
     found = [p for n, p in model.named_parameters() if n.endswith(("score.modules_to_save.default.weight", "score.weight"))]
@@ -207,7 +201,7 @@ def score_artefact(run, engine, what, out, rows):
 def score_all(run):
     "Score every artefact of a run into `.parity`."
     rows = main_rows(run); (run.path/".parity").mkdir(exist_ok=True)
-    for engine in (e for e in read_json(run.path/"metrics.json")["models"] if e != "base"):
+    for engine in trained(run):
         for what in present(run, engine):
             score_artefact(run, engine, what, run.path/".parity"/f"{engine}.{what}", rows); gc.collect()
             if device() == "cuda": torch.cuda.empty_cache()
@@ -266,7 +260,7 @@ def check_artefacts(run) -> dict:
     in_fresh_process(run)
     frames, main, tok, found = read_predictions(run), read_json(run.path/"metrics.json")["main"], load_tokenizer(run.recipe), {}
     lengths = lengths_of(run, tok, main_rows(run))
-    for engine in sorted({e for e, s in frames if e != "base" and s == main}):
+    for engine in sorted(trained(run)):
         names = present(run, engine); first = read_scored(run, engine, names[0])
         found[engine] = {w: judge(run, engine, w, frames[engine, main], first if w != names[0] else None, lengths) for w in names}
         for w, p in found[engine].items(): run.log(f"export: {engine} {w}: {in_words(p)}")

@@ -155,7 +155,7 @@ def form(ex) -> str:
 
 def _row(t, ex, d, **how):
     "One example as a row, or the reason why not."
-    row = dict(id=ex["id"], group=ex["group"], subject=ex.get("subject", ""))
+    row = dict(id=ex["id"], group=ex["group"], subject=ex.get("subject", "")) | {k: ex[k] for k in ("choice_type",) if k in ex}
     try:
         row |= FORMS[form(ex)](t, ex, d, **how)
         for key in ("prompt", "completion"): row[key].isascii() or row[key].encode()

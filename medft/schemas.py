@@ -55,7 +55,7 @@ def _medqa_counts(row):
     return row.get(column) if counted else "A", len(texts), how if column == "answer" or how == "text" else ""
 
 _MCQ = " ".join(f"op{x}={x}|option_{x}|option{i}|option_{i}" for i, x in enumerate("abcd", 1))
-_MCQ_MAY = "cop=answer_idx|answer|correct|correct_option ope=e|option_e|option5|option_5 exp=explanation subject_name"
+_MCQ_MAY = "cop=answer_idx|answer|correct|correct_option ope=e|option_e|option5|option_5 exp=explanation subject_name choice_type"
 
 # %% ../nbs/00d_schemas.ipynb #c008
 SCHEMAS = [

@@ -6,8 +6,7 @@ Docs: https://medft.github.io/medft/statistics.html.md"""
 
 # %% auto #0
 __all__ = ['owners', 'worth', 'quantile', 'figure', 'undefined', 'design_effect', 'share', 'redraws', 'left_out', 'bca_levels',
-           'redrawn', 'ratio', 'tallies', 'f1_each', 'macro_f1', 'valued', 'measure_choices', 'measure_text',
-           'detectable', 'detectable_mean']
+           'redrawn', 'ratio', 'tallies', 'f1_each', 'macro_f1', 'valued', 'detectable', 'detectable_mean']
 
 # %% ../nbs/04b_statistics.ipynb #c002
 import math
@@ -131,23 +130,6 @@ def valued(statistics, groups, confidence=0.95) -> dict:
     "Figures of functions of weights: the value on the set itself, the interval by redraws."
     n = len(groups); found = redrawn(statistics, groups, confidence)
     return {name: figure(f(np.ones((1, n)))[0], *found[name][:2], n) for name, f in statistics.items()}
-
-def measure_choices(frame, confidence=0.95) -> dict:
-    "Figures of multiple-choice predictions."
-    n, k = len(frame), max(map(len, frame.scores)); chance = np.mean([1/len(s) for s in frame.scores])
-    right = dict(accuracy=frame.correct, acc_norm=frame.choice_norm == frame.truth) | {c: frame[c] for c in frame if "_acc" in c}     # letters_acc, texts_acc, texts_acc_norm, ...: where asked for
-    return dict({m: share(x, confidence, frame.group) for m, x in right.items()}, chance=figure(chance, chance, chance, n),
-                **valued(dict(macro_f1=macro_f1(frame.truth.to_numpy(), frame.choice.to_numpy(), k)), frame.group, confidence))
-
-# %% ../nbs/04b_statistics.ipynb #c026
-def measure_text(frame, confidence=0.95) -> dict:
-    "Figures of scored text; of written answers too where there are any."
-    nll, tokens, n = frame.nll.to_numpy(), frame.tokens.to_numpy(), len(frame)
-    wanted = dict(loss=ratio(nll, tokens)) | (dict(bits_per_byte=ratio(nll, frame.bytes.to_numpy()*math.log(2))) if frame.bytes.sum() else {})
-    if "exact" in frame: wanted["token_f1"] = ratio(frame.f1.to_numpy(), np.ones(n))
-    out = valued(wanted, frame.group, confidence)
-    out["perplexity"] = figure(*(math.nan if x is None else math.exp(x) for x in (out["loss"]["value"], *out["loss"]["ci95"])), n)
-    return out | (dict(exact_match=share(frame.exact, confidence, frame.group)) if "exact" in frame else {})
 
 # %% ../nbs/04b_statistics.ipynb #c031
 def detectable(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Gemma2Config
 
-from medft import branches as br, families, scoring
+from medft import branches as br, families, likelihood as lk, scoring
 from medft.core import MedftError, assets, load_recipe
 
 MEDMCQA = Path(__file__).resolve().parents[2]/"shared"/"data"/"medmcqa"/"dev.json"
@@ -98,7 +98,7 @@ def test_the_model_is_as_it_was_after_an_error():
 
 def test_no_block_of_logits_is_larger_than_allowed(monkeypatch):
     model, seen = tiny("mistral"), []; exact = br.score_branches(model, items_of())
-    monkeypatch.setattr(br, "CELLS", 128*6)
+    monkeypatch.setattr(lk, "CELLS", 128*6)
     hook = model.get_output_embeddings().register_forward_hook(lambda head, args, out: seen.append(out.numel()))
     assert torch.allclose(br.score_branches(model, items_of()), exact, atol=1e-5); hook.remove()
     assert max(seen) == 128*6 and sum(seen) == 128*(1 + len(set(br.Tree(items_of()).at)))
@@ -215,23 +215,10 @@ def test_letters_become_texts_and_texts_letters(base):
 def test_what_is_asked_for_stands_beside_what_was_trained(base):
     rows = prepared(base[1], "letter")
     recipe = load_recipe("quickstart", ["evaluation.score=both"])
-    frame = scoring.predict(*base, rows, recipe)
+    frame = scoring.predict(*base, rows, recipe, beside=True)
     assert {"letters_acc", "texts_acc", "texts_acc_norm", "texts_acc_bytes", "letters_scores", "texts_scores"} <= set(frame)
     assert frame.letters_scores.tolist() == frame.scores.tolist() and frame.letters_acc.tolist() == frame.correct.tolist()
     assert np.allclose(frame.texts_scores[0], scoring.score_choices(*base, prepared(base[1], "text"))[0], atol=1e-4)
     plain_frame = scoring.predict(*base, rows, load_recipe("quickstart")); assert not [c for c in plain_frame if "acc" in c]
-    from medft.statistics import measure_choices
+    from medft.options import measure_choices
     assert measure_choices(frame)["texts_acc_norm"]["value"] == frame.texts_acc_norm.mean()
-
-
-def test_answers_end_where_they_should(base):
-    model, tok = base; steps = []
-    rows = [dict(prompt=f"Question: {q}\nAnswer:", reference="word "*n) for q, n in (("Zinc?", 2), ("Scurvy: which vitamin is missing?", 12), ("Iron?", 1))]
-    hook = model.register_forward_pre_hook(lambda *a: steps.append(1))
-    said = scoring.write_answers(model, tok, rows); hook.remove()
-    assert said == scoring.write_answers(model, tok, rows, batch_size=1)
-    assert all(len(tok(s)["input_ids"]) <= 2*len(tok(r["reference"])["input_ids"]) + 8 + 1 for s, r in zip(said, rows))
-    before, steps[:] = model.generation_config.eos_token_id, []
-    model.generation_config.eos_token_id = [tok.eos_token_id, *range(len(tok))]          # whatever is said ends the answer
-    hook = model.register_forward_pre_hook(lambda *a: steps.append(1)); scoring.write_answers(model, tok, rows); hook.remove(); model.generation_config.eos_token_id = before
-    assert len(steps) == 1
