@@ -14,7 +14,7 @@ import difflib, hashlib, importlib.util, json, logging, os, tempfile, warnings
 from pathlib import Path
 
 # %% ../nbs/000_places.ipynb #c005
-QUIET = dict(HF_HUB_DISABLE_TELEMETRY="1", DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", MLFLOW_DISABLE_TELEMETRY="true",
+QUIET = dict(HF_HUB_DISABLE_TELEMETRY="1", DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", HF_UPDATE_DOWNLOAD_COUNTS="0", MLFLOW_DISABLE_TELEMETRY="true",
              UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_DISABLE_AUTO_UPDATES="1", UNSLOTH_COMPILE_LOCATION=str(Path(tempfile.gettempdir())/"unsloth_compiled_cache"),
              GRADIO_ANALYTICS_ENABLED="False", TOKENIZERS_PARALLELISM="false")
 for _key, _value in QUIET.items(): os.environ.setdefault(_key, _value)
