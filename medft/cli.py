@@ -12,8 +12,8 @@ import os, sys, time
 from pathlib import Path
 
 import typer
-from .beforehand import chosen_stages, find_run, planned    # these two rooms import nothing at their top
-from .summary import aligned, run_summary
+from .beforehand import chosen_stages, find_run, planned, planned_evaluation    # these two rooms import nothing at their top
+from .summary import aligned, run_summary, short_verdicts
 
 # %% ../nbs/11_cli.ipynb #c005
 def explain(
@@ -60,6 +60,7 @@ def _finish(run, stages, started):
     except (runner.Interrupted, runner.StageFailed) as e:
         said = str(e) or "interrupted"
         raise runner.StageFailed(said if e.code in (2, 3) else f"{said}; go on with: medft resume {runner.shorter(run.path)}", e.code) from e
+    if not run.recipe.engine: from medft import again; again.write_page(run)     # nothing is exported, so nobody else writes the report
     for line in run_summary(run): _say(line)
 
 # %% ../nbs/11_cli.ipynb #c015
@@ -105,6 +106,54 @@ def _resume(
     names = names and runner.stages_of(r.recipe, names) or runner.stages_begun(r)
     if all(runner.is_complete(r, s) for s in names) and r.status == "finished": _say(f"nothing left to do: {runner.shorter(r.path)} is finished"); return
     _finish(r, names, started)
+
+# %% ../nbs/11_cli.ipynb #v001
+def _compare(a, others, as_json):
+    "Two finished runs side by side."
+    from medft.core import MedftError
+    if len(others) != 1: raise MedftError("--compare takes two runs: medft evaluate --compare A B")
+    from medft import again
+    found = again.compared(find_run(a), find_run(others[0]))
+    if as_json: import json; _say(json.dumps(found, indent=1, default=str)); return
+    for line in again.in_words(found): _say(line)
+
+def _clash(compare, as_json, **given):
+    "Refuse options that the other half of the verb takes."
+    from medft.core import MedftError
+    wrong = [k for k, v in given.items() if v] if compare else ["json"]*as_json
+    if wrong: raise MedftError(f"--{wrong[0].replace('_', '-')} goes {'without' if compare else 'with'} --compare{'' if compare else '; the figures of an evaluation are in metrics.json of its folder'}")
+
+# %% ../nbs/11_cli.ipynb #v002
+@app.command(name="evaluate")
+def _evaluate(
+    what: str = typer.Argument(..., metavar="RUN|MODEL", help="a run, or a model or adapter: a folder, or a hub id"),
+    overrides: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="e.g. evaluation.max_items=100"),
+    recipe: str = typer.Option(None, help="the recipe whose test sets are answered; a run's own if not given"),
+    further: list[str] = typer.Option(None, "--with", metavar="NAME=PATH", help="a further model or adapter on the same items; several: again"),
+    benchmarks: str = typer.Option(None, help="lm-evaluation-harness's too, e.g. medmcqa,pubmedqa; NAME=FILE reads its rows from a file"),
+    merged: bool = typer.Option(False, "--merged", help="of a run: its merged weights too"),
+    run_dir: Path = typer.Option(None, help="write to this folder instead of runs/<recipe>/<time>"),
+    compare: bool = typer.Option(False, "--compare", help="two finished runs instead, from their files: medft evaluate --compare A B"),
+    as_json: bool = typer.Option(False, "--json", help="with --compare: as JSON"),
+):
+    "Score models on test sets without training; or compare two finished runs."
+    _clash(compare, as_json, recipe=recipe, benchmarks=benchmarks, merged=merged, run_dir=run_dir, **{"with": further})
+    if compare: return _compare(what, overrides or [], as_json)
+    started, (r, called, root, place) = time.time(), planned_evaluation(what, overrides, recipe, further, merged, benchmarks, run_dir)
+    from medft.runner import redact
+    command = ["medft evaluate", what, *(overrides or []), *([f"--recipe {recipe}"] if recipe else []), *(f"--with {x}" for x in further or []), *([f"--benchmarks {benchmarks}"] if benchmarks else []), *["--merged"]*merged]
+    run = _begun(r, root, place, redact(" ".join(command)), [])
+    run.update(dict(scored=what, called=called))
+    _finish(run, ["data", "evaluate"], started)
+
+# %% ../nbs/11_cli.ipynb #v003
+@app.command(name="report")
+def _report(run: str = typer.Argument(..., help="a run folder, recipe/id, or id")):
+    "Make a run's figures, report and card again from its predictions; no model is loaded."
+    r = find_run(run)
+    from medft import again
+    _say(again.told(again.rebuilt(r)))
+    _say(f"{r.status}: {r.path}")
 
 # %% ../nbs/11_cli.ipynb #c023
 _prepare = typer.Typer(help="Make training data: pairs of patient records, or a packed corpus.", no_args_is_help=False, rich_markup_mode=None)
@@ -153,10 +202,11 @@ def _corpus(
 def _list():
     "Show all runs, newest first."
     from medft.core import list_runs, read_json, runs_root
-    label = lambda r: ", ".join(f"{e} {v.get('label')}" for e, v in read_json(r.path/"metrics.json", {}).get("verdict", {}).items())
-    rows = [[r.recipe.name, r.path.name, r.status, label(r) or "-", (r.manifest.get("created") or "")[:16].replace("T", " ")] for r in list_runs()]
+    said = lambda r: ["rehearsed"] if r.manifest.get("rehearsal") else short_verdicts(read_json(r.path/"metrics.json", {}))
+    about = lambda r: [r.recipe.name, r.path.name, r.status, (r.manifest.get("created") or "")[:10]]
+    rows = [[*(about(r) if i == 0 else [""]*4), line] for r in list_runs() for i, line in enumerate(said(r))]
     if not rows: _say(f"no runs in {runs_root()}; start one with: medft run quickstart"); return
-    for line in aligned([["recipe", "run", "status", "verdict", "when"], *rows]): _say(line)
+    for line in aligned([["recipe", "run", "status", "day", "verdict"], *rows]): _say(line)
 
 # %% ../nbs/11_cli.ipynb #c028
 @app.command(name="track")

@@ -70,8 +70,7 @@ def export(run) -> dict:
     if run.recipe.export.push_to_hub: check_target(run.recipe)
     if not (run.path/"metrics.json").exists(): run.log("export: nothing is scored yet; evaluating first"); evaluate(run)
     metrics = read_json(run.path/"metrics.json")
-    for e in metrics["models"]:
-        if e != "base": make_artefacts(run, e)
+    for e in trained(run): make_artefacts(run, e)      # models from elsewhere are scored, and not ours to hand over
     parities = check_all(run); out = write_pages(run, metrics, parities)
     wrong = [f"{e}/{what}: {in_words(p)}" for e, found in parities.items() for what, p in found.items() if p["label"] == "different"]
     if wrong: raise Refused(f"not the model that was scored: {'; '.join(wrong)} (all are listed in {run.path.name}/export.json)")

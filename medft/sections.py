@@ -158,7 +158,7 @@ class Evaluation(Section):
     max_items: int | None = None                # first n items of every scored set; None: all
     confidence: float = 0.95
     generate: bool = False                      # open answers: also write them out (slow)
-    score: typing.Literal["letters", "texts", "both"] | None = None     # listed options: also score them as letters, as their texts, or as both; None: as they were trained
+    score: typing.Literal["letters", "texts", "both"] | None = None     # listed options: also score them as letters, as their texts, or as both; None: both, where that costs little
     threshold: float | None = None              # two labels: the probability from which the second is said; None: the best F1 on validation
     baselines: list[str] = []                   # classification: simple rules to show beside the models, by name
     shuffles: int = 1                           # listed options: score again in so many other orders; 0: do not

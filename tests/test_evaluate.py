@@ -1,5 +1,5 @@
 """Evaluation: the same answers however they are batched, figures that follow from the files, and nothing scored that was trained on."""
-import json
+import json, shutil
 
 import numpy as np
 import pandas as pd
@@ -8,7 +8,7 @@ import torch
 from sklearn import metrics as sk
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from medft import classes, data, evaluate as ev, families, pictures, scoring, statistics as st, trials, verdicts
+from medft import answers, calibration, classes, data, evaluate as ev, families, model, pictures, scoring, statistics as st, trials, verdicts
 from medft.core import MedftError, Run, assets, load_recipe, read_json, write_json
 
 GEMMA2 = Gemma2Config(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -47,7 +47,7 @@ def test_written_answers_do_not_depend_on_the_batch(family):
     torch.manual_seed(0); config = families.tiny_config(family, 2048); config.get_text_config().initializer_range = .3
     model, tok = families.model_class(config)(config).float().eval(), AutoTokenizer.from_pretrained(assets()/"tiny_base")
     rows = [dict(prompt="Zinc is a metal. "*n, reference="iron and zinc") for n in (1, 4, 2)]
-    assert scoring.write_answers(model, tok, rows, batch_size=3) == scoring.write_answers(model, tok, rows, batch_size=1)
+    assert answers.write_answers(model, tok, rows, batch_size=3) == answers.write_answers(model, tok, rows, batch_size=1)
 
 
 @pytest.mark.parametrize("family", families.NAMES)
@@ -106,7 +106,7 @@ def test_a_run_is_scored_and_every_figure_follows_from_its_files(tmp_path, base)
     run = make_run(tmp_path, base, engines=("trl", "unsloth"))
     metrics = ev.evaluate(run)
     assert list(metrics["models"]) == ["base", "trl", "unsloth"] and list(metrics["verdict"]) == ["trl", "unsloth"] and "unsloth - trl" in metrics["between"]
-    assert sorted(p.name for p in (run.path/"predictions").iterdir()) == sorted(f"{m}.{s}.parquet" for m in ("base", "trl", "unsloth") for s in ("test", "other"))
+    assert sorted(p.name for p in (run.path/"predictions").glob("*.parquet")) == sorted(f"{m}.{s}.parquet" for m in ("base", "trl", "unsloth") for s in ("test", "other"))
     frame = pd.read_parquet(run.path/"predictions/trl.test.parquet")
     assert set(frame) >= {"id", "group", "subject", "prompt_sha256", "scores", "choice", "choice_norm", "truth", "correct"}
     for who in metrics["models"]:
@@ -122,7 +122,7 @@ def test_neither_batch_size_nor_what_was_scored_before_changes_a_choice(tmp_path
     ev.evaluate(run); before = ev.read_predictions(run)
     tok, items = data.load_tokenizer(run.recipe), data.load_split(run, "test").to_list()
     for size in (1, 7):
-        fresh = scoring.predict_choices(ev.load_tuned(run, "unsloth"), tok, items, batch_size=size)
+        fresh = scoring.predict_choices(model.load_tuned(run, "unsloth"), tok, items, batch_size=size)
         assert fresh.choice.tolist() == before["unsloth", "test"].choice.tolist()
         assert np.allclose(fresh.scores.tolist(), before["unsloth", "test"].scores.tolist(), atol=1e-3)
     scores = {who: np.array(before[who, "test"].scores.tolist()) for who in ("base", "trl", "unsloth")}
@@ -130,8 +130,10 @@ def test_neither_batch_size_nor_what_was_scored_before_changes_a_choice(tmp_path
 
 
 def test_scoring_twice_writes_the_same_bytes(tmp_path, base):
-    run = make_run(tmp_path, base); files = lambda: {p.name: p.read_bytes() for p in (run.path/"predictions").iterdir()} | {"metrics": (run.path/"metrics.json").read_bytes()}
-    ev.evaluate(run); first = files(); ev.evaluate(run)
+    run = make_run(tmp_path, base); files = lambda: {p.name: p.read_bytes() for p in (run.path/"predictions").rglob("*") if p.is_file()} | {"metrics": (run.path/"metrics.json").read_bytes()}
+    ev.evaluate(run); first = files(); ev.evaluate(run)     # what is there is not made again
+    assert files() == first
+    shutil.rmtree(run.path/"predictions"); ev.evaluate(run)
     assert files() == first
 
 
@@ -149,7 +151,7 @@ def test_predictions_about_other_items_are_not_compared(tmp_path, base):
 def test_options_are_scored_without_the_end_token_and_chosen_by_their_sum(tmp_path, base):
     run = make_run(tmp_path, base); items = data.load_split(run, "test").to_list()
     assert not any(o.endswith(data.load_tokenizer(run.recipe).eos_token) for r in items for o in r["options"])
-    frame = scoring.predict_choices(ev.load_base(run.recipe), data.load_tokenizer(run.recipe), items)
+    frame = scoring.predict_choices(model.load_base(run.recipe), data.load_tokenizer(run.recipe), items)
     assert any(len(set(map(len, r["options"]))) > 1 for r in items)
     lengths = [[len(o.strip()) for o in r["options"]] for r in items]
     assert frame.choice_norm.tolist() == [int(np.argmax(np.array(s)/l)) for s, l in zip(frame.scores, lengths)]
@@ -302,7 +304,8 @@ def by_sklearn(t, c, p):
 @pytest.mark.parametrize("k", [2, 4])
 def test_figures_of_labels_are_those_of_scikit_learn(k):
     f = made_up(k=k); t, c, p = f.truth.to_numpy(), f.choice.to_numpy(), np.stack(f.probabilities)
-    found = classes.measure_labels(f)
+    found = classes.measure_labels(f); error = found.pop("ece")["value"]
+    assert error == pytest.approx(float(calibration.ece(*calibration.stated(f, p))(np.ones((1, len(f))))[0]), abs=2e-6)     # held to scikit-learn's calibration_curve in test_calibration
     assert {m: v["value"] for m, v in found.items()} == pytest.approx(by_sklearn(t, c, p), abs=2e-6)
     assert ev.main_metric(found) == ("f1" if k == 2 else "accuracy") and all(v["ci95"][0] <= v["value"] <= v["ci95"][1] for v in found.values())
     assert classes.confusion(f) == sk.confusion_matrix(t, c).tolist()
@@ -409,13 +412,13 @@ def reader(base, tmp_path_factory):
 
 def test_bits_per_byte_of_every_source_are_those_counted_by_hand(reader):
     run, metrics = reader; tok, rows = data.load_tokenizer(run.recipe), data.load_split(run, "test").to_list()
-    for who, model in (("base", ev.load_base(run.recipe)), ("trl", ev.load_tuned(run, "trl"))):
+    for who, one in (("base", model.load_base(run.recipe)), ("trl", model.load_tuned(run, "trl"))):
         for source in ("PLOS", "OpenStax"):
             bits = size = nats = tokens = 0
             for ids in (r["input_ids"] for r in rows if r["subject"] == source):
                 for at in range(0, len(ids) - 1, 63):               # windows of 64 tokens that overlap by one
                     piece = torch.tensor([ids[at:at + 64]])
-                    with torch.no_grad(): logs = model(piece).logits[0].float().log_softmax(-1)
+                    with torch.no_grad(): logs = one(piece).logits[0].float().log_softmax(-1)
                     nats -= logs[:-1].gather(1, piece[0, 1:, None]).sum().item(); tokens += piece.shape[1] - 1
                 size += len(tok.decode(ids[1:], skip_special_tokens=True).encode())
             told = metrics["subjects"]["test"][source][who]
@@ -493,7 +496,7 @@ def test_a_classifier_gets_threshold_figures_rules_and_verdict(classifier):
         assert at["source"] == "validation" and at["n"] == 40 and at["value"] == m["models"][who]["test"]["threshold"]["value"] == classes.best_threshold(v.truth, np.stack(v.probabilities)[:, 1])[0]
         assert f.choice.tolist() == (p >= at["value"]).astype(int).tolist() and f.truth.tolist() == [r["label"] for r in rows]
         assert m["models"][who]["test"]["f1"]["value"] == pytest.approx(sk.f1_score(f.truth, f.choice), abs=1e-6)
-    logits = scoring.predict_labels(ev.load_tuned(run, "trl"), None, rows, batch_size=1).scores.tolist()
+    logits = scoring.predict_labels(model.load_tuned(run, "trl"), None, rows, batch_size=1).scores.tolist()
     assert np.allclose(logits, pd.read_parquet(run.path/"predictions/trl.test.parquet").scores.tolist(), atol=1e-4)
     assert ev.figures(run) == m and read_json(run.path/"metrics.json") == json.loads(json.dumps(m))
     assert {"majority", "base (untrained head)"} <= {*ev.table(m), *ev.class_table(m).index} and ev.class_table(m).loc["trl", "threshold"] != "–"
