@@ -8,7 +8,8 @@ Docs: https://medft.github.io/medft/card.html.md"""
 __all__ = ['CHANGED', 'GEMMA', 'HAI_DEF', 'LLAMA2', 'LLAMA3', 'TERMS', 'UNKNOWN', 'KINDS', 'TEXT', 'SCORING', 'MEASURED', 'BIAS',
            'LIMITS', 'training_table', 'skipped', 'parity_table', 'markdown', 'terms', 'notice', 'stated_licence',
            'data_licence', 'results', 'base_name', 'card_data', 'what_is_scored', 'procedure', 'rows_in_words',
-           'sentences', 'class_tables', 'places', 'model_card']
+           'sentences', 'class_tables', 'in_calibration', 'in_retention', 'in_seeds', 'findings', 'places',
+           'model_card']
 
 # %% ../nbs/05c_card.ipynb #c002
 from .core import REHEARSED, assets, locate, read_json  # first: it sets switches that the libraries read
@@ -20,7 +21,8 @@ import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 
-from .evaluate import class_table, main_metric, table
+from .evaluate import class_table, main_metric, table, written
+from .page import sentences_in
 from .serving import serve_lines
 from .train import trained, training_summary
 
@@ -45,7 +47,8 @@ def parity_table(parities) -> pd.DataFrame:
     line = lambda e, what, p: {"file": f"{e}/{dict(adapter='adapters').get(what, what)}", "verdict": p["label"], "equal answers": f"{p['n'] - len(p['differing'])} of {p['n']}",
                                "equal greedy answers": f"{p['greedy'] - len(p['greedy_differing'])} of {p['greedy']}" if "greedy" in p else "–",
                                "scores moved (median, nats per token)": say(p, "median_score_difference"), "logits moved (mean)": say(p, "mean_logit_difference"), "(largest)": say(p, "max_logit_difference")}
-    return pd.DataFrame([line(e, what, p) for e, found in parities.items() for what, p in found.items()]).set_index("file")
+    rows = [line(e, what, p) for e, found in parities.items() for what, p in found.items()]
+    return pd.DataFrame(rows).set_index("file") if rows else pd.DataFrame()
 
 def markdown(frame) -> str:
     "A small table as Markdown."
@@ -101,7 +104,7 @@ TEXT = ("text-generation", ("loss", "perplexity", "bits_per_byte"))
 def results(run, metrics) -> list[EvalResult]:
     "What every tuned model scored on every set."
     r, found = run.recipe, []; name = r.dataset.name or r.name
-    for who, s, scores in [(w, s, x) for w, sets in metrics["models"].items() if w != "base" for s, x in sets.items()]:
+    for who, s, scores in [(w, s, x) for w in trained(run) for s, x in metrics["models"][w].items()]:
         kind, names = KINDS.get(r.task, TEXT) if "loss" not in scores else TEXT
         found += [EvalResult(task_type=kind, dataset_type=name, dataset_name=f"{name} ({s})", dataset_split=s, metric_type=m, metric_value=scores[m]["value"], metric_name=f"{m} ({who})",
                              metric_args=dict(ci95=scores[m]["ci95"], n=scores[m]["n"])) for m in names if (scores.get(m) or {}).get("value") is not None]
@@ -124,7 +127,7 @@ SCORING = dict(options="Every option's text is appended to the question; the mod
 MEASURED = "It was measured on the sets above and nothing else. How it does on other questions, wordings, languages or patients is unknown."
 BIAS = "Whatever bias its base and its training data have, it has too; it was not examined for it."
 LIMITS = dict(options="A choice among given options is easier than a free answer; accuracy here says little about text that the model writes by itself.",
-              labels="Precision depends on how common each label is; where that differs from the test set, the threshold has to be chosen anew. A probability it gives is not calibrated.",
+              labels="Precision depends on how common each label is; where that differs from the test set, the threshold has to be chosen anew.",
               text="A lower loss means that text like this is predicted better, not that what the model writes is true.")
 
 def what_is_scored(recipe, scores) -> str: "options, labels or text."; return "labels" if recipe.task == "classification" else "text" if "loss" in scores else "options"
@@ -153,6 +156,36 @@ def class_tables(metrics, labels=None) -> list[pd.DataFrame]:
     mistaken = [pd.DataFrame(c, index=pd.Index([f"is {x}" for x in labels or range(len(c))], name=f"{e} on {metrics['main']}"), columns=[f"said {x}" for x in labels or range(len(c))]) for e, c in counts.items()]
     return [class_table(metrics), *mistaken]
 
+# %% ../nbs/05c_card.ipynb #fnd1
+def in_calibration(metrics) -> str:
+    "Each model's calibration error on the main set, and what a temperature would make of it."
+    s, names = metrics["main"], metrics.get("names", {})
+    after = lambda x: f" (with a temperature of {x['temperature']:.2f}, fitted on validation rows: {written(x['ece_scaled'], False)})" if x.get("temperature") else ""
+    said = [f"{names.get(w, w)} {written(sets[s]['ece'], False)}{after(sets[s])}" for w, sets in metrics.get("calibration", {}).items() if s in sets and "@" not in w]
+    return f"Expected calibration error on {s}: {'; '.join(said)}." if said else ""
+
+def in_retention(metrics) -> str:
+    "What was kept of each retention set."
+    kept = metrics.get("retention") or {}; share = lambda r: r["metric"] == "accuracy"
+    judged = lambda r: f", a decline beyond the budget is {dict(shown='ruled out', unclear='not ruled out', forgets='shown')[r['judged']]}" if "judged" in r else ""
+    said = [f"{who} on {s}: a decline of {written(dict(r, value=r['decline']), share(r))}{' points'*share(r)}{judged(r)}" for who, sets in kept.get("models", {}).items() for s, r in sets.items()]
+    return f"{'; '.join(said)}." if said else ""
+
+# %% ../nbs/05c_card.ipynb #fnd2
+def in_seeds(metrics) -> str:
+    "Every seed's difference from the base."
+    share = lambda d: d["metric"] == "accuracy"; found = {e: sets.get(metrics["main"], {}) for e, sets in metrics.get("over_seeds", {}).items()}
+    said = [f"{e}, from {len(d['effects'])} seeds: {', '.join(f'{100*x:+.1f}' if share(d) else f'{x:+.3f}' for x in d['effects'])}{' points'*share(d)} more than the base" for e, d in found.items() if d.get("effects")]
+    first = f" What is handed over is the first seed's adapter ({metrics['first_seed']}), not the one that did best on the test set." if "first_seed" in metrics else ""
+    return f"{'; '.join(said)}.{first}" if said else ""
+
+def findings(metrics) -> list[tuple[str, str]]:
+    "What was found beside the verdict: (name, sentences)."
+    clean, told = metrics.get("clean") or {}, metrics.get("memorisation") or {}; join = lambda some: " ".join(f"{s.removesuffix('.')}." for s in some if s)
+    found = {"Calibration": in_calibration(metrics), "Retention": in_retention(metrics), "Near-duplicates": join([clean.get("sentence"), *sentences_in(clean.get("verdict") or {})]),
+             "Memorisation": join(sentences_in(told)), "Seeds": in_seeds(metrics)}
+    return [(k, v) for k, v in found.items() if v]
+
 # %% ../nbs/05c_card.ipynb #c022
 def places(run, engine, hub=None) -> dict:
     "Where the card says that an engine's adapter and merged weights are: below the run's folder, or on the hub."
@@ -167,11 +200,11 @@ def model_card(
     hub=None,   # the repository that the card is written for; None: the run's folder
 ) -> str:
     "The model card of a run, from the template in assets/card.md.j2."
-    r, report, engine = run.recipe, read_json(run.path/"data"/"report.json", {}), next(e for e in metrics["models"] if e != "base")
-    kind = what_is_scored(r, metrics["models"]["base"][metrics["main"]])
+    r, report, engine = run.recipe, read_json(run.path/"data"/"report.json", {}), trained(run)[0]
+    kind, shown = what_is_scored(r, metrics["models"]["base"][metrics["main"]]), metrics | dict(models={w: x for w, x in metrics["models"].items() if "@" not in w})
     return re.sub(r"\n{3,}", "\n\n", str(ModelCard.from_template(
         card_data(run, metrics), template_path=str(assets()/"card.md.j2"), title=r.name, description=r.description, base=base_name(r), engine=engine, sentences=[REHEARSED] if run.manifest.get("rehearsal") else sentences(metrics),
-        scores=markdown(table(metrics)), tables=[markdown(t) for t in class_tables(metrics, report.get("labels"))], scoring=SCORING[kind], level=f"{100*metrics['confidence']:g}", procedure=procedure(r), task=r.task,
+        scores=markdown(table(shown)), findings=findings(metrics), tables=[markdown(t) for t in class_tables(metrics, report.get("labels"))], scoring=SCORING[kind], level=f"{100*metrics['confidence']:g}", procedure=procedure(r), task=r.task,
         datasets=[(Path(k).name if Path(k).is_absolute() else k, v, data_licence(k, r.dataset)) for k, v in report.get("hashes", {}).items()], rows=rows_in_words(report), training=markdown(training_table(run)), tiny=r.model.name == "tiny-base",
         parity=markdown(parity_table(parities)), how={e: p["merged"]["how"] for e, p in parities.items() if "merged" in p}, revision=f', revision="{r.model.revision}"' if r.model.revision else "",
         lora=r.lora is not None, at=places(run, engine, hub), limits=[MEASURED, LIMITS[kind], BIAS], notice=notice(r.model.name, read_json(run.path/"model.json", {}).get("architecture", "")), labels=report.get("labels"))))

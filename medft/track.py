@@ -6,7 +6,8 @@ Docs: https://medft.github.io/medft/track.html.md"""
 
 # %% auto #0
 __all__ = ['SECRET', 'PATIENCE', 'FILES', 'ENDED', 'secret_values', 'redact', 'tracking_uri', 'connect', 'recipe_parameters',
-           'final_metrics', 'new_lines', 'Mirror', 'milliseconds', 'run_tags', 'plainly', 'upload', 'follow', 'main']
+           'final_metrics', 'verdict_numbers', 'new_lines', 'Mirror', 'milliseconds', 'run_tags', 'plainly', 'upload',
+           'follow', 'main']
 
 # %% ../nbs/00a_track.ipynb #c002
 import hashlib, json, os, re, sys, tempfile, time
@@ -70,6 +71,13 @@ def final_metrics(
         out |= {name: m.get("value"), f"{name}_n": m.get("n")}
         if low != high: out |= {f"{name}_ci_low": low, f"{name}_ci_high": high}
     return {re.sub(r"[^\w\-./ ]", "_", k): float(v) for k, v in out.items() if isinstance(v, (int, float))}
+
+# %% ../nbs/00a_track.ipynb #vnum0
+def verdict_numbers(v, prefix="verdict/") -> dict:
+    "What a verdict rests on, one number each."
+    low, high = v.get("ci95") or (None, None)
+    out = {k: v.get(k) for k in ("effect", "p", "p_holm", "n", "detectable")} | dict(effect_ci_low=low, effect_ci_high=high)
+    return {re.sub(r"[^\w\-./ ]", "_", f"{prefix}{k}"): float(x) for k, x in out.items() if isinstance(x, (int, float))}
 
 # %% ../nbs/00a_track.ipynb #c018
 def new_lines(
@@ -214,6 +222,8 @@ def results(self: Mirror):
     for e, v in found.get("verdict", {}).items():
         said, note = redact(str(v.get("sentence") or "")), self.notes["runs"].get(e, parent)
         self.once(f"{e}/verdict", v.get("label"), lambda label: self.client.set_tag(parent, f"verdict.{e}", label))
+        self.once(f"{e}/effect", verdict_numbers(v), lambda _: self.numbers(parent, [(0, verdict_numbers(v, f"verdict/{e}/"))], at))
+        if e in self.notes["runs"]: self.once(f"{e}/own effect", verdict_numbers(v), lambda row: self.numbers(note, [(0, row)], at))
         self.once(f"{e}/sentence", said, lambda s: self.client.set_tag(note, "mlflow.note.content", s))
 
 # %% ../nbs/00a_track.ipynb #c042
