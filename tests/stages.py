@@ -19,7 +19,7 @@ def write(folder, parameters=PARAMETERS, default="assert run", **cells):
 def environment(tmp, **more):
     "An environment that writes to tmp alone."
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "MEDFT_")) and k != "DO_NOT_TRACK"}
-    return env | dict(MEDFT_NOTEBOOKS=str(tmp/"nbs"), HOME=str(tmp/"home"), OMP_NUM_THREADS="1", **{k: str(v) for k, v in more.items()})
+    return env | dict(MEDFT_NOTEBOOKS=str(tmp/"nbs"), HOME=str(tmp/"home"), OMP_NUM_THREADS="1") | {k: str(v) for k, v in more.items()}
 
 def start(tmp, *args, **env):
     "Start `medft ARGS` in tmp."

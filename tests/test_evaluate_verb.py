@@ -253,3 +253,20 @@ def test_a_killed_evaluation_is_resumed_to_the_same_result(trained, tmp_path, nu
     assert manifest(cut)["status"] in ("running", "interrupted") and not (cut/"metrics.json").exists()
     code, out, err = medft(tmp_path, "resume", cut, timeout=600, MEDFT_RUNS=tmp_path/"runs", **env); assert code == 0, err
     assert "are there already" in (cut/"logs"/"finetune.log").read_text() and read_json(cut/"metrics.json") == read_json(whole/"metrics.json")
+
+
+@pytest.mark.long
+def test_a_model_and_an_adapter_from_the_hub(trained, tmp_path):
+    "By name alone, from a stand-in for the hub; a name that it does not know is one line."
+    from hub_server import HubServer
+    from stages import medft
+    files = lambda folder: {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
+    (tmp_path/"home").mkdir()
+    with HubServer() as hub:
+        hub.add("org/base", files(trained.recipe.model.name), kind="model"); hub.add("org/tuned", files(trained.path/"trl"/"adapters"), kind="model")
+        env = hub.env(tmp_path) | dict(MEDFT_NOTEBOOKS=Path(__file__).parent.parent/"nbs", TQDM_DISABLE=1, MEDFT_RUNS=tmp_path/"runs")
+        asked = ["--recipe", trained.path/"recipe.yaml", OFF]
+        code, out, err = medft(tmp_path, "evaluate", "org/base", *asked, "--with", "tuned=org/tuned", "--run-dir", tmp_path/"hub", timeout=600, **env); assert code == 0, err
+        code, out, err = medft(tmp_path, "evaluate", "org/nothere", *asked, timeout=600, **env); assert code == 2 and "org/nothere" in err
+    here, there = read_json(trained.path/"metrics.json")["models"], read_json(tmp_path/"hub"/"metrics.json")["models"]
+    assert there["base"]["test"]["accuracy"] == here["base"]["test"]["accuracy"] and there["tuned"]["test"]["accuracy"] == here["trl"]["test"]["accuracy"]
