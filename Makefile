@@ -31,7 +31,7 @@ quickstart: install  ## the whole story in a few minutes, offline: data, two tra
 	@medft run quickstart
 
 # Two cores: the notebooks and the tests named here run beside the other tests, which takes half the time away.
-BESIDE := $(addprefix tests/test_,site.py sources.py starter.py track.py train.py plan.py quick.py run.py scoring.py)
+BESIDE := $(addprefix tests/test_,site.py sources.py starter.py track.py train.py plan.py quick.py run.py scoring.py export.py)
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -m "not long" --durations 10
 test: install  ## every test but the long ones: notebooks and package agree, every notebook runs, pytest
 	@.ci/same

@@ -28,7 +28,7 @@ def read(path): return json.loads(path.read_text())
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     runs = tmp_path_factory.mktemp("quickstart")
-    done = medft("run", "quickstart", runs=runs, OMP_NUM_THREADS="")
+    done = medft("run", "quickstart", runs=runs, OMP_NUM_THREADS="1")     # the other core has its own tests
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return only_run(runs, "quickstart"), done
 
