@@ -266,7 +266,7 @@ def test_a_model_and_an_adapter_from_the_hub(trained, tmp_path):
         hub.add("org/base", files(trained.recipe.model.name), kind="model"); hub.add("org/tuned", files(trained.path/"trl"/"adapters"), kind="model")
         env = hub.env(tmp_path) | dict(MEDFT_NOTEBOOKS=Path(__file__).parent.parent/"nbs", TQDM_DISABLE=1, MEDFT_RUNS=tmp_path/"runs")
         asked = ["--recipe", trained.path/"recipe.yaml", OFF]
-        code, out, err = medft(tmp_path, "evaluate", "org/base", *asked, "--with", "tuned=org/tuned", "--run-dir", tmp_path/"hub", timeout=600, **env); assert code == 0, err
+        code, out, err = medft(tmp_path, "evaluate", "org/base", *asked, "--with", "tuned=org/tuned", "--run-dir", tmp_path/"there", timeout=600, **env); assert code == 0, err
         code, out, err = medft(tmp_path, "evaluate", "org/nothere", *asked, timeout=600, **env); assert code == 2 and "org/nothere" in err
-    here, there = read_json(trained.path/"metrics.json")["models"], read_json(tmp_path/"hub"/"metrics.json")["models"]
+    here, there = read_json(trained.path/"metrics.json")["models"], read_json(tmp_path/"there"/"metrics.json")["models"]
     assert there["base"]["test"]["accuracy"] == here["base"]["test"]["accuracy"] and there["tuned"]["test"]["accuracy"] == here["trl"]["test"]["accuracy"]
