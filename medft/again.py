@@ -121,7 +121,7 @@ def write_page(run):
     found = read_json(run.path/"metrics.json")
     if found: write(run.path/"report.html", report(run, found, {}))
 
-#| exports
+# %% ../nbs/06d_again.ipynb #c025x
 def rebuilt(run) -> dict:
     "Make metrics.json, report and card again from a run's predictions. Says what changed."
     with run.hold():

@@ -9,7 +9,7 @@ __all__ = ['is_run', 'meant', 'short_name', 'with_names', 'with_files', 'of_run'
            'check_scored']
 
 # %% ../nbs/06c_elsewhere.ipynb #c002
-from .core import MedftError, Run, locate, nearest, runs_root  # first: it sets switches that the libraries read
+from .core import MedftError, Recipe, Run, locate, nearest, runs_root  # first: it sets switches that the libraries read
 from .further import check_further, check_labels, described, its_labels, named
 from .recipe import load_recipe
 from .train import trained
@@ -77,7 +77,7 @@ def parts_of(what, recipe, merged=False) -> tuple:
     return dict(model=model), {}, dict(base=short_name(source))
 
 # %% ../nbs/06c_elsewhere.ipynb #c017
-def again(recipe, overrides) -> "Recipe":
+def again(recipe, overrides) -> Recipe:
     "A recipe that was put together, through the loader once more."
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/f"{recipe.name}.yaml"; path.write_text(recipe.to_yaml(), encoding="utf-8")
