@@ -89,13 +89,15 @@ def compared(a, b) -> dict:
                 bases_alike=[s for s in found if not any(r["a"] == r["b"] == "base" for r in rows if r["set"] == s)])
 
 # %% ../nbs/06d_again.ipynb #c018
-def in_words(found) -> list[str]:
+def in_words(
+    found,      # what `compared` gives
+    scores=(),  # lines of a table of every score, to stand between
+) -> list[str]:
     "A comparison of two runs for people: the verdicts on the main set, every score, the verdicts on further sets."
-    from medft.summary import aligned, score_table
     main, rest = ([d for d in found["comparisons"] if (d["set"] == found["main"]) == first] for first in (True, False))
     apart = [d["sentence"] for d in rest if d["label"] != "tie"]; ties = [f"{len(rest) - len(apart)} of {len(rest)} comparisons on further sets are ties (--json has them all)"]*(len(rest) > len(apart))
     notes = [f"the bases answer alike on {', '.join(found['bases_alike'])}"]*bool(found["bases_alike"]) + [f"A and B read {', '.join(found['read_otherwise'])} in different prompts: the same items, by id, truth and file"]*bool(found["read_otherwise"])
-    return [f"A: {found['A']}", f"B: {found['B']}", *notes, "", *(d["sentence"] for d in main), "", *aligned(score_table(found["models"])), *([""] if rest else []), *apart, *ties]
+    return [f"A: {found['A']}", f"B: {found['B']}", *notes, "", *(d["sentence"] for d in main), "", *scores, *([""] if rest and scores else []), *apart, *ties]
 
 # %% ../nbs/06d_again.ipynb #c021
 def leaves(obj, at="") -> dict:

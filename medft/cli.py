@@ -13,7 +13,7 @@ from pathlib import Path
 
 import typer
 from .beforehand import chosen_stages, find_run, planned, planned_evaluation    # these two rooms import nothing at their top
-from .summary import aligned, run_summary, short_verdicts
+from .summary import aligned, run_summary, score_table, short_verdicts
 
 # %% ../nbs/11_cli.ipynb #c005
 def explain(
@@ -115,7 +115,7 @@ def _compare(a, others, as_json):
     from medft import again
     found = again.compared(find_run(a), find_run(others[0]))
     if as_json: import json; _say(json.dumps(found, indent=1, default=str)); return
-    for line in again.in_words(found): _say(line)
+    for line in again.in_words(found, aligned(score_table(found["models"]))): _say(line)
 
 def _clash(compare, as_json, **given):
     "Refuse options that the other half of the verb takes."
