@@ -106,6 +106,7 @@ class Checks(Checks):
     identifiers: Action = "warn"                # what may identify a real person (HIPAA Safe Harbor)
     encoding: Action = "warn"                   # text decoded wrongly somewhere before
     control_characters: Action = "warn"         # invisible characters
+    markup: Action = "warn"                     # remains of HTML, of a word processor, of de-identification
     label_balance: Action = "warn"              # a label or answer position that is rare
 
 
@@ -136,6 +137,8 @@ class Dataset(Source):
     first_option: typing.Literal[0, 1] | None = None    # what a MedMCQA file calls its first option; None: read off the file
     answer: typing.Literal["text", "letter"] = "text"   # what a four-option question is answered with
     system: str | None = None                   # a system message before every conversation
+    reasoning: typing.Literal["drop", "prepend"] = "drop"    # a column or key that holds the reasoning beside an answer: not read, or written before the answer
+    repair: bool = False                        # broken text (wrong decoding, HTML remains, invisible characters) is repaired with ftfy, and recorded
     holdout: float = 0.1                        # share held out for validation, and for test, where no file is given
     max_samples: int | None = None              # of the training rows; None or 0: all
     similarity: float = 0.8                     # Jaccard similarity from which two texts are near-duplicates
@@ -158,6 +161,7 @@ class Evaluation(Section):
     max_items: int | None = None                # first n items of every scored set; None: all
     confidence: float = 0.95
     generate: bool = False                      # open answers: also write them out (slow)
+    show_items: bool | None = None              # show single items in the report and in notebooks; None: not where identifiers were found or the data are records
     score: typing.Literal["letters", "texts", "both"] | None = None     # listed options: also score them as letters, as their texts, or as both; None: both, where that costs little
     threshold: float | None = None              # two labels: the probability from which the second is said; None: the best F1 on validation
     baselines: list[str] = []                   # classification: simple rules to show beside the models, by name
