@@ -93,11 +93,12 @@ def create(cls: Run, recipe, root=None, run_id=None, command=None):
     "Make the folder, freeze the recipe, write the first manifest. Never touches an existing run."
     root, recipe = Path(root or recipe.output.dir or runs_root()), settle(recipe)
     path = root.resolve()/recipe.name/(run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
+    placed = dict(placed_by_hand=True) if Path(run_id or "").is_absolute() else {}     # --run-dir: not in a folder of runs
     try: (path/"logs").mkdir(parents=True)
     except OSError as e: raise MedftError(f"cannot make the run folder {path}: {e.strerror}; choose another place with --run-dir") from None
     for name in ("recipe.yaml", ".recipe.yaml"): atomic_write(path/name, recipe.to_yaml())     # the second is what a resumed run is compared with
     chosen = dict(engine_chosen=recipe.engine_chosen) if recipe.engine_chosen else {}
-    write_json(path/"manifest.json", dict(status="running", recipe=recipe.name, digest=recipe.digest(), seed=recipe.seed, command=command, **chosen,
+    write_json(path/"manifest.json", dict(status="running", recipe=recipe.name, digest=recipe.digest(), seed=recipe.seed, command=command, **chosen, **placed,
                created=time.strftime("%Y-%m-%dT%H:%M:%S%z"), stages={}, hashes={}, **environment()))
     return cls(path, recipe)
 
@@ -118,6 +119,13 @@ REHEARSED = "rehearsal: random weights, the figures mean nothing"
 
 @patch(as_prop=True)
 def manifest(self: Run) -> dict: return read_json(self.path/"manifest.json", {})
+
+@patch(as_prop=True)
+def root(self: Run) -> Path:
+    "The folder of runs that this one belongs to, also where `--run-dir` put it somewhere else."
+    if self.manifest.get("placed_by_hand"):
+        return Path(self.recipe.output.dir or runs_root())
+    return self.path.parent.parent
 
 @patch
 def update(self: Run, changes):

@@ -85,13 +85,13 @@ def prepare(run) -> dict:
         opened = {name: open_entry(r.dataset, *entry) for name, entry in entries(r.dataset).items()}
         benchmarks = open_benchmarks(r.dataset)
     if opened["train"][0][0].kind == "corpus": return finish(run, add_sets(run, tok, opened, adopt(run, opened["train"][0][0], tok), p), p)
-    kept = run.path.parent.parent/".data"/storing.cache_key(r, all_hashes(opened, benchmarks), tok)
-    if r.dataset.cache and (kept/"report.json").exists():
-        with p.step("link"): report = storing.from_cache(kept, folder)
+    kept = storing.cache_folder(run)/storing.cache_key(r, all_hashes(opened, benchmarks), tok)
+    with p.step("link"): report = storing.from_cache(kept, folder) if r.dataset.cache else None
+    if report:
         run.log(f"data: prepared before from the same files and recipe; linked from {kept.parent.name}/{kept.name[:8]}…")
         return finish(run, report | dict(cached=True), p)
     report = fresh(run, tok, opened, benchmarks, p)
-    if r.dataset.cache: storing.keep_in_cache(folder, kept)
+    if r.dataset.cache and (why := storing.keep_in_cache(folder, kept)): run.log(f"data: not kept for the next run: {why}")
     return finish(run, report, p)
 
 # %% ../nbs/01_data.ipynb #c015b

@@ -258,11 +258,15 @@ def _remote(url, split, streaming):
         single = path in found or _pattern(url)
         if streaming and _streamable(found):
             chosen = found if single else {k: found[k] for k in _alike(name, dict.fromkeys(found), split)}
-            return [Part(full(k), None, kind_of(full(k)), partial(fs.open, k, "rb"), json.dumps(v)) for k, v in chosen.items()]
+            return [Part(full(k), None, kind_of(full(k)), partial(fs.open, k, "rb"), _version(v)) for k, v in chosen.items()]
         folder, files = _fetch(fs, found, url)
     except MedftError: raise
     except Exception as e: raise broken(name, _refusal(e)) from e
     return [p for k, f in files.items() for p in _file(f, full(k), split)] if single else _folder(folder, name.rstrip("/"), split)
+
+def _version(state):
+    "A file's state as text; empty where a server tells its size and nothing that changes with its content."
+    return json.dumps(state) if set(state) - {"size"} else ""
 
 def _streamable(keys): return all(kind_of(_bare(k)) in PLAIN | {"parquet", "arrow"} and PurePosixPath(_bare(k)).name not in MARKS for k in keys)
 
@@ -316,5 +320,10 @@ def parts(
 def digest(
     part: Part,
 ) -> str:   # hex; of a streamed file, what the server calls its state
-    "What tells this part's content from any other: SHA-256 of its bytes, or the hub's commit."
-    return part.version or sha256(part.path)
+    "What tells this part's content from any other: the hub's commit, the server's state, or SHA-256 of its bytes."
+    if part.version:
+        return part.version
+    if part.path:
+        return sha256(part.path)
+    with explained(part), part.data() as stream:    # no ETag and no date: only the content itself can tell
+        return hashlib.sha256(hashlib.file_digest(stream, "sha256").digest()).hexdigest()   # as `sha256` of a file
