@@ -13,7 +13,8 @@ from pathlib import Path
 
 import typer
 from .beforehand import chosen_stages, find_run, planned, planned_evaluation    # these two rooms import nothing at their top
-from .summary import aligned, run_summary, score_table, short_verdicts
+from .places import aligned
+from .summary import run_summary, score_table, short_verdicts
 
 # %% ../nbs/11_cli.ipynb #c005
 def explain(

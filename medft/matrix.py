@@ -9,7 +9,7 @@ __all__ = ['TASKS', 'Combination', 'CHANGES', 'chosen', 'rules', 'in_rows', 'in_
            'go_through', 'attempt', 'child', 'results', 'compare', 'tried', 'evidence']
 
 # %% ../nbs/06b_matrix.ipynb #c002
-from .core import ENGINES, MedftError, Run, assets, environment, load_recipe, nearest, read_json, write_json  # first: it sets switches that the libraries read
+from .core import ENGINES, MedftError, Run, aligned, assets, environment, load_recipe, nearest, read_json, write_json  # first: it sets switches that the libraries read
 from . import families
 from .rehearse import LENGTH, few_rows
 
@@ -54,8 +54,7 @@ def in_text(found) -> list[str]:
         rows, own = in_rows({c: why for c, why in found.items() if c.engine == e})
         new = {f"[{own.index(r) + 1}]": f"[{reasons.index(r) + 1}]" for r in own}
         rows = [[new.get(x, x) for x in r] for r in rows]
-        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-        out += [f"{e}:", *("  " + "  ".join(x.ljust(w) for x, w in zip(r, widths)).rstrip() for r in rows), ""]
+        out += [f"{e}:", *(f"  {line}" for line in aligned(rows)), ""]
     return out + [f"[{i}] {r}" for i, r in enumerate(reasons, 1)]
 
 # %% ../nbs/06b_matrix.ipynb #c014
