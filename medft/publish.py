@@ -30,14 +30,23 @@ from .track import SECRET
 # %% ../nbs/05d_publish.ipynb #c005
 SHAPES = dict(hub=r"\bhf_[A-Za-z0-9]{30,}", aws=r"\bAKIA[0-9A-Z]{16}\b", github=r"\bgh[pousr]_[A-Za-z0-9]{30,}", key=r"\bsk-[A-Za-z0-9_-]{20,}", login=r"://[^/\s:@]+:[^/\s:@]+@")
 
-def secrets_in(text, environment=os.environ) -> list[str]:
+def secrets_in(
+    text,               # what would be written or sent
+    environment=None,   # variables to look for; None: those of this process
+) -> list[str]:
     "What a text gives away: names of environment variables, kinds of tokens."
-    named = [k for k, v in environment.items() if SECRET.search(k) and len(v) >= 8 and v in text]
-    return [f"the value of ${k}" for k in named] + [f"something shaped like a {k} token" for k, s in SHAPES.items() if re.search(s, text)]
+    variables = os.environ if environment is None else environment
+    named = [k for k, v in variables.items() if SECRET.search(k) and len(v) >= 8 and v in text]
+    shaped = [k for k, shape in SHAPES.items() if re.search(shape, text)]
+    return [f"the value of ${k}" for k in named] + [f"something shaped like a {k} token" for k in shaped]
 
-def refuse_secrets(text, where, environment=os.environ):
+def refuse_secrets(text, where, environment=None):
     "Raise `Refused` when a text holds a token."
-    if found := secrets_in(text, environment): raise Refused(f"{where} would hold {', '.join(found)}; remove it from the recipe or the data, then export again")
+    found = secrets_in(text, environment)
+    if found:
+        raise Refused(
+            f"{where} would hold {', '.join(found)}; remove it from the recipe or the data, then export again"
+        )
 
 def write(path, text, where=None): refuse_secrets(text, where or Path(path).name); atomic_write(path, text)
 
