@@ -40,7 +40,7 @@ def why_hidden(
         return f"the data are records of patients ({', '.join(sorted(found))})"
     if rows := _identified_rows(report):
         return f"what may identify somebody was found in {rows:,} rows"
-    if run.recipe.dataset.checks.identifiers == "off" and "identifiers" not in run.recipe.dataset.drop:
+    if run.recipe.dataset.checks.identifiers == "off" and "identifiers" not in report.get("checks", {}):
         return "identifiers were not looked for (dataset.checks.identifiers: off)"
     return ""
 
@@ -56,6 +56,8 @@ def is_remote(
 ) -> bool:
     "Whether what is sent there leaves this machine."
     parts = urlsplit(str(uri))
+    if str(uri) in ("databricks", "databricks-uc", "uc"):               # MLflow's names for a server
+        return True
     if parts.scheme in ("", "sqlite") or len(parts.scheme) == 1:      # a path; C: is one too
         return False
     return parts.scheme != "file" or parts.netloc not in ("", "localhost")

@@ -37,7 +37,7 @@ _PARAMETER = re.compile(
     r"|^_*(?:sig|sas|jwt|pat|pass|hdnts|hdnea|rlkey|ticket|assertion)_*$|^x(?:amz|goog|oss|obs|cos|ms)[a-z]|^q(?:sign|ak|sigtime|keytime|header|url)"
 )
 _BESIDE_A_SIGNATURE = set(
-    "expires expiry exp se st sv sp sr spr sip si ss srt skoid sktid skt ske sks skv saoid suoid scid sdd ses policy algorithm googleaccessid ossaccesskeyid".split()
+    "expires expiry exp se st sv sp sr spr sip si ss srt skoid sktid skt ske sks skv saoid suoid scid sdd ses policy keypairid algorithm googleaccessid ossaccesskeyid".split()
 )
 
 def _is_secret_parameter(name):
@@ -345,7 +345,7 @@ _ASSIGNED = re.compile(
     r"|(?:auth|access|refresh|hub|id|bearer|user|session)[_-]?token|client[_-]?secret|_auth)|(?<![A-Za-z0-9_])(?:token|secret|pwd)))"
     r"(?P<sep>(?:\\?[\"'])?\]?\s{0,3}(?:=>|=|:)\s{0,3})(?P<quote>\\?[\"'])?(?P<value>[^\s\"'\\,;&<>(){}\[\]|*$][^\s\"'\\,;&<>(){}\[\]|]{5,200}+)(?![(\[])"
 )
-_OPTION = re.compile(r"(?<!\S)--?(?:password|passwd|token|api-key|apikey|secret|auth-token|hf-token|access-key|secret-key)[ =](?P<value>[^\s\"']{6,})")
+_OPTION = re.compile(r"(?<![\w-])--?(?:password|passwd|token|api-key|apikey|secret|auth-token|hf-token|access-key|secret-key)[ =](?P<value>[^\s\"'\\]{6,})")
 _NO_VALUE = re.compile(r"(?i)none|null|true|false|undefined|os\.environ.*|getenv.*|self\..*|.*_(?:token|key|secret|password)|[-\d.e+]+|(?:your|my)[-_].*|\.+|-+|/.*/.*token")
 
 def _is_value(found):
