@@ -8,8 +8,8 @@ Docs: https://medft.github.io/medft/card.html.md"""
 __all__ = ['CHANGED', 'GEMMA', 'HAI_DEF', 'LLAMA2', 'LLAMA3', 'TERMS', 'UNKNOWN', 'KINDS', 'TEXT', 'SCORING', 'MEASURED', 'BIAS',
            'LIMITS', 'training_table', 'skipped', 'parity_table', 'markdown', 'terms', 'notice', 'stated_licence',
            'data_licence', 'results', 'base_name', 'card_data', 'what_is_scored', 'procedure', 'rows_in_words',
-           'sentences', 'class_tables', 'in_calibration', 'in_retention', 'in_seeds', 'findings', 'places',
-           'model_card']
+           'what_was_checked', 'sentences', 'class_tables', 'in_calibration', 'in_retention', 'in_seeds', 'findings',
+           'places', 'model_card']
 
 # %% ../nbs/05c_card.ipynb #c002
 from .core import REHEARSED, assets, locate, read_json  # first: it sets switches that the libraries read
@@ -145,6 +145,17 @@ def rows_in_words(report) -> str:
     return (f"{report.get('rows_in', 0):,} rows read, {report.get('rows_out', 0):,} kept, {total('rejected'):,} rejected, {total('filtered'):,} filtered; "
             f"{report.get('learned', 'nothing counted')}; {report.get('truncated', 0):,} rows truncated.")
 
+def what_was_checked(run) -> str:
+    "What is known of scored rows among training rows, and what could not be looked up."
+    unchecked = run.manifest.get("unchecked")
+    if unchecked is None:
+        return "Whether rows scored here had been trained on was not checked."
+    own = "Rows scored here are not among those that this run trained on; this was checked before scoring."
+    if not run.recipe.engine:
+        own = "Nothing was trained here."
+    missing = [f"{line[:1].upper()}{line[1:]}." for line in unchecked]
+    return " ".join([own, "What a base had read before is outside this check.", *missing])
+
 def sentences(metrics) -> list[str]:
     "The verdicts in words: against the base, and against the best simple rule."
     return [d["sentence"] for d in metrics["verdict"].values()] + [d["sentence"] for k, d in metrics.get("between", {}).items() if k.split(" - ")[-1] in metrics.get("baselines", {})]
@@ -204,7 +215,7 @@ def model_card(
     kind, shown = what_is_scored(r, metrics["models"]["base"][metrics["main"]]), metrics | dict(models={w: x for w, x in metrics["models"].items() if "@" not in w})
     return re.sub(r"\n{3,}", "\n\n", str(ModelCard.from_template(
         card_data(run, metrics), template_path=str(assets()/"card.md.j2"), title=r.name, description=r.description, base=base_name(r), engine=engine, sentences=[REHEARSED] if run.manifest.get("rehearsal") else sentences(metrics),
-        scores=markdown(table(shown)), findings=findings(metrics), tables=[markdown(t) for t in class_tables(metrics, report.get("labels"))], scoring=SCORING[kind], level=f"{100*metrics['confidence']:g}", procedure=procedure(r), task=r.task,
+        scores=markdown(table(shown)), findings=findings(metrics), tables=[markdown(t) for t in class_tables(metrics, report.get("labels"))], scoring=SCORING[kind], seen=what_was_checked(run), level=f"{100*metrics['confidence']:g}", procedure=procedure(r), task=r.task,
         datasets=[(Path(k).name if Path(k).is_absolute() else k, v, data_licence(k, r.dataset)) for k, v in report.get("hashes", {}).items()], rows=rows_in_words(report), training=markdown(training_table(run)), tiny=r.model.name == "tiny-base",
-        parity=markdown(parity_table(parities)), how={e: p["merged"]["how"] for e, p in parities.items() if "merged" in p}, revision=f', revision="{r.model.revision}"' if r.model.revision else "",
+        parity=markdown(parity_table(parities)) if any(parities.values()) else "", how={e: p["merged"]["how"] for e, p in parities.items() if "merged" in p}, revision=f', revision="{r.model.revision}"' if r.model.revision else "",
         lora=r.lora is not None, at=places(run, engine, hub), limits=[MEASURED, LIMITS[kind], BIAS], notice=notice(r.model.name, read_json(run.path/"model.json", {}).get("architecture", "")), labels=report.get("labels"))))

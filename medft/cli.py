@@ -42,14 +42,13 @@ def _warn(line): "One line on stderr."; print(f"medft: {line}", file=sys.stderr,
 def main(args=None) -> int:
     "The console script. Returns the exit code."
     args = list(sys.argv[1:] if args is None else args) or ["--help"]
-    if Path(".env").is_file():
-        from dotenv import load_dotenv
-        load_dotenv(Path.cwd()/".env", override=False)      # the environment wins
+    from medft.redaction import load_env, redact
+    load_env(warn=_warn)      # the environment wins
     try: return app([a for a in args if a != "--debug"], prog_name="medft", standalone_mode=False) or 0
     except BaseException as e:
         if "--debug" in args: raise
         code, line = explain(e)
-        if line: _warn(line)
+        if line: _warn(redact(line))
         return code
 
 # %% ../nbs/11_cli.ipynb #c014
@@ -88,8 +87,8 @@ def _run(
     started, (r, names, root, place, replaced) = time.time(), planned(recipe, overrides, run_dir, stages, rehearse, not dry_run)
     for line in replaced: _say(f"# {line}" if dry_run else line)
     if dry_run: _say(f"{r.to_yaml()}# stages: {', '.join(names)}\n# folder: {place or root/r.name}\n# nothing was started"); return
-    from medft import runner
-    command = runner.redact(" ".join(["medft run", recipe, *(overrides or []), *["--rehearse"]*rehearse]))
+    from medft.redaction import redact
+    command = redact(" ".join(["medft run", recipe, *(overrides or []), *["--rehearse"]*rehearse]))
     _finish(_begun(r, root, place, command, replaced), names, started)
 
 # %% ../nbs/11_cli.ipynb #c019
@@ -141,7 +140,7 @@ def _evaluate(
     _clash(compare, as_json, recipe=recipe, benchmarks=benchmarks, merged=merged, run_dir=run_dir, **{"with": further})
     if compare: return _compare(what, overrides or [], as_json)
     started, (r, called, root, place) = time.time(), planned_evaluation(what, overrides, recipe, further, merged, benchmarks, run_dir)
-    from medft.runner import redact
+    from medft.redaction import redact
     command = ["medft evaluate", what, *(overrides or []), *([f"--recipe {recipe}"] if recipe else []), *(f"--with {x}" for x in further or []), *([f"--benchmarks {benchmarks}"] if benchmarks else []), *["--merged"]*merged]
     run = _begun(r, root, place, redact(" ".join(command)), [])
     run.update(dict(scored=what, called=called))
@@ -218,7 +217,8 @@ def _track(
     "Upload a run's record to MLflow: what has not arrived yet."
     r = find_run(run)
     from medft.core import MedftError
-    from medft.track import plainly, redact, tracking_uri, upload
+    from medft.redaction import redact
+    from medft.track import plainly, tracking_uri, upload
     _say(f"uploading to {redact(tracking_uri(r.recipe))}")
     try: upload(r.path, adapters)
     except MedftError: raise
@@ -231,7 +231,8 @@ def _ui(port: int = typer.Option(5000, help="port on this machine")):
     "Open MLflow on the local store (this machine only)."
     import socket
     from medft.core import MedftError, runs_root
-    from medft.track import PATIENCE, redact, tracking_uri
+    from medft.redaction import redact
+    from medft.track import PATIENCE, tracking_uri
     uri, env = tracking_uri(), {**PATIENCE, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
     if uri.startswith("http"): _say(f"runs are tracked at {redact(uri)}: open it in a browser"); return
     with socket.socket() as s:

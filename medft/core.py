@@ -23,6 +23,8 @@ import psutil
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
+from .redaction import redact
+
 # %% ../nbs/00_core.ipynb #c050
 PACKAGES = "medft torch transformers trl peft datasets accelerate bitsandbytes unsloth unsloth_zoo mlflow papermill scikit-learn numpy".split()
 
@@ -96,8 +98,10 @@ def create(cls: Run, recipe, root=None, run_id=None, command=None):
     placed = dict(placed_by_hand=True) if Path(run_id or "").is_absolute() else {}     # --run-dir: not in a folder of runs
     try: (path/"logs").mkdir(parents=True)
     except OSError as e: raise MedftError(f"cannot make the run folder {path}: {e.strerror}; choose another place with --run-dir") from None
+    without = remember_urls(recipe)     # no file holds their credentials
     for name in ("recipe.yaml", ".recipe.yaml"): atomic_write(path/name, recipe.to_yaml())     # the second is what a resumed run is compared with
     chosen = dict(engine_chosen=recipe.engine_chosen) if recipe.engine_chosen else {}
+    if without: chosen["without_credentials"] = without
     write_json(path/"manifest.json", dict(status="running", recipe=recipe.name, digest=recipe.digest(), seed=recipe.seed, command=command, **chosen, **placed,
                created=time.strftime("%Y-%m-%dT%H:%M:%S%z"), stages={}, hashes={}, **environment()))
     return cls(path, recipe)
@@ -157,7 +161,8 @@ def done(self: Run, stage) -> bool: return self.manifest["stages"].get(stage, {}
 
 @patch
 def log(self: Run, message, show=True):
-    "Add a line to logs/finetune.log, and show it here too."
+    "Add a line to logs/finetune.log, without secrets, and show it here too."
+    message = redact(str(message))
     (self.path/"logs").mkdir(exist_ok=True)
     with (self.path/"logs"/"finetune.log").open("a", encoding="utf-8") as f: f.write(f"{time.strftime('%H:%M:%S')} {message}\n")
     if show: print(message)

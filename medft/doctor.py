@@ -72,7 +72,8 @@ def check_hub():
 def check_surroundings():
     "Yield what else a run may use."
     import importlib.util, shutil
-    from medft.track import redact, tracking_uri
+    from medft.redaction import redact
+    from medft.track import tracking_uri
     if importlib.util.find_spec("unsloth"): yield OK, "unsloth is installed", ""
     else: yield WARN, "unsloth is not installed, that engine will be skipped", "pip install medft[unsloth] (on a GPU machine)"
     yield OK, "quarto is installed" if shutil.which("quarto") else "quarto is not installed: only needed to build the site", ""

@@ -59,7 +59,11 @@ def check_all(run) -> dict:
 
 def write_pages(run, metrics, parities) -> dict:
     "training.env, card, report and export.json; what the last one says."
-    write(run.path/"training.env", training_env(run.recipe)); write(run.path/"README.md", model_card(run, metrics, parities)); write(run.path/"report.html", report(run, metrics, parities))
+    pages = {"README.md": model_card(run, metrics, parities), "report.html": report(run, metrics, parities), "training.env": training_env(run.recipe)}
+    for name, text in pages.items():
+        refuse_secrets(text, name)      # all of them, before the first is written
+    for name, text in pages.items():
+        write(run.path/name, text)
     out = dict(artefacts=artefacts(run), parity=parities, tolerance=TOLERANCE, serve={e: serve_lines(run, e) for e in parities})
     write_json(run.path/"export.json", out)
     return out

@@ -13,6 +13,8 @@ __all__ = ['QUIET', 'PACKAGE', 'MedftError', 'Refused', 'nearest', 'aligned', 'c
 import difflib, hashlib, importlib.util, io, json, logging, os, tempfile, warnings
 from pathlib import Path
 
+from .redaction import redacted_json
+
 # %% ../nbs/000_places.ipynb #c005
 QUIET = dict(HF_HUB_DISABLE_TELEMETRY="1", DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", HF_UPDATE_DOWNLOAD_COUNTS="0", MLFLOW_DISABLE_TELEMETRY="true",
              UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_DISABLE_AUTO_UPDATES="1", UNSLOTH_COMPILE_LOCATION=str(Path(tempfile.gettempdir())/"unsloth_compiled_cache"),
@@ -107,17 +109,37 @@ def model_path(name) -> str:
     return str(assets()/"tiny_base") if name == "tiny-base" else str(locate(name) or name)
 
 # %% ../nbs/000_places.ipynb #c019
+def _permissions() -> int:
+    "What the umask leaves of rw-rw-rw-."
+    try:
+        status = Path("/proc/self/status").read_text()
+        mask = int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask")), 8)
+    except (OSError, StopIteration, ValueError):
+        mask = os.umask(0o077)      # there is no way to ask without setting it
+        os.umask(mask)
+    return 0o666 & ~mask
+
 def atomic_write(path, data):
-    "Write text or bytes so that a reader sees all of it or none."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    "Write text or bytes so that a reader sees all of it or none. The umask decides who may read it."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode() if isinstance(data, str) else data
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(fd, "wb") as f: f.write(raw); f.flush(); os.fsync(f.fileno())
-        os.chmod(tmp, 0o644); os.replace(tmp, path)
-    except BaseException: Path(tmp).unlink(missing_ok=True); raise
+        with os.fdopen(fd, "wb") as f:
+            f.write(raw)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(tmp, _permissions())
+        os.replace(tmp, path)
+    except BaseException:
+        Path(tmp).unlink(missing_ok=True)
+        raise
 
-def write_json(path, obj): "Write an object as readable JSON, atomically."; atomic_write(path, json.dumps(obj, indent=1, ensure_ascii=False, default=str) + "\n")
+def write_json(path, obj):
+    "Write an object as readable JSON, atomically and without secrets."
+    text = json.dumps(obj, indent=1, ensure_ascii=False, default=str) + "\n"
+    atomic_write(path, redacted_json(text))
 
 def read_json(path, default=None):
     "Read a JSON file; `default` when it is not there."

@@ -16,6 +16,7 @@ from .core import REHEARSED, assets, read_json  # first: it sets switches that t
 from . import items
 from .card import class_tables, parity_table, skipped, training_table
 from .data import load_split
+from .disclosure import why_hidden
 from .diagrams import calibration_table, plot_positions, plot_reliability, positions_table
 from .evaluate import plot_labels, plot_scores, plot_subjects, read_predictions
 from .forest import forest_table, plot_forest
@@ -198,7 +199,9 @@ def rows_of(run, frame, name) -> list:
     return rows if [str(r["id"]) for r in rows] == list(map(str, frame.id)) else []
 
 def items_section(run, metrics, frames) -> list:
-    "Ten answers that went wrong most surely, and ten that changed."
+    "Ten answers that went wrong most surely, and ten that changed; why not, where single items are not shown."
+    if hidden := why_hidden(run):
+        return [note(f"Single items are not shown: {hidden}. To show them: evaluation.show_items=true.")]
     s, base = metrics["main"], first_model(metrics); who = [w for w in metrics["models"] if "@" not in w and (w, s) in frames]
     tuned = next((w for w in who if w != base), base); rows, labels = rows_of(run, frames[tuned, s], s), metrics.get("labels")
     if not rows: return []

@@ -6,10 +6,11 @@ Docs: https://medft.github.io/medft/resume.html.md"""
 
 # %% auto #0
 __all__ = ['HARMLESS', 'CHOOSING', 'REDO', 'freeze', 'unchanged', 'as_begun', 'spread', 'differences', 'is_harmless', 'told',
-           'judge', 'outdated', 'take', 'resumed']
+           'judge', 'outdated', 'take', 'refuse_without_credentials', 'resumed']
 
 # %% ../nbs/10b_resume.ipynb #c002
 from .core import TRAINING_STAGES, MedftError, Run, atomic_write, load_recipe
+from .redaction import full_url
 
 import hashlib, re, time
 
@@ -89,6 +90,18 @@ def take(run, new, found) -> Run:
     return Run.open(run.path)
 
 # %% ../nbs/10b_resume.ipynb #c025
+def refuse_without_credentials(run, recipe):
+    "Raise `MedftError` when rows have still to be fetched from an address whose credentials are not at hand."
+    if run.done("data"):
+        return
+    named = str(recipe.dataset.model_dump())
+    for url in run.manifest.get("without_credentials") or []:
+        if url in named and full_url(url) == url:
+            raise MedftError(
+                f"{url}: it was given with a password or signature, which no file of a run holds; give it again:"
+                f" medft resume {run.path} dataset.path=URL (or the key that names it), or set MEDFT_URL=URL"
+            )
+
 def resumed(
     run,            # a Run
     overrides=(),   # "section.key=value", ...
@@ -98,4 +111,5 @@ def resumed(
     old, new = as_begun(run), load_recipe(run.path/"recipe.yaml", overrides)
     found = differences(old, new)
     judge(old, found, allow)
+    refuse_without_credentials(run, new)
     return take(run, new, found) if found else run

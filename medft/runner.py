@@ -27,7 +27,8 @@ from papermill.exceptions import PapermillExecutionError
 from . import core
 from .checkpoints import writing
 from .core import MedftError, Run, atomic_write, notebooks, read_json, write_json
-from .track import redact, tracking_uri
+from .redaction import redact, redact_file
+from .track import tracking_uri
 
 logging.getLogger("papermill").setLevel(logging.CRITICAL)    # what it would say, we say
 
@@ -216,9 +217,8 @@ def executed_notebook(run, stage) -> Path: "Where a stage's executed notebook li
 
 def take_out_secrets(run, *paths):
     "Take secrets out of what a stage has written for people to read."
-    for p in (*paths, run.path/"logs"/"finetune.log", run.path/"logs"/"kernel.log"):
-        text = p.read_text(encoding="utf-8", errors="replace") if p.exists() else ""
-        if (safe := redact(text)) != text: atomic_write(p, safe)
+    for path in (*paths, *sorted((run.path/"logs").glob("*.log"))):
+        redact_file(path)
 
 # %% ../nbs/10a_runner.ipynb #c037
 def told_to_end(process) -> bool: "Was a kernel itself sent SIGTERM?"; return process is not None and process.poll() == -signal.SIGTERM

@@ -175,6 +175,7 @@ def benchmark_rows(run) -> dict:
     benchmarks.check_benchmarks(wanted, scored_sets(run), run.recipe.task)
     for name, lines in benchmarks.refuse_trained(answerers(run), wanted, most).items():
         for line in dict.fromkeys(lines): run.log(f"evaluate: {name}: {line}")
+        run.update(dict(unchecked=[*(run.manifest.get("unchecked") or []), *(f"{name}: {line}" for line in dict.fromkeys(lines))]))
     return benchmarks.opened(wanted, most)
 
 def score_benchmarks(run, who, model, tok, todo, asked):

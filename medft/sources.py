@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from .formats import ENDINGS, FREE, GROWTH, PLAIN, READERS, Part, broken, check_end, explained, features, kind_of, opened
 from .formats import printable, rows
 from .hub import cache, causes, hub, pick
+from .redaction import full_url, redact
 
 # %% ../nbs/00b_sources.ipynb #c008
 MARKS = ("state.json", "dataset_dict.json", "corpus.json", "patients.csv", "patients.csv.gz")   # a folder with one of these is one thing
@@ -196,15 +197,17 @@ def _filesystem(url):
 
 # %% ../nbs/00b_sources.ipynb #c032
 _NO_KEYS = "NoCredentials|Unable to locate credentials|Anonymous caller|DefaultCredentials"
+_GIVE_AGAIN = "no file of a run holds a password or signature: name the whole URL again (dataset.path=URL), or set MEDFT_URL to it"
 _WRONG_KEYS = "PermissionError|Forbidden|AccessDenied|InvalidAccessKey|SignatureDoes|Unauthorized"
 
 def _refusal(e):
     "Why a server gave nothing."
     said, first = " ".join(f"{type(x).__name__} {x}" for x in causes(e)), str(e).strip().partition("\n")[0] or type(e).__name__
+    first = redact(first)
     if re.search(_NO_KEYS, said):
         return ("no credentials for this place; set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
                 "GOOGLE_APPLICATION_CREDENTIALS); for a public S3 bucket FSSPEC_S3_ANON=true")
-    if re.search(_WRONG_KEYS, said): return f"access refused ({first}); check the keys and what they may read"
+    if re.search(_WRONG_KEYS, said): return f"access refused ({first}); check the keys and what they may read; {_GIVE_AGAIN}"
     if isinstance(e, FileNotFoundError) and "annot connect" not in said: return "nothing there; check the bucket and the key"
     return f"cannot be reached: {first}"
 
@@ -251,6 +254,7 @@ def _get(fs, key, to, size):
 # %% ../nbs/00b_sources.ipynb #c039
 def _remote(url, split, streaming):
     "The parts of a URL: a file, a folder or a pattern."
+    url = full_url(url)     # its credentials are in memory, where a recipe had some
     name, (fs, path) = shown(url), _filesystem(url)
     full = lambda key: name if key == path else shown(fs.unstrip_protocol(key))
     try:
