@@ -14,23 +14,41 @@ import unicodedata
 # %% ../nbs/00aa_text_keys.ipynb #t004
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
 _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cn", "Co", "Cs")
+_INVISIBLE_MARKS = "\u034f\u3164\ufe00-\ufe0f"     # a joiner, a filler and variation selectors: no category says that nobody sees them
+_PRINT_SIGNS = {    # what stands for it: the signs of print that say the same
+    "'": "\u2018\u2019\u201a\u201b\u02b9\u02bc\u2032\u00b4",
+    '"': "\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033",
+    "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63",
+}
+_UNIFIED = {ord(sign): plain for plain, signs in _PRINT_SIGNS.items() for sign in signs}
+_TO_UNIFY = re.compile("[" + "".join(_PRINT_SIGNS.values()) + "]")
+_MARKS = re.compile(f"[{_INVISIBLE_MARKS}]")
 
 def visible(
     text: str,
 ) -> str:
     "A text without the characters that nobody sees: zero-width marks, soft hyphens, direction marks, control characters."
-    if text.isascii() and text.isprintable():
+    if text.isprintable():
         return text
     return "".join(c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE_CATEGORIES)
+
+def _single_blanks(text):
+    return " ".join(text.split())
 
 def text_key(
     text: str,
 ) -> str:   # not for showing
-    "The form in which texts are compared: NFKC, no case, no invisible characters, single blanks."
-    if not text.isascii():
+    "The form in which texts are compared: NFKC, no case, plain quotes and dashes, no invisible characters, single blanks."
+    text = _single_blanks(text)
+    if not text.isprintable():
+        text = _single_blanks(visible(text))
+    if text.isascii():
+        return text.casefold()
+    if _TO_UNIFY.search(text):
+        text = text.translate(_UNIFIED)
+    if _MARKS.search(text):
+        text = _MARKS.sub("", text)
+    if _SUPERSCRIPTS.search(text):
         text = _SUPERSCRIPTS.sub(lambda found: "^" + found[0], text)
-        text = unicodedata.normalize("NFKC", visible(text))
-    folded = text.casefold()
-    if not folded.isascii():
-        folded = unicodedata.normalize("NFKC", folded)
-    return " ".join(visible(folded).split())
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return _single_blanks(unicodedata.normalize("NFKC", folded))

@@ -15,6 +15,7 @@ from .choices import Reject, cell
 from .formats import rows as source_rows
 from .prose import from_patient, from_text
 from .shingles import PERMUTATIONS, mix
+from .text_keys import text_key
 
 import hashlib, json, re, unicodedata
 from functools import lru_cache
@@ -78,8 +79,10 @@ def word_numbers(
     text,
 ) -> np.ndarray:    # (words,), uint64
     "A number for every word, the same for the same word."
-    letters, kind = _letters(text.lower())
-    if (kind == 2).any(): letters, kind = _letters(_ALONE.sub(r" \g<0> ", text.lower()))
+    folded = text_key(text)
+    letters, kind = _letters(folded)
+    if (kind == 2).any():
+        letters, kind = _letters(_ALONE.sub(r" \g<0> ", folded))
     inside = kind > 0
     letters = (letters*inside).astype(np.uint64)
     pairs = letters[:-1]*_ODD_1 + letters[1:]
@@ -175,7 +178,7 @@ def one(self: Work, n, row, column, where):
         if not text: raise Reject("empty text")
     except Reject as e: return Doc(n, cell(row.get("id")) or f"{where}:{n}", str(e)), None
     steps += ["special tokens spelled out"]*bool(self.special.search(text))
-    key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    key = hashlib.blake2b(text_key(text).encode(), digest_size=16).digest()
     return Doc(n, id, "", group or f"text {key.hex()}", key, sign(text).tobytes(), b"", tuple(steps)), text
 
 # %% ../nbs/00j_texts.ipynb #c031
