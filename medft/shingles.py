@@ -22,7 +22,7 @@ from rensa import RMinHash
 # %% ../nbs/00fa_shingles.ipynb #c005
 SIGNS = re.compile(r"[^\w+<>]|_")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f]")
-_COMBINING = re.compile("[" + "".join(chr(c) for c in range(0x300, 0x1F000) if unicodedata.combining(chr(c))) + "]")
+_OUTSIDE_ASCII = re.compile("[^\x00-\x7f]")
 TABLE = bytes(c if c > 127 else ord(chr(c).lower()) if chr(c).isalnum() or chr(c) in "+<>" else 32 for c in range(256))
 
 def fold(text) -> str:
@@ -30,7 +30,12 @@ def fold(text) -> str:
     if text.isascii():
         return _CONTROL.sub("", text)
     letters = unicodedata.normalize("NFKD", text_key(text))
-    return SIGNS.sub(" ", _COMBINING.sub("", letters))
+    for letter in set(_OUTSIDE_ASCII.findall(letters)):
+        if unicodedata.combining(letter):
+            letters = letters.replace(letter, "")
+        elif SIGNS.match(letter):
+            letters = letters.replace(letter, " ")
+    return letters.replace("_", " ")
 
 def _plain(texts):
     raw = [b" " + fold(t).encode("utf-8", "replace") + b" " for t in texts]

@@ -13,16 +13,16 @@ import unicodedata
 
 # %% ../nbs/00aa_text_keys.ipynb #t004
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
+_RAISED = frozenset("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻")
+_OUTSIDE_ASCII = re.compile("[^\x00-\x7f]")
 _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cn", "Co", "Cs")
-_INVISIBLE_MARKS = "\u034f\u3164\ufe00-\ufe0f"     # a joiner, a filler and variation selectors: no category says that nobody sees them
+_INVISIBLE_MARKS = {"\u034f", "\u3164", *map(chr, range(0xFE00, 0xFE10))}   # a joiner, a filler, variation selectors: letters or marks by category
 _PRINT_SIGNS = {    # what stands for it: the signs of print that say the same
     "'": "\u2018\u2019\u201a\u201b\u02b9\u02bc\u2032\u00b4",
     '"': "\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033",
     "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63",
 }
-_UNIFIED = {ord(sign): plain for plain, signs in _PRINT_SIGNS.items() for sign in signs}
-_TO_UNIFY = re.compile("[" + "".join(_PRINT_SIGNS.values()) + "]")
-_MARKS = re.compile(f"[{_INVISIBLE_MARKS}]")
+_UNIFIED = {sign: plain for plain, signs in _PRINT_SIGNS.items() for sign in signs} | dict.fromkeys(_INVISIBLE_MARKS, "")
 
 def visible(
     text: str,
@@ -44,11 +44,10 @@ def text_key(
         text = _single_blanks(visible(text))
     if text.isascii():
         return text.casefold()
-    if _TO_UNIFY.search(text):
-        text = text.translate(_UNIFIED)
-    if _MARKS.search(text):
-        text = _MARKS.sub("", text)
-    if _SUPERSCRIPTS.search(text):
+    special = set(_OUTSIDE_ASCII.findall(text))
+    for sign in special & _UNIFIED.keys():
+        text = text.replace(sign, _UNIFIED[sign])
+    if special & _RAISED:
         text = _SUPERSCRIPTS.sub(lambda found: "^" + found[0], text)
     folded = unicodedata.normalize("NFKC", text).casefold()
     return _single_blanks(unicodedata.normalize("NFKC", folded))
