@@ -12,6 +12,7 @@ __all__ = ['STEPS', 'RUN', 'LONGEST', 'BATCH', 'layout', 'clean', 'word_numbers'
 from .core import MedftError, Model, Recipe  # first: it sets switches that the libraries read
 from .articles import files_of, read_xml
 from .choices import Reject, cell
+from .identity import identities, identity_columns
 from .formats import rows as source_rows
 from .prose import from_patient, from_text
 from .shingles import PERMUTATIONS, mix
@@ -149,13 +150,19 @@ class Doc(NamedTuple):
     steps: tuple = ()       # what cleaning did
 
 # %% ../nbs/00j_texts.ipynb #c028
+@lru_cache(64)
+def _owner_columns(columns, text_column):
+    return identity_columns(columns, {text_column})
+
 def take(row, column, where, n) -> tuple[str, str, str]:
     "A row's id, group and raw text. Raises `Reject` when it has none."
     if column not in row and row.get("patient_id"): ex = from_patient(row)
     else: ex = from_text({k: v for k, v in row.items() if k in ("title", "kind", "id")} | dict(text=row.get(column)))
     if len(ex["text"]) > LONGEST: raise Reject(f"longer than {LONGEST:,} characters; split it into documents")
     id = cell(row.get("id")) or ex.get("id")
-    return id or f"{where}:{n}", cell(row.get("group")) or ex.get("group") or (f"article {id}" if id else ""), ex["text"]
+    owners = identities(row, _owner_columns(tuple(row), column))
+    group = cell(row.get("group")) or ex.get("group") or (owners[0] if owners else f"article {id}" if id else "")
+    return id or f"{where}:{n}", group, ex["text"]
 
 # %% ../nbs/00j_texts.ipynb #c029
 class Work:
