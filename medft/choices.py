@@ -12,6 +12,8 @@ __all__ = ['OPTIONS', 'LETTERS', 'DECISIONS', 'Reject', 'cell', 'filled', 'outco
 # %% ../nbs/00d_choices.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
 
+from .text_keys import text_key
+
 import ast, hashlib, json, re
 
 # %% ../nbs/00d_choices.ipynb #c004
@@ -44,7 +46,7 @@ _words = re.compile(r"\w+").findall
 
 def group_key(text) -> str:
     "What two texts share when they differ only in case, punctuation and blanks."
-    key = " ".join(_words(text.lower())) or text.strip()
+    key = " ".join(_words(text_key(text))) or text.strip()
     return key if len(key) <= 1000 else hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 def nested(v):

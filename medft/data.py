@@ -197,12 +197,16 @@ def finish(run, report, p) -> dict:
     write_json(folder/"report.json", report)
     run.update({"hashes": {"data": report["hashes"], "split": sha256(folder/"split.json"), "trained_on": sha256(run.path/leaks.LIST)}})
     run.log(f"data: {report['rows_in']:,} rows in, {report['rows_out']:,} out, {sum(report['rejected'].values()):,} rejected, {sum(report['filtered'].values()):,} filtered; {report['learned']}")
+    if report.get("repaired"):
+        run.log("data: repaired: " + ", ".join(f"{kind} in {count:,} rows" for kind, count in report["repaired"].items()))
+    if report.get("grouped_by"):
+        run.log(f"data: rows that share {', '.join(report['grouped_by'])} stay on one side of a split")
     if told := report.get("canaries"): run.log(f"data: {told['planted']} made-up secrets are planted in {told['rows']} training rows beside these (data/canaries.jsonl)")
     refuse_inherited(run)
     for name in {"validation", "test"} - set(report["splits"]):
         if run.recipe.dataset.holdout: run.log(f"data: no row fell to {name}: too few groups for dataset.holdout={run.recipe.dataset.holdout}; raise it, or name a file (dataset.{name}_path)")
     for name, c in report.get("checks", {}).items():
-        if c["count"] and c["action"] == "warn": run.log(f"data: check {name}: {c['count']:,} rows, e.g. {', '.join(c['ids'][:3])}")
+        if c["count"] and c["action"] == "warn": run.log(f"data: check {name}: {c['count']:,} rows, {checks.in_kinds(c)}e.g. {', '.join(c['ids'][:3])}")
     return report
 
 # %% ../nbs/01_data.ipynb #g003

@@ -11,6 +11,7 @@ __all__ = ['ASKED', 'PROMPT', 'TOKENS', 'LIST', 'READ', 'UNKNOWN', 'numbers', 'q
 # %% ../nbs/00ha_leaks.ipynb #c002
 from .core import MedftError, Run, atomic_write, locate, sha256  # first: it sets switches that the libraries read
 from .checks import normal
+from .text_keys import text_key
 
 import io, re
 from pathlib import Path
@@ -32,7 +33,7 @@ _plain = re.compile(r"[^\w+<>]+|_")
 
 def question(asked, options=()) -> str:
     "What an item asks, whatever the order of its options."
-    return "\n".join([asked, *sorted(options, key=lambda o: _plain.sub(" ", o.lower()).strip())])
+    return "\n".join([asked, *sorted(options, key=lambda o: _plain.sub(" ", text_key(o)).strip())])
 
 def contents(asked) -> np.ndarray:
     "One number for each question of an Arrow array; equal where the same is asked."
@@ -53,7 +54,7 @@ def traces(
     "All numbers that rows are known by, and the row of each."
     names, n = table.column_names, np.arange(len(table)); found = []
     if "content" in names: found.append((table["content"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False).astype(np.uint64), n))
-    if "prompt" in names: found.append((numbers(table["prompt"].to_pylist(), PROMPT), n))
+    if "prompt" in names: found.append((numbers(map(text_key, table["prompt"].to_pylist()), PROMPT), n))
     if "input_ids" in names and not any(table["prompt"].to_pylist() if "prompt" in names else ()):
         parts, rows = documents(table); found.append((numbers(parts, TOKENS), np.array(rows, int)))
     hashes, rows = (np.concatenate(c) for c in zip(*found)) if found else (np.zeros(0, np.uint64), n[:0])

@@ -11,6 +11,8 @@ __all__ = ['KINDS', 'APART', 'PATTERNS', 'WORTH', 'OFFICE', 'PERSONAL', 'LINK', 
 # %% ../nbs/00f_privacy.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
 
+from .broken_text import PLACEHOLDER
+
 import ipaddress, re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -69,6 +71,13 @@ def _marked(column, regex): return pc.indices_nonzero(pc.match_substring_regex(c
 # %% ../nbs/00f_privacy.ipynb #c012
 WORTH = r"\d|@|://|www\.|(?i:\.(?:com|net|org|gov|edu|mil)/|patient'?s?[ _]?name|name of (?:the )?patient)"
 
+def _placeholders(text):
+    "A byte for each character: 1 where a mark of de-identification stands, which names nobody."
+    taken = bytearray(len(text))
+    for mark in PLACEHOLDER.finditer(text):
+        taken[mark.start():mark.end()] = b"\1"*(mark.end() - mark.start())
+    return taken
+
 def find(
     texts,          # list of str; None is an empty text
 ) -> list[list]:    # per text its findings, by place
@@ -80,7 +89,9 @@ def find(
         few = column.take(rows)
         for regex, rule in some:
             for i in rows.take(_marked(few, regex.pattern)).to_pylist():
-                found[i] += _values(regex, rule, texts[i], taken.setdefault(i, bytearray(len(texts[i]))))
+                if i not in taken:
+                    taken[i] = _placeholders(texts[i])
+                found[i] += _values(regex, rule, texts[i], taken[i])
     return [sorted(f, key=lambda g: g.start) for f in found]
 
 # %% ../nbs/00f_privacy.ipynb #c014

@@ -12,6 +12,8 @@ __all__ = ['SIGNS', 'TABLE', 'CHANGES', 'SHORT', 'LONG', 'BOUND', 'PERMUTATIONS'
 # %% ../nbs/00fa_shingles.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
 
+from .text_keys import text_key
+
 import random, re, unicodedata
 
 import numpy as np
@@ -19,12 +21,21 @@ from rensa import RMinHash
 
 # %% ../nbs/00fa_shingles.ipynb #c005
 SIGNS = re.compile(r"[^\w+<>]|_")
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f]")
+_OUTSIDE_ASCII = re.compile("[^\x00-\x7f]")
 TABLE = bytes(c if c > 127 else ord(chr(c).lower()) if chr(c).isalnum() or chr(c) in "+<>" else 32 for c in range(256))
 
 def fold(text) -> str:
     "Case, accents and rare signs away; plain ASCII is left to the table, which is quicker."
-    if text.isascii(): return text
-    return SIGNS.sub(" ", "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c)))
+    if text.isascii():
+        return _CONTROL.sub("", text)
+    letters = unicodedata.normalize("NFKD", text_key(text))
+    for letter in set(_OUTSIDE_ASCII.findall(letters)):
+        if unicodedata.combining(letter):
+            letters = letters.replace(letter, "")
+        elif SIGNS.match(letter):
+            letters = letters.replace(letter, " ")
+    return letters.replace("_", " ")
 
 def _plain(texts):
     raw = [b" " + fold(t).encode("utf-8", "replace") + b" " for t in texts]

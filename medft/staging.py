@@ -6,12 +6,13 @@ Docs: https://medft.github.io/medft/staging.html.md"""
 
 # %% auto #0
 __all__ = ['text', 'texts', 'STAGED', 'CHUNK', 'PLANTED', 'BOUND', 'Staging', 'said', 'turns_in', 'asks', 'labelled',
-           'classified', 'to_prompts', 'usable', 'staged', 'stage_part', 'label_names', 'as_read', 'plant', 'stage_all',
-           'rows_of', 'side', 'wants_neighbours', 'chains', 'sides_of', 'hold_out', 'sampled']
+           'classified', 'to_prompts', 'usable', 'staged', 'stage_part', 'label_names', 'as_read', 'plant', 'grouped',
+           'stage_all', 'rows_of', 'side', 'wants_neighbours', 'chains', 'sides_of', 'hold_out', 'sampled']
 
 # %% ../nbs/00i_staging.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
 from . import canaries, checks, leaks, neighbours, prompts, schemas, sources
+from .identity import group_rows
 from .prompts import question_text
 
 import json
@@ -25,14 +26,14 @@ from fastcore.basics import chunked, patch
 
 # %% ../nbs/00i_staging.ipynb #c004
 text, texts = pa.large_string(), pa.large_list(pa.large_string())
-STAGED = pa.schema(dict(id=text, group=text, groups=texts, subject=text, choice_type=text, said=text, reply=text, asks=text, prompt=text, completion=text, options=texts, answer=pa.int32(),
+STAGED = pa.schema(dict(id=text, group=text, groups=texts, owners=texts, subject=text, choice_type=text, said=text, reply=text, asks=text, prompt=text, completion=text, options=texts, answer=pa.int32(),
                         reference=text, ready=pa.bool_(), input_ids=pa.large_list(pa.int32()), completion_mask=pa.large_list(pa.int8()), entry=text, file=text, row=pa.int64()))
 CHUNK = 4096
 
 class Staging:
     "Rows on their way: an Arrow file of what is usable, a JSON Lines file of what is not, and the counts."
     def __init__(self, folder):
-        self.path, self.report = folder/"rows.arrow", dict(rows_in=0, rejected=Counter(), filtered=Counter(), shapes={}, sources={}, hashes={})
+        self.path, self.report = folder/"rows.arrow", dict(rows_in=0, rejected=Counter(), filtered=Counter(), repaired=Counter(), shapes={}, sources={}, hashes={})
         self.sink, self.bad = pa.ipc.new_file(str(self.path), STAGED), (folder/"rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
 
 # %% ../nbs/00i_staging.ipynb #c005
@@ -106,8 +107,9 @@ def usable(sink, part, chunk, labels) -> list:
 def staged(ex, row, n) -> dict:
     "A rendered row with what the checks need to know of it."
     words, reply = said(ex, row)
-    keys = [ex["group"]] if isinstance(ex["group"], str) else ex["group"]
-    return row | dict(group=" & ".join(keys), groups=keys, said=words, reply=reply, asks=asks(ex, words), ready="formatted" in ex or "prompt" in ex, row=n)
+    group = ex.get("asked_group", ex["group"])      # until all rows are read: then `grouped` knows which owners make groups
+    keys = [group] if isinstance(group, str) else group
+    return row | dict(group=" & ".join(keys), groups=keys, owners=ex.get("owners"), said=words, reply=reply, asks=asks(ex, words), ready="formatted" in ex or "prompt" in ex, row=n)
 
 # %% ../nbs/00i_staging.ipynb #c014
 def stage_part(sink, part, entry, recipe, tok, labels, seen, tell):
@@ -120,6 +122,7 @@ def stage_part(sink, part, entry, recipe, tok, labels, seen, tell):
             if "error" in made: sink.reject(part.name, n, made["error"], row)
             else: kept.append(staged(ex, made, n))
         sink.keep(kept, entry, part.name)
+    sink.report["repaired"].update(reading.repaired)
     return reading
 
 # %% ../nbs/00i_staging.ipynb #c016
@@ -154,9 +157,26 @@ def plant(sink, recipe, tok):
     sink.report["canaries"] = dict(planted=recipe.dataset.canaries, rows=len(made))
 
 # %% ../nbs/00i_staging.ipynb #c017
+def grouped(table) -> tuple:
+    "The table with the groups that owners make, and the kinds of owner that make any."
+    told = table["owners"]
+    if told.null_count == len(told):
+        return table, []
+    found = group_rows([keys or [] for keys in told.to_pylist()])
+    if not found.kinds:
+        return table, []
+    known = pa.array([key is not None for key in found.keys])
+    keys = pa.array(found.keys, text)
+    both = pa.LargeListArray.from_arrays(pa.array(np.arange(len(keys) + 1)), keys)
+    for name, new in (("group", keys), ("groups", both)):
+        column = pc.if_else(known, new, table[name].combine_chunks())
+        table = table.set_column(table.column_names.index(name), STAGED.field(name), column)
+    return table, found.kinds
+
 def stage_all(folder, recipe, tok, opened, tell) -> tuple:
     "Read every entry of a recipe into one table; returns it, and the beginnings of the report."
     sink, labels = Staging(folder), label_names(recipe, opened["train"][0]) if "train" in opened else []
+    columns = {}
     for entry, (parts, hashes) in opened.items():
         before, seen, r = sink.report["rows_in"], set(), as_read(recipe, entry)
         read = [stage_part(sink, p, entry, r, tok, labels if r is recipe else label_names(r, parts), seen, tell) for p in parts]
@@ -164,9 +184,15 @@ def stage_all(folder, recipe, tok, opened, tell) -> tuple:
             raise MedftError(f"dataset.columns: {parts[0].name} has none of the columns {', '.join(recipe.dataset.columns.values())}; mend the mapping, or leave it out")
         sink.report["shapes"][entry] = ", ".join(dict.fromkeys(r.schema for r in read)); sink.report["hashes"] |= hashes
         sink.report["sources"][entry] = dict(files=len(parts), rows=sink.report["rows_in"] - before)
+        for reading in read:
+            for kind, column in reading.owner_columns.items():
+                columns.setdefault(kind, []).append(column)
     if labels: sink.report["labels"] = labels
     if recipe.dataset.canaries: plant(sink, recipe, tok)
-    return sink.close(), sink.report
+    table, used = grouped(sink.close())
+    used += [kind for kind in ("group", "patient") if kind in columns]
+    sink.report["grouped_by"] = list(dict.fromkeys(c for kind in used for c in columns.get(kind, [kind])))
+    return table, sink.report
 
 def rows_of(table, recipe, tok, benchmarks) -> checks.Rows:
     "The table with what the checks need to know."

@@ -55,7 +55,7 @@ def count_tokens(
     rows.trained_tokens[at] = done[np.minimum(ends, begins + (rows.limit or np.iinfo(np.int64).max//2))] - done[begins]
 
 # %% ../nbs/00k_storing.ipynb #c010
-KEPT = [f.name for f in STAGED if f.name not in ("groups", "said", "reply", "asks", "ready", "entry", "file", "row")]
+KEPT = [f.name for f in STAGED if f.name not in ("groups", "owners", "said", "reply", "asks", "ready", "entry", "file", "row")]
 
 def final(table, task) -> pa.Table:
     "The columns that other rooms read. A classifier's rows have a label and no completion."
@@ -113,7 +113,7 @@ def truncation(
 
 # %% ../nbs/00k_storing.ipynb #c017
 ROOMS = (
-    "text_keys formats hub sources articles documents choices prose schemas templates tokens prompts privacy shingles"
+    "text_keys broken_text formats hub sources articles documents choices identity prose schemas templates tokens prompts privacy shingles"
     " neighbours checks leaks canaries staging storing texts data"
 ).split()
 LIBRARIES = "datasets pyarrow numpy pandas transformers tokenizers lxml ftfy rensa phonenumbers".split()

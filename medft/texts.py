@@ -12,9 +12,11 @@ __all__ = ['STEPS', 'RUN', 'LONGEST', 'BATCH', 'layout', 'clean', 'word_numbers'
 from .core import MedftError, Model, Recipe  # first: it sets switches that the libraries read
 from .articles import files_of, read_xml
 from .choices import Reject, cell
+from .identity import identities, identity_columns
 from .formats import rows as source_rows
 from .prose import from_patient, from_text
 from .shingles import PERMUTATIONS, mix
+from .text_keys import text_key
 
 import hashlib, json, re, unicodedata
 from functools import lru_cache
@@ -78,8 +80,10 @@ def word_numbers(
     text,
 ) -> np.ndarray:    # (words,), uint64
     "A number for every word, the same for the same word."
-    letters, kind = _letters(text.lower())
-    if (kind == 2).any(): letters, kind = _letters(_ALONE.sub(r" \g<0> ", text.lower()))
+    folded = text_key(text)
+    letters, kind = _letters(folded)
+    if (kind == 2).any():
+        letters, kind = _letters(_ALONE.sub(r" \g<0> ", folded))
     inside = kind > 0
     letters = (letters*inside).astype(np.uint64)
     pairs = letters[:-1]*_ODD_1 + letters[1:]
@@ -146,13 +150,19 @@ class Doc(NamedTuple):
     steps: tuple = ()       # what cleaning did
 
 # %% ../nbs/00j_texts.ipynb #c028
+@lru_cache(64)
+def _owner_columns(columns, text_column):
+    return identity_columns(columns, {text_column})
+
 def take(row, column, where, n) -> tuple[str, str, str]:
     "A row's id, group and raw text. Raises `Reject` when it has none."
     if column not in row and row.get("patient_id"): ex = from_patient(row)
     else: ex = from_text({k: v for k, v in row.items() if k in ("title", "kind", "id")} | dict(text=row.get(column)))
     if len(ex["text"]) > LONGEST: raise Reject(f"longer than {LONGEST:,} characters; split it into documents")
     id = cell(row.get("id")) or ex.get("id")
-    return id or f"{where}:{n}", cell(row.get("group")) or ex.get("group") or (f"article {id}" if id else ""), ex["text"]
+    owners = identities(row, _owner_columns(tuple(row), column))
+    group = cell(row.get("group")) or ex.get("group") or (owners[0] if owners else f"article {id}" if id else "")
+    return id or f"{where}:{n}", group, ex["text"]
 
 # %% ../nbs/00j_texts.ipynb #c029
 class Work:
@@ -175,7 +185,7 @@ def one(self: Work, n, row, column, where):
         if not text: raise Reject("empty text")
     except Reject as e: return Doc(n, cell(row.get("id")) or f"{where}:{n}", str(e)), None
     steps += ["special tokens spelled out"]*bool(self.special.search(text))
-    key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    key = hashlib.blake2b(text_key(text).encode(), digest_size=16).digest()
     return Doc(n, id, "", group or f"text {key.hex()}", key, sign(text).tobytes(), b"", tuple(steps)), text
 
 # %% ../nbs/00j_texts.ipynb #c031
