@@ -21,10 +21,9 @@ def local_files(recipe) -> list[str]:
 # %% ../nbs/10e_beforehand.ipynb #c007
 def check_files(recipe):
     "Is everything here that a recipe names? Raises `MedftError`."
-    from medft import sources
+    from medft import recipe_sources
     from medft.core import MedftError, locate
-    if not (recipe.dataset.path or recipe.dataset.name): raise MedftError("dataset: nothing to train on; name a file (dataset.path=FILE) or a hub data set (dataset.name=ID)")
-    for p in local_files(recipe): sources.parts(p)
+    recipe_sources.open_sources(recipe, beforehand=True)
     if recipe.evaluation.models or recipe.evaluation.benchmarks:
         from medft.elsewhere import check_scored
         check_scored(recipe)

@@ -7,16 +7,17 @@ Docs: https://medft.github.io/medft/corpus.html.md"""
 # %% auto #0
 __all__ = ['STEP', 'COUNTS', 'Builder', 'differences', 'check_same', 'made_in', 'check_place', 'at_work', 'Options',
            'check_options', 'tokenizer', 'build', 'describe', 'close', 'finish', 'prepare_corpus', 'available_cores',
-           'from_parts', 'load_corpus', 'corpus_summary']
+           'texts_in', 'from_parts', 'load_corpus', 'corpus_summary']
 
 # %% ../nbs/01b_corpus.ipynb #c003
 from .core import MedftError, locate, peak_rss, read_json, write_json  # first: it sets switches that the libraries read
-from . import __version__, documents, sources     # documents: its readers of patient files
+from . import __version__, documents, recipe_sources, sources     # documents: its readers of patient files
 from .packing import SPLITS, Crew, Packer, Progress, Worker, connect, copy_of, split_of, write_shard
 from .texts import tasks_of, tokens_of, units_of
 
 import errno, hashlib, json, os, shutil, sqlite3, sys, time
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -222,7 +223,7 @@ def prepare_corpus(
     "Text to packed windows. Raises `MedftError`; what was done stays, and the same call goes on from there."
     paths, out, o = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)], Path(out), Options(**options)
     check_options(o, workers); check_place(out, paths)
-    parts, (tokens, digest) = sources.parts(paths), tokenizer(o.model, o.revision)
+    parts, (tokens, digest) = texts_in(paths, tell), tokenizer(o.model, o.revision)
     now = o._asdict() | dict(tokenizer=digest, medft=__version__, sources={p.name: sources.digest(p) for p in parts})
     if done := made_in(out): check_same(out, done["made_from"], now)
     else: done = from_parts(out, now, parts, tokens, workers or available_cores(), tell)
@@ -230,6 +231,14 @@ def prepare_corpus(
 
 # %% ../nbs/01b_corpus.ipynb #c030
 def available_cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+def texts_in(paths, tell):
+    "The parts that are packed: training rows only; what is left out is said."
+    found = recipe_sources.training_sources(paths[0] if len(paths) == 1 else paths, "pretraining")
+    lines = found.notes + [recipe_sources.not_read_line(found.not_read)]*bool(found.not_read)
+    for line in lines:
+        (tell or partial(print, file=sys.stderr))(f"corpus: {line}")
+    return found.entries["train"][0]
 
 def from_parts(out, now, parts, tokens, workers, tell) -> dict:
     "Begin a corpus, or go on with one."

@@ -122,7 +122,7 @@ def table(found, task, keep=lambda row: True):
 
 def from_file(task, path):
     "A file's rows, and what they came from."
-    found, mmlu = parts(path), task.get("dataset_path") == "cais/mmlu"
+    found, mmlu = parts(path, role="test"), task.get("dataset_path") == "cais/mmlu"
     subject = lambda row: not mmlu or row.get("subject") in (None, "", task["dataset_name"])
     return table(found, task, subject), dict(dataset=str(path), revision=hashlib.sha256("".join(map(digest, found)).encode()).hexdigest())
 

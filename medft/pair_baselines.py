@@ -9,7 +9,7 @@ __all__ = ['FIXED', 'PAIR_BASELINES', 'read_pairs', 'pairs_of', 'fixed_rule', 's
 
 # %% ../nbs/04d_pair_baselines.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
-from . import data, schemas, sources
+from . import data, recipe_sources, schemas, sources
 from .choices import nested
 from .classes import best_threshold, register
 from .documents import ALIGNED, side_by_side
@@ -20,11 +20,12 @@ import numpy as np
 # %% ../nbs/04d_pair_baselines.ipynb #c005
 def read_pairs(
     run,
-    entry,  # of the recipe: train, validation, test or a set
+    entry,  # of the recipe: train, validation, test or a set; one that it has not was cut out of the training rows
 ) -> dict:  # id -> (left, right, label), the records with every usual field
     "The pairs of records behind an entry. Raises `MedftError` when its rows are no pairs, or no objects."
     d, seen, found = run.recipe.dataset, set(), {}
-    for part in data.open_entry(d, *data.entries(d)[entry])[0]:
+    entries = recipe_sources.open_sources(run.recipe).entries
+    for part in entries.get(entry, entries["train"])[0]:
         reading = schemas.read_examples(sources.rows(part), part.name, d, sources.features(part), seen)
         for n, row, ex, _ in (x for x in reading if x[2]):
             found[ex["id"]] = (*(_fields(row.get(reading.renames.get(k, k)), part, n) for k in ("left", "right")), ex.get("answer"))
@@ -41,7 +42,7 @@ def pairs_of(
     entry=None,     # where its rows come from; None: its own entry, else cut out of the training rows
 ) -> list[tuple]:   # (left, right, label) in the order of the prepared rows
     "The pairs of a prepared split."
-    known = read_pairs(run, entry or (split if split in data.entries(run.recipe.dataset) else "train"))
+    known = read_pairs(run, entry or split)
     return [known[i] for i in data.load_split(run, split)["id"]]
 
 # %% ../nbs/04d_pair_baselines.ipynb #c010

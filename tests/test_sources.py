@@ -122,9 +122,10 @@ def test_folders_are_recognised():
 
 def test_splits_in_a_folder_never_mix():
     for s in ("train", "dev", "test"): put(f"data/exam-{s}.jsonl", json.dumps({"q": s}))
-    with pytest.raises(MedftError, match="several splits .test, train, validation."): sources.parts("data")
+    with pytest.raises(MedftError, match="several splits .train, validation, test."): sources.parts("data")
+    assert read("data", role="train") == [{"q": "train"}] and read("data", role="test") == [{"q": "test"}]
     assert read("data", split="train") == [{"q": "train"}] and read("data", split="validation") == read("data", split="dev") == [{"q": "dev"}]
-    with pytest.raises(MedftError, match="no files of split 'extra'"): sources.parts("data", split="extra")
+    with pytest.raises(MedftError, match="no split 'extra'"): sources.parts("data", split="extra")
     assert len(read(["data/exam-train.jsonl", "data/exam-dev.jsonl"])) == 2
 
 
@@ -171,16 +172,16 @@ BROKEN = {
     "nan.jsonl": (b'{"q": 1}\n{"q": NaN}\n', ":2: NaN is not JSON; write null"), "inf.json": (b'[{"q": -Infinity}]', ":1: Inf"), "big.json": (b'[{"q": 1e999}]', "infinity"),
     "deep.json": (b"["*5000 + b"]"*5000, "nested more than"), "deep.jsonl": (b'{"a":'*5000 + b"1" + b"}"*5000, "nested more than"), "quotes.jsonl": (b"{'q': 1}\n", ":1: not JSON"), "comma.json": (b'[{"q": 1},]', "trailing comma"),
     "tail.json": (b'[{"q": 1}] x', "not JSON"), "two.json": (b'{\n"q": 1}\n{\n"q": 2}\n', ":3: not JSON"), "surrogate.jsonl": (b'{"q": "\\ud800", "a": NaN}', ":1: not JSON"), "control.jsonl": (b'{"q": "a\x01b"}', ":1: not JSON: unexpected control"),
-    "empty.json": (b"", "holds no row"), "blank.jsonl": (b"\n \n\n", "holds no row"), "none.json": (b"[]", "holds no row"), "lists.json": (b'{"train": [{"q": 1}], "test": [{"q": 2}]}', "holds 2 lists"),
+    "empty.json": (b"", "holds no row"), "blank.jsonl": (b"\n \n\n", "holds no row"), "none.json": (b"[]", "holds no row"), "lists.json": (b'{"rows": [{"q": 1}], "more": [{"q": 2}]}', "holds 2 lists"),
     "truth.json": (b'{"1": "yes", "2": "no"}', "maps ids to a string"), "pandas.json": (b'{"q": {"0": "a"}, "a": {"0": "b"}}', "orient="),
     # encodings
     "latin.jsonl": ('{"q": "a"}\n{"q": "Übelkeit"}'.encode("latin-1"), ":2: byte 8 of this line, 0xdc"), "latin.json": ('[{"q":\n"é"}]'.encode("latin-1"), ":2: byte 2 of this line, 0xe9"), "word.jsonl": ('{"q": "a – b"}'.encode("cp1252"), "windows-1252"),
-    "latin.csv": ("q,a\n1,2\né,b\n".encode("latin-1"), ":3: byte 1 of this line, 0xe9"), "late.csv": (b"q,a\n" + b"1,2\n"*50_000 + b"\xff,b\n", ":50002: byte 1"), "utf16.csv": ("q,a\n1,2\n".encode("utf-16"), "UTF-16"),
-    "utf16.json": ('[{"q": 1}]'.encode("utf-16-le"), "iconv -f utf-16"), "utf32.jsonl": ('{"q": 1}'.encode("utf-32"), "NUL"), "latin.txt": ("é".encode("latin-1"), "not UTF-8"),
+    "latin.csv": ("q,a\n1,2\né,b\n".encode("latin-1"), ":3: byte 1 of this line, 0xe9"), "late.csv": (b"q,a\n" + b"1,2\n"*50_000 + b"\xff,b\n", ":50002: byte 1"), "cut16.csv": ("q,a\n1,2\n".encode("utf-16")[:-1], "declares utf-16"),
+    "utf16.json": ('[{"q": 1}]'.encode("utf-16-le"), "iconv -f utf-16"), "utf32.jsonl": ('{"q": 1}'.encode("utf-32-le"), "NUL"), "latin.txt": ("é".encode("latin-1"), "not UTF-8"),
     # CSV
     "shift.csv": (b"q,a\n1,2\n1,2,3\n", ":3: 3 cells where the header has 2"), "short.csv": (b"q,a,b\n1,2\n", ":2: 2 cells where"), "open.csv": (b'q,a\n1,2\n"x,y\n3,4\n', ":3: a quote opened here is never closed"),
-    "stray.csv": (b'q,a\n"x" y,2\n', ":2: "), "twice.csv": (b"q,a,q\n1,2,3\n", "two columns are called 'q'"), "noname.csv": (b"q,,a\n1,2,3\n", "column 2 has no name"), "semicolon.csv": (b"q;a\n1;2\n", "parted by ';'"),
-    "tabs.csv": (b"q\ta\n1\t2\n", "parted by '\\t'"), "commas.tsv": (b"q,a\n1,2\n", "parted by ','"), "nul.csv": (b"q,a\n" + b"1,2\n"*50 + b"1,\0\n", ":52: a NUL byte"), "empty.csv": (b"", "holds no row"), "head.csv": (b"q,a\n", "holds no row"),
+    "stray.csv": (b'q,a\n"x" y,2\n', ":2: "), "twice.csv": (b"q,a,q\n1,2,3\n", "two columns are called 'q'"), "noname.csv": (b"q,,a\n1,2,3\n", "column 2 has no name"), "semicolon.csv": (b"q;a\n1;2;3\n", "parted by ';'"),
+    "tabs.csv": (b"q\ta\n1\n", "parted by '\\t'"), "commas.tsv": (b"q,a\n1\n", "parted by ','"), "nul.csv": (b"q,a\n" + b"1,2\n"*50 + b"1,\0\n", ":52: a NUL byte"), "empty.csv": (b"", "holds no row"), "head.csv": (b"q,a\n", "holds no row"),
     # not what the name says
     "page.json": (b"<!DOCTYPE html><html>", "web page"), "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"), "zip.csv": (GOOD["a.zip"], "is a zip file"), "gz.jsonl": (CUT, "is a gzip file"),
     "parquet.csv": (parquet(), "is a Parquet file"), "arrow.json": (arrow(new=pa.ipc.new_file), "is an Arrow file"), "a.docx": (b"PK", "don't know how to read '.docx'"), "noending": (b"x", "a file without an ending"), "a.parquet.gz": (b"x", "don't know"),
@@ -217,8 +218,7 @@ def test_half_a_surrogate_does_not_cost_the_file(half):
 
 
 @pytest.mark.parametrize("members, split, says, never", [
-    (["a.csv", "b.jsonl"], None, "unpack it and name one", "*"), (["train.csv", "test.jsonl"], None, "set dataset.split (test, train), or unpack it", "*"),
-    (["train.csv", "train.jsonl"], "train", "unpack it and name one", "dataset.split"), (["x/a.csv.gz", "x/b.jsonl"], None, "unpack it", "*")])
+    (["a.csv", "b.jsonl"], None, "unpack it and name one", "*"), (["train.csv", "train.jsonl"], "train", "unpack it and name one", "dataset.split"), (["x/a.csv.gz", "x/b.jsonl"], None, "unpack it", "*")])
 def test_several_kinds_and_the_way_out(members, split, says, never):
     put("both.zip", zipped([(m, "x") for m in members])); [put(f"both/{m}", "x") for m in members]; put("both/more/readme.md", "x")
     with pytest.raises(MedftError) as e: sources.parts("both.zip", split=split)
@@ -230,7 +230,7 @@ def test_several_kinds_and_the_way_out(members, split, says, never):
 
 def test_a_split_may_be_of_a_kind_of_its_own():
     put("both/train.csv", "q\n1\n2\n"); put("both/test.jsonl", '{"q": 3}'); put("both.zip", zipped([("train.csv", "q\n1\n2\n"), ("test.jsonl", '{"q": 3}')]))
-    for spec in ("both", "both.zip"): assert read(spec, split="train") == [{"q": "1"}, {"q": "2"}] and read(spec, split="test") == [{"q": 3}]
+    for spec in ("both", "both.zip"): assert read(spec, role="train") == read(spec, split="train") == [{"q": "1"}, {"q": "2"}] and read(spec, split="test") == [{"q": 3}]
 
 
 @pytest.mark.parametrize("content", [flipped(GOOD["a.zip"], 60), GOOD["shards.zip"][:-30], b"text", b""])
