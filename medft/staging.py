@@ -12,6 +12,7 @@ __all__ = ['text', 'texts', 'STAGED', 'CHUNK', 'PLANTED', 'BOUND', 'Staging', 's
 # %% ../nbs/00i_staging.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
 from . import canaries, checks, leaks, neighbours, prompts, schemas, sources
+from .group_names import join_group_names
 from .prompts import question_text
 
 import json
@@ -107,7 +108,7 @@ def staged(ex, row, n) -> dict:
     "A rendered row with what the checks need to know of it."
     words, reply = said(ex, row)
     keys = [ex["group"]] if isinstance(ex["group"], str) else ex["group"]
-    return row | dict(group=" & ".join(keys), groups=keys, said=words, reply=reply, asks=asks(ex, words), ready="formatted" in ex or "prompt" in ex, row=n)
+    return row | dict(group=join_group_names(keys), groups=keys, said=words, reply=reply, asks=asks(ex, words), ready="formatted" in ex or "prompt" in ex, row=n)
 
 # %% ../nbs/00i_staging.ipynb #c014
 def stage_part(sink, part, entry, recipe, tok, labels, seen, tell):
