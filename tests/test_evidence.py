@@ -1,5 +1,6 @@
 """What a verdict rests on: clusters of rows, finite scores, and evidence files that today's code could have written."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -7,7 +8,8 @@ import pyarrow as pa
 import pytest
 from scipy.stats import norm
 
-from medft import foreseen, group_names, staging, statistics as st, trials, verdicts
+from medft import agreement, answers, calibration, classes, evaluate, exposure, foreseen, group_names, scored, scoring, staging
+from medft import statistics as st, trials, verdicts
 from medft.core import MedftError
 
 
@@ -127,3 +129,134 @@ def test_the_sentence_gives_every_difference_its_unit():
     assert verdicts.sentence(d, "trl").endswith(f"could have shown is {100*d['detectable']:.1f} points")
     assert verdicts.sentence(d | dict(metric="loss"), "trl").endswith("nats per token")
     assert verdicts.sentence(d | dict(detectable=None), "trl").endswith("could have shown is not known")
+
+
+# Scores that are numbers
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG = [[NAN]*4, [-9., NAN, -1., -2.], [NAN, -1., -2., -3.], [-1., INF, -2., -3.], [-INF]*4]
+ITEMS = [dict(id=f"q{i}", group=f"q{i}", prompt="p", options=["a", "b", "c", "d"], answer=0) for i in range(3)]
+RIGHT = [-1., -2., -3., -4.]
+
+
+@pytest.mark.parametrize("scores", WRONG)
+def test_nothing_is_chosen_from_scores_that_are_no_numbers(scores):
+    with pytest.raises(MedftError, match="item q1"):
+        scoring.as_chosen(ITEMS, [RIGHT, scores, RIGHT])
+    with pytest.raises(MedftError, match="item q1 .*1 more"):
+        scoring.as_chosen(ITEMS, [RIGHT, scores, scores])
+
+
+def test_one_impossible_option_is_never_chosen_and_has_its_figures():
+    frame = scoring.as_chosen(ITEMS, [RIGHT, [-INF, -2., -3., -4.], [-5., -INF, -1., -2.]])
+    assert frame.choice.tolist() == [0, 1, 2]
+    found = evaluate.measure(frame)
+    assert found["accuracy"]["value"] == round(1/3, 6) and all(np.isfinite(found[m]["value"]) for m in ("brier", "log_loss", "ece"))
+    assert calibration.fit_temperature(frame.assign(truth=[0, 0, 0])) > 0      # one truth was ruled out
+
+
+def labelled(p):
+    return pd.DataFrame(dict(id=["a", "b"], group=["a", "b"], subject="", prompt_sha256="", probabilities=[[.4, .6], p], truth=[1, 0]))
+
+
+def chosen_frame(scores=RIGHT):
+    frame = scoring.as_chosen(ITEMS, [RIGHT, RIGHT, RIGHT])
+    return frame.assign(scores=[RIGHT, scores, RIGHT])
+
+
+def text_frame(nll=3.):
+    return pd.DataFrame(dict(id=["a", "b"], group=["a", "b"], subject="", prompt_sha256="", nll=[2., nll], tokens=[2, 3], bytes=[8, 12]))
+
+
+REFUSED = dict(
+    choose=lambda: scoring.choose(labelled([NAN, NAN])),
+    threshold=lambda: classes.best_threshold([0, 1, 1], [.2, NAN, .4]),
+    measure=lambda: evaluate.measure(chosen_frame([NAN]*4)),
+    measure_labels=lambda: evaluate.measure(labelled([NAN, .5]).assign(choice=0, correct=True)),
+    measure_text=lambda: evaluate.measure(text_frame(NAN)),
+    infinite_loss=lambda: evaluate.measure(text_frame(INF)),
+    compare=lambda: evaluate.compare(text_frame(), text_frame(NAN)),
+    probabilities=lambda: calibration.probabilities(chosen_frame([-1., NAN, -2., -3.])),
+    temperature=lambda: calibration.fit_temperature(chosen_frame([NAN]*4)),
+    exposure=lambda: exposure.exposure([-1., NAN] + [-2.]*998),
+    exposure_of_nan=lambda: exposure.exposure([NAN] + [-2.]*999),
+    letters=lambda: evaluate.measure(chosen_frame().assign(letters_scores=[RIGHT, [NAN]*4, RIGHT])),
+    answers=lambda: evaluate.measure(text_frame().assign(bertscore=[.5, NAN])),
+)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_figures_of_scores_that_are_no_numbers_are_refused(what):
+    with pytest.raises(MedftError, match="no finite numbers"):
+        REFUSED[what]()
+
+
+def test_a_refusal_names_the_model_the_set_and_the_item():
+    frames = {("base", "test"): chosen_frame(), ("trl", "test"): chosen_frame([NAN]*4)}
+    with pytest.raises(MedftError, match="trl on test: the scores of item q1"):
+        evaluate.summarise(frames)
+    frames[("trl", "test")] = chosen_frame()
+    for who in ("trl@2", "rule"):
+        more = frames | {(who, "test"): chosen_frame([NAN]*4)} if "@" in who else frames
+        rules = {} if "@" in who else {(who, "test"): chosen_frame([NAN]*4)}
+        with pytest.raises(MedftError, match=f"{who} on test"):
+            evaluate.summarise(more, baselines=rules)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    "The tiny base with its tokenizer, and the same with NaN in its last norm."
+    from medft.core import load_recipe
+    from medft.data import load_tokenizer
+    from medft.model import load_base
+    recipe = load_recipe("quickstart", ["engine=[trl]"])
+    model = load_base(recipe)
+    return recipe, load_tokenizer(recipe), model
+
+
+@pytest.fixture
+def broken(tiny):
+    import torch
+    recipe, tok, model = tiny
+    weight = model.model.norm.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[0] = NAN
+    yield recipe, tok, model
+    with torch.no_grad():
+        weight.copy_(kept)
+
+
+ROW = dict(id="q7", group="q7", subject="", prompt="Antidote in opioid overdose?", reference="naloxone", options=[" naloxone", " iron"], answer=0)
+
+
+def test_a_model_that_gives_nan_is_stopped_at_choices_text_and_answers(broken, tmp_path):
+    recipe, tok, model = broken
+    text = ROW | dict(input_ids=tok("Iron is lacking.")["input_ids"], completion_mask=[0] + [1]*(len(tok("Iron is lacking.")["input_ids"]) - 1))
+    del text["options"]
+    for predict in (
+        lambda: scoring.predict_choices(model, tok, [ROW]), lambda: scoring.predict_forms(model, tok, [ROW], shuffles=1),
+        lambda: scoring.predict_text(model, tok, [text]), lambda: answers.write_answers(model, tok, [text]),
+    ):
+        with pytest.raises(MedftError, match="item q7"):
+            predict()
+    run = SimpleNamespace(recipe=recipe, path=tmp_path, log=lambda line: None)
+    with pytest.raises(MedftError, match="trl on test: .*item q7"):
+        scored.score_model(run, "trl", model, tok, dict(test=[ROW]), dict(test="key"))
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_sound_model_still_answers(tiny):
+    _, tok, model = tiny
+    assert answers.write_answers(model, tok, [ROW])[0]["answer_tokens"] > 0
+    assert np.isfinite(scoring.predict_choices(model, tok, [ROW]).scores[0]).all()
+
+
+def test_engines_whose_likelihoods_are_nan_do_not_agree():
+    turn = dict(rows=[[1]], times=[1.])
+    seen = {n: dict(turns=[turn], starts=[dict(drawn=1)], losses=[1., .9]) for n in ("trl_default", "fast")}
+    losses = {n: [1., .9] for n in seen}
+    sound = agreement.disagreement("fast", seen, losses, dict(fast=[[-1., -2.]], trl_default=[[-1., -2.]]), ["trl_default"], "float32")
+    wrong = agreement.disagreement("fast", seen, losses, dict(fast=[[NAN, -2.]], trl_default=[[-1., -2.]]), ["trl_default"], "float32")
+    assert not sound["why"] and "no finite numbers" in wrong["why"][-1]
