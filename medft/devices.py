@@ -89,7 +89,7 @@ TRAINED_AS = dict(lora="LoRA", qlora="QLoRA", full="all weights trained")     # 
 def bench_results() -> list[tuple]:
     "(where it stands, result) of every measurement of `medft bench` that can be found: the user's own first, the newest of them first."
     own = sorted((runs_root()/".bench").glob("*/bench.json"), key=lambda p: -p.stat().st_mtime)
-    kept = sorted((assets()/"evidence").glob("bench*.json"))
+    kept = [assets()/"evidence"/"bench.json"]
     found = []
     for path in [*own, *kept]:
         said = read_json(path, {})

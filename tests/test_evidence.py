@@ -1,6 +1,7 @@
 """What a verdict rests on: clusters of rows, finite scores, and evidence files that today's code could have written."""
 import json
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pytest
 from scipy.stats import norm
 
-from medft import agreement, answers, calibration, classes, evaluate, exposure, foreseen, group_names, scored, scoring, staging
+from medft import agreement, answers, calibration, classes, diagrams, evaluate, exposure, foreseen, forest, group_names, pictures, scored, scoring, staging
 from medft import statistics as st, trials, verdicts
 from medft.core import MedftError
 
@@ -260,3 +261,44 @@ def test_engines_whose_likelihoods_are_nan_do_not_agree():
     sound = agreement.disagreement("fast", seen, losses, dict(fast=[[-1., -2.]], trl_default=[[-1., -2.]]), ["trl_default"], "float32")
     wrong = agreement.disagreement("fast", seen, losses, dict(fast=[[NAN, -2.]], trl_default=[[-1., -2.]]), ["trl_default"], "float32")
     assert not sound["why"] and "no finite numbers" in wrong["why"][-1]
+
+
+# Names in plots
+
+
+NAMES = ["Costs: $5_ to $9", "Anatomy $\\frac$", "50% of $a%$", "a\\$b $ c", "_hidden", "__", "two\nlines\tand a tab", "x"*300, "", " ", "\x1b[31mred\x00", "\ud800",
+         "{x}^2_i", "&<b>\"'", "心臓", "العربية", "$", "$$", "\\"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_plot_takes_any_name(name):
+    figure = lambda v: dict(accuracy=dict(value=v, ci95=[v - .05, v + .05], n=40), chance=dict(value=.25, ci95=[.25, .25], n=40))
+    gap = lambda v: dict(label="better", metric="accuracy", effect=v, ci95=[v - .1, v + .1], n=40)
+    bins = [dict(n=20, accuracy=.5, ci95=[.4, .6], confidence=.6)]*2
+    models = {"base": {name: figure(.4)}, name + "m": {name: figure(.8)}}
+    metrics = dict(
+        main=name, models=models, names={name + "m": name}, baselines={}, differences={name + "m": {name: gap(.4)}},
+        subjects={name: {name: dict.fromkeys(models, figure(.4)), "Other": dict.fromkeys(models, figure(.3))}},
+        subject_differences={name: {name: {name + "m": gap(.4)}, "Other": {name + "m": gap(.2)}}},
+        calibration={w: {name: dict(bins=bins, bins_scaled=bins)} for w in models}, positions={w: {name: dict(truth=[.5, .5], chosen=[.4, .6])} for w in models},
+    )
+    ruled = metrics | dict(baselines={name + "r": {name: figure(.5)}})
+    plots = [pictures.plot_scores(metrics), pictures.plot_rules(ruled), pictures.plot_subjects(metrics), forest.plot_forest(metrics), diagrams.plot_reliability(metrics),
+             diagrams.plot_positions(metrics)]
+    for plot in plots:
+        svg = pictures.inline(plot, name if name.isprintable() else "")
+        ElementTree.fromstring(svg.replace('role="img"', ""))
+    legends = [text.get_text() for text in plots[0].legends[0].get_texts()]
+    assert len(legends) == 3      # the base, the model of that name, chance
+
+
+@pytest.mark.parametrize("name, shown", [("a $1 b $2", "a $1 b $2"), ("a\\$b", "a\\$b"), ("_x", " _x"), ("two\nlines", "two lines"), ("y"*40, "y"*25 + "…"), ("", "(no name)")])
+def test_a_name_is_shown_as_it_is(name, shown):
+    from matplotlib.text import Text
+    assert Text(0, 0, pictures.plot_text(name))._preprocess_math(pictures.plot_text(name)) == (shown, False)
+
+
+def test_two_models_of_one_name_both_stand_in_the_legend():
+    figure = lambda v: dict(accuracy=dict(value=v, ci95=[v - .05, v + .05], n=40))
+    metrics = dict(main="test", models=dict(base=dict(test=figure(.4)), a=dict(test=figure(.5)), b=dict(test=figure(.6))), names=dict(a="n"*30 + "1", b="n"*30 + "2"), baselines={})
+    assert len(pictures.plot_scores(metrics).legends[0].get_texts()) == 3
