@@ -10,6 +10,7 @@ __all__ = ['FLOOR', 'SHARE', 'CAP', 'LIKELIHOOD', 'gap', 'loss_tolerance', 'like
 
 # %% ../nbs/080d_agreement.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
+from .finite_scores import comparable
 
 import numpy as np
 
@@ -55,6 +56,9 @@ def disagreement(name, seen, losses, scores, references, precision) -> dict:
     if out["loss_gap"] is None: out["why"].append("its loss is no number, or not there")
     elif near > allowed: out["why"].append(f"its loss is {near:.4f} from TRL's, and {allowed:.4f} is what rounding explains")
     if name not in scores: out["why"].append("its choices were not compared"); return out
+    if not all(map(comparable, scores[name])):
+        out["why"].append("its likelihoods of options are no finite numbers")
+        return out
     found = [same_choices(scores[name], scores[r], choice_tolerance(scores, precision)) for r in references if r in scores]
     out["choices"] = min(found, key=lambda c: c["different"], default=None)
     if out["choices"] and out["choices"]["different"]: out["why"].append(f"{out['choices']['different']} of {out['choices']['n']} choices differ where TRL is sure")

@@ -6,9 +6,10 @@ Docs: https://medft.github.io/medft/answers.html.md"""
 
 # %% auto #0
 __all__ = ['REFUSALS', 'normal', 'exact', 'token_f1', 'rouge_l', 'endless', 'refuses', 'judged', 'stop_ids', 'bounded',
-           'until_stop', 'write_answers', 'answered']
+           'until_stop', 'NonFiniteSteps', 'write_answers', 'answered']
 
 # %% ../nbs/04a_answers.ipynb #c002
+from .finite_scores import NonFiniteScores
 from .likelihood import in_batches, pad, token_budget
 from .meaning import Encoder, bert_scores
 from .prompts import encode
@@ -19,6 +20,7 @@ from collections import Counter
 from functools import lru_cache
 
 import torch
+from transformers import LogitsProcessor
 
 # %% ../nbs/04a_answers.ipynb #c004
 def normal(text): "Words without case, punctuation and articles (SQuAD)."; return re.sub(r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation)).split()
@@ -95,18 +97,50 @@ def until_stop(ids, stops) -> tuple[list, bool]:
     at = next((i for i, t in enumerate(ids) if t in stops), None)
     return (ids, False) if at is None else (ids[:at], True)
 
+# %% ../nbs/04a_answers.ipynb #u1f
+class NonFiniteSteps(LogitsProcessor):
+    "Notes for each row of a batch the first step whose scores are NaN, plus infinity, or minus infinity for every token."
+    def __init__(self, prompt_length: int):
+        self.prompt_length, self.first = prompt_length, None
+
+    def __call__(self, input_ids, scores):
+        wrong = scores.isnan().any(-1) | scores.isposinf().any(-1) | scores.isneginf().all(-1)
+        step = input_ids.shape[1] - self.prompt_length
+        if self.first is None:
+            self.first = torch.full((len(scores),), -1, device=scores.device)
+        self.first[wrong & (self.first < 0)] = step
+        return scores
+
+    def refuse(self, row, item, n_chosen):
+        "Raise `NonFiniteScores` if one of the row's first `n_chosen` tokens was chosen from such scores."
+        step = -1 if self.first is None else int(self.first[row])
+        if 0 <= step < n_chosen:
+            raise NonFiniteScores(f"the scores of token {step + 1} of the answer to item {item} are no finite numbers; look for NaN in the model's weights, or load it with model.dtype=float32")
+
 # %% ../nbs/04a_answers.ipynb #u1c
 @torch.inference_mode()
 def write_answers(model, tok, rows, batch_size=16, say=None, most=None) -> list[dict]:
     "Greedy answers to rows with prompt and reference: answer (str), answer_tokens (without what ends it), ended (by itself)."
-    stops, prompts = stop_ids(tok, getattr(model, "generation_config", None)), encode(tok, [r["prompt"] for r in rows], [""]*len(rows))["input_ids"]
-    asked = bounded(prompts, tok([r["reference"] for r in rows])["input_ids"], most, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    stops = stop_ids(tok, getattr(model, "generation_config", None))
+    prompts = encode(tok, [r["prompt"] for r in rows], [""]*len(rows))["input_ids"]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    asked = bounded(prompts, tok([r["reference"] for r in rows])["input_ids"], most, positions)
+    items = [(r.get("id", i), prompt, n) for i, (r, (prompt, n)) in enumerate(zip(rows, asked))]
     def answer(batch):
-        ids, mask = pad([p for p, _ in batch], model.device, left=True)
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(n for _, n in batch), do_sample=False, num_beams=1, eos_token_id=stops, pad_token_id=tok.pad_token_id)
-        said = [until_stop(o[:n], stops) for o, (_, n) in zip(out[:, ids.shape[1]:].tolist(), batch)]
-        return [dict(answer=tok.decode(s, skip_special_tokens=True), answer_tokens=len(s), ended=ended) for s, ended in said]
-    return in_batches(answer, asked, [len(p) + n for p, n in asked], [1/batch_size]*len(rows), say, tokens=4*token_budget(model))
+        ids, mask = pad([prompt for _, prompt, _ in batch], model.device, left=True)
+        watch = NonFiniteSteps(ids.shape[1])
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max(n for *_, n in batch), do_sample=False, num_beams=1,
+            eos_token_id=stops, pad_token_id=tok.pad_token_id, logits_processor=[watch],
+        )
+        found = []
+        for row, ((item, _, n), new) in enumerate(zip(batch, out[:, ids.shape[1]:].tolist())):
+            said, ended = until_stop(new[:n], stops)
+            watch.refuse(row, item, len(said) + ended)
+            found.append(dict(answer=tok.decode(said, skip_special_tokens=True), answer_tokens=len(said), ended=ended))
+        return found
+    lengths = [len(prompt) + n for _, prompt, n in items]
+    return in_batches(answer, items, lengths, [1/batch_size]*len(rows), say, tokens=4*token_budget(model))
 
 # %% ../nbs/04a_answers.ipynb #c031
 def answered(

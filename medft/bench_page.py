@@ -10,7 +10,7 @@ __all__ = ['LABELS', 'INK', 'HEADER', 'shown', 'engine_row', 'ratio_rows', 'abou
 
 # %% ../nbs/080e_bench_page.ipynb #c002
 from .core import atomic_write  # first: it sets switches that the libraries read
-from .pictures import COLORS, STYLE
+from .pictures import COLORS, STYLE, plot_text
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -74,8 +74,8 @@ def plot(b) -> Figure:
         fig = Figure(figsize=(7.2, 2.7), layout="constrained"); left, right = fig.subplots(1, 2, width_ratios=(1.1, 1)); names = list(b["engines"])
         for i, n in enumerate(names):
             e = b["engines"][n]; left.barh(-i, e["tokens_per_second"] or 0, color=INK.get(n), height=.6); left.plot(e["by_round"], [-i]*len(e["by_round"]), "k.", ms=3)
-            right.plot(range(1, len(e["losses"] or []) + 1), e["losses"] or [], color=INK.get(n), marker="o", ms=8 - 2*i, lw=4 - i if i < 4 else 1, label=LABELS.get(n, n))
-        left.set(yticks=range(0, -len(names), -1), yticklabels=[LABELS.get(n, n) for n in names], xlabel="real tokens per second"); right.set(xlabel="step", ylabel="loss")
+            right.plot(range(1, len(e["losses"] or []) + 1), e["losses"] or [], color=INK.get(n), marker="o", ms=8 - 2*i, lw=4 - i if i < 4 else 1, label=plot_text(LABELS.get(n, n)))
+        left.set(yticks=range(0, -len(names), -1), yticklabels=[plot_text(LABELS.get(n, n)) for n in names], xlabel="real tokens per second"); right.set(xlabel="step", ylabel="loss")
         right.legend()
     return fig
 

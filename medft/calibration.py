@@ -9,6 +9,7 @@ __all__ = ['BINS', 'ROWS', 'logits', 'probabilities', 'proper', 'stated', 'bin_o
            'reaching', 'sureness', 'fit_temperature', 'believed', 'temperature_of', 'calibrated']
 
 # %% ../nbs/04bc_calibration.ipynb #c002
+from .finite_scores import check_frame
 from .statistics import share, valued
 from .verdicts import swapped
 
@@ -21,6 +22,7 @@ from scipy.special import logsumexp, softmax
 # %% ../nbs/04bc_calibration.ipynb #c007
 def logits(frame) -> np.ndarray:
     "(rows, options) scores, -inf where a row has no such option; of rules that only give probabilities, their logarithms."
+    check_frame(frame)
     if "scores" not in frame: return np.log(np.maximum(np.stack(frame.probabilities), np.finfo(float).tiny))
     out = np.full((len(frame), max(map(len, frame.scores))), -np.inf)
     for row, s in zip(out, frame.scores): row[:len(s)] = s
@@ -91,8 +93,12 @@ def sureness(frame, confidence=0.95, temperature=1.0) -> dict:
 # %% ../nbs/04bc_calibration.ipynb #c027
 def fit_temperature(frame) -> float | None:
     "The temperature of least log-loss on these rows (Guo et al. 2017); None when all are answered rightly."
-    z, truth = logits(frame), frame.truth.to_numpy(); own = z[np.arange(len(z)), truth]
+    z, truth = logits(frame), frame.truth.to_numpy()
+    own = z[np.arange(len(z)), truth]
     if (own == z.max(1)).all(): return None
+    possible = np.isfinite(own)     # a truth that the model rules out has an infinite loss at any temperature
+    z, own = z[possible], own[possible]
+    if not len(z): return None
     loss = lambda t: (logsumexp(z/math.exp(t), axis=1) - own/math.exp(t)).mean()
     return math.exp(minimize_scalar(loss, bounds=(math.log(.01), math.log(100)), method="bounded").x)
 
@@ -112,7 +118,7 @@ def believed(frame, temperature=None, confidence=0.95) -> dict:
 def temperature_of(run, who) -> float | None:
     "A model's temperature, from its predictions of the validation rows; None when there are none."
     path = run.path/"predictions"/"validation"/f"{who}.validation.parquet"
-    return fit_temperature(pd.read_parquet(path)) if path.exists() else None
+    return fit_temperature(check_frame(pd.read_parquet(path), who, "validation")) if path.exists() else None
 
 def calibrated(run, frames, metrics) -> dict:
     "{calibration: {model: {set: how far its probabilities can be believed}}}; nothing for texts, which have none."

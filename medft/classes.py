@@ -13,6 +13,7 @@ __all__ = ['BASELINES', 'best_threshold', 'threshold_of', 'mean_of', 'mcc', 'dec
 from .core import MedftError, nearest  # first: it sets switches that the libraries read
 from .calibration import believable, ece, proper, reaching, stated
 from .data import load_split, scored_sets
+from .finite_scores import check_frame, refuse_non_finite
 from .scoring import choose, identity
 from .statistics import f1_each, macro_f1, share, tallies, undefined, valued
 from .verdicts import compare_choices, compare_sums
@@ -26,6 +27,7 @@ def best_threshold(
 ) -> tuple[float, float]:   # threshold, and the F1 it gives on these rows
     "The probability from which 1 is said for the best F1."
     truth, p = np.asarray(truth), np.asarray(p, float)
+    refuse_non_finite(p, range(len(p)), "probabilities")
     levels, positive = np.unique(p), truth.sum()
     if not positive: return 0.5, 0.0
     above = lambda x: len(x) - np.searchsorted(np.sort(x), levels)
@@ -162,5 +164,6 @@ def baseline_frames(
         for s, (p, choice) in sets.items():
             p, at = np.asarray(p, float), slice(len(rows[s])); p = np.stack([1 - p, p], 1) if p.ndim == 1 else p
             frame = pd.DataFrame(dict(identity(rows[s]), probabilities=p[at].tolist(), truth=[r["label"] for r in rows[s]], choice=np.asarray(choice, int)[at]))
+            check_frame(frame, f"evaluation.baselines: {name}", s)
             found[name, s] = frame.assign(correct=frame.choice == frame.truth)
     return found

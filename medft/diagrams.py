@@ -9,7 +9,7 @@ __all__ = ['of_main', 'reliability', 'plot_reliability', 'calibration_table', 'c
            'positions_table']
 
 # %% ../nbs/04eb_diagrams.ipynb #c002
-from .pictures import WIDTH, STYLE, called, colors, legend, short, whiskers, written
+from .pictures import WIDTH, STYLE, called, colors, legend, plot_text, whiskers, written
 
 import matplotlib as mpl, numpy as np, pandas as pd
 from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ def reliability(ax, found, key, ink, names):
     ax.plot([0, 100], [0, 100], color="#999999", lw=1, ls="--")
     for w, x in found.items():
         bins = [b for b in x[key] if b["n"]]; y, off = whiskers([dict(value=b["accuracy"], ci95=b["ci95"]) for b in bins], 100); n = sorted(b["n"] for b in bins)
-        ax.errorbar([100*b["confidence"] for b in bins], y, yerr=off, fmt="o-", ms=4, lw=1.2, capsize=2, color=ink.get(w), label=short(names.get(w, w), 14) + f" ({n[0]}{f'–{n[-1]}'*(n[0] < n[-1])} a dot)")
+        ax.errorbar([100*b["confidence"] for b in bins], y, yerr=off, fmt="o-", ms=4, lw=1.2, capsize=2, color=ink.get(w), label=plot_text(names.get(w, w), 14) + f" ({n[0]}{f'–{n[-1]}'*(n[0] < n[-1])} a dot)")
 
 # %% ../nbs/04eb_diagrams.ipynb #c006s
 def plot_reliability(metrics, most=4) -> Figure | None:
@@ -58,7 +58,7 @@ def plot_positions(metrics, most=4) -> Figure | None:
     with mpl.rc_context(STYLE):
         fig = Figure(figsize=(WIDTH, .9 + .42*len(truth)), layout="constrained"); ax = fig.subplots()
         ax.vlines([100*t for t in truth], [i - .38 for i in range(len(truth))], [i + .38 for i in range(len(truth))], color="#333333", lw=1.2, ls="--", label="truth")
-        for j, (w, x) in enumerate(found.items()): ax.plot([100*c for c in x["chosen"]], [i - .3 + (j + .5)*step for i in range(len(x["chosen"]))], "o", ms=5, color=ink.get(w), label=names.get(w, w))
+        for j, (w, x) in enumerate(found.items()): ax.plot([100*c for c in x["chosen"]], [i - .3 + (j + .5)*step for i in range(len(x["chosen"]))], "o", ms=5, color=ink.get(w), label=plot_text(names.get(w, w)))
         ax.set(yticks=range(len(truth)), yticklabels=[letter(i) for i in range(len(truth))], ylim=(len(truth) - .5, -.5), xlim=(0, None), xlabel="chosen, % of the items"); legend(fig)
     return fig
 

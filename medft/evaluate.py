@@ -18,6 +18,7 @@ from .classes import accuracy, compare_labels, confusion, measure_labels, thresh
 from .data import ensure_data
 from .exposure import memorised
 from .families import load_config
+from .finite_scores import check_frame
 from .forest import subject_gaps
 from .model import labels_of
 from .pictures import COLORS, STYLE, class_table, main_metric, plot_labels, plot_scores, plot_subjects, subject_table, table, written
@@ -52,14 +53,14 @@ def kind(frame): return next(k for column, k in KINDS.items() if column in frame
 
 def measure(frame, confidence=0.95) -> dict:
     "All figures of one prediction file, the main one first."
-    return kind(frame)[0](frame, confidence)
+    return kind(frame)[0](check_frame(frame), confidence)
 
 def items(frame): "What tells items: the prompt that the base reads."; return list(frame.get("item_sha256", frame.prompt_sha256))
 
 def compare(a, b, confidence=0.95) -> dict:
     "Two prediction frames on the same items. Raises `MedftError` when the items differ."
     if list(a.id) != list(b.id) or items(a) != items(b): raise MedftError("these predictions are about different items; score both models again")
-    return kind(a)[1](a, b, confidence)
+    return kind(a)[1](check_frame(a), check_frame(b), confidence)
 
 # %% ../nbs/05_evaluate.ipynb #c022
 def by_subject(frames, name, confidence=0.95) -> dict:
@@ -87,6 +88,8 @@ def summarise(
     aside=(),                   # sets that the tuning is not about: never the main one
 ) -> dict:
     "metrics.json from prediction files alone."
+    for (who, name), frame in [*frames.items(), *baselines.items()]:
+        check_frame(frame, who, name)
     frames = {k: f for k, f in frames.items() if "@" not in k[0]}      # further seeds speak through their engine's verdict
     models, sets = (sorted(dict.fromkeys(x), key=lambda v: v != first) for x, first in zip(zip(*sorted(frames)), ("base", "test")))
     sets = sorted(sets, key=lambda s: s in aside); engines, main = [m for m in models if m != "base"], sets[0]

@@ -9,6 +9,7 @@ __all__ = ['HANDFUL', 'exposure', 'read_out', 'score_canaries', 'together', 'of_
 
 # %% ../nbs/04bg_exposure.ipynb #c002
 from .canaries import CANDIDATES, DIGITS, questions   # it sets switches that the libraries read
+from .finite_scores import check_frame, refuse_non_finite
 from .scoring import score_choices
 from .statistics import figure
 
@@ -20,11 +21,13 @@ from scipy.stats import chi2, quantile_test
 # %% ../nbs/04bg_exposure.ipynb #c005
 def exposure(scores) -> float:
     "Bits by which a secret stands out among candidates; `scores[0]` is its own (Carlini et al. 2019, *The Secret Sharer*, section 4, by sampling)."
+    refuse_non_finite([scores], ["0"], "scores of the candidates of a canary")
     scores = np.asarray(scores)[:CANDIDATES]
     return math.log2(len(scores)) - math.log2((scores >= scores[0]).sum())
 
 def read_out(scores, secret) -> bool:
     "Whether the true digit is the likeliest after every true beginning: what an attacker gets who asks digit by digit."
+    refuse_non_finite([scores], [secret], "scores of a canary")
     spelled = np.asarray(scores)[CANDIDATES:].reshape(DIGITS, 10)
     return bool((spelled.argmax(1) == [int(d) for d in secret.split()]).all())
 
@@ -39,7 +42,8 @@ def score_canaries(
     asked = questions(tok, recipe)
     cut = [dict(r, options=r["options"][a:a + HANDFUL]) for r in asked for a in range(0, len(r["options"]), HANDFUL)]
     found = iter(score_choices(model, tok, cut, recipe.evaluation.batch_size, say, jointly=recipe.task == "pretraining"))
-    return pd.DataFrame([{k: r[k] for k in ("id", "secret", "repeats")} | dict(scores=[x for _ in range(0, len(r["options"]), HANDFUL) for x in next(found)]) for r in asked])
+    scores = [[x for _ in range(0, len(r["options"]), HANDFUL) for x in next(found)] for r in asked]
+    return check_frame(pd.DataFrame([{k: r[k] for k in ("id", "secret", "repeats")} | dict(scores=s) for r, s in zip(asked, scores)]), where="canaries")
 
 # %% ../nbs/04bg_exposure.ipynb #c013
 def together(part, confidence=0.95) -> dict:
@@ -58,7 +62,7 @@ def memorised(run, frames, metrics) -> dict:
     "For `evaluate.PARTS`: what every model remembers of the canaries, from predictions/canaries; nothing where none were planted."
     files = {p.stem: p for p in (run.path/"predictions"/"canaries").glob("*.parquet")}
     if not files: return {}
-    read = {who: pd.read_parquet(files[who]) for who in sorted(files, key=lambda w: (w != "base", w))}
+    read = {who: check_frame(pd.read_parquet(files[who]), who, "canaries") for who in sorted(files, key=lambda w: (w != "base", w))}
     one = next(iter(read.values()))
     about = dict(candidates=CANDIDATES, most=math.log2(CANDIDATES), planted=int((one.repeats > 0).sum()), rows=int(one.repeats.sum()))
     out = about | dict(models={who: of_model(f, metrics["confidence"]) for who, f in read.items()})

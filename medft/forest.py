@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/forest.html.md"""
 __all__ = ['of_subject', 'subject_gaps', 'forest_rows', 'spots', 'plot_forest', 'forest_table']
 
 # %% ../nbs/04ea_forest.ipynb #c002
-from .pictures import WIDTH, STYLE, called, colors, first_model, legend, short, whiskers, written
+from .pictures import WIDTH, STYLE, called, colors, first_model, legend, plot_text, whiskers, written
 from .verdicts import compare_choices, compare_text, holm
 
 import matplotlib as mpl, numpy as np, pandas as pd
@@ -50,10 +50,10 @@ def plot_forest(metrics, most=40, several=3) -> Figure | None:
         fig = Figure(figsize=(WIDTH, 1 + (len(rows) + 1)*max(.24, .13*len(engines))), layout="constrained"); ax = fig.subplots(); ax.axvline(0, color="#555555", lw=1)
         for i, d in enumerate([gaps[x] for x in rows] + [total]):
             for j, e in enumerate(engines): spots(ax, d[e], i - .35 + (j + .5)*step, k, ink[e], d[e]["label"] != "tie")
-        for e in engines: ax.plot([], [], "o", color=ink[e], label=e)
+        for e in engines: ax.plot([], [], "o", color=ink[e], label=plot_text(e))
         ax.axhspan(len(rows) - .5, len(rows) + .5, color="#f0f2f4", zorder=0)
         n = [next(iter(gaps[x].values()))["n"] for x in rows] + [total[engines[0]]["n"]]
-        ax.set(yticks=range(len(rows) + 1), yticklabels=[f"{short(x)} ({c})" for x, c in zip([*rows, "all"], n)], ylim=(len(rows) + .5, -.5), xlabel=f"minus {short(metrics.get('names', {}).get(first_model(metrics), first_model(metrics)))}, " + ("points" if k == 100 else called(one["metric"])))
+        ax.set(yticks=range(len(rows) + 1), yticklabels=[f"{plot_text(x)} ({c})" for x, c in zip([*rows, "all"], n)], ylim=(len(rows) + .5, -.5), xlabel=f"minus {plot_text(metrics.get('names', {}).get(first_model(metrics), first_model(metrics)))}, " + ("points" if k == 100 else called(one["metric"])))
         legend(fig)
     return fig
 

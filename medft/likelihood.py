@@ -71,6 +71,8 @@ def check_head(model):
     ids = torch.tensor([[0, 1, 2]], device=model.device); own = model(input_ids=ids, use_cache=False).logits[0].float()
     with hidden_states(model) as kept: model(input_ids=ids, use_cache=False)
     ours = finished(model.get_output_embeddings()(kept[0][0]).float(), model.config.get_text_config())
+    if not own.isfinite().all():
+        return      # nothing to compare; the scores of every item are looked at one by one
     if not torch.allclose(own, ours, rtol=.05, atol=.05*own.std().item()):
         raise MedftError(f"{type(model).__name__} changes its logits after the head in a way that medft does not know, so it cannot be scored; please report the model's name")
 

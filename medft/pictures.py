@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/pictures.html.md"""
 
 # %% auto #0
 __all__ = ['METRICS', 'BY_SUBJECT', 'COLORS', 'RULE', 'SPARE', 'STYLE', 'WIDTH', 'main_metric', 'called', 'first_model',
-           'written', 'table', 'subject_table', 'class_table', 'colors', 'legend', 'short', 'whiskers', 'tenths',
-           'thin', 'inline', 'plot_scores', 'plot_rules', 'plot_subjects', 'plot_labels']
+           'written', 'table', 'subject_table', 'class_table', 'colors', 'short', 'plot_text', 'legend', 'whiskers',
+           'tenths', 'thin', 'inline', 'plot_scores', 'plot_rules', 'plot_subjects', 'plot_labels']
 
 # %% ../nbs/04e_pictures.ipynb #c002
 from .classes import confusion
@@ -77,14 +77,32 @@ def colors(names) -> dict:
     "A colour for every model: an engine's own, for its other seeds too; whoever else there is takes the next spare one."
     spare = itertools.cycle(SPARE); return {w: COLORS.get(w.split("@")[0]) or next(spare) for w in names}
 
+def short(text, most=26) -> str:
+    "A name that leaves room for the plot; the tables have it whole."
+    return text if len(text) <= most else text[:most - 1].rstrip() + "…"
+
+def plot_text(
+    text,       # of a subject, a set, a model: whatever the data hold
+    most=26,    # characters
+) -> str:
+    "A name that matplotlib shows as it is: in one line, shortened, with no formula in it, and not hidden from a legend."
+    one_line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    shown = (short(one_line, most) or "(no name)").replace("$", r"\$")     # two dollar signs would begin a formula
+    return f" {shown}" if shown.startswith("_") else shown      # matplotlib leaves labels that begin with _ out of legends
+
 def legend(fig, most=52):
     "The legend above a figure, in as many columns as its names leave room for; the figure grows by its lines."
-    found = {short(name): h for ax in fig.axes for h, name in zip(*ax.get_legend_handles_labels())}
-    if not found: return
-    columns = max(1, min(4, most//(max(map(len, found)) + 5)))
-    fig.set_figheight(fig.get_figheight() + .18*(-(-len(found)//columns) - 1)); fig.legend(found.values(), found.keys(), loc="outside upper center", ncols=columns)
-
-def short(text, most=26) -> str: "A name that leaves room for the plot; the tables have it whole."; return text if len(text) <= most else text[:most - 1].rstrip() + "…"
+    found, seen = [], set()
+    for ax in fig.axes:
+        own = list(zip(*ax.get_legend_handles_labels()))
+        found += [(handle, name) for handle, name in own if name not in seen]     # two panels show the same models
+        seen |= {name for _, name in own}
+    if not found:
+        return
+    columns = max(1, min(4, most//(max(len(name) for _, name in found) + 5)))
+    fig.set_figheight(fig.get_figheight() + .18*(-(-len(found)//columns) - 1))
+    handles, names = zip(*found)
+    fig.legend(handles, names, loc="outside upper center", ncols=columns)
 
 # %% ../nbs/04e_pictures.ipynb #c021
 def whiskers(figures, k=1):
@@ -118,9 +136,9 @@ def plot_scores(metrics) -> Figure:
         fig = Figure(figsize=(WIDTH, .9 + len(sets)*max(.45, .13*len(who))), layout="constrained"); ax = fig.subplots()
         for j, (w, scores) in enumerate(who.items()):
             has = [(i, scores[s][m]) for i, s in enumerate(sets) if scores.get(s, {}).get(m, {}).get("value") is not None]; x, off = whiskers([f for _, f in has], k)
-            ax.errorbar(x, [i - .35 + (j + .5)*step for i, _ in has], xerr=off, fmt="o", ms=4.5, capsize=2, lw=1.5, color=ink[w], label=names.get(w, w))
+            ax.errorbar(x, [i - .35 + (j + .5)*step for i, _ in has], xerr=off, fmt="o", ms=4.5, capsize=2, lw=1.5, color=ink[w], label=plot_text(names.get(w, w)))
         for i, s in [(i, s) for i, s in enumerate(sets) if "chance" in first[s]]: ax.vlines(k*first[s]["chance"]["value"], i - .4, i + .4, ls="--", color="#b33", lw=1, label=None if i else "chance")
-        ax.set(yticks=range(len(sets)), yticklabels=[short(s.replace("_", " ")) for s in sets], ylim=(len(sets) - .5, -.5), xlabel=called(m), **({} if m == "loss" else dict(xlim=(0, 1.02*k))))
+        ax.set(yticks=range(len(sets)), yticklabels=[plot_text(s.replace("_", " ")) for s in sets], ylim=(len(sets) - .5, -.5), xlabel=called(m), **({} if m == "loss" else dict(xlim=(0, 1.02*k))))
         legend(fig)
     return fig
 
@@ -134,7 +152,7 @@ def plot_rules(metrics) -> Figure:
         for i, (w, f) in enumerate(who.items()):
             x, off = whiskers([f], k)
             ax.errorbar(x, [-i], xerr=off, fmt="o" if w in ink else "s", ms=4.5, capsize=2, lw=1.5, color=ink.get(w, RULE))
-        ax.set(yticks=range(0, -len(who), -1), yticklabels=[short(names.get(w, w).replace("_", " ")) for w in who], xlim=(0, 1.02*k), ylim=(.5 - len(who), .5), xlabel=f"{called(m)}, on {s}")
+        ax.set(yticks=range(0, -len(who), -1), yticklabels=[plot_text(names.get(w, w).replace("_", " ")) for w in who], xlim=(0, 1.02*k), ylim=(.5 - len(who), .5), xlabel=f"{called(m)}, on {plot_text(s)}")
     return fig
 
 # %% ../nbs/04e_pictures.ipynb #c033
@@ -147,9 +165,9 @@ def plot_subjects(metrics, name=None, most=20) -> Figure | None:
     rows = sorted(sorted(subjects, key=lambda x: -n(x))[:most], key=lambda x: sign*(value(x, best) - value(x, base)))
     with mpl.rc_context(STYLE):
         fig = Figure(figsize=(WIDTH, .8 + .26*len(rows)), layout="constrained"); ax = fig.subplots()
-        for w in metrics["models"]: ax.plot([value(x, w) for x in rows], range(len(rows)), "o", ms=5.5 if w == base else 4.5, color=ink[w], alpha=.85, label=names.get(w, w))
+        for w in metrics["models"]: ax.plot([value(x, w) for x in rows], range(len(rows)), "o", ms=5.5 if w == base else 4.5, color=ink[w], alpha=.85, label=plot_text(names.get(w, w)))
         ax.hlines(range(len(rows)), *([value(x, w) for x in rows] for w in (base, best)), color="#cccccc", lw=1.5, zorder=0)
-        ax.set(yticks=range(len(rows)), yticklabels=[f"{short(x)} ({n(x)})" for x in rows], ylim=(-.6, len(rows) - .4), xlabel=called(m), **({"xlim": (-3, 103)} if k == 100 else {}))
+        ax.set(yticks=range(len(rows)), yticklabels=[f"{plot_text(x)} ({n(x)})" for x in rows], ylim=(-.6, len(rows) - .4), xlabel=called(m), **({"xlim": (-3, 103)} if k == 100 else {}))
         legend(fig)
     return fig
 
@@ -162,8 +180,8 @@ def plot_labels(frames, validation, metrics) -> Figure:
         fig = Figure(figsize=(WIDTH, 4.6), layout="constrained"); top, low = fig.subplots(2, 1); top.plot([0, 1], [0, 1], color="#cccccc", lw=1)
         for w in metrics["models"]:
             f, v = frames[w, main], validation.get((w, "validation")); (tn, fp), (fn, tp) = confusion(f)
-            if f.truth.nunique() > 1: top.plot(*roc_curve(f.truth, second(f))[:2], color=ink[w], label=metrics.get("names", {}).get(w, w)); top.plot(fp/(fp + tn), tp/(tp + fn), "o", color=ink[w])
+            if f.truth.nunique() > 1: top.plot(*roc_curve(f.truth, second(f))[:2], color=ink[w], label=plot_text(metrics.get("names", {}).get(w, w))); top.plot(fp/(fp + tn), tp/(tp + fn), "o", color=ink[w])
             if v is not None: low.plot(tries, [f1_score(v.truth, second(v) >= t, zero_division=0) for t in tries], color=ink[w]); low.axvline(metrics["models"][w][main]["threshold"]["value"], color=ink[w], ls=":")
-        top.set(xlabel=f"false positive rate, on {main}", ylabel="true positive rate"); low.set(xlabel="threshold", ylabel="F1 on validation", ylim=(0, 1.02))
+        top.set(xlabel=f"false positive rate, on {plot_text(main)}", ylabel="true positive rate"); low.set(xlabel="threshold", ylabel="F1 on validation", ylim=(0, 1.02))
         legend(fig)
     return fig

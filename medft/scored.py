@@ -7,7 +7,7 @@ Docs: https://medft.github.io/medft/scored.html.md"""
 # %% auto #0
 __all__ = ['ROOMS', 'FIGURES', 'SECRETS', 'answerers', 'scored_rows', 'contenders', 'base_again', 'each_model', 'digest',
            'circumstances', 'record_of', 'is_made', 'keep', 'forget', 'read_predictions', 'validation_rows', 'readings',
-           'place_of', 'fingerprints', 'files_of', 'ask', 'threshold_for', 'score_model', 'benchmark_rows',
+           'place_of', 'fingerprints', 'files_of', 'ask', 'threshold_for', 'naming', 'score_model', 'benchmark_rows',
            'score_benchmarks', 'note_evaluated', 'score_run']
 
 # %% ../nbs/04g_scored.ipynb #c002
@@ -16,6 +16,7 @@ from . import benchmarks
 from .classes import baseline_frames, threshold_of
 from .data import load_split, load_tokenizer, scored_sets
 from .exposure import score_canaries
+from .finite_scores import NonFiniteScores, check_frame
 from .further import check_further, described, fingerprint, for_reader, its_labels, its_recipe, load_further, own_run, same_items, writes
 from .leaks import check
 from .model import labels_of, load_base, load_tuned
@@ -24,6 +25,7 @@ from .scoring import predict
 from .train import trained
 
 import hashlib, json, shutil, time
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 
@@ -76,7 +78,7 @@ def each_model(run, wanted=None):
         model = None; let_go()
 
 # %% ../nbs/04g_scored.ipynb #c010
-ROOMS = "scoring branches likelihood answers meaning templates tokens further".split()
+ROOMS = "scoring finite_scores branches likelihood answers meaning templates tokens further".split()
 FIGURES = "models benchmarks baselines confidence retention forgetting seeds early_stopping_patience max_items".split()    # keys of evaluation that change no score
 
 def digest(obj) -> str: return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()
@@ -144,7 +146,7 @@ def files_of(run, files, sets, prints) -> dict:
 
 def ask(model, tok, rows, recipe, *more) -> pd.DataFrame:
     "Predictions, with the hash of the base's prompt where this model reads another."
-    frame = predict(model, tok, rows, recipe, *more)
+    frame = check_frame(predict(model, tok, rows, recipe, *more))
     return frame.assign(item_sha256=[r["item_sha256"] for r in rows]) if "item_sha256" in rows[0] else frame
 
 # %% ../nbs/04g_scored.ipynb #c017
@@ -152,20 +154,36 @@ def threshold_for(run, who) -> float | None:
     "A model's threshold, from its predictions of the validation rows. None: there are not two labels."
     if run.recipe.task != "classification" or len(labels_of(run) or ()) != 2: return None
     file = place_of(run, who, "validation")
-    found = threshold_of(run.recipe, pd.read_parquet(file) if file.exists() else None)
+    found = threshold_of(run.recipe, check_frame(pd.read_parquet(file), who, "validation") if file.exists() else None)
     run.log(f"evaluate: {who}: threshold {found['value']:.3f}, from {found['source']}")
     return found["value"]
+
+@contextmanager
+def naming(who, where):
+    "Say which model and set it was, where scores are no finite numbers."
+    try:
+        yield
+    except NonFiniteScores as e:
+        raise NonFiniteScores(f"evaluate: {who} on {where}: {e}") from None
 
 def score_model(run, who, model, tok, sets, todo, asked={}):
     "One model's predictions of everything that is still to be made: the validation rows first."
     r = run.recipe
-    if "validation" in todo: keep(place_of(run, who, "validation"), ask(model, tok, sets["validation"], r), todo["validation"])
+    if "validation" in todo:
+        with naming(who, "validation"):
+            frame = ask(model, tok, sets["validation"], r)
+        keep(place_of(run, who, "validation"), frame, todo["validation"])
     threshold = threshold_for(run, who)
     for name in (n for n in sets if n in todo and n != "validation"):
-        start = time.time(); frame = ask(model, tok, sets[name], r, lambda t: run.log(f"evaluate: {who} on {name}: {t}"), threshold, True)
+        start = time.time()
+        with naming(who, name):
+            frame = ask(model, tok, sets[name], r, lambda t: run.log(f"evaluate: {who} on {name}: {t}"), threshold, True)
         keep(place_of(run, who, name), frame, todo[name])
         run.log(f"evaluate: {who} on {name}: {len(frame)} rows in {time.time() - start:.1f} s")
-    if SECRETS in todo: keep(place_of(run, who, SECRETS), score_canaries(model, tok, r), todo[SECRETS])
+    if SECRETS in todo:
+        with naming(who, "the canaries"):
+            frame = score_canaries(model, tok, r)
+        keep(place_of(run, who, SECRETS), frame, todo[SECRETS])
     score_benchmarks(run, who, model, tok, todo, asked)
 
 # %% ../nbs/04g_scored.ipynb #c019
@@ -182,7 +200,9 @@ def score_benchmarks(run, who, model, tok, todo, asked):
     "One benchmark after the other; each is kept as soon as it is made."
     for name in (n for n in asked if n in todo):
         start = time.time()
-        frame = benchmarks.score_benchmarks(model, tok, {name: asked[name]}, run.recipe.evaluation.batch_size, say=lambda t: run.log(f"evaluate: {who} on {name}: {t}"))[name]
+        with naming(who, name):
+            say = lambda t: run.log(f"evaluate: {who} on {name}: {t}")
+            frame = benchmarks.score_benchmarks(model, tok, {name: asked[name]}, run.recipe.evaluation.batch_size, say=say)[name]
         keep(place_of(run, who, name), frame, todo[name])
         run.log(f"evaluate: {who} on {name}: {len(frame)} rows in {time.time() - start:.1f} s")
 

@@ -13,6 +13,7 @@ __all__ = ['FORMS', 'code_choices', 'code_pair', 'code_jointly', 'score_choices'
 from .core import MedftError  # first: it sets switches that the libraries read
 from .branches import obstacle, score_branches, score_items, shares_prompts
 from .data import encode
+from .finite_scores import check_frame, refuse_non_finite
 from .likelihood import by_rows, check_head, in_batches, pad, score_rows, token_budget     # and for those who look for them here
 from .prompts import LETTERS, MARKS
 from .answers import answered
@@ -74,6 +75,7 @@ def identity(rows) -> dict:
 def chosen(rows, scores) -> dict:
     "The choice by each of lm-evaluation-harness's rules: acc (the sum), acc_norm (per character of the option), acc_bytes (per byte)."
     texts = [[o.strip() for o in r["options"]] for r in rows]
+    refuse_non_finite(scores, [r.get("id", i) for i, r in enumerate(rows)])
     rules = dict(acc=lambda o: 1, acc_norm=lambda o: max(len(o), 1), acc_bytes=lambda o: max(len(o.encode()), 1))
     return {name: [int(np.argmax([s/size(o) for s, o in zip(ss, os)])) for ss, os in zip(scores, texts)] for name, size in rules.items()}
 
@@ -158,6 +160,7 @@ def predict_forms(model, tok, rows, score=None, shuffles=0, batch_size=64, say=N
         frame = frame.assign(**{f"{form}_scores": scores}, **(right if form == "texts" else dict(list(right.items())[:1])))
     if not again: return frame
     picked = [[] for _ in rows]; scores = score_choices(model, tok, [r for *_, r in again], batch_size, say)
+    refuse_non_finite(scores, [r["id"] for *_, r in again], "scores in another order of the options")
     for (i, order, _), s in zip(again, scores): picked[i].append(order[int(np.argmax(s))])
     return frame.assign(shuffled_choice=picked)
 
@@ -174,7 +177,7 @@ def score_labels(
 # %% ../nbs/04a_scoring.ipynb #c030
 def choose(frame, threshold=None) -> pd.DataFrame:
     "Predictions with the label that is said at this threshold (None: a half), and whether it is right."
-    p = np.stack(frame.probabilities)
+    p = np.stack(check_frame(frame).probabilities)
     choice = (p[:, 1] >= (0.5 if threshold is None else threshold)).astype(int) if p.shape[1] == 2 else p.argmax(1)
     return frame.assign(choice=choice, correct=choice == frame.truth)
 
@@ -183,6 +186,7 @@ def predict_labels(model, tok, rows, batch_size=64, length=None, threshold=None,
     ids = [r["input_ids"][:length] for r in rows]
     size = batch_size if model.config.get_text_config().pad_token_id is not None else 1
     logits = in_batches(lambda b: score_labels(model, b).tolist(), ids, list(map(len, ids)), [1/size]*len(ids), say, tokens=token_budget(model))
+    refuse_non_finite(logits, [r["id"] for r in rows], "logits")
     p = torch.tensor(logits, dtype=torch.float64).softmax(-1).tolist()
     return choose(pd.DataFrame(dict(identity(rows), scores=logits, probabilities=p, truth=[r["label"] for r in rows])), threshold)
 
@@ -196,6 +200,7 @@ def predict_text(model, tok, rows, batch_size=64, length=2048, say=None) -> pd.D
     cut = [(i, w) for i, r in enumerate(rows) for w in windows(r["input_ids"], r["completion_mask"], length)]
     check_head(model); found = by_rows(model, [w for _, w in cut], batch_size, say)
     nll = np.bincount([i for i, _ in cut], weights=[-x for x in found], minlength=len(rows))
+    refuse_non_finite(nll, [r["id"] for r in rows], "loss")
     scored = [[t for t, m in zip(r["input_ids"][1:], r["completion_mask"][1:]) if m] for r in rows]
     return pd.DataFrame(dict(identity(rows), nll=nll, tokens=[len(s) for s in scored],
                              bytes=[len(tok.decode(s, skip_special_tokens=True).encode()) for s in scored]))

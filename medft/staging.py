@@ -12,6 +12,7 @@ __all__ = ['text', 'texts', 'STAGED', 'CHUNK', 'PLANTED', 'BOUND', 'Staging', 's
 # %% ../nbs/00i_staging.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
 from . import canaries, checks, leaks, neighbours, prompts, schemas, sources
+from .group_names import join_group_names
 from .identity import group_rows
 from .prompts import question_text
 
@@ -109,7 +110,7 @@ def staged(ex, row, n) -> dict:
     words, reply = said(ex, row)
     group = ex.get("asked_group", ex["group"])      # until all rows are read: then `grouped` knows which owners make groups
     keys = [group] if isinstance(group, str) else group
-    return row | dict(group=" & ".join(keys), groups=keys, owners=ex.get("owners"), said=words, reply=reply, asks=asks(ex, words), ready="formatted" in ex or "prompt" in ex, row=n)
+    return row | dict(group=join_group_names(keys), groups=keys, owners=ex.get("owners"), said=words, reply=reply, asks=asks(ex, words), ready="formatted" in ex or "prompt" in ex, row=n)
 
 # %% ../nbs/00i_staging.ipynb #c014
 def stage_part(sink, part, entry, recipe, tok, labels, seen, tell):

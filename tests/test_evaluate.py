@@ -247,7 +247,7 @@ def test_three_engines_two_sets_and_a_rule_are_three_families():
 
 def test_words_say_what_the_figures_say():
     d = dict(label="better", metric="accuracy", effect=.452, ci95=[.41, .493], p=1e-9, n=423, groups=423, detectable=.06, test="McNemar")
-    assert verdicts.sentence(d, "trl") == "trl is better than the base: +45.2 points [41.0, 49.3] on test (n = 423, McNemar p < 0.001); the smallest difference this set could have shown is 6.0"
+    assert verdicts.sentence(d, "trl") == "trl is better than the base: +45.2 points [41.0, 49.3] on test (n = 423, McNemar p < 0.001); the smallest difference this set could have shown is 6.0 points"
     assert "n = 423 in 200 groups" in verdicts.sentence(d | dict(label="tie", p=.5, groups=200), "trl")
 
 

@@ -149,3 +149,82 @@ def test_the_measured_peak_is_within_a_tenth(engine, tmp_path):
     (row,) = plan.measure({"tiny": (load_recipe("quickstart", [f"engine=[{engine}]", "training.max_steps=2", "training.warmup_steps=0", "dataset.max_samples=64", "tracking.mlflow=false"]), engine)})
     said = plan.told(row)
     assert abs(said/row["measured"] - 1) < .1
+
+
+# What was measured, and rows that have changed
+
+
+def test_a_measured_speed_is_used():
+    "Of the shipped evidence, for every model, engine and kind of adapter that it holds."
+    import json
+    from medft.core import assets
+    from medft.shapes import shape_config
+    runs = json.loads((assets()/"evidence"/"bench.json").read_text())["runs"]
+    assert len(runs) >= 3
+    for one in runs:
+        text = shape_config(one["shape"]).get_text_config()
+        assert one["shape_config"] == dict(num_hidden_layers=text.num_hidden_layers, hidden_size=text.hidden_size)
+        for engine in ("trl", "unsloth", "fast"):
+            found = devices.recorded(engine, one["machine"]["cpu"], text.num_hidden_layers, text.hidden_size, "lora")
+            measured = {e["tokens_per_second"] for r in runs for e in r["engines"].values()}
+            assert found["tokens_per_second"] in measured and "measured by medft bench" in found["basis"]
+        for other in (("trl", "another machine", 12, 768), ("trl", one["machine"]["cpu"], 13, 768)):
+            assert devices.recorded(*other) is None
+        assert devices.recorded("fast", one["machine"]["cpu"], text.num_hidden_layers, text.hidden_size, "full") is None
+
+
+def test_a_measurement_of_ones_own_is_used_first(tmp_path, monkeypatch):
+    from medft.core import write_json
+    monkeypatch.setenv("MEDFT_RUNS", str(tmp_path))
+    own = dict(shape=None, shape_config=dict(num_hidden_layers=12, hidden_size=768), model="mine", recipe="my_recipe", machine=dict(gpus=["NVIDIA L4, 23034 MiB"], cpu="x"),
+               settings=dict(adapter="QLoRA r=8"), engines=dict(trl_default=dict(tokens_per_second=None), trl_best=dict(tokens_per_second=123.0)))
+    write_json(tmp_path/".bench"/"my_recipe-mine"/"bench.json", own)
+    found = devices.recorded("trl", "NVIDIA L4", 12, 768, "qlora")
+    assert found["tokens_per_second"] == 123 and "my_recipe-mine" in found["basis"]
+    assert devices.recorded("trl", "NVIDIA L4", 12, 768, "lora") is None and devices.recorded("fast", "NVIDIA L4", 12, 768) is None
+
+
+@pytest.fixture
+def changing(tmp_path, monkeypatch):
+    "A function that writes so many rows, and the recipe that reads them; the runs folder is empty."
+    monkeypatch.setenv("MEDFT_RUNS", str(tmp_path/"runs"))
+    monkeypatch.chdir(tmp_path)
+    def write(n, word="item"):
+        (tmp_path/"mine.jsonl").write_text("".join(json.dumps(dict(question=f"What is {word} {i*7}?", answer=f"thing {i*i}")) + "\n" for i in range(n)))
+    r = load_recipe("your_data", [
+        "dataset.path=mine.jsonl", "dataset.holdout=0.1", "model.name=tiny-base", "training.max_length=128", "tracking.mlflow=false", "engine=[trl]",
+        "dataset.checks={near_duplicates: 'off', near_overlap: 'off'}",
+    ])
+    return write, r
+
+
+def test_rows_of_an_older_state_of_a_file_do_not_count(changing):
+    from medft import data
+    from medft.core import Run
+    write, r = changing
+    write(40)
+    run = Run.create(r)
+    data.prepare(run)
+    few, why = plan.at_hand(r)
+    assert plan.known_before(r).path == run.path and not why and 30 <= few["rows"] <= 40
+    write(200)
+    assert plan.known_before(r) is None
+    many, why = plan.at_hand(r)
+    assert not why and many["rows"] > 150 and f"{many['rows']} training rows at hand" in many["basis"]
+    assert plan.at_hand(r, run)[0]["rows"] == few["rows"]       # the plan of that run itself
+    write(40)
+    assert plan.known_before(r).path == run.path                # the same content again
+    write(40, "thing")
+    assert plan.known_before(r) is None                         # as many rows, others
+
+
+def test_rows_that_cannot_be_compared_say_so(changing, monkeypatch):
+    from medft import data
+    from medft.core import Run
+    write, r = changing
+    write(40)
+    run = Run.create(r)
+    data.prepare(run)
+    monkeypatch.setattr(plan, "is_here", lambda path: False)
+    rows, _ = plan.at_hand(r)
+    assert "has changed since is not known" in rows["basis"] and run.path.name in rows["basis"]
