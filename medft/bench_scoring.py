@@ -11,7 +11,7 @@ __all__ = ['OFFLINE', 'Scorer', 'lead', 'agreement', 'serve', 'Worker', 'spread'
 # %% ../nbs/08a_bench_scoring.ipynb #c002
 from .core import MedftError, Run, assets, device, load_recipe, model_path, read_json, runs_root, write_json  # first: it sets switches that the libraries read
 from .data import load_tokenizer, prepare
-from .families import model_class
+from .families import config_of, model_class
 from .harness import harness, log_likelihoods, referee
 from .measures import high_water, lower_mark, machine
 from .scoring import chosen, rendered, score_choices
@@ -22,7 +22,7 @@ import json, os, statistics, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 # %% ../nbs/08a_bench_scoring.ipynb #c004
 OFFLINE = dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", TOKENIZERS_PARALLELISM="false")
@@ -57,8 +57,8 @@ def serve(spec):
     "The process: answers each line `{form, n, batch_size}` with seconds, peak memory and scores."
     out = os.fdopen(os.dup(1), "w"); os.dup2(2, 1); s = read_json(Path(spec)); forms = read_json(Path(s["rows"]))
     say = lambda **what: (out.write(json.dumps(what) + "\n"), out.flush())
-    config, tok = AutoConfig.from_pretrained(s["model"]), AutoTokenizer.from_pretrained(s["model"])
-    model = model_class(config).from_pretrained(s["model"], config=config, dtype=getattr(torch, s["dtype"])).to(s["device"]).eval()
+    config, tok = config_of(s["model"]), AutoTokenizer.from_pretrained(s["model"], trust_remote_code=False)
+    model = model_class(config).from_pretrained(s["model"], config=config, trust_remote_code=False, dtype=getattr(torch, s["dtype"])).to(s["device"]).eval()
     score = Scorer(s["who"], model, tok); say(loaded=True)
     for line in sys.stdin:
         order = json.loads(line); rows = forms[order["form"]][:order["n"]]

@@ -6,9 +6,9 @@ Docs: https://medft.github.io/medft/families.html.md"""
 
 # %% auto #0
 __all__ = ['LLAMA3', 'SIGLIP', 'NANO', 'GEMMA4B', 'PUBLISHED', 'NAMES', 'TYPES', 'TINY', 'EYE', 'TEXT_ONLY', 'TARGETS',
-           'ADAPTERS', 'published', 'family_of', 'nemotron_classifier', 'with_exact_head', 'model_class', 'load_config',
-           'meta_model', 'count', 'kinds', 'smaller', 'shrink', 'tiny_config', 'build_tiny', 'lora_targets',
-           'freeze_vision', 'adapter_kind', 'refusal']
+           'ADAPTERS', 'published', 'family_of', 'nemotron_classifier', 'with_exact_head', 'model_class',
+           'refuse_hub_code', 'config_of', 'load_config', 'meta_model', 'count', 'kinds', 'smaller', 'shrink',
+           'tiny_config', 'build_tiny', 'lora_targets', 'freeze_vision', 'adapter_kind', 'refusal']
 
 # %% ../nbs/01c_families.ipynb #c002
 from .core import MedftError, Recipe, assets, model_path  # first: it sets switches that the libraries read
@@ -88,10 +88,46 @@ def model_class(config, task="generative"):
     return with_exact_head(known[type(config)]) if task == "classification" else known[type(config)]
 
 # %% ../nbs/01c_families.ipynb #c015
+def refuse_hub_code(
+    config,         # of any model, parts of it included
+    name: str,      # what the error calls the model
+):
+    "Raise `MedftError` when a configuration names attention or expert kernels on the hub, or weights that are no safetensors."
+    parts = [config, *(getattr(config, k) for k in config.sub_configs if getattr(config, k, None) is not None)]
+    for part in parts:
+        for key in ("_attn_implementation", "_experts_implementation"):
+            asked = getattr(part, key, None)
+            if asked is not None and "/" in str(asked):
+                raise MedftError(
+                    f"model.name: the config.json of {name!r} asks for {asked!r} ({key.strip('_')}), which is code from"
+                    " the hub, and medft never runs that; take the key out of a copy of the folder"
+                )
+    weights = getattr(config, "transformers_weights", None)
+    if weights and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
+        raise MedftError(
+            f"model.name: the config.json of {name!r} names its weights as {weights!r} (transformers_weights),"
+            " which is no safetensors file; take the key out of a copy of the folder"
+        )
+
+def config_of(
+    where,          # a folder, or a hub id
+    name=None,      # what an error calls the model; None: the same
+    **kwargs,       # AutoConfig.from_pretrained's: revision, local_files_only, ...
+):
+    "A configuration, read without running any code that comes with it. Raises `MedftError` for one that asks for such code."
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False, **kwargs)
+    refuse_hub_code(config, str(name or where))
+    return config
+
 def load_config(recipe: Recipe):
     "The base model's configuration. Raises `MedftError` when it cannot be had."
-    try: return AutoConfig.from_pretrained(model_path(recipe.model.name), revision=recipe.model.revision, trust_remote_code=False)
-    except Exception as e: raise MedftError(f"model.name: no model {recipe.model.name!r}: {why(e)}") from None
+    name = recipe.model.name
+    try:
+        return config_of(model_path(name), name, revision=recipe.model.revision)
+    except MedftError:
+        raise
+    except Exception as e:
+        raise MedftError(f"model.name: no model {name!r}: {why(e)}") from None
 
 def meta_model(config, task="generative"):
     "The model without its memory: shapes only."

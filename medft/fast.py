@@ -169,6 +169,7 @@ def left_alone(self: Fast) -> str | None:
     text = self.model.config.get_text_config()
     if why := kept_plain(self.run.recipe.training): return why
     if self.args.world_size > 1: return "several processes train together"
+    if self.plain_model().get_decoder() is self.plain_model(): return "its decoder cannot be told from its head"
     if getattr(self, "aux_loss_enabled", False) or getattr(text, "output_router_logits", False): return "the router of experts has a loss of its own"
     scale = next((k for k in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling") if getattr(text, k, None) not in (None, 1, 1.0)), None)
     return scale and f"this model scales its logits ({scale})"
@@ -191,9 +192,14 @@ def begin(self: Fast, batch):
         with super(Fast, self).compute_loss_context_manager(): before = self.both(rows, lambda b: super(Fast, self).compute_loss(self.model, b)) if rows else []
         self.quick = quicken(model, torch.bfloat16 if self.args.bf16 else None)
         self.told["notes"] = self.quick.notes
-        after = self.both(rows, self.own_loss) if rows else []
-        if before: self.told |= dict(first_loss_plain=before[0], first_loss_fast=after[0])
-        self.agree(before, after)
+        if self.quick.head_differs and not self.compute_loss_func:
+            self.quick.restore()
+            self.plainly = self.quick.head_differs
+            self.told["notes"] = [f"the whole step is the library's: {self.plainly}"]
+        else:
+            after = self.both(rows, self.own_loss) if rows else []
+            if before: self.told |= dict(first_loss_plain=before[0], first_loss_fast=after[0])
+            self.agree(before, after)
     for note in self.told["notes"]: self.run.log(f"{self.engine}: {note}", show=False)
 
 # %% ../nbs/04_fast.ipynb #c026

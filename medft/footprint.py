@@ -128,11 +128,12 @@ def whole_weight(base, dtype): return base.weight.to(dtype) if base.weight.dim()
 @contextmanager
 def untested():
     "While inside, the fast step's pieces are taken without the trial that each stands on real numbers; there are none to differ."
-    fits = lambda body, layer, i: (tuple(dict.fromkeys(k for k, _ in blocks.fitting(layer).values())), [])
-    here = dict(trusted=fits, norm_kind=lambda m: (getattr(m, "variance_epsilon", getattr(m, "eps", 1e-6)), 0), keep_memory=lambda: True)
+    kinds = lambda layer: tuple(dict.fromkeys(k for k, _ in blocks.fitting(layer).values())) if blocks.usual(layer) else ("adapter",)
+    taken = lambda body: blocks.Trials([blocks.Verdict(kinds(layer)) for layer in body.layers], last_is_cut=True)
+    here = dict(trials=taken, norm_fits=lambda *_: True, norm_kind=lambda m: (getattr(m, "variance_epsilon", getattr(m, "eps", 1e-6)), 0), keep_memory=lambda: True)
     with ExitStack() as stack:
         for name, new in here.items(): stack.enter_context(patch.object(blocks, name, new))
-        stack.enter_context(patch.object(blocks.Quick, "cast", lambda self: None)); stack.enter_context(patch.object(joined, "weight_of", whole_weight))
+        stack.enter_context(patch.object(blocks.Quick, "cast", lambda self: None)); stack.enter_context(patch.object(blocks.Quick, "verify", lambda self: None)); stack.enter_context(patch.object(joined, "weight_of", whole_weight))
         yield
 
 # %% ../nbs/070_footprint.ipynb #c015b

@@ -9,6 +9,7 @@ __all__ = ['Encoder', 'nearest_of', 'overlap', 'embedded', 'bert_scores']
 
 # %% ../nbs/040a_meaning.ipynb #c002
 from .core import MedftError, locate  # first: it sets switches that the libraries read
+from .families import config_of
 from .likelihood import in_batches, pad
 
 import torch
@@ -19,7 +20,12 @@ class Encoder:
     "A local encoder for BERTScore, read up to the layer at three quarters of its depth. Raises `MedftError`."
     def __init__(self, path, device="cpu"):
         if not (at := locate(path)) or not (at/"config.json").is_file(): raise MedftError(f"evaluation.bertscore: {path} is no folder of a model (it has no config.json); download an encoder and name its folder, or leave the key out")
-        try: self.tok, self.model = AutoTokenizer.from_pretrained(at, local_files_only=True), AutoModel.from_pretrained(at, local_files_only=True).to(device).eval()
+        plain = dict(local_files_only=True, trust_remote_code=False)    # no code that comes with the folder, and no pickles
+        try:
+            config = config_of(at, path, local_files_only=True)
+            self.tok = AutoTokenizer.from_pretrained(at, **plain)
+            self.model = AutoModel.from_pretrained(at, config=config, use_safetensors=True, **plain).to(device).eval()
+        except MedftError as e: raise MedftError(str(e).replace("model.name", "evaluation.bertscore", 1)) from None
         except (OSError, ValueError, KeyError) as e: raise MedftError(f"evaluation.bertscore: {path} holds no encoder that transformers reads: {str(e).splitlines()[0]}") from None
         config = self.model.config.get_text_config()
         self.layer, self.most = max(round(.75*config.num_hidden_layers), 1), getattr(config, "max_position_embeddings", None) or 512

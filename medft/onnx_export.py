@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
-from .families import model_class
 from .merging import merged_model
+from .model import read_back
 from .parity import load_its_tokenizer
 
 # %% ../nbs/05e_onnx.ipynb #c005
@@ -67,8 +66,7 @@ def classifier_to_export(run, engine):
     "The tuned classifier in full weights: float32, on the CPU. From what is handed over where that is there."
     folder = next((run.path/engine/f for f in ("merged", "model") if (run.path/engine/f).is_dir()), None)
     if folder is None: return merged_model(run, engine).float().cpu().eval()
-    config = AutoConfig.from_pretrained(folder)
-    return model_class(config, "classification").from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return read_back(folder, "classification", dtype=torch.float32, attn_implementation="sdpa").eval()
 
 def export_onnx(run, engine) -> Path:
     "Write an engine's classifier as ONNX. Raises `MedftError` with the reason where that cannot be."

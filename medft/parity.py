@@ -19,13 +19,13 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from .answers import stop_ids
 from .data import load_split, load_tokenizer
 from .evaluate import read_predictions
-from .families import model_class
-from .model import load_tuned, torch_dtype
+from .families import config_of
+from .model import load_tuned, read_back, torch_dtype
 from .train import trained
 from .prompts import encode
 from .scoring import code_choices, in_batches, pad, predict
@@ -157,7 +157,7 @@ class Onnx(torch.nn.Module):
         super().__init__()
         import onnxruntime
         self.session = onnxruntime.InferenceSession(str(folder/"model.onnx"), providers=["CPUExecutionProvider"])
-        self.config, self.device = AutoConfig.from_pretrained(folder), torch.device("cpu")
+        self.config, self.device = config_of(folder), torch.device("cpu")
     def forward(self, input_ids, attention_mask, **_):
         return SimpleNamespace(logits=torch.from_numpy(self.session.run(None, dict(input_ids=input_ids.numpy(), attention_mask=attention_mask.numpy()))[0]))
 
@@ -167,14 +167,13 @@ def load_artefact(run, engine, what):
     folder = run.path/engine/FOLDERS[what]
     if what in ("adapter", "model"): return load_tuned(run, engine)
     if what == "onnx": return Onnx(folder)
-    config = AutoConfig.from_pretrained(folder)
-    return model_class(config, run.recipe.task).from_pretrained(folder, dtype=torch_dtype(run.recipe)).to(device()).eval()
+    return read_back(folder, run.recipe.task, dtype=torch_dtype(run.recipe)).to(device()).eval()
 
 def load_its_tokenizer(run, engine, what):
     "The tokenizer that lies beside an artefact; the base's own where none does."
     folder = run.path/engine/FOLDERS[what]
     if not (folder/"tokenizer_config.json").exists(): return load_tokenizer(run.recipe)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 # %% ../nbs/05a_parity.ipynb #c028
 def main_rows(run) -> list[dict]:

@@ -18,7 +18,6 @@ import gzip, hashlib, json, os, re, shutil, socket, tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from transformers import AutoConfig
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 # %% ../nbs/06a_rehearse.ipynb #c005
@@ -46,7 +45,7 @@ def small_config(recipe) -> tuple:
     "A tiny configuration of the recipe's architecture, and where it comes from. Raises `MedftError` when nothing tells the architecture."
     name = recipe.model.name
     try:
-        config = AutoConfig.from_pretrained(model_path(name), revision=recipe.model.revision, local_files_only=not hub_answers(), trust_remote_code=False)
+        config = families.config_of(model_path(name), name, revision=recipe.model.revision, local_files_only=not hub_answers())
         return families.shrink(config), "its own configuration, made small"
     except (OSError, ValueError, KeyError) as e: reason = why(e)
     family = family_named(name)
