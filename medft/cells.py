@@ -103,15 +103,17 @@ class _Printed:
 
     def items(self, close):
         "The elements up to a closing bracket, with commas between them or without."
-        found, commas, touching = [], 0, []
+        found, commas, parted, touching = [], 0, True, []
         while self.token != close or self.kind != "sign":
-            if found and self.token == "," and self.kind == "sign":
+            if not parted and self.token == "," and self.kind == "sign":
                 commas += 1
+                parted = True
                 self.next()
                 continue
-            if len(found) > commas:
+            if not parted:
                 touching.append(len(found))     # no comma before this element
             found.append(self.value())
+            parted = False
         self.next()
         if close == ")" and not commas and all(isinstance(v, str) for v in found):
             return "".join(found)               # a string that pprint wrapped in parentheses

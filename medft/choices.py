@@ -184,7 +184,8 @@ def _one_answer(said, column):
     "The one value of an answer. Raises `Reject` for several."
     said = nested(said, column)
     if isinstance(said, dict):
-        said = [next((v for k, v in said.items() if option_key(str(k)) in ("KEY", "LABEL", "LETTER", "ID")), None)]
+        named = [v for k, v in said.items() if option_key(str(k)) in ("KEY", "LABEL", "LETTER", "ID")]
+        said = named[:1] or list(said)          # {label: B, text: ...}, or {B: ...}
     if not isinstance(said, (list, tuple)):
         return said
     if len(said) > 1:
@@ -245,7 +246,7 @@ def filled_options(
     while options and _fills(list(options.values())[-1], len(options)):
         options.popitem()
     if len(options) < 2:
-        raise Reject("fewer than two options")
+        raise Reject("fewer than two options" if len(found) < 2 else "empty option")
     if any(missing_kind(option) == "missing" for option in options.values()):
         raise Reject("empty option")
     bare = unlettered(list(options.values()))

@@ -22,13 +22,19 @@ def bars(frame, confidence=0.95) -> dict:
 
 # %% ../nbs/04bd_options.ipynb #c010
 def in_other_orders(frame, confidence=0.95) -> dict:
-    "Shuffle consistency, and accuracy over all orders, of the rows that were asked in several; {} when none was."
+    "Shuffle consistency, and accuracy over all orders, of the rows that were asked in several; {} when none was. The share of rows that are only asked in their own."
+    fixed = dict(fixed_order=share(frame.fixed_order.astype(bool), confidence, frame.group)) if "fixed_order" in frame else {}
     some = frame[[len(others) > 0 for others in frame.get("shuffled_choice", [()]*len(frame))]]
-    if not len(some): return {}
+    if not len(some):
+        return fixed
     same = np.array([all(o == own for o in others) for own, others in zip(some.choice, some.shuffled_choice)])
     right = np.array([np.mean(np.array([own, *others]) == t) for own, others, t in zip(some.choice, some.shuffled_choice, some.truth)])
-    mean = lambda w: (w @ right)/w.sum(1)
-    return dict(shuffle_consistency=share(same, confidence, some.group), **valued(dict(shuffle_accuracy=mean), some.group, confidence))
+
+    def mean(w):
+        return (w @ right)/w.sum(1)
+
+    consistency = share(same, confidence, some.group)
+    return dict(shuffle_consistency=consistency, **valued(dict(shuffle_accuracy=mean), some.group, confidence), **fixed)
 
 # %% ../nbs/04bd_options.ipynb #c013
 def measure_choices(frame, confidence=0.95) -> dict:

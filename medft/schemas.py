@@ -41,6 +41,7 @@ class Schema:
     marked: bool = False    # only when its text holds chat markers
     reply: str = ""         # the column that holds an answer in words
     looked_at: str = ""     # columns that tell what a row is, and are not trained on
+    fallback: bool = False  # never what a file is nearest to
     context: bool = False   # whether texts that a question is about are read (CONTEXTS)
 
     def spellings(self) -> dict:
@@ -94,9 +95,10 @@ _MCQ_MAY = "exp=explanation subject_name choice_type context"
 # %% ../nbs/00d_schemas.ipynb #c008
 SCHEMAS = [
     Schema("medmcqa", " ".join([_ASKED, *_MCQ_0[:4]]), from_medmcqa, " ".join([_COP, *_MCQ_0[4:], _MCQ_MAY]),
-           ("cop", _medmcqa_counts), looked_at="exp", context=True),
+           ("cop", _medmcqa_counts), looked_at="exp", fallback=True, context=True),
     Schema("medmcqa", " ".join([_ASKED, *_MCQ[:4]]), from_medmcqa, " ".join([_COP, *_MCQ[4:], _MCQ_MAY]), ("cop", _medmcqa_counts), looked_at="exp", context=True),
-    Schema("medmcqa", " ".join([_ASKED, *_MCQ[:2], _COP]), from_medmcqa, " ".join([*_MCQ[2:], _MCQ_MAY]), ("cop", _medmcqa_counts), looked_at="exp", context=True),
+    Schema("medmcqa", " ".join([_ASKED, *_MCQ[:2], _COP]), from_medmcqa, " ".join([*_MCQ[2:], _MCQ_MAY]), ("cop", _medmcqa_counts), looked_at="exp",
+           fallback=True, context=True),
     Schema("medqa", f"{_ASKED} {_OPTIONS} answer_idx={_INDEX}", from_medqa, "answer=correct_answer|answer_text|right_answer meta_info=subject context",
            ("answer_idx", _medqa_counts), context=True),
     Schema("medqa", f"{_ASKED} {_OPTIONS} answer=label|{_RIGHT}", from_medqa, "meta_info=subject context", ("answer", _medqa_counts), context=True),
@@ -228,7 +230,7 @@ def recognise(
     tried = [(s, *find_columns(s, columns)) for s in SCHEMAS if name in (None, s.name)]
     for s, found, lacks in tried:
         if not lacks and (name or not s.marked or _marked(rows, found)): return s, found
-    raise no_schema(where, columns, tried, name)
+    raise no_schema(where, columns, [t for t in tried if not t[0].fallback], name)
 
 # %% ../nbs/00d_schemas.ipynb #c023
 def mapping_for(columns, rows, d) -> dict:
