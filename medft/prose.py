@@ -204,7 +204,7 @@ def turns(v, reasoning="drop") -> list:
 
 # %% ../nbs/00d_prose.ipynb #c023
 def from_messages(row, reasoning="drop"):
-    "A conversation that the assistant ends. `unread` holds the keys of its turns that are not read, if any."
+    "A conversation that the assistant ends; `unread`: keys of its turns that are not read; `ended_early`: its last turns are not trained on."
     tools = nested(row.get("tools"), "tools")
     if isinstance(tools, (list, dict)) and tools:
         raise Reject(TOOLS)
@@ -233,12 +233,13 @@ def conversation(
         raise Reject("user and assistant do not alternate")
     if not all(m["content"] for m in said):
         raise Reject("empty turn")
-    first = said[-len(body)]
+    first, whole = said[-len(body)], len(said)
     while said and said[-1].get("trained") is False:
         said = said[:-2]                        # what comes after the last turn that is learned is not read either
     if not said or said[-1]["role"] != "assistant":
         raise Reject("nothing to train on: every turn of the assistant has weight 0")
-    return dict(messages=said, subject="", group=group_key(first["content"]))
+    ended = dict(ended_early=True) if len(said) < whole else {}
+    return dict(messages=said, subject="", group=group_key(first["content"])) | ended
 
 # %% ../nbs/00d_prose.ipynb #c028
 def from_completion(row, reasoning="drop"):

@@ -283,7 +283,8 @@ def look_around(self: Reading, columns, first, own, theirs, d):
     in_words = self.line.read in (from_question_answer, from_alpaca, from_medquad)
     column = reasoning_column(columns, used | set(self.contexts))
     self.reasoning = column if in_words and d.reasoning == "prepend" else None
-    self.turn_keys, self.kept_words, self.untyped = set(), Counter(), bool(re.search(r"\.(csv|tsv|txt)(\.gz)?$", self.where.lower()))
+    self.turn_keys, self.kept_words, self.ended_early = set(), Counter(), 0
+    self.untyped = bool(re.search(r"\.(csv|tsv|txt)(\.gz)?$", self.where.lower()))
     beside = {theirs.get(k) for k in ("id", self.owner, "subject", "system")} if self.line.read is not from_text else {theirs.get("id"), theirs.get(self.owner)}
     looked_at = {theirs.get(k) for k in self.line.looked_at.split()}
     self.used = (used - looked_at) | beside | {*self.contexts, self.reasoning}
@@ -305,6 +306,8 @@ def notes(self):
     "What a user has to know of how the file was read, in sentences."
     kept = ", ".join(f"{text} ({n:,} rows)" for text, n in self.kept_words.items())
     told = [f"{self.where}: answers that may stand for a missing value are kept as answers: {kept}"] if kept else []
+    if self.ended_early:
+        told.append(f"{self.where}: {self.ended_early:,} conversations end before turns of weight 0, which are not trained on")
     return told + [f"{self.where}: {hint}" for hint in self.hints]
 
 
@@ -400,6 +403,7 @@ def example(self: Reading, n, row, view):
         view = view | dict(context="\n".join(filter(None, (passages(row.get(c), c) for c in self.contexts))))
     ex = self.line.read(view, *self.args)
     self.turn_keys |= ex.pop("unread", set())
+    self.ended_early += ex.pop("ended_early", False)
     self.check_reply(view, ex)
     ex = self.named(n, view, ex)
     check_encodable(ex)
