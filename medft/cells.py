@@ -25,13 +25,14 @@ _TOKEN = re.compile(
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)", re.S)
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "\n": "", "0": "\0"}
 _CONSTANTS = {
-    "True": True, "true": True, "TRUE": True, "False": False, "false": False, "FALSE": False,
+    "True": True, "true": True, "TRUE": True,
+    "False": False, "false": False, "FALSE": False,
     "None": None, "null": None, "NULL": None, "nan": None, "NaN": None, "NaT": None, "NA": None,
     "inf": float("inf"), "-inf": float("-inf"),
 }
 _CALLS = {   # what wraps its first argument
-    "array", "list", "tuple", "set", "frozenset", "deque", "Index", "Series", "tensor", "str_", "int64",
-    "int32", "float64", "float32", "bool_", "OrderedDict", "dict",
+    "array", "list", "tuple", "set", "frozenset", "deque", "Index", "Series", "tensor", "str_",
+    "int64", "int32", "float64", "float32", "bool_", "OrderedDict", "dict",
 }
 
 
@@ -48,7 +49,8 @@ def unescaped(
         return chr(int(code[1:], 16)) if len(code) > 1 else _ESCAPED.get(code, code)
 
     text = _ESCAPE.sub(meant, text)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # two halves are one character
+    # two halves of a surrogate pair are one character
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # %% ../nbs/00ca_cells.ipynb #p005
 _CLOSED_BY = {"[": "]", "(": ")", "{": "}"}
@@ -56,7 +58,7 @@ _DEEPEST = 40   # levels of lists in lists
 
 
 class _Printed:
-    "A parser of printed literals. The grammar is that of Python and JSON, with NumPy's missing commas."
+    "A parser of printed literals: the grammar of Python and JSON, with NumPy's missing commas."
 
     def __init__(self, text):
         self.text, self.at, self.depth = text, 0, 0
@@ -193,11 +195,13 @@ def _wrapped(found, touching):
 
 
 _LIST = re.compile(
-    r"""\[\s*(?:['"\[{\]]|(?:[uUbB]['"])|(?:array|list|dict|None|nan|NaN|null|True|False)\b|[A-Za-z_][\w.]*\(['"\[\d]|<NA>|\.\.\.)"""
+    r"""\[\s*(?:['"\[{\]]|[uUbB]['"]|(?:array|list|dict|None|nan|NaN|null|True|False)\b"""
+    r"""|[A-Za-z_][\w.]*\(['"\[\d]|<NA>|\.\.\.)"""
     r"""|\[(?=[-+\d.\s,eEnainf…]+\]\s*\Z)"""
     r"""|\{\s*(?:['"}]|\d+\s*:|[A-Za-z_]\w*\s*:\s*['"\[{])"""
     r"""|\(\s*[uU]?['"][^'"]*['"]\s*,"""
-    r"""|(?:(?:np|numpy|collections|torch|pd)\.)?(?:array|list|deque|Index|tensor|OrderedDict|Series)\(\s*[\[(]"""
+    r"""|(?:(?:np|numpy|collections|torch|pd)\.)?"""
+    r"""(?:array|list|deque|Index|tensor|OrderedDict|Series)\(\s*[\[(]"""
     r"""|c\(\s*(?:\w+\s*=\s*)?['"]"""
     r"""|<pyarrow|shape: \(\d"""
 )
@@ -237,12 +241,11 @@ def read_printed(
         raise UnreadableCell("lists in lists, too deep") from None
 
 # %% ../nbs/00ca_cells.ipynb #p011
-_MISSING = {
-    "nan", "-nan", "+nan", "null", "n/a", "n / a", "n.a.", "n.a", "#n/a", "#n/a n/a", "#na", "<na>", "<nan>", "<null>",
-    "<none>", "(null)", "(none)", "(nan)", "(missing)", "<missing>", "[null]", "[none]", "<unset>", "undefined",
-    "\\n", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan", "#value!", "#ref!", "#div/0!", "#null!", "#name?", "#num!",
-    "<noinput>", "<no input>", "noinput",
-}
+_MISSING = set(
+    r"""nan -nan +nan null n/a n.a. n.a #n/a #na <na> <nan> <null> <none> (null) (none) (nan) (missing)
+    <missing> [null] [none] <unset> undefined \n 1.#ind -1.#ind 1.#qnan -1.#qnan #value! #ref! #div/0!
+    #null! #name? #num! <noinput> noinput""".split()
+) | {"n / a", "#n/a n/a", "<no input>"}
 _WORDS = {"none", "nil", "na", "missing", "not available"}
 _MARKS = re.compile(r"[-–—_?.…]+")
 

@@ -58,7 +58,7 @@ def nested(
     v,                  # a cell
     column="a cell",    # for the reason
 ):
-    "The list or object that a cell holds, also as text. Raises `Reject` where it looks like one and cannot be read."
+    "The list or object that a cell holds, also as text. Raises `Reject` for a broken one."
     try:
         return read_printed(v)
     except UnreadableCell as e:
@@ -66,7 +66,7 @@ def nested(
 
 
 def plain_text(row, name) -> str:
-    "A cell as text. What was printed for a list of one text is that text; JSON stays, because it can be the text that is meant."
+    "A cell as text; a printed list of one text is that text. JSON can be the text that is meant."
     value = row.get(name)
     if isinstance(value, str) and looks_printed(value) and not _is_json(value):
         value = nested(value, name)
@@ -106,7 +106,7 @@ def passages(
     v,                  # a cell
     column="context",   # for the reason
 ) -> str:
-    "A text, a list of paragraphs, or an object that has them as `contexts`, as one text. Raises `Reject` for other objects."
+    "A text, paragraphs, or an object that has them, as one text. Raises `Reject` for other objects."
     v = nested(v, column)
     if isinstance(v, dict):
         plain = {str(k).lower(): k for k in v}
@@ -159,12 +159,14 @@ def pick(
     if n is None:
         n = base + letter(text, options)
     if not base <= n < base + len(options):
-        raise Reject(f"{column} names no option (a letter, a number or an option's text is read): {text[:60]}")
+        forms = "a letter, a number or an option's text is read"
+        raise Reject(f"{column} names no option ({forms}): {text[:60]}")
     return n - base
 
 # %% ../nbs/00d_choices.ipynb #c012a
 _SIGN = re.compile(
-    r"[\W_]*(?:the\s+)?(?:(?:correct|right)\s+)?(?:option|choice|answer|alternative|ending|ans|opt|op)?(?:\s+is)?"
+    r"[\W_]*(?:the\s+)?(?:(?:correct|right)\s+)?"
+    r"(?:option|choice|answer|alternative|ending|ans|opt|op)?(?:\s+is)?"
     r"[\s_#.:(\[*-]*(?P<sign>[A-J]|\d{1,2})[\s).\]:*]*",
     re.I,
 )
@@ -184,12 +186,14 @@ def _one_answer(said, column):
     "The one value of an answer. Raises `Reject` for several."
     said = nested(said, column)
     if isinstance(said, dict):
-        named = [v for k, v in said.items() if option_key(str(k)) in ("KEY", "LABEL", "LETTER", "ID")]
+        signs = ("KEY", "LABEL", "LETTER", "ID")
+        named = [v for k, v in said.items() if option_key(str(k)) in signs]
         said = named[:1] or list(said)          # {label: B, text: ...}, or {B: ...}
     if not isinstance(said, (list, tuple)):
         return said
     if len(said) > 1:
-        raise Reject(f"{column} marks several options as right, and one is read: {', '.join(map(str, said))[:60]}")
+        every = ", ".join(map(str, said))[:60]
+        raise Reject(f"{column} marks several options as right, and one is read: {every}")
     return _one_answer(said[0], column) if said else None
 
 
@@ -198,7 +202,7 @@ def plain_answer(
     options: dict,      # key -> text
     column="answer",    # for the reason
 ):
-    "An answer as a number, a key, or an option's exact text, as `pick` and `way` know it. Raises `Reject` for several answers."
+    "An answer as a number, a key, or an option's exact text. Raises `Reject` for several answers."
     said = _one_answer(said, column)
     if not isinstance(said, str):
         return said
@@ -241,7 +245,7 @@ MORE_OPTIONS = ("ope", "opf", "opg", "oph")
 def filled_options(
     found: dict,    # key -> cell
 ) -> dict:          # key -> text
-    "Options without those that only fill a column at the end, and without their own letters. Raises `Reject`."
+    "Options without those that only fill a column, and without their own letters. Raises `Reject`."
     options = {key: cell(option) for key, option in found.items()}
     while options and _fills(list(options.values())[-1], len(options)):
         options.popitem()
@@ -256,7 +260,8 @@ def filled_options(
 def _fills(option, place):
     "Whether the last option, at a place counted from 1, is none. 'None' is one: none of the above."
     kind = missing_kind(option)
-    return kind == "missing" or place > 4 and (kind == "mark" or kind == "word" and option.lower() not in ("none", "nil"))
+    no_text = kind == "mark" or kind == "word" and option.lower() not in ("none", "nil")
+    return kind == "missing" or place > 4 and no_text
 
 
 def with_context(row, question) -> str:
@@ -266,13 +271,15 @@ def with_context(row, question) -> str:
 
 
 def from_medmcqa(row, base=0, texts=False):
-    "MedMCQA. `base` is what this file calls its first option; further options (`ope`...) are read when there are any."
+    "MedMCQA. `base` is what this file calls its first option; `ope`... are read when there are any."
     question = asked(row)
-    options = filled_options({LETTERS[i]: row.get(k) for i, k in enumerate((*OPTIONS, *MORE_OPTIONS))})
+    columns = (*OPTIONS, *MORE_OPTIONS)
+    options = filled_options({LETTERS[i]: row.get(k) for i, k in enumerate(columns)})
     listed = list(options.values())
     answer = pick(plain_answer(row.get("cop"), options, "cop"), listed, base, "cop", texts)
     kind = cell(row.get("choice_type"))     # single, or multi: several statements to be judged
-    said = dict(question=with_context(row, question), options=listed, answer=answer, subject=cell(row.get("subject_name")))
+    said = dict(question=with_context(row, question), options=listed, answer=answer)
+    said["subject"] = cell(row.get("subject_name"))
     return said | (dict(choice_type=kind) if kind else {})
 
 # %% ../nbs/00d_choices.ipynb #c019
@@ -326,8 +333,10 @@ class Wording:
     def texts(self): return "text" in self.rows and "sign" not in self.rows
 
 # %% ../nbs/00d_choices.ipynb #c027
-_TEXT_KEYS = "text value atext content optiontext answertext body answer option choice description title".split()
-_SIGN_KEYS = "key label letter id aid idx index optionid optionlabel identifier number no position option choice answer name".split()
+_TEXT_KEYS = """text value atext content optiontext answertext body answer option choice description
+    title""".split()
+_SIGN_KEYS = """key label letter id aid idx index optionid optionlabel identifier number no position
+    option choice answer name""".split()
 
 
 def _roles(names):
@@ -344,7 +353,8 @@ def _option_objects(v):
         return {k: text for o in v for k, text in o.items()}
     sign, text = _roles(v[0])
     if text is None:
-        raise Reject(f"options are objects of an unknown form (key and value, label and text, id and text are read): {', '.join(map(str, v[0]))[:60]}")
+        keys, known = ", ".join(map(str, v[0]))[:60], "key and value, label and text, id and text are read"
+        raise Reject(f"options are objects of an unknown form ({known}): {keys}")
     keys = [cell(o.get(sign)) for o in v] if sign is not None else []
     return dict(zip(keys if len(set(keys)) == len(v) else LETTERS, (o.get(text) for o in v)))
 
@@ -356,22 +366,28 @@ def _option_lines(v):
     if bare:
         return dict(zip(LETTERS, bare))
     marks = list(re.finditer(r"(?:(?<=[\s,;])|^)\(?([A-Ja-j])\s?\)\s*", v.strip()))
-    if len(marks) < 3 or marks[0].start() or [m[1].upper() for m in marks] != list(LETTERS[:len(marks)]):
+    letters = "".join(m[1].upper() for m in marks)
+    if len(marks) < 3 or marks[0].start() or letters != LETTERS[:len(marks)]:
         return None
     ends = [*(m.start() for m in marks[1:]), len(v.strip())]
     return {m[1].upper(): v.strip()[m.end():end].strip(" ,;\n") for m, end in zip(marks, ends)}
 
 
+def _is_pair(option):
+    return isinstance(option, (list, tuple)) and len(option) == 2
+
+
 def lettered(v) -> dict:
-    "Options as {key: text}, out of the ways in which files write them. Raises `Reject` for anything else."
+    "Options as {key: text}, in the ways in which files write them. Raises `Reject` for anything else."
     v = nested(v, "options")
     sign, text = _roles(v) if isinstance(v, dict) else (None, None)
     if text is not None and isinstance(v[text], (list, tuple)):             # two parallel lists
-        keys = v.get(sign)
-        v = dict(zip(map(cell, keys), v[text])) if isinstance(keys, (list, tuple)) and len(keys) == len(v[text]) else v[text]
+        keys, v = v.get(sign), v[text]
+        if isinstance(keys, (list, tuple)) and len(keys) == len(v):
+            v = dict(zip(map(cell, keys), v))
     elif isinstance(v, (list, tuple)) and v and all(isinstance(o, dict) for o in v):
         v = _option_objects(v)
-    elif isinstance(v, (list, tuple)) and v and all(isinstance(o, (list, tuple)) and len(o) == 2 for o in v):
+    elif isinstance(v, (list, tuple)) and v and all(map(_is_pair, v)):
         v = {cell(key): option for key, option in v}
     elif isinstance(v, str):
         v = _option_lines(v)
@@ -381,13 +397,17 @@ def lettered(v) -> dict:
     if not isinstance(v, dict):
         raise Reject("options are no list and no lettered texts")
     found = {option_key(str(k)) or str(k): o for k, o in v.items() if o is not None}
-    return filled_options({k: o.get(_roles(o)[1]) if isinstance(o, dict) else o for k, o in found.items()})
+    for key, option in found.items():
+        if isinstance(option, dict):
+            found[key] = option.get(_roles(option)[1])
+    return filled_options(found)
 
 # %% ../nbs/00d_choices.ipynb #c028
 def read_choices(row) -> tuple[dict, dict]:
     "A row with its answers in plain form, and its options. Raises `Reject`."
     options = lettered(row.get("options"))
-    said = {c: plain_answer(row.get(c), options, c) for c in ("answer", "answer_idx") if row.get(c) is not None}
+    columns = [c for c in ("answer", "answer_idx") if row.get(c) is not None]
+    said = {c: plain_answer(row[c], options, c) for c in columns}
     return row | said, options
 
 
@@ -416,7 +436,8 @@ def from_medqa(row, base=0, texts=False):
     disagree = column == "answer_idx" and said != listed[i] and said.upper() not in ("", list(options)[i].upper())
     if disagree or twice and n not in (i, i + 1):
         raise Reject("answer is not the option that answer_idx names")
-    return dict(question=with_context(row, question), options=listed, answer=i, subject=cell(row.get("meta_info")))
+    subject = cell(row.get("meta_info"))
+    return dict(question=with_context(row, question), options=listed, answer=i, subject=subject)
 
 # %% ../nbs/00d_choices.ipynb #c031
 def from_medqa_hf(row):
@@ -439,6 +460,7 @@ def from_pubmedqa(row):
     text = f"Abstract: {abstract}\nQuestion: {question}"
     said = optional(row, "final_decision").lower()
     if said not in DECISIONS:
-        raise Reject("final_decision is not yes, no or maybe" if said else "no answer (final_decision missing)")
+        missing = "no answer (final_decision missing)"
+        raise Reject("final_decision is not yes, no or maybe" if said else missing)
     answer = dict(options=list(DECISIONS), answer=DECISIONS.index(said), listed=False)
     return dict(question=text, **answer, text=text, subject="", group=group_key(question))

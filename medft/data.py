@@ -168,22 +168,29 @@ def refuse_cut(rows):
 
 # %% ../nbs/01_data.ipynb #s001
 def refuse_one_label(rows, report, recipe):
-    "Raise `MedftError` when a classifier would see one label only; note the labels that no training row has."
+    "Raise `MedftError` when a classifier would see one label only; note labels not trained on."
     if recipe.task != "classification" and not report.get("labels"):
         return
     answers = rows.table["answer"].to_numpy(zero_copy_only=False)
     usable = ~rows.planted
     trained = np.unique(answers[rows.train & usable], return_counts=True)
     names = report.get("labels") or []
-    named = lambda i: repr(names[int(i)]) if int(i) < len(names) else f"number {int(i)}"
+
+    def named(i):
+        return repr(names[int(i)]) if int(i) < len(names) else f"number {int(i)}"
+
     if recipe.task == "classification" and len(trained[0]) == 1:
-        raise MedftError(f"dataset: every one of the {trained[1][0]:,} training rows has the label {named(trained[0][0])}: there is nothing to tell apart; "
-                         "look at the label column, dataset.labels, dataset.max_samples and dataset.holdout")
+        raise MedftError(
+            f"dataset: every one of the {trained[1][0]:,} training rows has the label "
+            f"{named(trained[0][0])}: there is nothing to tell apart; look at the label column, "
+            "dataset.labels, dataset.max_samples and dataset.holdout"
+        )
     for split in dict.fromkeys(s for s in rows.side[usable].tolist() if s and s != "train"):
         found, counts = np.unique(answers[(rows.side == split) & usable], return_counts=True)
         alone = [f"{named(i)} ({n:,} rows)" for i, n in zip(found, counts) if i not in trained[0]]
         if alone and names:
-            report["notes"].append(f"labels in {split} that no training row has: {', '.join(alone)}; none of them can be learned")
+            told = ", ".join(alone)
+            report["notes"].append(f"labels in {split} that no training row has: {told}; none can be learned")
 
 # %% ../nbs/01_data.ipynb #c020
 def write_report(folder, rows, report, found, recipe):

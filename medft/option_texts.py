@@ -26,7 +26,7 @@ _LABEL = re.compile(
 
 
 def _plain_signs(text):
-    "A text whose first characters are plain letters and digits: a circled or full-width sign becomes an ordinary one."
+    "A text whose first sign is an ordinary one: circled and full-width signs are made plain."
     head = text.lstrip()[:1]
     if not head or head.isascii():
         return text
@@ -34,27 +34,33 @@ def _plain_signs(text):
     if plain == head or not re.fullmatch(r"\(?[A-Za-z0-9]{1,2}\)?\.?", plain):
         return text
     rest = text.lstrip()[1:]
-    closed = plain if re.search(r"[).]$", plain) or re.match(r"\s*[.:)．：、）]", rest) else plain + "."
-    return closed + " " + rest.lstrip() if closed != plain else closed + re.sub(r"^\s*[．：、）]", ". ", rest)
+    if re.search(r"[).]$", plain) or re.match(r"\s*[.:)．：、）]", rest):
+        return plain + re.sub(r"^\s*[．：、）]", ". ", rest)
+    return f"{plain}. {rest.lstrip()}"
 
 
 def option_label(
     text: str,
 ) -> tuple | None:      # (sign in lower case, how it is written, what follows); None: no label
     "The letter or number that a text begins with, as a list of options writes it."
-    text = _plain_signs(text).replace("．", ". ", 1).replace("：", ": ", 1).replace("、", ". ", 1).replace("）", ") ", 1)
+    text = _plain_signs(text)
+    for wide, plain in (("．", ". "), ("：", ": "), ("、", ". "), ("）", ") ")):
+        text = text.replace(wide, plain, 1)
     found = _LABEL.match(text)
     if not found:
         return None
     rest, sign, close = text[found.end():], found["sign"].lower(), found["close"].strip()
     if found["open"] and close[:1] not in tuple(")]}"):
         return None
-    if sign.isdigit() and (rest[:1].isdigit() and not found["blank"] or close in ("-", "–", "—", "/", "=", ">", ",")):
+    joined = rest[:1].isdigit() and not found["blank"]
+    if sign.isdigit() and (joined or close in ("-", "–", "—", "/", "=", ">", ",")):
         return None                             # 1.5 mg, 2:1, 1 - 2 weeks, 1/2
-    if not close and not found["word"] and (sign.isdigit() or len(sign) > 1 or found["sign"].islower()):
+    plain_letter = len(sign) == 1 and found["sign"].isupper()
+    if not close and not found["word"] and not plain_letter:
         return None                             # 1 mg, iv fluids, a base
     kind = "number" if sign.isdigit() else "letter"
-    return sign, (kind, bool(found["word"]), found["open"], close, found["sign"].isupper()), rest.strip()
+    style = (kind, bool(found["word"]), found["open"], close, found["sign"].isupper())
+    return sign, style, rest.strip()
 
 # %% ../nbs/00cb_option_texts.ipynb #o005
 def unlettered(
@@ -69,8 +75,9 @@ def unlettered(
         return None
     signs, rests = [sign for sign, *_ in found], [rest for *_, rest in found]
     n = len(signs)
-    orders = ["abcdefghijklmnopqrst"[:n], _ROMAN[:n], list(map(str, range(n))), list(map(str, range(1, n + 1)))]
-    if signs not in map(list, orders) or not all(rests):
+    from_0, from_1 = list(map(str, range(n))), list(map(str, range(1, n + 1)))
+    orders = [list("abcdefghijklmnopqrst"[:n]), _ROMAN[:n], from_0, from_1]
+    if signs not in orders or not all(rests):
         return None
     bare = not first[1][3] and not first[1][1]   # "A Naloxone": only a letter and a blank
     if bare and (n < 3 or len({text_key(rest) for rest in rests}) < n):
@@ -78,30 +85,42 @@ def unlettered(
     return rests
 
 # %% ../nbs/00cb_option_texts.ipynb #o009
-_OTHERS = r"(?:above|below|these|those|them|foregoing|preceding|previous|following|mentioned|aforementioned|others?|options|choices|answers|alternatives|statements|responses)"
+_OTHERS = (
+    r"(?:above|below|these|those|them|foregoing|preceding|previous|following|mentioned|aforementioned"
+    r"|others?|options|choices|answers|alternatives|statements|responses)"
+)
+_MORE = (
+    r"(?: (?:mentioned|options|choices|answers|ones|statements|are|is|were|listed|given|except|but"
+    r"|two|three|four).*)?"
+)
 _REFERS = [re.compile(pattern) for pattern in (
     # all of the above, none of these, any of the options, both of the above, all above, all others
-    rf"\b(?:all|none|any|both|neither|either|some|most|every one)(?: one)?(?: of| the| in| from| amongst| among)* {_OTHERS}(?: (?:mentioned|options|choices|answers|ones|statements|are|is|were|listed|given|except|but|three|two|four).*)?$",
-    r"\b(?:one|two|three|four|more than one|at least two|any two|only one|only two) (?:or more )?of (?:the )?(?:above|below|these|those|options|choices|answers|statements)\b",
-    # All. Both equally? no: the word alone, or with a verdict
-    r"^(?:all|none|both|neither|any|either)(?: of them)?(?: are| is| were)?(?: equally)?(?: correct| true| right| false| wrong| incorrect| possible| not true| not correct)?$",
+    r"\b(?:all|none|any|both|neither|either|some|every one)(?: one)?"
+    rf"(?: of| the| in| from| amongst| among)* {_OTHERS}{_MORE}$",
+    r"\b(?:one|two|three|four|more than one|at least two|any two|only one|only two) (?:or more )?of "
+    r"(?:the )?(?:above|below|these|those|options|choices|answers|statements)\b",
+    # the word alone, or with a verdict: All, Both, None is correct
+    r"^(?:all|none|both|neither|any|either)(?: of them)?(?: are| is| were)?(?: equally)?"
+    r"(?: correct| true| right| false| wrong| incorrect| possible| not true| not correct)?$",
     r"^(?:aota|nota|bota|all above|none above)$",
     r"\b(?:options?|choices?|answers?|alternatives?) \(?(?:[a-h]|[1-9]|i|ii|iii|iv)\b\)?(?![-'])",
-    r"^(?:both )?(?:the )?(?:(?:first|last|former|latter) (?:two|three|one|options?|choices?|answers?)(?: options?| choices?| answers?)?|former|latter)(?: above| only| are correct| are true)?$",
+    r"^(?:both )?(?:the )?(?:(?:first|last|former|latter) (?:two|three|one|options?|choices?|answers?)"
+    r"(?: options?| choices?| answers?)?|former|latter)(?: above| only| are correct| are true)?$",
     r"^(?:same as|as|like|similar to) (?:the )?(?:above|previous|preceding)\b",
     # Spanish, French, German, Chinese
-    r"\b(?:tod[oa]s|ningun[oa]|ninguna|cualquiera)\b.*\b(?:anteriores|correctas|correctos|respuestas|opciones)\b",
-    r"\b(?:toutes|aucune|tous|aucun)\b.*\b(?:ci-dessus|reponses|réponses|propositions|precedentes|précédentes)\b",
-    r"\b(?:alle|keine|keiner|keines)\b.*\b(?:genannten|antworten|aussagen|obigen)\b",
+    r"\b(?:tod[oa]s|ningun[oa]|cualquiera)\b.*\b(?:anteriores|correct[ao]s|respuestas|opciones)\b",
+    r"\b(?:toutes|aucune|tous|aucun)\b.*\b(?:ci-dessus|r[eé]ponses|propositions|pr[eé]c[eé]dent[e]?s)\b",
+    r"\b(?:alle|keine[rs]?)\b.*\b(?:genannten|antworten|aussagen|obigen)\b",
     r"以上|上述|均(?:不)?(?:对|是|正确)|都(?:不)?(?:对|是|正确)",
 )]
-_LEADS = {"both", "neither", "either", "only", "all", "none", "except", "but", "not", "just", "any", "same", "as", "combination", "of", "the", "from", "option", "options",
-          "choice", "choices", "answer", "answers", "statement", "statements", "point", "points", "nos", "no", "items", "item", "assertion", "response", "responses"}
-_TAILS = {"both", "only", "are", "is", "was", "were", "correct", "true", "right", "wrong", "false", "incorrect", "together", "combined", "alone", "all", "valid", "above",
-          "respectively", "equally", "possible"}
-_JOINTS = {"and", "or", "nor", "&", "+", ",", ";", "/", "with", "as", "well", "plus", "y", "und", "et", "|"}
-_POINTING = {"only", "except", "but", "not", "just", "option", "options", "choice", "choices", "answer", "answers", "statement", "statements", "alone", "same",
-             "correct", "true", "right", "wrong", "false", "incorrect"}
+_LEADS = set("""both neither either only all none except but not just any same as combination of the from
+    option options choice choices answer answers statement statements point points nos no items item
+    assertion response responses""".split())
+_TAILS = set("""both only are is was were correct true right wrong false incorrect together combined alone
+    all valid above respectively equally possible""".split())
+_JOINTS = set("and or nor & + , ; / with as well plus y und et |".split())
+_POINTING = set("""only except but not just option options choice choices answer answers statement
+    statements alone same correct true right wrong false incorrect""".split())
 _PIECE = re.compile(r"[^\W_]+|[&+,;/|]|\S")
 
 # %% ../nbs/00cb_option_texts.ipynb #o010
@@ -115,9 +134,9 @@ def _only_references(
         return False
     refs, words, joints, letters = [], set(), [], "abcdefgh"[:max(n, 5)]
     for piece in pieces:
-        if len(piece) == 1 and piece in letters or piece in _ROMAN[:max(n, 5)] or piece.isdigit() and 1 <= int(piece) <= max(n, 6):
+        if _is_reference(piece, letters, n):
             refs.append(piece)
-        elif len(piece) in (2, 3, 4) and set(piece) <= set(letters[:n]) and list(piece) == sorted(set(piece)) and words & {"both", "either", "only", "neither"}:
+        elif words & {"both", "either", "only", "neither"} and _is_run(piece, letters[:n]):
             refs += piece                       # both ab
         elif piece in _JOINTS:
             joints.append(piece)
@@ -133,7 +152,20 @@ def _only_references(
         return False                            # a c
     digits = all(ref.isdigit() for ref in refs)
     said = bool(words) or bool(set(joints) & {"and", "&", "or", "nor", "with", "as", "plus"})
-    return said or not digits or len(refs) > 2 and "," in joints or set(joints) == {","} and ", " in text
+    listed = "," in joints and (len(refs) > 2 or set(joints) == {","} and ", " in text)
+    return said or not digits or listed
+
+
+def _is_reference(piece, letters, n):
+    "Whether a piece is a letter, a Roman or another number that an option of the item can have."
+    if piece.isdigit():
+        return 1 <= int(piece) <= max(n, 6)
+    return len(piece) == 1 and piece in letters or piece in _ROMAN[:max(n, 5)]
+
+
+def _is_run(piece, letters):
+    "Whether a piece is several letters of options written as one word."
+    return 2 <= len(piece) <= 4 and set(piece) <= set(letters) and list(piece) == sorted(set(piece))
 
 
 def refers_to_others(
@@ -151,11 +183,12 @@ def refers_to_others(
 def keeps_its_order(
     options: list,  # of str
 ) -> bool:
-    "Whether options make sense only in the order in which they are written: one speaks of others, or all carry letters."
+    "Whether options make sense in their own order only: one speaks of others, or all carry letters."
     n = len(options)
     if any(refers_to_others(option, n) for option in options):
         return True
     labels = [option_label(option) for option in options]
     if n < 3 or not all(labels) or len({style for _, style, _ in labels}) > 1:
         return False
-    return sorted(sign for sign, *_ in labels) in (list("abcdefgh"[:n]), list(map(str, range(1, n + 1))))
+    signs = sorted(sign for sign, *_ in labels)
+    return signs in (list("abcdefgh"[:n]), list(map(str, range(1, n + 1))))

@@ -22,8 +22,10 @@ def bars(frame, confidence=0.95) -> dict:
 
 # %% ../nbs/04bd_options.ipynb #c010
 def in_other_orders(frame, confidence=0.95) -> dict:
-    "Shuffle consistency, and accuracy over all orders, of the rows that were asked in several; {} when none was. The share of rows that are only asked in their own."
-    fixed = dict(fixed_order=share(frame.fixed_order.astype(bool), confidence, frame.group)) if "fixed_order" in frame else {}
+    "Consistency and accuracy over all orders, of rows asked in several; the share of rows that cannot be."
+    fixed = {}
+    if "fixed_order" in frame:
+        fixed["fixed_order"] = share(frame.fixed_order.astype(bool), confidence, frame.group)
     some = frame[[len(others) > 0 for others in frame.get("shuffled_choice", [()]*len(frame))]]
     if not len(some):
         return fixed
@@ -34,7 +36,8 @@ def in_other_orders(frame, confidence=0.95) -> dict:
         return (w @ right)/w.sum(1)
 
     consistency = share(same, confidence, some.group)
-    return dict(shuffle_consistency=consistency, **valued(dict(shuffle_accuracy=mean), some.group, confidence), **fixed)
+    accuracy = valued(dict(shuffle_accuracy=mean), some.group, confidence)
+    return dict(shuffle_consistency=consistency, **accuracy, **fixed)
 
 # %% ../nbs/04bd_options.ipynb #c013
 def measure_choices(frame, confidence=0.95) -> dict:

@@ -192,14 +192,18 @@ def prompts(
 # %% ../nbs/00e_prompts.ipynb #c031
 def _learned_turns(parts, ex):
     "The parts of a conversation, without those of turns that are not to be trained on."
-    learned = iter([int(m.get("trained", True)) for m in ex["messages"] if m["role"] == "assistant"])
+    answers = [m for m in ex["messages"] if m["role"] == "assistant"]
+    learned = iter([int(m.get("trained", True)) for m in answers])
     return [[text, own and next(learned)] for text, own in parts]
 
 def _parts(t, ex, row, recipe):
     "A row as [[text, 0 read or 1 trained on], ...]."
     if not recipe.training.assistant_only_loss:
         if any(m.get("trained") is False for m in ex.get("messages", ())):
-            raise MedftError(f"training.completion_only_loss: false trains on every turn, and {ex['id']} has a turn of weight 0; leave the key out, or use training.assistant_only_loss")
+            raise MedftError(
+                f"training.completion_only_loss: false trains on every turn, and {ex['id']} has a turn "
+                "of weight 0; leave the key out, or use training.assistant_only_loss"
+            )
         if "segments" not in ex or recipe.training.completion_only_loss is False: return [[row["prompt"], 1], [row["completion"], 1]]
         begin, _, end = row["completion"].partition(ex["text"])
         return [[begin, 0], *ex["segments"], [end, 1]]

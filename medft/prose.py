@@ -17,7 +17,9 @@ from .core import MedftError  # first: it sets switches that the libraries read
 import json
 import re
 
-from .choices import Reject, asked, cell, filled, group_key, nested, number, optional, passages, plain_text, with_context
+from medft.choices import (
+    Reject, asked, cell, filled, group_key, nested, number, optional, passages, plain_text, with_context,
+)
 from .cells import looks_printed, missing_kind
 from .text_keys import text_key
 
@@ -52,14 +54,16 @@ def from_question_answer(row, reasoning=None):
     if not answer:
         raise Reject("empty answer")
     system = optional(row, "system")
-    said = dict(question=question, answer=reasoned(row, reasoning, answer), subject=cell(row.get("question_type")))
+    said = dict(question=question, answer=reasoned(row, reasoning, answer))
+    said["subject"] = cell(row.get("question_type"))
     return said | (dict(system=system) if system else {})
 
 
 def _material(row, name):
-    "What an instruction is about: a text, or the paragraphs that were printed for a list. JSON stays as it is."
+    "What an instruction is about: a text, or printed paragraphs. JSON stays as it is."
     value = row.get(name)
-    if isinstance(value, (list, tuple)) or isinstance(value, str) and value.lstrip()[:1] != "{" and looks_printed(value):
+    printed = isinstance(value, str) and value.lstrip()[:1] != "{" and looks_printed(value)
+    if isinstance(value, (list, tuple)) or printed:
         return passages(value, name)
     return optional(row, name)
 
@@ -73,8 +77,8 @@ def from_alpaca(row, reasoning=None):
     answer = plain_text(row, "output")
     if not answer:
         raise Reject("empty output")
-    whole = dict(question=question, answer=reasoned(row, reasoning, answer), system=row.get("system"), context=row.get("context"))
-    return from_question_answer(whole)
+    whole = dict(question=question, answer=reasoned(row, reasoning, answer))
+    return from_question_answer(whole | {k: row.get(k) for k in ("system", "context")})
 
 # %% ../nbs/00d_prose.ipynb #c014
 MARKERS = {   # template: (the user's header, the assistant's header, the end of a turn), the headers as regular expressions
@@ -108,10 +112,11 @@ def from_formatted(row):
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
 TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython"}
 TOOLS = "tool or function turn"
-LEARNED_KEYS = ("weight", "train", "trainable", "training", "train_on_turn", "trained_on", "loss", "loss_mask", "loss_weight")
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "cot", "rationale")
+LEARNED_KEYS = tuple("weight train trainable training train_on_turn trained_on loss loss_mask loss_weight".split())
+THOUGHT_KEYS = tuple("reasoning_content reasoning thinking thought thoughts cot rationale".split())
 _NO_TEXT = ("image", "images", "audio", "video", "videos", "audios")
-_LOOKED_AT = {"role", "from", "content", "value", "tool_calls", "function_call", *LEARNED_KEYS, *_NO_TEXT}
+_LOOKED_AT = {"role", "from", "content", "value", "tool_calls", "function_call"}
+_LOOKED_AT |= {*LEARNED_KEYS, *_NO_TEXT}
 
 
 def _part(p):
@@ -132,19 +137,27 @@ def is_learned(
         if said in ("0", "0.0", "false", "no"):
             return False
         if said not in ("", "nan", "none", "1", "1.0", "true", "yes"):
-            raise MedftError(f"turn {place} has {key}: {said[:20]}; read are 0 (not trained on) and 1 (trained on)")
+            known = "0 (not trained on) and 1 (trained on)"
+            raise MedftError(f"turn {place} has {key}: {said[:20]}; read are {known}")
     for key in ("mask", "masked", "train_detail"):
         if m.get(key) not in (None, "", [], {}):
-            raise MedftError(f"turn {place} has {key}: {str(m[key])[:20]}, which is not read; write weight: 0 on a turn that is not to be trained on")
+            way_out = "write weight: 0 on a turn that is not to be trained on"
+            raise MedftError(f"turn {place} has {key}: {str(m[key])[:20]}, which is not read; {way_out}")
     return True
+
+
+def _thinking_parts(m):
+    "The parts of a turn's content that are reasoning."
+    content = m.get("content") if isinstance(m.get("content"), (list, tuple)) else ()
+    return [p for p in content if isinstance(p, dict) and p.get("type") in ("thinking", "reasoning")]
 
 
 def thought_of(m: dict) -> str:
     "The reasoning that a turn of the assistant keeps apart from what it says."
-    content = m.get("content")
-    parts = [p for p in content if isinstance(p, dict) and p.get("type") in ("thinking", "reasoning")] if isinstance(content, (list, tuple)) else []
-    own = [m.get(key) for key in THOUGHT_KEYS] + [p.get("thinking") or p.get("reasoning") or p.get("text") for p in parts]
-    return next(filter(None, (passages(thought, "the reasoning of a turn") for thought in own if thought)), "")
+    found = [m.get(key) for key in THOUGHT_KEYS]
+    found += [p.get("thinking") or p.get("reasoning") or p.get("text") for p in _thinking_parts(m)]
+    texts = (passages(thought, "the reasoning of a turn") for thought in found if thought)
+    return next(filter(None, texts), "")
 
 
 def turn(
@@ -152,7 +165,7 @@ def turn(
     reasoning="drop",   # dataset.reasoning
     place=1,            # which turn of its conversation
 ) -> dict:
-    "One turn as role and content, and `trained` where that is false. Raises `Reject` for tools, unknown roles and what is no text."
+    "One turn as role and content, and `trained` where that is false. Raises `Reject`."
     if not isinstance(m, dict):
         raise Reject("a turn that is no object")
     role = cell(m.get("role") or m.get("from")).lower()
@@ -164,7 +177,8 @@ def turn(
     if any(m.get(key) for key in _NO_TEXT):
         raise Reject("a part of a turn that is no text (image, audio)")
     content = m.get("content") if m.get("content") is not None else m.get("value")
-    content = "".join(map(_part, content)).strip() if isinstance(content, (list, tuple)) else cell(content)
+    in_parts = isinstance(content, (list, tuple))
+    content = "".join(map(_part, content)).strip() if in_parts else cell(content)
     if missing_kind(content) == "missing":
         content = ""
     said, learned = dict(role=role, content=content), is_learned(m, place)
@@ -182,9 +196,9 @@ def unread_keys(
     "The keys of a turn that hold something and are not read."
     assistant = cell(m.get("role") or m.get("from")).lower() in ("assistant", "gpt", "bot", "model")
     read = _LOOKED_AT | (set(THOUGHT_KEYS) if assistant and reasoning == "prepend" else set())
-    found = {str(k) for k, v in m.items() if k not in read and v is not None and v != "" and v != [] and v != {} and v == v}
-    parts = m.get("content") if reasoning != "prepend" and isinstance(m.get("content"), (list, tuple)) else ()
-    return found | {p["type"] for p in parts if isinstance(p, dict) and p.get("type") in ("thinking", "reasoning")}
+    found = {str(k) for k, v in m.items() if k not in read and v == v and v not in (None, "", [], {})}
+    parts = [] if reasoning == "prepend" else _thinking_parts(m)
+    return found | {p["type"] for p in parts}
 
 # %% ../nbs/00d_prose.ipynb #c022
 def _listed_turns(v):
@@ -204,7 +218,7 @@ def turns(v, reasoning="drop") -> list:
 
 # %% ../nbs/00d_prose.ipynb #c023
 def from_messages(row, reasoning="drop"):
-    "A conversation that the assistant ends; `unread`: keys of its turns that are not read; `ended_early`: its last turns are not trained on."
+    "A conversation; `unread`: keys of its turns that are not read; `ended_early`: it was cut."
     tools = nested(row.get("tools"), "tools")
     if isinstance(tools, (list, dict)) and tools:
         raise Reject(TOOLS)
@@ -218,7 +232,7 @@ def conversation(
     said: list,     # turns
     system="",      # the system text, for a conversation that has none of its own
 ) -> dict:
-    "An example out of turns. Raises `Reject` where they are no conversation, or nothing in it is to be learned."
+    "An example out of turns. Raises `Reject` where they are none, or nothing is to be learned."
     if system and said[:1] and said[0]["role"] != "system":
         said = [dict(role="system", content=system), *said]
     roles = [m["role"] for m in said]
@@ -235,7 +249,7 @@ def conversation(
         raise Reject("empty turn")
     first, whole = said[-len(body)], len(said)
     while said and said[-1].get("trained") is False:
-        said = said[:-2]                        # what comes after the last turn that is learned is not read either
+        said = said[:-2]    # nothing after the last turn that is learned is read
     if not said or said[-1]["role"] != "assistant":
         raise Reject("nothing to train on: every turn of the assistant has weight 0")
     ended = dict(ended_early=True) if len(said) < whole else {}
@@ -292,7 +306,8 @@ def one_label(said):
         said = [name for name, own in said.items() if own not in (0, None, False, "0", "")]
     if isinstance(said, (list, tuple, set)):
         if len(said) > 1 or any(isinstance(x, (list, tuple, dict)) for x in said):
-            raise MedftError(f"label holds several labels ({', '.join(map(str, said))[:80]}): {SEVERAL}")
+            every = ", ".join(map(str, said))[:80]
+            raise MedftError(f"label holds several labels ({every}): {SEVERAL}")
         said = next(iter(said), None)
     return said
 
@@ -324,7 +339,7 @@ _TRUTH = {"true": "1", "false": "0"}
 
 def fold_labels(
     counts: dict,   # label as it was read -> number of rows
-) -> tuple[dict, list]:     # label -> the spelling that is kept, or None for a missing value; what a user has to know, in sentences
+) -> tuple[dict, list]:     # label -> the spelling that is kept (None: missing); notes for the user
     "Bring the spellings of a label together. Raises `MedftError` where a label is several."
     kinds = {label: missing_kind(label) for label in counts}
     doubtful = [label for label, kind in kinds.items() if kind]
@@ -345,20 +360,29 @@ def fold_labels(
         kept |= dict.fromkeys(spellings, best)
         if len(spellings) > 1:
             told = ", ".join(f"{s!r} {counts[s]:,}" for s in spellings)
-            notes.append(f"labels that differ only in case, blanks or Unicode form are one, {best!r} (rows: {told}); dataset.labels keeps them apart")
+            notes.append(
+                f"labels that differ only in case, blanks or Unicode form are one, {best!r} "
+                f"(rows: {told}); dataset.labels keeps them apart"
+            )
     if missing:
-        notes.append(f"labels that stand for a missing value are none ({', '.join(map(repr, sorted(missing)))}); if one is a class, name all classes in dataset.labels")
+        told = ", ".join(map(repr, sorted(missing)))
+        notes.append(
+            f"labels that stand for a missing value are none ({told}); "
+            "if one is a class, name all classes in dataset.labels"
+        )
     elif doubtful:
-        notes.append(f"the label {doubtful[0]!r} ({counts[doubtful[0]]:,} rows) is read as a class, not as a missing value")
+        name, n = doubtful[0], counts[doubtful[0]]
+        notes.append(f"the label {name!r} ({n:,} rows) is read as a class, not as a missing value")
     return kept, notes
 
 
 def among(label, labels) -> str | None:
-    "The one of these labels that a label is, but for case, blanks and Unicode form; None: it is none of them."
+    "The one of these labels that a label is, but for case, blanks and Unicode form, or None."
     if label in labels:
         return label
     key = text_key(label)
-    same = [name for name in labels if text_key(name) == key] or [name for name in labels if name == _TRUTH.get(key)]
+    same = [name for name in labels if text_key(name) == key]
+    same = same or [name for name in labels if name == _TRUTH.get(key)]
     return same[0] if len(same) == 1 else None
 
 
@@ -367,7 +391,10 @@ def _refuse_joined(by_key):
     for key, spellings in by_key.items():
         parts = [p.strip() for p in re.split(r"[,;|/+&]", key) if p.strip()]
         if len(parts) > 1 and all(p in by_key for p in parts):
-            raise MedftError(f"label {spellings[0]!r} is several labels, which are labels of other rows too: {SEVERAL}, or name all classes in dataset.labels")
+            raise MedftError(
+                f"label {spellings[0]!r} is several labels, which are labels of other rows too: "
+                f"{SEVERAL}, or name all classes in dataset.labels"
+            )
 
 # %% ../nbs/00d_prose.ipynb #c036
 SAME = "Do both records describe the same patient?"

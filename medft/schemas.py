@@ -23,8 +23,9 @@ import orjson
 from fastcore.basics import patch
 from .cells import missing_kind
 from medft.choices import (
-    LETTERS, MORE_OPTIONS, OPTIONS, FirstOption, Reject, Wording, cell, explained, filled_options, from_medmcqa, from_medqa,
-    from_medqa_hf, from_pubmedqa, group_key, number, optional, passages, plain_answer, read_choices, settle, told_in, way,
+    LETTERS, MORE_OPTIONS, OPTIONS, FirstOption, Reject, Wording, cell, explained, filled_options,
+    from_medmcqa, from_medqa, from_medqa_hf, from_pubmedqa, group_key, number, optional, passages,
+    plain_answer, read_choices, settle, told_in, way,
 )
 from .prose import (TOOLS, family_of, from_alpaca, from_entity_pair, from_formatted, from_label, from_medquad, from_messages,
                          from_patient, from_question_answer, from_text)
@@ -55,7 +56,8 @@ def _medmcqa_counts(row):
     if type(said) is int and row.get("ope") is None:        # the hub's rows, and most others
         return said, 4, way(said, ())
     try:
-        options = filled_options({LETTERS[i]: row.get(k) for i, k in enumerate((*OPTIONS, *MORE_OPTIONS))})
+        columns = (*OPTIONS, *MORE_OPTIONS)
+        options = filled_options({LETTERS[i]: row.get(k) for i, k in enumerate(columns)})
         said = plain_answer(said, options, "cop")
     except Reject:
         return None, 4, ""
@@ -77,17 +79,27 @@ def _medqa_counts(row):
 
 def _option_columns(first=1):
     "opa=a|option_a|option1 ...: the spellings of each option's column, counted from `first`."
-    numbered, letters = ("option", "choice", "answer", "ans", "opt", "op"), ("option", "choice", "answer", "ans", "opt")
-    return [
-        f"op{x}=" + "|".join(([x] if first else []) + ([f"{w}_{x}" for w in letters] if first else []) + [f"{w}{i}" for w in numbered])
-        for i, x in enumerate("abcdefgh", first)
-    ]
+    words, columns = ("option", "choice", "answer", "ans", "opt"), []
+    for i, letter in enumerate("abcdefgh", first):
+        by_letter = [letter, *(f"{word}_{letter}" for word in words)] if first else []
+        by_number = [f"{word}{i}" for word in (*words, "op")]
+        columns.append(f"op{letter}=" + "|".join(by_letter + by_number))
+    return columns
 
 
 _ASKED = "question=qtext|question_text|question_stem|stem|query|prompt|input"
-_OPTIONS = "options=choices|answer_options|answer_choices|option_list|choice_list|candidates|alternatives|possible_answers|mcq_options|opts"
-_INDEX = "answer_index|answer_key|answer_letter|answer_id|correct_answer_idx|correct_idx|correct_index|correct_letter|correct_answer_index|gold_index|ra"
-_RIGHT = "correct_answer|correct_option|correct_choice|right_answer|right_option|correct|gold|target|ground_truth|solution"
+_OPTIONS = (
+    "options=choices|answer_options|answer_choices|option_list|choice_list|candidates|alternatives"
+    "|possible_answers|mcq_options|opts"
+)
+_INDEX = (
+    "answer_index|answer_key|answer_letter|answer_id|correct_answer_idx|correct_idx|correct_index"
+    "|correct_letter|correct_answer_index|gold_index|ra"
+)
+_RIGHT = (
+    "correct_answer|correct_option|correct_choice|right_answer|right_option|correct|gold|target"
+    "|ground_truth|solution"
+)
 _COP = f"cop=answer_idx|{_INDEX}|answer|{_RIGHT}"
 _MCQ, _MCQ_0 = _option_columns(), _option_columns(0)
 _MCQ_MAY = "exp=explanation subject_name choice_type context"
