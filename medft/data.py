@@ -6,9 +6,9 @@ Docs: https://medft.github.io/medft/data.html.md"""
 
 # %% auto #0
 __all__ = ['say_sources', 'with_not_read', 'benchmark_sections', 'open_benchmarks', 'texts_of', 'Progress', 'prepare',
-           'all_hashes', 'fresh', 'checked', 'refuse_empty', 'write_splits', 'refuse_cut', 'write_report', 'flags',
-           'learned', 'finish', 'refuse_inherited', 'adopt', 'told', 'as_rows', 'add_sets', 'load_split', 'scored_sets',
-           'ensure_data']
+           'all_hashes', 'fresh', 'checked', 'refuse_empty', 'write_splits', 'refuse_cut', 'refuse_one_label',
+           'write_report', 'flags', 'learned', 'finish', 'refuse_inherited', 'adopt', 'told', 'as_rows', 'add_sets',
+           'load_split', 'scored_sets', 'ensure_data']
 
 # %% ../nbs/01_data.ipynb #c003
 from .core import MedftError, atomic_write, open_run, peak_rss, read_json, sha256, write_json  # first: it sets switches that the libraries read
@@ -114,6 +114,7 @@ def fresh(run, tok, found_sources, benchmarks, p) -> dict:
     finally: gc.enable()
     write_report(folder, rows, report, found, r)
     refuse_empty(folder, rows, report, "train")
+    refuse_one_label(rows, report, r)
     checks.refusal(found, int(rows.train.sum()))
     with p.step("write"): write_splits(folder, rows, arrows); leaks.write_list(folder)
     if r.dataset.canaries: atomic_write(folder/"canaries.jsonl", canaries.as_lines(r))
@@ -146,7 +147,9 @@ def refuse_empty(folder, rows, report, entry):
     write_json(folder/"report.json", report | dict(left=None))
     gone = ", ".join(f"{why} {n}" for k in ("rejected", "filtered") for why, n in report[k].items()) or "held out for validation and test, whole groups at a time; lower dataset.holdout"
     key = "dataset" if entry == "train" else f"dataset.{entry}_path" if entry in ("validation", "test") else f"dataset.sets.{entry}"
-    raise MedftError(f"{key}: no usable {'training ' if entry == 'train' else ''}row: {report['sources'][entry]['rows']} read, left out: {gone} (see data/rejected.jsonl)")
+    first = next(iter(report.get("first_rejected", {}).values()), "")
+    raise MedftError(f"{key}: no usable {'training ' if entry == 'train' else ''}row: {report['sources'][entry]['rows']} read, left out: {gone} (see data/rejected.jsonl)"
+                     + (f"; the first: {first}" if first else ""))
 
 def write_splits(folder, rows, arrows):
     "Every split as a folder, and which ids went where."
@@ -160,6 +163,32 @@ def refuse_cut(rows):
     "Raise `MedftError` when a canary would lose its end, and that is its secret."
     if (rows.prompt_tokens + rows.completion_tokens)[rows.planted].max(initial=0) > (rows.limit or np.inf):
         raise MedftError(f"dataset.canaries: their rows are longer than training.max_length={rows.limit}, which would cut the secrets off; raise it, or plant none")
+
+# %% ../nbs/01_data.ipynb #s001
+def refuse_one_label(rows, report, recipe):
+    "Raise `MedftError` when a classifier would see one label only; note labels not trained on."
+    if recipe.task != "classification" and not report.get("labels"):
+        return
+    answers = rows.table["answer"].to_numpy(zero_copy_only=False)
+    usable = ~rows.planted
+    trained = np.unique(answers[rows.train & usable], return_counts=True)
+    names = report.get("labels") or []
+
+    def named(i):
+        return repr(names[int(i)]) if int(i) < len(names) else f"number {int(i)}"
+
+    if recipe.task == "classification" and len(trained[0]) == 1:
+        raise MedftError(
+            f"dataset: every one of the {trained[1][0]:,} training rows has the label "
+            f"{named(trained[0][0])}: there is nothing to tell apart; look at the label column, "
+            "dataset.labels, dataset.max_samples and dataset.holdout"
+        )
+    for split in dict.fromkeys(s for s in rows.side[usable].tolist() if s and s != "train"):
+        found, counts = np.unique(answers[(rows.side == split) & usable], return_counts=True)
+        alone = [f"{named(i)} ({n:,} rows)" for i, n in zip(found, counts) if i not in trained[0]]
+        if alone and names:
+            told = ", ".join(alone)
+            report["notes"].append(f"labels in {split} that no training row has: {told}; none can be learned")
 
 # %% ../nbs/01_data.ipynb #c020
 def write_report(folder, rows, report, found, recipe):
@@ -200,6 +229,9 @@ def finish(run, report, p) -> dict:
     if report.get("grouped_by"):
         run.log(f"data: rows that share {', '.join(report['grouped_by'])} stay on one side of a split")
     if told := report.get("canaries"): run.log(f"data: {told['planted']} made-up secrets are planted in {told['rows']} training rows beside these (data/canaries.jsonl)")
+    for note in [schemas.not_read_line(report.get("not_read", {})), *report.get("notes", [])]:
+        if note:
+            run.log(f"data: {note}")
     refuse_inherited(run)
     for name in {"validation", "test"} - set(report["splits"]):
         if run.recipe.dataset.holdout: run.log(f"data: no row fell to {name}: too few groups for dataset.holdout={run.recipe.dataset.holdout}; raise it, or name a file (dataset.{name}_path)")

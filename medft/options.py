@@ -22,13 +22,22 @@ def bars(frame, confidence=0.95) -> dict:
 
 # %% ../nbs/04bd_options.ipynb #c010
 def in_other_orders(frame, confidence=0.95) -> dict:
-    "Shuffle consistency, and accuracy over all orders, of the rows that were asked in several; {} when none was."
+    "Consistency and accuracy over all orders, of rows asked in several; the share of rows that cannot be."
+    fixed = {}
+    if "fixed_order" in frame:
+        fixed["fixed_order"] = share(frame.fixed_order.astype(bool), confidence, frame.group)
     some = frame[[len(others) > 0 for others in frame.get("shuffled_choice", [()]*len(frame))]]
-    if not len(some): return {}
+    if not len(some):
+        return fixed
     same = np.array([all(o == own for o in others) for own, others in zip(some.choice, some.shuffled_choice)])
     right = np.array([np.mean(np.array([own, *others]) == t) for own, others, t in zip(some.choice, some.shuffled_choice, some.truth)])
-    mean = lambda w: (w @ right)/w.sum(1)
-    return dict(shuffle_consistency=share(same, confidence, some.group), **valued(dict(shuffle_accuracy=mean), some.group, confidence))
+
+    def mean(w):
+        return (w @ right)/w.sum(1)
+
+    consistency = share(same, confidence, some.group)
+    accuracy = valued(dict(shuffle_accuracy=mean), some.group, confidence)
+    return dict(shuffle_consistency=consistency, **accuracy, **fixed)
 
 # %% ../nbs/04bd_options.ipynb #c013
 def measure_choices(frame, confidence=0.95) -> dict:

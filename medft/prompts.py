@@ -61,7 +61,7 @@ def _messages(ex, d):
     if odd: raise ValueError(f"a turn of role {odd[0]!r}: only system, user and assistant are known here")
     if not messages or messages[-1]["role"] != "assistant": raise ValueError("it does not end with the assistant's turn: nothing to train on")
     if not all(m["content"].strip() for m in messages if m["role"] != "system"): raise ValueError("a turn without text")
-    return messages
+    return [dict(role=m["role"], content=m["content"]) for m in messages]     # other keys are not the template's
 
 def _conversation(t, ex, d):
     "Messages, ending with the assistant's."
@@ -190,14 +190,25 @@ def prompts(
     return rows
 
 # %% ../nbs/00e_prompts.ipynb #c031
+def _learned_turns(parts, ex):
+    "The parts of a conversation, without those of turns that are not to be trained on."
+    answers = [m for m in ex["messages"] if m["role"] == "assistant"]
+    learned = iter([int(m.get("trained", True)) for m in answers])
+    return [[text, own and next(learned)] for text, own in parts]
+
 def _parts(t, ex, row, recipe):
     "A row as [[text, 0 read or 1 trained on], ...]."
     if not recipe.training.assistant_only_loss:
+        if any(m.get("trained") is False for m in ex.get("messages", ())):
+            raise MedftError(
+                f"training.completion_only_loss: false trains on every turn, and {ex['id']} has a turn "
+                "of weight 0; leave the key out, or use training.assistant_only_loss"
+            )
         if "segments" not in ex or recipe.training.completion_only_loss is False: return [[row["prompt"], 1], [row["completion"], 1]]
         begin, _, end = row["completion"].partition(ex["text"])
         return [[begin, 0], *ex["segments"], [end, 1]]
     if form(ex) in READY: raise MedftError("training.assistant_only_loss: these rows are ready text, not conversations; leave the key out")
-    return t.turns(_messages(ex, recipe.dataset)) if "messages" in ex else [[row["prompt"], 0], [row["completion"], 1]]
+    return _learned_turns(t.turns(_messages(ex, recipe.dataset)), ex) if "messages" in ex else [[row["prompt"], 0], [row["completion"], 1]]
 
 def _mask(t, examples, rows, recipe):
     "Add input_ids and completion_mask to the rows."

@@ -78,7 +78,7 @@ def each_model(run, wanted=None):
         model = None; let_go()
 
 # %% ../nbs/04g_scored.ipynb #c010
-ROOMS = "scoring finite_scores branches likelihood answers meaning templates tokens further".split()
+ROOMS = "scoring option_texts finite_scores branches likelihood answers meaning templates tokens further".split()
 FIGURES = "models benchmarks baselines confidence retention forgetting seeds early_stopping_patience max_items".split()    # keys of evaluation that change no score
 
 def digest(obj) -> str: return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()

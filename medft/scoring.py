@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/scoring.html.md"""
 
 # %% auto #0
 __all__ = ['FORMS', 'code_choices', 'code_pair', 'code_jointly', 'score_choices', 'identity', 'chosen', 'as_chosen',
-           'predict_choices', 'listed', 'rendered', 'forms_of', 'score_forms', 'orders', 'turned', 'predict_forms',
-           'score_labels', 'choose', 'predict_labels', 'windows', 'predict_text', 'predict']
+           'predict_choices', 'listed', 'rendered', 'forms_of', 'score_forms', 'orders', 'turned', 'in_fixed_order',
+           'predict_forms', 'score_labels', 'choose', 'predict_labels', 'windows', 'predict_text', 'predict']
 
 # %% ../nbs/04a_scoring.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
@@ -17,6 +17,7 @@ from .finite_scores import check_frame, refuse_non_finite
 from .likelihood import by_rows, check_head, in_batches, pad, score_rows, token_budget     # and for those who look for them here
 from .prompts import LETTERS, MARKS
 from .answers import answered
+from .option_texts import keeps_its_order
 from .templates import template
 
 import hashlib
@@ -140,15 +141,23 @@ def orders(id, n, shuffles) -> list[list[int]]:
 
 # %% ../nbs/04a_scoring.ipynb #c026b1
 def turned(tok, rows, shuffles) -> list[tuple]:
-    "(row number, order, the row so listed), of every row whose prompt lists its options."
+    "(row number, order, the row so listed), of every row whose prompt lists its options and whose options allow it."
     f, out = template(tok).frame(), []; after = f[1] if f else ""
     for i, (r, own) in enumerate(zip(rows, rendered(tok, rows, "letters") if f and shuffles else ())):
-        if not (texts := listed(r, after)): continue
+        texts = listed(r, after)
+        if not texts or keeps_its_order(texts): continue
         head, letters = r["prompt"][:-len("".join(f"\n{m}{o}" for m, o in zip(MARKS, texts)) + after)], own["options"] == r["options"]
         for order in orders(r["id"], len(texts), shuffles):
             prompt = head + "".join(f"\n{m}{texts[o]}" for m, o in zip(MARKS, order)) + after
             out.append((i, order, dict(r, prompt=prompt, options=r["options"] if letters else [r["options"][o] for o in order], answer=order.index(r["answer"]))))
     return out
+
+
+def in_fixed_order(tok, rows) -> list[bool]:
+    "Of each row, whether its prompt lists options that speak of others by their place, and that are never turned for that."
+    frame = template(tok).frame()
+    texts = [listed(r, frame[1]) for r in rows] if frame else [None] * len(rows)
+    return [bool(t) and keeps_its_order(t) for t in texts]
 
 # %% ../nbs/04a_scoring.ipynb #c026d
 def predict_forms(model, tok, rows, score=None, shuffles=0, batch_size=64, say=None) -> pd.DataFrame:
@@ -158,6 +167,11 @@ def predict_forms(model, tok, rows, score=None, shuffles=0, batch_size=64, say=N
     for form, scores in zip(forms, others):
         right = {f"{form}_{name}": frame.truth == choice for name, choice in chosen(forms[form], scores).items()}
         frame = frame.assign(**{f"{form}_scores": scores}, **(right if form == "texts" else dict(list(right.items())[:1])))
+    fixed = in_fixed_order(tok, rows) if shuffles else []
+    if any(fixed):
+        frame = frame.assign(fixed_order=fixed)
+        if say:
+            say(f"{sum(fixed):,} of {len(rows):,} items are asked in their own order only: an option speaks of others by letter or place")
     if not again: return frame
     picked = [[] for _ in rows]; scores = score_choices(model, tok, [r for *_, r in again], batch_size, say)
     refuse_non_finite(scores, [r["id"] for *_, r in again], "scores in another order of the options")

@@ -12,9 +12,11 @@ __all__ = ['text', 'texts', 'STAGED', 'CHUNK', 'PLANTED', 'BOUND', 'Staging', 's
 # %% ../nbs/00i_staging.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
 from . import canaries, checks, leaks, neighbours, prompts, schemas, sources
+from .cells import missing_kind
 from .group_names import join_group_names
 from .identity import group_rows
 from .prompts import question_text
+from .prose import among, fold_labels
 
 import json
 from collections import Counter
@@ -34,7 +36,10 @@ CHUNK = 4096
 class Staging:
     "Rows on their way: an Arrow file of what is usable, a JSON Lines file of what is not, and the counts."
     def __init__(self, folder):
-        self.path, self.report = folder/"rows.arrow", dict(rows_in=0, rejected=Counter(), filtered=Counter(), repaired=Counter(), shapes={}, sources={}, hashes={})
+        self.path = folder/"rows.arrow"
+        self.report = dict(
+            rows_in=0, rejected=Counter(), first_rejected={}, filtered=Counter(), repaired=Counter(), shapes={}, sources={}, hashes={}
+        )
         self.sink, self.bad = pa.ipc.new_file(str(self.path), STAGED), (folder/"rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
 
 # %% ../nbs/00i_staging.ipynb #c005
@@ -48,7 +53,10 @@ def keep(self: Staging, rows, entry, file):
 @patch
 def reject(self: Staging, file, row, reason, content):
     "Count and keep a row that cannot be used. What follows a colon in the reason is this row's alone."
-    self.report["rejected"][reason.split(":")[0]] += 1
+    kind = reason.split(":")[0]
+    self.report["rejected"][kind] += 1
+    if len(self.report["first_rejected"]) < 50:
+        self.report["first_rejected"].setdefault(kind, f"{file}: row {row}: {reason}"[:400])
     self.bad.write(json.dumps(dict(file=file, row=row, reason=reason, content=content), ensure_ascii=False, default=str) + "\n")
 
 @patch
@@ -81,8 +89,13 @@ def asks(ex, words) -> str:
 def labelled(ex, labels):
     "A text with a label, as a question whose options are the labels."
     if "label" not in ex: return ex
-    if ex["label"] not in labels: raise ValueError(f"unknown label: {ex['label']!r}; the labels are {', '.join(labels)}")
-    return {k: v for k, v in ex.items() if k != "label"} | dict(question=ex["text"], options=labels, answer=labels.index(ex["label"]), listed=False)
+    label = among(ex["label"], labels)
+    if label is None and missing_kind(ex["label"]):
+        raise ValueError(f"no label: {ex['label']!r} stands for a missing value")
+    if label is None:
+        raise ValueError(f"unknown label: {ex['label']!r}; the labels are {', '.join(labels)}")
+    rest = {k: v for k, v in ex.items() if k != "label"}
+    return rest | dict(question=ex["text"], options=labels, answer=labels.index(label), listed=False)
 
 def classified(tok, ex) -> dict:
     "An example as a classifier reads it."
@@ -127,18 +140,30 @@ def stage_part(sink, part, entry, recipe, tok, labels, seen, tell):
     return reading
 
 # %% ../nbs/00i_staging.ipynb #c016
-def label_names(recipe, parts) -> list[str]:
-    "The labels of a labelled training set, in order; empty when the rows have none."
-    if recipe.dataset.labels: return recipe.dataset.labels
-    seen, known = {}, []
+def label_names(
+    recipe,
+    parts,
+    notes=None,     # a list that receives what a user has to know of them
+) -> list[str]:
+    "The labels of a labelled training set, in order; empty when the rows have none. Spellings of one label are one."
+    if recipe.dataset.labels:
+        return recipe.dataset.labels
+    counts, known = Counter(), []
     for part in parts:
         reading = schemas.read_examples(sources.rows(part), part.name, recipe.dataset, sources.features(part))
         known = known or sources.features(part).get(reading.renames.get("label", "label"), [])
         for ex in (ex for *_, ex, _ in reading if ex):
             if "label" not in ex: return ex["options"] if recipe.task == "classification" and not ex.get("listed", True) else []
-            if known: return known
-            seen[ex["label"]] = True
-    return sorted(seen, key=lambda s: (not s.lstrip("-").isdigit(), int(s) if s.lstrip("-").isdigit() else 0, s))
+            if known:
+                return known
+            counts[ex["label"]] += 1
+    try:
+        kept, told = fold_labels(counts)
+    except MedftError as e:
+        raise MedftError(f"{parts[0].name}: {e}") from None
+    if notes is not None:
+        notes += told
+    return sorted({label for label in kept.values() if label is not None}, key=lambda s: (not s.lstrip("-").isdigit(), int(s) if s.lstrip("-").isdigit() else 0, s))
 
 # %% ../nbs/00i_staging.ipynb #r002
 def as_read(recipe, entry):
@@ -176,19 +201,24 @@ def grouped(table) -> tuple:
 
 def stage_all(folder, recipe, tok, opened, tell) -> tuple:
     "Read every entry of a recipe into one table; returns it, and the beginnings of the report."
-    sink, labels = Staging(folder), label_names(recipe, opened["train"][0]) if "train" in opened else []
-    columns = {}
+    sink, notes, columns = Staging(folder), [], {}
+    labels = label_names(recipe, opened["train"][0], notes) if "train" in opened else []
+    not_read = sink.report["not_read"] = dict(columns={}, turn_keys=[])
     for entry, (parts, hashes) in opened.items():
         before, seen, r = sink.report["rows_in"], set(), as_read(recipe, entry)
         read = [stage_part(sink, p, entry, r, tok, labels if r is recipe else label_names(r, parts), seen, tell) for p in parts]
         if entry == "train" and recipe.dataset.columns and not any(r.columns for r in read):
             raise MedftError(f"dataset.columns: {parts[0].name} has none of the columns {', '.join(recipe.dataset.columns.values())}; mend the mapping, or leave it out")
         sink.report["shapes"][entry] = ", ".join(dict.fromkeys(r.schema for r in read)); sink.report["hashes"] |= hashes
+        not_read["columns"][entry] = list(dict.fromkeys(c for r in read for c in r.not_read["columns"]))
+        not_read["turn_keys"] = sorted({*not_read["turn_keys"], *(k for r in read for k in r.not_read["turn_keys"])})
+        notes += [note for r in read for note in r.notes]
         sink.report["sources"][entry] = dict(files=len(parts), rows=sink.report["rows_in"] - before)
         for reading in read:
             for kind, column in reading.owner_columns.items():
                 columns.setdefault(kind, []).append(column)
     if labels: sink.report["labels"] = labels
+    sink.report["notes"] = list(dict.fromkeys(notes))
     if recipe.dataset.canaries: plant(sink, recipe, tok)
     table, used = grouped(sink.close())
     used += [kind for kind in ("group", "patient") if kind in columns]

@@ -267,5 +267,6 @@ def test_reordered_options_and_other_labels_contradict(tmp_path):
 
 def test_one_label_alone_is_told(tmp_path):
     path = write(tmp_path/"r.jsonl", [dict(text=f"report number {i}", label=1) for i in range(20)])
-    report = prepared(tmp_path, path, "dataset.holdout=0.0", "model.task=classification", "model.num_labels=2", "dataset.labels=['0', '1']", "dataset.checks={near_duplicates: 'off'}")[1]
-    assert report["checks"]["label_balance"]["count"] == 20
+    with pytest.raises(MedftError, match="every one of the 20 training rows has the label '1'"):
+        prepared(tmp_path, path, "dataset.holdout=0.0", "model.task=classification", "model.num_labels=2", "dataset.labels=['0', '1']", "dataset.checks={near_duplicates: 'off'}")
+    assert read_json(next((tmp_path/"runs").rglob("data/report.json")))["checks"]["label_balance"]["count"] == 20

@@ -1,5 +1,5 @@
 """Every schema of the field: real files where they are at hand, the traps of each, the order in doubt, and rows at random."""
-import itertools, json
+import itertools, json, re
 from collections import Counter
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def read(rows, d=None, features=None, where="f.jsonl"):
     assert len(out) == len(rows) and all((ex is None) != (why is None) for _, _, ex, why in out), "a row was lost"
     good = [ex for *_, ex, _ in out if ex]
     assert len({ex["id"] for ex in good}) == len(good) and all(isinstance(ex["group"], (str, list)) and ex["group"] for ex in good)
-    return reading.schema, good, Counter(why for *_, why in out if why)
+    return reading.schema, good, Counter(re.sub(r" \(a letter, a number.*", "", why) for *_, why in out if why)
 
 
 def one(row, **d):
