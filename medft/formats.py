@@ -350,9 +350,9 @@ def _layout(
     noted = _noted_separator(lines[skipped]) if lines else None
     if noted is not None:
         skipped += 1
-    below = next((i for i in range(skipped, len(lines)) if not lines[i].startswith("#")), skipped)
+    below = next((i for i in range(skipped, len(lines)) if lines[i].strip() and not lines[i].startswith("#")), skipped)
     separator = noted or _separator(lines[below:], own, whole)
-    if below > skipped and _is_header(lines[below - 1], lines[below:below + 2], separator):
+    if below > skipped and lines[below - 1].startswith("#") and _is_header(lines[below - 1], lines[below:below + 2], separator):
         below -= 1
     return below, separator
 

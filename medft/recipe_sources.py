@@ -88,6 +88,7 @@ class _Opening:
         self.found = Sources()
         self.offers = {}    # path, as the recipe writes it -> {split: parts}
         self.used = set()   # names of parts that are read, with the values they are limited to
+        self.aside = {}     # path -> keys that name a split of it, and it has none
 
     def is_remote(self, path):
         return any("://" in str(p) for p in ([path] if isinstance(path, (str, Path)) else path))
@@ -141,8 +142,13 @@ class _Opening:
         return parts
 
     def set_aside(self, entry, path):
-        "Say that a key names a split of a source that has none."
-        self.found.notes.append(f"{_KEYS[entry]} is set aside: {called(path)} has no splits")
+        "Remember that a key names a split of a source that has none."
+        self.aside.setdefault(called(path), []).append(_KEYS[entry])
+
+    def say_set_aside(self):
+        for path, keys in self.aside.items():
+            held_out = "" if {"validation", "test"} <= set(self.found.entries) else "; rows are held out by dataset.holdout"
+            self.found.notes.append(f"{path} has no splits: {' and '.join(keys)} {'is' if len(keys) == 1 else 'are'} set aside{held_out}")
 
 # %% ../nbs/00ba_recipe_sources.ipynb #r011
 def _read_named(o):
@@ -237,6 +243,7 @@ def open_sources(
         _read_hub(o)
     elif d.path and not (beforehand and o.is_remote(d.path)):
         _read_path(o, elsewhere)
+    o.say_set_aside()
     order = ["train", "validation", "test", *d.sets]
     o.found.entries = {e: o.found.entries[e] for e in order if e in o.found.entries}
     return _with_unused(o)

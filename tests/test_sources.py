@@ -149,6 +149,42 @@ def test_an_archive_is_unpacked_once():
     assert not list(Path("cache").rglob(".part-*"))
 
 
+TABLES = {
+    "Excel's note": b"sep=,\nq,a\n1,2\n", "quoted": b'"sep=,"\r\nq,a\r\n1,2\r\n', "with a mark": b"\xef\xbb\xbfsep=;\nq;a\n1;2\n", "tab": b"SEP=\t\nq\ta\n1\t2\n",
+    "written tab": b"Sep=\\t\nq\ta\n1\t2\n", "padded": b"sep=;;\nq;a\n1;2\n", "utf-16": "sep=;\r\nq;a\r\n1;2\r\n".encode("utf-16"), "blank lines": b"\n \nsep=|\n\nq|a\n1|2\n",
+    "names none": b"sep=\nq;a\n1;2\n", "semicolons": b"q;a\n1;2\n", "tabs": b"q\ta\n1\t2\n", "bars": b"q|a\n1|2\n", "commas": b"q,a\n1,2\n", "both": b'q;a\n"1";"2"\n',
+    "big endian": b"\xfe\xff" + "q,a\n1,2\n".encode("utf-16-be"), "utf-32": "q,a\n1,2\n".encode("utf-32"), "comments": b"# exported\n# by me, today, late\nq,a\n1,2\n",
+    "comment like a header": b"# exported, 2024\nq,a\n1,2\n", "empty rows before": b",\n,\nq,a\n1,2\n", "separator at the end": b"q,a,\n1,2,\n", "only in rows": b"q,a\n1,2,,\n", "only in the header": b"q,a,,\n1,2\n",
+}
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "csv.gz"])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_read_whatever_separates_its_cells(name, ending):
+    put(f"t.{ending}", gzip.compress(TABLES[name]) if ending.endswith("gz") else TABLES[name])
+    assert read(f"t.{ending}") == [{"q": "1", "a": "2"}]
+
+
+def test_lines_before_the_header_are_counted():
+    put("t.csv", 'sep=;\n\n# ward 3\nq;a\n"two\nlines";1\nx;2\n')
+    assert [n for n, _ in sources.rows(sources.parts("t.csv")[0])] == [5, 7]
+    put("t.csv", "sep=;\nq;a\n1;2\n1;2;3\n")
+    with pytest.raises(MedftError, match="t.csv:4: 3 cells where the header has 2"): read("t.csv")
+
+
+def test_an_index_that_pandas_wrote_has_a_name():
+    import pandas as pd
+    df = pd.DataFrame({"q": ["x"], "a": ["y"]}); df.to_csv("once.csv"); pd.read_csv("once.csv").to_csv("twice.csv")
+    assert read("once.csv") == [{"Unnamed: 0": "0", "q": "x", "a": "y"}] and read("twice.csv") == [{"Unnamed: 0.1": "0", "Unnamed: 0": "0", "q": "x", "a": "y"}]
+
+
+def test_texts_in_utf_16_and_tables_called_txt():
+    for encoding in ("utf-16", "utf-32", "utf-8-sig"):
+        for name, content in {"a.jsonl": jsonl(), "a.json": json.dumps(ROWS, indent=1).encode(), "a.txt": b"A chapter."}.items(): put(name, content.decode().encode(encoding))
+        assert read("a.jsonl") == read("a.json") == ROWS and read("a.txt") == [dict(id="a.txt", text="A chapter.")]
+    assert read(put("t.txt", "q\ta\n1\t2\n3\t4\n")) == [{"q": "1", "a": "2"}, {"q": "3", "a": "4"}] and len(read(put("p.txt", "A line,\tindented.\nAnother.\n"))) == 1
+
+
 MANY = jsonl()*500
 CUT = gzip.compress(MANY)
 LINK = zipfile.ZipInfo("a.jsonl"); LINK.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -181,7 +217,8 @@ BROKEN = {
     # CSV
     "shift.csv": (b"q,a\n1,2\n1,2,3\n", ":3: 3 cells where the header has 2"), "short.csv": (b"q,a,b\n1,2\n", ":2: 2 cells where"), "open.csv": (b'q,a\n1,2\n"x,y\n3,4\n', ":3: a quote opened here is never closed"),
     "stray.csv": (b'q,a\n"x" y,2\n', ":2: "), "twice.csv": (b"q,a,q\n1,2,3\n", "two columns are called 'q'"), "noname.csv": (b"q,,a\n1,2,3\n", "column 2 has no name"), "semicolon.csv": (b"q;a\n1;2;3\n", "parted by ';'"),
-    "tabs.csv": (b"q\ta\n1\n", "parted by '\\t'"), "commas.tsv": (b"q,a\n1\n", "parted by ','"), "nul.csv": (b"q,a\n" + b"1,2\n"*50 + b"1,\0\n", ":52: a NUL byte"), "empty.csv": (b"", "holds no row"), "head.csv": (b"q,a\n", "holds no row"),
+    "title.csv": (b"Ward 3\nq,a\n1,2\n", ":2: 2 cells where the header has 1; quote cells that hold a ','; if the header's line is a title"), "sepwrong.csv": (b"sep=;\nq,a\n1,2\n", "parted by ','"), "trailing.csv": (b"q,a,\n1,2,3\n", "column 3 has no name, and this line has '3'"),
+    "arrays.jsonl": (b'["q", "a"]\n["1", "2"]\n', ":1: a row is an object, not an array"), "a.pdf.txt": (b"%PDF-1.4", "is a PDF file"), "sheet.csv": (b"\xd0\xcf\x11\xe0\xa1", "old Excel"), "tabs.csv": (b"q\ta\n1\n", "parted by '\\t'"), "commas.tsv": (b"q,a\n1\n", "parted by ','"), "nul.csv": (b"q,a\n" + b"1,2\n"*50 + b"1,\0\n", ":52: a NUL byte"), "empty.csv": (b"", "holds no row"), "head.csv": (b"q,a\n", "holds no row"),
     # not what the name says
     "page.json": (b"<!DOCTYPE html><html>", "web page"), "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"), "zip.csv": (GOOD["a.zip"], "is a zip file"), "gz.jsonl": (CUT, "is a gzip file"),
     "parquet.csv": (parquet(), "is a Parquet file"), "arrow.json": (arrow(new=pa.ipc.new_file), "is an Arrow file"), "a.docx": (b"PK", "don't know how to read '.docx'"), "noending": (b"x", "a file without an ending"), "a.parquet.gz": (b"x", "don't know"),

@@ -274,7 +274,7 @@ def test_split_names_are_set_aside_for_a_plain_file():
     run, report = prepared(*keys)
     assert report["rows_in"] == 60 and set(report["splits"]) == {"train", "validation", "test"}
     log = "".join(p.read_text() for p in run.path.rglob("*.log"))
-    assert "dataset.validation_split is set aside: plain.jsonl has no splits" in log and "dataset.test_split is set aside" in log
+    assert "plain.jsonl has no splits: dataset.validation_split and dataset.test_split are set aside; rows are held out by dataset.holdout" in log
 
 
 SPELLINGS = [("split", "train", "test", "val"), ("Split", "TRAIN", "Test", "DEV"), ("data_split", "training", "held-out", "validation"), ("subset", "Training", "testing", "eval"), ("set", "train set", "test set", "dev set")]
