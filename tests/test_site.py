@@ -1,5 +1,5 @@
 """The site without Quarto: nbdev prepares every page, nbconvert renders it, and what a reader would trip over is looked for."""
-import json, re, shutil, subprocess, sys
+import getpass, json, os, re, shutil, socket, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -25,13 +25,17 @@ pathlib.Path("failed.json").write_text(json.dumps(failed))
 """
 
 
+# Variables that stand in the environment while the pages are made, and must not stand on one.
+PLANTED = dict(ACTIONS_ID_TOKEN_REQUEST_TOKEN="planted-3f9c27b1d04e", HARMLESS_NAME="planted-88d1e6a2c57f", MEDFT_RUNS="/planted-b40c9e77/runs")
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
     "A folder with the prepared notebooks, as Quarto would get them. Made from a copy: nbdev writes beside its sources."
     copy = tmp_path_factory.mktemp("site")
     for name in ("nbs", "medft"): shutil.copytree(TOP/name, copy/name, symlinks=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__"))
     for name in ("pyproject.toml", "settings.ini", "setup.py", "_quarto.yml"): shutil.copy(TOP/name, copy)
-    done = subprocess.run([sys.executable, "-c", PREPARE], cwd=copy, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PREPARE], cwd=copy, env=os.environ | PLANTED, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return copy
 
@@ -70,6 +74,18 @@ def test_outputs_can_be_shown(page):
     said = re.findall(rf"(?:/home|/root|/Users|{re.escape(str(TOP))})/[\w./-]+|/[\w./-]+/site-packages/[\w./-]+", json.dumps(outputs))
     assert not said, f"{page}: outputs name folders of the machine that made them: {sorted(set(said))[:5]}"
     assert len(json.dumps(outputs)) < 1.5e6, f"{page}: outputs over 1.5 MB"
+
+
+def test_no_page_holds_a_value_of_this_machine(site):
+    "Signatures are printed with their defaults: one that held the environment would put a token on the site."
+    values = {value for value in PLANTED.values()} | {str(site), "environ({"}
+    names = {socket.gethostname(), getpass.getuser()} - {"root", "runner", "localhost", "user", "ubuntu", "admin"}
+    values |= {name for name in names if len(name) > 5}
+    values |= {home + "/" for home in [os.environ.get("HOME", "")] if len(home) > 5}
+    for page in NOTEBOOKS:
+        text = (site/"_proc"/page).read_text(encoding="utf-8") if (site/"_proc"/page).exists() else ""
+        stored = json.dumps([c["outputs"] for c in cells(TOP/"nbs"/page, "code")], ensure_ascii=False)
+        assert not [v for v in values if v in text or v in stored], page
 
 
 def render(path):
