@@ -68,18 +68,26 @@ def tied(model) -> bool:
 
 def check_names(
     recipe: Recipe,
-    names,      # of the base's modules, all of them
-    layers,     # of the base: how many
+    model,      # the base, without memory and adapter
 ):
-    "Raise `MedftError` when the lora section names a module or a layer that the base lacks."
-    lora, short = recipe.lora, sorted({n.split(".")[-1] for n in names})
-    for name in lora.modules_to_save or []:
-        if not any(n == name or n.endswith(f".{name}") for n in names):
-            raise MedftError(f"lora.modules_to_save: no module named {name!r}{nearest(name, short)}")
-    asked = lora.layers_to_transform
-    for layer in [asked] if isinstance(asked, int) else asked or []:
-        if layer >= layers:
-            raise MedftError(f"lora.layers_to_transform: no layer {layer}; this model has {layers}, counted from 0")
+    "Raise `MedftError` when the lora section names a module, parameter, layer or token that the base lacks."
+    lora, text = recipe.lora, model.config.get_text_config()
+    named = dict(
+        modules_to_save=[n for n, _ in model.named_modules()],
+        target_parameters=[n for n, _ in model.named_parameters()],
+    )
+    for key, names in named.items():
+        short = sorted({".".join(n.split(".")[-1 - (key == "target_parameters") :]) for n in names})
+        for name in getattr(lora, key) or []:
+            if not any(n == name or n.endswith(f".{name}") for n in names):
+                raise MedftError(f"lora.{key}: the model has no {name!r}{nearest(name, short)}")
+    layers, tokens = lora.layers_to_transform, lora.trainable_token_indices or []
+    for layer in [layers] if isinstance(layers, int) else layers or []:
+        if layer >= text.num_hidden_layers:
+            raise MedftError(f"lora.layers_to_transform: no layer {layer}; this model has {text.num_hidden_layers}, counted from 0")
+    for token in sum(tokens.values(), []) if isinstance(tokens, dict) else tokens:
+        if token >= text.vocab_size:
+            raise MedftError(f"lora.trainable_token_indices: no token {token}; this model has {text.vocab_size}, counted from 0")
 
 
 def check_tied(
@@ -101,9 +109,9 @@ def check_tied(
     for name, module in base.named_modules():
         if id(module) not in kinds:
             continue
-        whole = hasattr(module, "modules_to_save")
-        by = "modules_to_save" if whole else key
-        if not whole and name not in modules and not hasattr(module, "lora_embedding_A"):
+        whole, tokens = hasattr(module, "modules_to_save"), hasattr(module, "token_adapter")
+        by = "modules_to_save" if whole else "trainable_token_indices" if tokens else key
+        if not (whole or tokens or name in modules or hasattr(module, "lora_embedding_A")):
             continue
         if is_tied:
             raise MedftError(
@@ -139,7 +147,7 @@ def trainable_part(recipe, model) -> dict:
     "How much the adapter trains, and where. Raises `MedftError` when it, or a name in it, would train nothing."
     names, wanted = leaves(model), recipe.lora.target_modules
     is_tied = tied(model)
-    check_names(recipe, [n for n, _ in model.named_modules()], model.config.get_text_config().num_hidden_layers)
+    check_names(recipe, model)
     try:
         model = adapted(recipe, model)
     except (ValueError, NotImplementedError, KeyError) as e:
