@@ -74,7 +74,7 @@ def check_names(
     lora, text = recipe.lora, model.config.get_text_config()
     named = dict(
         modules_to_save=[n for n, _ in model.named_modules()],
-        target_parameters=[n for n, _ in model.named_parameters()],
+        target_parameters=[n for n, _ in model.named_parameters(remove_duplicate=False)],
     )
     for key, names in named.items():
         short = sorted({".".join(n.split(".")[-1 - (key == "target_parameters") :]) for n in names})

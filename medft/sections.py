@@ -12,6 +12,7 @@ __all__ = ['SOURCES', 'CLASSES', 'Weights', 'Action', 'Labels', 'STAGES', 'ENGIN
 
 # %% ../nbs/000a_sections.ipynb #s002
 import ast, importlib.util, typing, warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,7 @@ def library_default(section, key):
             if isinstance(s, ast.AnnAssign) and s.target.id == key: return ast.literal_eval(next((k.value for k in getattr(s.value, "keywords", []) if k.arg == "default"), s.value))
 
 # %% ../nbs/000a_sections.ipynb #c027
+@lru_cache(maxsize=1)
 def library_enums() -> dict:
     "Enumerations that transformers' training arguments use: class name -> its words."
     trees = _trees([("transformers", "trainer_utils.py"), ("transformers", "training_args.py")])
