@@ -72,8 +72,8 @@ def planned(
     from medft import runner
     from medft.core import MedftError, load_recipe, runs_root, settle
     r, names = settle(load_recipe(recipe, overrides or ())), chosen_stages(stages)
-    root, place, replaced = Path(r.output.dir or runs_root()).resolve(), run_dir and run_dir.resolve(), []
-    names = runner.stages_of(r, names)
+    root, place, replaced = runs_root() if rehearse else Path(r.output.dir or runs_root()), run_dir and run_dir.resolve(), []
+    root, names = root.resolve(), runner.stages_of(r, names)
     check_place(place or root, fresh=bool(place))
     for s in names: runner.stage_notebook(s)
     if not r.engine and "evaluate" in names: raise MedftError("engine: none is named, so there is nothing to train; to score models without training: medft evaluate MODEL --recipe " + r.name)

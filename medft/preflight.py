@@ -48,10 +48,17 @@ def training_arguments(recipe):
     "transformers' TrainingArguments for the recipe, which check each other. Raises `MedftError`."
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     given = {k: v for k, v in recipe.training.given().items() if k in known}
-    try: return TrainingArguments(**given | dict(output_dir=tempfile.gettempdir(), use_cpu=device() == "cpu", report_to=[], fsdp=None, deepspeed=None))
-    except (ValueError, ImportError) as e: raise MedftError(f"training: {' '.join(str(e).split())}") from None
+    ours = dict(output_dir=tempfile.gettempdir(), use_cpu=device() == "cpu", report_to=[], fsdp=None, deepspeed=None)
+    try:
+        return TrainingArguments(**given | ours)
+    except (ValueError, TypeError, ImportError, NotImplementedError, RuntimeError) as e:
+        raise MedftError(f"training: {' '.join(str(e).split())}") from None
 
-def check_arguments(recipe, tok, config): "What transformers itself refuses, asked now."; training_arguments(recipe)
+def check_arguments(recipe, tok, config):
+    "What transformers itself refuses, asked now."
+    training_arguments(recipe)
+    if recipe.training.fp16 and device() == "cpu":
+        raise MedftError("training.fp16: scaled 16-bit training needs a GPU, and this machine has none; leave it out here")
 
 # %% ../nbs/01e_preflight.ipynb #c011
 def check_attention(recipe, tok, config):
@@ -109,8 +116,14 @@ def check_schedule(recipe, steps):
     args, o = training_arguments(recipe), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
     more, name = args.lr_scheduler_kwargs or {}, args.lr_scheduler_type.value
     warm = args.get_warmup_steps(steps or 10**6)
-    try: get_scheduler(name, o, num_warmup_steps=warm, num_training_steps=steps or 10**6, scheduler_specific_kwargs=dict(more))
-    except (ValueError, TypeError) as e: raise MedftError(f"training.lr_scheduler_type: {name}: {str(e).splitlines()[0]} (training.lr_scheduler_kwargs)") from None
+    last = steps or 10**6
+    try:
+        schedule = get_scheduler(name, o, num_warmup_steps=warm, num_training_steps=last, scheduler_specific_kwargs=dict(more))
+        for factor in getattr(schedule, "lr_lambdas", []):
+            rates = [float(factor(step)) for step in {0, warm, warm + 1, last // 2, last - 1, last}]
+            if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+                raise ValueError("its learning rate becomes negative or infinite")
+    except (ValueError, TypeError, ArithmeticError) as e: raise MedftError(f"training.lr_scheduler_type: {name}: {str(e).splitlines()[0]} (training.lr_scheduler_kwargs)") from None
     decay = more.get("num_decay_steps", 0)
     if steps and name == "warmup_stable_decay" and warm + decay + more.get("num_stable_steps", 0) > steps:
         raise MedftError(f"training.lr_scheduler_kwargs: {warm} steps of warm-up and {decay} of decay do not fit into this run's {steps}: the rate would fall before it has risen; use fewer, or more training.max_steps")
@@ -149,6 +162,9 @@ def check_best(recipe, tok, config):
 def check_sharding(recipe, tok, config):
     "No sharding over GPUs where there is none."
     key = next((k for k in ("fsdp", "deepspeed") if getattr(recipe.training, k)), None)
+    file = recipe.training.deepspeed
+    if isinstance(file, str) and not Path(file).is_file() and device() == "cuda":
+        raise MedftError(f"training.deepspeed: no such file: {file}; name a JSON file, or write its content here")
     if key and device() != "cuda": raise MedftError(f"training.{key}: this machine has no GPU, where it would silently become plain data parallelism; leave it out here")
 
 def check_labels(recipe, tok, config):

@@ -142,6 +142,7 @@ def changes(recipe, build=True):
     yield from (("training", k, v, SMALL) for k, v in small_training(recipe).items())
     yield "evaluation", "max_items", 8, SMALL
     yield "evaluation", "batch_size", min(recipe.evaluation.batch_size, 8), SMALL
+    if recipe.output.dir: yield "output", "dir", None, "a rehearsal stays among the runs of this machine"
     if recipe.export.push_to_hub: yield "export", "push_to_hub", False, "random weights are not worth publishing"
     if recipe.tracking.mlflow: yield "tracking", "experiment", "rehearsal", "its figures must not stand among real ones"
     yield from not_here(recipe, config)
@@ -166,7 +167,7 @@ def rehearsal(
     for section, key, new, _ in found:
         if new is None and section == "training": d[section].pop(key, None)
         else: d[section][key] = new
-    d |= dict(name=f"{recipe.name}-rehearsal", description=f"A rehearsal of {recipe.name}: random weights, the figures mean nothing.", dataset=small_dataset(recipe, build))
+    d |= dict(name=f"{recipe.name[:80]}-rehearsal", description=f"A rehearsal of {recipe.name}: random weights, the figures mean nothing.", dataset=small_dataset(recipe, build))
     small, files = Recipe(**d), ", ".join(name for name, _ in STARTER[recipe.task].values())
     for section, key, reason in contradictions(small): raise MedftError(f"--rehearse: {section}.{key}: {reason}")
     return small, [*in_lines(recipe, found), f"rehearsal: dataset {recipe.dataset.name or recipe.dataset.path} -> {files} of the starter, because {SMALL}"]

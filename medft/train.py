@@ -6,12 +6,12 @@ Docs: https://medft.github.io/medft/train.html.md"""
 
 # %% auto #0
 __all__ = ['has_bfloat16', 'sft_config', 'Record', 'read_log', 'peak_memory', 'in_full', 'sft_trainer', 'adapted_model',
-           'eval_rows', 'pretrainer', 'classifier', 'callbacks_of', 'make_trainer', 'last_checkpoint', 'save', 'final',
-           'tokens_seen', 'sizes', 'summarise', 'fit', 'trainer_of', 'train', 'training_summary', 'trained', 'loss_gap',
-           'skip']
+           'eval_rows', 'pretrainer', 'classifier', 'callbacks_of', 'make_trainer', 'last_checkpoint', 'first_weights',
+           'write_first_weights', 'save', 'final', 'tokens_seen', 'sizes', 'summarise', 'fit', 'trainer_of', 'train',
+           'training_summary', 'trained', 'loss_gap', 'skip']
 
 # %% ../nbs/03_train.ipynb #c003
-from .core import ENGINES, MedftError, device, model_path, open_run, peak_rss, read_json, seed_everything, write_json
+from .core import ENGINES, MedftError, device, model_path, moves_base, open_run, peak_rss, read_json, seed_everything, write_json
 from .batches import ClassifierCollator, WeightedLoss, class_weights, keeps_apart, windows
 from .checkpoints import log_lines, newest_whole, writing
 from .data import ensure_data, load_split, load_tokenizer
@@ -134,6 +134,8 @@ def make_trainer(run, engine, model, tok, peft_config, kind=careful, **changes):
     args = sft_config(run, engine, **changes)
     trainer = build(run, args, model, tok, peft_config, rows, callbacks_of(run, engine), kind)
     trainer.run, trainer.engine = run, engine
+    if moves_base(run.recipe):
+        write_first_weights(run, engine, trainer.accelerator.unwrap_model(trainer.model))
     return trainer
 
 def last_checkpoint(run, engine) -> Path | None:
@@ -141,11 +143,30 @@ def last_checkpoint(run, engine) -> Path | None:
     return newest_whole(run.path/engine/"checkpoints", lambda line: run.log(f"{engine}: {line}"))
 
 # %% ../nbs/03_train.ipynb #c026
+def first_weights(run, engine) -> Path:
+    "Where an adapter that took a part of the base is kept as it began (lora.init_lora_weights=pissa, olora)."
+    return run.path / engine / "first_weights"
+
+
+def write_first_weights(run, engine, model):
+    "Keep what the adapter took out of the base: saving subtracts it, so that the base stays whole."
+    config = model.peft_config["default"]
+    init, config.init_lora_weights = config.init_lora_weights, True
+    model.save_pretrained(first_weights(run, engine))
+    config.init_lora_weights = init
+
+
 def save(run, engine, model, tok):
     "Write what was trained: the adapter, or the whole model. The folder appears when it is complete."
     out = run.path/engine/("adapters" if hasattr(model, "peft_config") else "model")
     tmp = out.with_name(f".{out.name}.new"); shutil.rmtree(tmp, ignore_errors=True)
-    model.save_pretrained(tmp); tok.save_pretrained(tmp)
+    if moves_base(run.recipe):
+        first = first_weights(run, engine)
+        model.save_pretrained(tmp, path_initial_model_for_weight_conversion=str(first))
+        shutil.rmtree(first)
+    else:
+        model.save_pretrained(tmp)
+    tok.save_pretrained(tmp)
     for p in [tmp/"adapter_config.json", tmp/"README.md"]:
         if p.exists(): p.write_text(p.read_text().replace(model_path(run.recipe.model.name), run.recipe.model.name))
     shutil.rmtree(out, ignore_errors=True); os.replace(tmp, out)
