@@ -104,7 +104,7 @@ def truncation(
     return dict(side="right", rows=int((lost > 0).sum()), prompt=column(read, lost - (trained - kept)), completion=column(trained, trained - kept))
 
 # %% ../nbs/00k_storing.ipynb #c017
-ROOMS = "text_keys broken_text formats hub sources articles documents choices identity prose schemas templates tokens prompts privacy shingles neighbours checks leaks canaries staging storing texts".split()
+ROOMS = "text_keys broken_text formats hub sources articles documents chat_formats choices identity prose schemas templates tokens prompts privacy shingles neighbours checks leaks canaries staging storing texts".split()
 CACHED = 10
 
 def cache_key(recipe, hashes, tok) -> str:
