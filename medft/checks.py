@@ -68,6 +68,8 @@ _BLANKS = r"[\x09-\x0d ]+"
 
 def _folded(texts):
     "`text_key` of every text, but that the blanks of plain ASCII stay; that is left to Arrow, which is quicker."
+    if isinstance(texts, pa.ChunkedArray):
+        texts = texts.combine_chunks()
     keys = pc.ascii_lower(texts)
     by_hand = pc.fill_null(pc.match_substring_regex(texts, _NOT_PLAIN), False)
     if not pc.any(by_hand).as_py():

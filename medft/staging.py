@@ -77,7 +77,7 @@ def turns_in(text) -> str:
     "What is said in a ready text, without the markers of its turns."
     name, turns = prompts.headers(text)
     ends = [*(start for _, start, _ in turns[1:]), len(text)]
-    said = [text[a:b].strip().removesuffix(prompts.FORMATS[name][1]).strip() for (_, _, a), b in zip(turns, ends)]
+    said = [text[a:b].strip().removesuffix(prompts.FORMATS[name].stop).strip() for (_, _, a), b in zip(turns, ends)]
     return "\n".join(filter(None, said)) or text
 
 def asks(ex, words) -> str:
@@ -128,7 +128,7 @@ def staged(ex, row, n) -> dict:
 # %% ../nbs/00i_staging.ipynb #c014
 def stage_part(sink, part, entry, recipe, tok, labels, seen, tell):
     "Read one part into the table; returns its Reading."
-    reading = schemas.read_examples(sources.rows(part), part.name, recipe.dataset, sources.features(part), seen)
+    reading = schemas.read_examples(sources.rows(part), part.name, recipe.dataset, sources.features(part), seen, recipe.task)
     for chunk in chunked(reading, CHUNK):
         sink.report["rows_in"] += len(chunk); tell(f"{sink.report['rows_in']:,} rows read")
         good, kept = usable(sink, part, chunk, labels), []
@@ -150,7 +150,7 @@ def label_names(
         return recipe.dataset.labels
     counts, known = Counter(), []
     for part in parts:
-        reading = schemas.read_examples(sources.rows(part), part.name, recipe.dataset, sources.features(part))
+        reading = schemas.read_examples(sources.rows(part), part.name, recipe.dataset, sources.features(part), task=recipe.task)
         known = known or sources.features(part).get(reading.renames.get("label", "label"), [])
         for ex in (ex for *_, ex, _ in reading if ex):
             if "label" not in ex: return ex["options"] if recipe.task == "classification" and not ex.get("listed", True) else []

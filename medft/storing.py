@@ -113,7 +113,7 @@ def truncation(
 
 # %% ../nbs/00k_storing.ipynb #c017
 ROOMS = (
-    "text_keys group_names split_names broken_text formats hub sources recipe_sources articles documents cells option_texts choices identity prose schemas"
+    "text_keys group_names split_names broken_text formats hub sources recipe_sources articles documents chat_formats cells option_texts choices identity prose schemas"
     " templates tokens prompts privacy shingles neighbours checks leaks canaries staging storing texts data"
 ).split()
 LIBRARIES = "datasets pyarrow numpy pandas transformers tokenizers lxml ftfy rensa phonenumbers".split()
