@@ -455,6 +455,9 @@ def _remote_folder(fs, path, found, url, streaming, task) -> Listing:
     pattern = _pattern(url)
     base = os.path.dirname(path[:re.search(r"[*?\[]", path).start()] + "_") if pattern else path.rstrip("/")
     inner = {k: _bare(k).removeprefix(base).lstrip("/") for k in found}
+    outside = next((n for n in inner.values() if _outside(n)), None)
+    if outside:
+        raise broken(shown(url), f"key {outside!r} points outside the folder")
     keys = {n: k for k, n in inner.items() if not any(map(_hidden, n.split("/"))) and n.rpartition("/")[2].lower() not in _RECORDS[2:]}
     name = shown(fs.unstrip_protocol(base)) if pattern else shown(url).rstrip("/")
     readable = {n: k for n, k in keys.items() if kind_of(n) or n.rpartition("/")[2] in MARKS or n.lower().endswith(".zip")*pattern}

@@ -125,7 +125,7 @@ def zipped(**members):
     return out.getvalue()
 
 
-FILES = {"exam/a.jsonl": lines(1).encode(), "exam/b.jsonl": lines(2, 3).encode(), "a.zip": zipped(x=lines(1, 2)), "a.csv.gz": gzip.compress(b"q\n1\n"), "both/train.csv": b"q,a\n1,2\n", "both/test.csv": b"q,a\n3,4\n",
+FILES = {"exam/part1.jsonl": lines(1).encode(), "exam/part2.jsonl": lines(2, 3).encode(), "a.zip": zipped(x=lines(1, 2)), "a.csv.gz": gzip.compress(b"q\n1\n"), "both/train.csv": b"q,a\n1,2\n", "both/test.csv": b"q,a\n3,4\n",
          "mixed/a.csv": b"q\n1\n", "mixed/a.jsonl": lines(1).encode(), "half.jsonl": b'{"q": 1}\n{"q', "page.docx": b"x", "synthea/patients.csv": b"Id\n1\n", "synthea/encounters.csv": b"Id\n1\n"}
 
 
@@ -195,10 +195,10 @@ def left(tmp_path): return [p for p in (tmp_path/"cache").rglob("*") if p.is_fil
 def test_a_bucket_reads_like_a_folder(place, streaming, request, tmp_path):
     at = request.getfixturevalue(place)
     get = lambda spec, **more: read(spec, streaming=streaming, **more)
-    assert get(f"{at}/exam/a.jsonl") == [1] and get(f"{at}/exam") == get(f"{at}/exam/") == get(f"{at}/exam/*.jsonl") == get([f"{at}/exam/a.jsonl", f"{at}/exam/b.jsonl"]) == [1, 2, 3]
+    assert get(f"{at}/exam/part1.jsonl") == [1] and get(f"{at}/exam") == get(f"{at}/exam/") == get(f"{at}/exam/*.jsonl") == get([f"{at}/exam/part1.jsonl", f"{at}/exam/part2.jsonl"]) == [1, 2, 3]
     assert bool(left(tmp_path)) != streaming, "streaming keeps nothing, fetching keeps the files"
     assert get(f"{at}/a.zip") == [1, 2] and get(f"{at}/a.csv.gz") == ["1"] and get(f"{at}/both", split="test") == ["3"] and not [p for p in left(tmp_path) if p.name.startswith(".part-")]
-    part, = sources.parts(f"{at}/exam/a.jsonl", streaming=streaming); assert part.name.endswith("med-data/exam/a.jsonl") and (part.path is None) == streaming and len(sources.digest(part)) > 30
+    part, = sources.parts(f"{at}/exam/part1.jsonl", streaming=streaming); assert part.name.endswith("med-data/exam/part1.jsonl") and (part.path is None) == streaming and len(sources.digest(part)) > 30
     part, = sources.parts(f"{at}/synthea", streaming=streaming); assert part.kind == "synthea" and part.path.is_dir()
     for spec, says in {f"{at}/gone.jsonl": "nothing there", f"{at}-none/x.jsonl": "nothing there", f"{at}/exam/*.csv": "nothing there", f"{at}/both": "several splits", f"{at}/mixed": "several kinds", f"{at}/half.jsonl": "half.jsonl:2: the JSON breaks off",
                        f"{at}/page.docx": "don't know how to read '.docx'"}.items():
@@ -230,7 +230,7 @@ def probe(env, url):
 
 
 def test_keys_that_are_missing_or_wrong(s3, tmp_path):
-    assert "no credentials for this place" in probe(dict(AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None, AWS_EC2_METADATA_DISABLED="true", HOME=str(tmp_path)), f"{s3}/exam/a.jsonl")
+    assert "no credentials for this place" in probe(dict(AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None, AWS_EC2_METADATA_DISABLED="true", HOME=str(tmp_path)), f"{s3}/exam/part1.jsonl")
     with pytest.raises(MedftError, match="127.0.0.1:9/a.jsonl: cannot be reached"): sources.parts("http://127.0.0.1:9/a.jsonl")
 
 
@@ -241,21 +241,21 @@ def test_a_package_that_is_missing_is_named(tmp_path):
 
 
 def test_a_download_that_dies_leaves_nothing(http, tmp_path):
-    assert read(f"{http}/exam/b.jsonl") == [2, 3]
+    assert read(f"{http}/exam/part2.jsonl") == [2, 3]
     kept = left(tmp_path)
-    Files.cut["exam/a.jsonl"] = 4
+    Files.cut["exam/part1.jsonl"] = 4
     try:
         for streaming in (False, True):
-            with pytest.raises(MedftError) as e: read(f"{http}/exam/a.jsonl", streaming=streaming)
-            assert "exam/a.jsonl" in str(e.value) and str(e.value).isprintable()
+            with pytest.raises(MedftError) as e: read(f"{http}/exam/part1.jsonl", streaming=streaming)
+            assert "exam/part1.jsonl" in str(e.value) and str(e.value).isprintable()
     finally: Files.cut.clear()
-    assert left(tmp_path) == kept and read(f"{http}/exam/a.jsonl") == [1]
+    assert left(tmp_path) == kept and read(f"{http}/exam/part1.jsonl") == [1]
 
 
 def test_a_signed_link_is_a_key_and_is_not_shown(http):
-    signed = f"{http.replace('://', '://user:pass@')}/exam/a.jsonl?X-Amz-Signature=abc"
+    signed = f"{http.replace('://', '://user:pass@')}/exam/part1.jsonl?X-Amz-Signature=abc"
     part, = sources.parts(signed)
-    assert part.name == f"{http}/exam/a.jsonl" and read(signed) == [1]
+    assert part.name == f"{http}/exam/part1.jsonl" and read(signed) == [1]
     with pytest.raises(MedftError) as e: sources.parts(f"{http}/gone.jsonl?token=secret")
     assert "secret" not in str(e.value) and "gone.jsonl" in str(e.value)
 
