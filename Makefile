@@ -32,7 +32,7 @@ quickstart: install  ## the whole story in a few minutes, offline: data, two tra
 
 # Two cores: the notebooks and the tests named here run beside the other tests, which takes half the time away.
 BESIDE := $(addprefix tests/test_,site.py sources.py starter.py track.py train.py plan.py quick.py run.py scoring.py export.py)
-PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -m "not long" --durations 10
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -rs -m "not long" --durations 10
 test: install  ## every test but the long ones: notebooks and package agree, every notebook runs, pytest
 	@.ci/same
 	@echo "==> notebooks and some of the tests run beside the others; their results follow"
@@ -41,7 +41,7 @@ test: install  ## every test but the long ones: notebooks and package agree, eve
 	    wait $$beside; rest=$$?; cat $(VENV)/beside.log; exit $$((tests || rest))
 
 test-long: install  ## simulations, kill matrices, parity runs: nightly, and before an issue is closed
-	@OMP_NUM_THREADS=1 python -m pytest tests -q -m long --durations 10
+	@OMP_NUM_THREADS=1 python -m pytest tests -q -rs -m long --durations 10
 
 docs: quarto install  ## the site, into _docs/
 	@nbdev-docs

@@ -1,5 +1,11 @@
 """What a verdict rests on: clusters of rows, finite scores, and evidence files that today's code could have written."""
+import ast
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -9,9 +15,12 @@ import pyarrow as pa
 import pytest
 from scipy.stats import norm
 
-from medft import agreement, answers, calibration, classes, diagrams, evaluate, exposure, foreseen, forest, group_names, pictures, scored, scoring, staging
-from medft import statistics as st, trials, verdicts
-from medft.core import MedftError
+from medft import agreement, answers, bench, bench_page, benchmarks, calibration, classes, diagrams, evaluate, evidence_files, exposure, foreseen, forest
+from medft import group_names, pictures, retention, scored, scoring, staging, trials, verdicts
+from medft import statistics as st
+from medft.core import MedftError, Recipe, assets, load_recipe
+
+TOP = Path(__file__).resolve().parent.parent
 
 
 # Rows that belong to several groups
@@ -302,3 +311,134 @@ def test_two_models_of_one_name_both_stand_in_the_legend():
     figure = lambda v: dict(accuracy=dict(value=v, ci95=[v - .05, v + .05], n=40))
     metrics = dict(main="test", models=dict(base=dict(test=figure(.4)), a=dict(test=figure(.5)), b=dict(test=figure(.6))), names=dict(a="n"*30 + "1", b="n"*30 + "2"), baselines={})
     assert len(pictures.plot_scores(metrics).legends[0].get_texts()) == 3
+
+
+# Files of evidence
+
+
+EVIDENCE = assets()/"evidence"
+
+
+def kept(name):
+    return json.loads((EVIDENCE/name).read_text())
+
+
+def same_row(made, shipped):
+    assert json.loads(json.dumps(made)) == shipped
+
+
+def test_every_file_of_evidence_has_its_command():
+    assert {p.name for p in EVIDENCE.glob("*.json")} == set(evidence_files.EVIDENCE)
+    with pytest.raises(MedftError, match="peak.measure"):
+        evidence_files.make_again("plan")
+
+
+def test_rows_of_the_trials_are_made_again():
+    found = kept("verdicts.json")
+    assert set(found) == set(trials.TABLES) and all(found.values())
+    same_row(trials.tried(trials.accuracy_world, 200, 1, 2000, disagree=.2), found["nulls"][0])
+    same_row(trials.tried(trials.accuracy_world, 480, times=1000, pairs=trials.BLOCKS[0]), found["pairs"][0])
+    same_row(trials.coins(10_000)[0], found["coins"][0])
+
+
+def test_a_row_of_retention_is_made_again():
+    world, n, budget, size = retention.WORLDS[0]
+    same_row(retention.errors(world, n, budget, 2000, size) | dict(group_size=size), kept("retention.json")[0])
+
+
+def test_every_measurement_can_be_printed():
+    for one in kept("bench.json")["runs"]:
+        assert set(evidence_files.BENCH_DATA) >= {one["data"]} and any("tokens" in line for line in bench_page.in_text(one))
+        assert set(one["settings"]) == set(bench.settings_of(load_recipe("quickstart"), 1, 1, 1, False)) and set(one["engines"]) <= set(bench_page.LABELS)
+
+
+def test_rows_of_the_plan_have_the_parts_that_are_predicted_now():
+    from medft import families, peak
+    r, config = load_recipe("quickstart", ["engine=[trl]"]), families.tiny_config("llama2")
+    found = kept("plan.json")
+    now = peak.predicted(r, config, dict(rows=2, length=16, learned=.5), "trl")
+    assert set(found["process"]) == {"trl", "fast", "notebook"} and 0 < found["heap"] < 1
+    for row in found["rows"]:
+        assert set(row) - {"use"} == {"measured", "rows", "length", "learned", "engine", "parts", "name"} and set(row["parts"]) == set(now)
+        assert all(type(v) is int for v in row["parts"].values()) and .5 < peak.told(row)/row["measured"] < 2
+
+
+def test_rows_of_kills_and_benchmarks_have_their_keys():
+    found = kept("kills.json")["rows"]
+    assert len(found) >= 20 and all(set(r) == {"task", "killed", "resumed_from", "equal"} and r["equal"] == "yes" for r in found)
+    tasks = kept("benchmarks.json")["tasks"]
+    assert {t["benchmark"] for t in tasks} == set(benchmarks.FILES) and all(t["acc_medft"] == t["acc_lm_eval"] and not t["items_that_differ"] for t in tasks)
+
+
+# The machinery of the tests itself
+
+
+def test_the_block_on_the_network_blocks(tmp_path):
+    "The control of every test that says that nothing left this machine."
+    log = tmp_path/"sockets"
+    code = """
+import socket
+for host in ("192.0.2.1", "example.com"):
+    try:
+        socket.create_connection((host, 9), timeout=1)
+        print("open")
+    except OSError as e:
+        print("blocked" if "blocked" in str(e) else f"not by us: {e}")
+server = socket.create_server(("127.0.0.1", 0))
+socket.create_connection(server.getsockname(), timeout=5).close()
+print("loopback works")
+"""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(PYTHONPATH=str(TOP/"tests"/"blocked"), MEDFT_SOCKET_LOG=str(log))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    assert done.stdout.split("\n")[:3] == ["blocked", "blocked", "loopback works"], done.stdout + done.stderr
+    assert "192.0.2.1" in log.read_text() and "example.com" in log.read_text()
+
+
+def notebooks():
+    return sorted(p for p in (TOP/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in str(p))
+
+
+def test_no_import_cell_shows_what_another_cell_printed():
+    wrong = []
+    for path in notebooks():
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] != "code" or not cell.get("outputs"):
+                continue
+            try:
+                body = ast.parse("".join(cell["source"])).body
+            except SyntaxError:
+                continue
+            if body and all(isinstance(line, (ast.Import, ast.ImportFrom)) for line in body):
+                wrong.append((path.name, cell["id"]))
+    assert not wrong
+
+
+def test_recipes_and_verbs_that_pages_name_exist():
+    from medft.cli import app
+    from medft.core import shipped_recipes
+    verbs = {c.name or c.callback.__name__.strip("_") for c in app.registered_commands}
+    verbs |= {g.name for g in app.registered_groups}
+    keys = {name: set(field.annotation.model_fields) for name, field in Recipe.model_fields.items() if hasattr(field.annotation, "model_fields")}
+    keys.pop("training", None)      # the libraries' own keys stand there too
+    recipes = {p.stem for p in shipped_recipes().glob("*.yaml")} | {p.stem for p in (TOP/"runs").glob("*.yaml")}
+    wrong = []
+    for path in notebooks():
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] != "markdown":
+                continue
+            text = "".join(cell["source"])
+            shell = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S))
+            for said in re.findall(r"`medft ([a-z][a-z-]+)", text) + re.findall(r"^medft ([a-z][a-z-]+)", shell, re.M):
+                wrong += [(path.name, cell["id"], f"medft {said}")]*(said not in verbs)
+            for said in re.findall(r"\bmedft (?:run|plan|bench) ([a-z0-9]+_[a-z0-9_]+)(?![\w./*-])", text):
+                wrong += [(path.name, cell["id"], said)]*(said not in recipes)
+            for section, key in re.findall(r"`([a-z]+)\.([a-z_0-9]+)(?:[=:.][^`]*)?`", text):
+                known = keys.get(section)
+                wrong += [(path.name, cell["id"], f"{section}.{key}")]*(known is not None and key not in known)
+    assert not wrong
+
+
+def test_on_the_front_page_a_table_follows_its_colon():
+    lines = [line for line in (TOP/"README.md").read_text().splitlines() if line.strip()]
+    at = next(i for i, line in enumerate(lines) if line.startswith("## Which engine"))
+    assert lines[at + 1].endswith(":") and lines[at + 2].startswith("| shape |")

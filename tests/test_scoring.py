@@ -156,7 +156,11 @@ def test_pairs_are_coded_like_the_harness_does(base):
         assert before == (tok(text)["input_ids"] if prompt else [tok.eos_token_id]) and own == whole[len(before)*bool(prompt):]
     with pytest.raises(MedftError, match="q7"): scoring.code_jointly(tok, [dict(id="q7", prompt="x", options=["a", ""])])
     with pytest.raises(MedftError, match="q8"): scoring.code_choices(tok, [dict(id="q8", prompt="", options=["a", "b"])])
-    assert scoring.code_pair(tok, "vita", "min") != scoring.code_choices(tok, [dict(id="", prompt="vita", options=["min"])])[0] or len(tok("vitamin")["input_ids"]) == len(tok("vita")["input_ids"] + tok("min")["input_ids"])
+    for prompt, option in (("A: def", "iciency"), ("scur", "vy")):      # a token across the border, and none
+        (before, own), (apart, (alone,)) = scoring.code_pair(tok, prompt, option), scoring.code_choices(tok, [dict(id="", prompt=prompt, options=[option])])[0]
+        whole = tok(prompt + option)["input_ids"]
+        assert before == apart == tok(prompt)["input_ids"] and own == whole[len(before):]
+        assert (own == alone) == (whole == apart + alone) == (prompt == "scur")
 
 
 def medmcqa(n):
