@@ -14,6 +14,7 @@ __all__ = ['say_sources', 'with_not_read', 'benchmark_sections', 'open_benchmark
 from .core import MedftError, atomic_write, open_run, peak_rss, read_json, sha256, write_json  # first: it sets switches that the libraries read
 from . import canaries, checks, documents, leaks, neighbours, prompts, recipe_sources, schemas, sources, staging, storing
 from .recipe_sources import open_entry
+from .templates import rendering
 from .texts import tokenizer_hash
 from .prompts import LETTERS, encode, load_tokenizer, sample_text, show_sample
 
@@ -220,7 +221,7 @@ def learned(report) -> str:
 def finish(run, report, p) -> dict:
     "Write the report, note the hashes in the manifest, say in one line what came of it."
     folder = run.path/"data"
-    report |= dict(learned=learned(report), tokenizer=tokenizer_hash(load_tokenizer(run.recipe)), seconds=p.seconds, peak_memory_bytes=peak_rss())
+    report |= dict(learned=learned(report), tokenizer=tokenizer_hash(tok := load_tokenizer(run.recipe)), rendering=rendering(tok), seconds=p.seconds, peak_memory_bytes=peak_rss())
     write_json(folder/"report.json", report)
     run.update({"hashes": {"data": report["hashes"], "split": sha256(folder/"split.json"), "trained_on": sha256(run.path/leaks.LIST)}})
     run.log(f"data: {report['rows_in']:,} rows in, {report['rows_out']:,} out, {sum(report['rejected'].values()):,} rejected, {sum(report['filtered'].values()):,} filtered; {report['learned']}")

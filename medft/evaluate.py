@@ -15,6 +15,7 @@ from . import pair_baselines     # it registers the rules for pairs of records
 from .benchmarks import about_benchmarks
 from .calibration import calibrated
 from .classes import accuracy, compare_labels, confusion, measure_labels, threshold_of
+from .belongs import refuse_stale
 from .data import ensure_data
 from .exposure import memorised
 from .families import load_config
@@ -166,6 +167,7 @@ def ensure_trained(run):
 def evaluate(run) -> dict:
     "Score a run's models and write metrics.json."
     ensure_data(run); ensure_trained(run)
+    for engine in trained(run): refuse_stale(run, engine)
     score_run(run); metrics = figures(run)
     write_json(run.path/"metrics.json", metrics)
     for d in [*metrics["verdict"].values(), *metrics["between"].values()]: run.log(d["sentence"])

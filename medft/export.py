@@ -12,6 +12,7 @@ from .core import Refused, atomic_write, open_run, read_json, sha256, write_json
 
 import json, shlex, shutil
 
+from .belongs import refuse_stale
 from .card import model_card, notice, parity_table
 from .evaluate import evaluate
 from .merging import how_merged, merge, write_adapter
@@ -71,6 +72,7 @@ def write_pages(run, metrics, parities) -> dict:
 # %% ../nbs/06_export.ipynb #c017
 def export(run) -> dict:
     "Make every artefact, check it, write card, report and export.json, push if asked. Raises `Refused` when an artefact answers otherwise."
+    for engine in trained(run): refuse_stale(run, engine)
     if run.recipe.export.push_to_hub: check_target(run.recipe)
     if not (run.path/"metrics.json").exists(): run.log("export: nothing is scored yet; evaluating first"); evaluate(run)
     metrics = read_json(run.path/"metrics.json")

@@ -88,7 +88,11 @@ def reader(recipe, what) -> str:
 def for_reader(recipe, what):
     "A recipe whose tokenizer is the one that a model reads with."
     path, commit = named(reader(recipe, what))
-    return recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(name=str(path), revision=commit))))
+    model = recipe.model.model_copy(update=dict(name=str(path), revision=commit))
+    if path == model_path(recipe.model.name): return recipe.model_copy(update=dict(model=model))
+    own = dict(chat_template_path=None, eos_token=None, pad_token=None)    # the recipe's keys are its own base's
+    given = {k: v for k, v in own.items() if getattr(recipe.training, k) is not None}
+    return recipe.model_copy(update=dict(model=model, training=recipe.training.model_copy(update=given)))
 
 def writes(tok) -> tuple:
     "What tells how a model's rows are written and cut."

@@ -12,6 +12,7 @@ __all__ = ['PICKLED', 'HEADS', 'keep_4bit_exact', 'ready', 'labels_of', 'task_co
 # %% ../nbs/02_model.ipynb #c003
 from .core import MedftError, Recipe, device, model_path, open_run, read_json, seed_everything  # first: it sets switches that the libraries read
 from .adapters import adapted_modules, check_fit, lora_config, memory_estimate, memory_free, quantization_config, torch_dtype, trainable_part
+from .belongs import refuse_stale
 from .data import ensure_data, load_split, load_tokenizer
 from medft.families import (
     adapter_kind, config_of, count, family_of, freeze_vision, load_config, lora_targets, meta_model, model_class, refusal,
@@ -251,6 +252,7 @@ def read_back(
 def load_tuned(run, engine, base=None):
     "The base with an engine's adapter read from disk (or the fully tuned model). Raises `MedftError` when it is not there."
     adapters, whole, r = run.path/engine/"adapters", run.path/engine/"model", run.recipe
+    refuse_stale(run, engine)
     if whole.is_dir():
         check_attention(r, None, load_config(r))
         how = dict(dtype=torch_dtype(r), attn_implementation=r.model.attn_implementation)

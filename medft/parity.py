@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/parity.html.md"""
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'FOLDERS', 'moves', 'answers_that_differ', 'parity', 'in_words', 'Steps', 'prompts_of', 'greedy',
-           'parted', 'compare_written', 'head', 'kept', 'compare_kept', 'compare_heads', 'present', 'Onnx',
-           'load_artefact', 'load_its_tokenizer', 'main_rows', 'threshold', 'score_artefact', 'score_all',
+           'parted', 'compare_written', 'head', 'kept', 'compare_kept', 'compare_rendering', 'compare_heads', 'present',
+           'Onnx', 'load_artefact', 'load_its_tokenizer', 'main_rows', 'threshold', 'score_artefact', 'score_all',
            'fresh_process', 'in_fresh_process', 'read_scored', 'lengths_of', 'judge', 'logit_gaps', 'check_artefacts']
 
 # %% ../nbs/05a_parity.ipynb #c002
@@ -28,6 +28,7 @@ from .families import config_of
 from .model import load_tuned, read_back, torch_dtype
 from .train import trained
 from .prompts import encode
+from .templates import rendering
 from .scoring import code_choices, in_batches, pad, predict
 
 # %% ../nbs/05a_parity.ipynb #c005
@@ -126,7 +127,7 @@ def kept(model, tok) -> dict:
     generation = getattr(model, "generation_config", None)
     said = getattr(generation, "eos_token_id", None)
     return dict(stops=stop_ids(tok, generation), declared=sorted(said if isinstance(said, list) else [] if said is None else [said]), vocabulary=len(tok),
-                template=hashlib.sha256((tok.chat_template or "").encode()).hexdigest(), labels=list(getattr(model.config, "id2label", None) or {}))
+                template=hashlib.sha256((tok.chat_template or "").encode()).hexdigest(), rendering=rendering(tok), labels=list(getattr(model.config, "id2label", None) or {}))
 
 # %% ../nbs/05a_parity.ipynb #c023
 def compare_kept(reference, artefact, task) -> list[str]:
@@ -136,6 +137,12 @@ def compare_kept(reference, artefact, task) -> list[str]:
     lost += ["its tokenizer is another one"]*(reference["vocabulary"] != artefact["vocabulary"])
     lost += ["its chat template is another one"]*(reference["template"] != artefact["template"])
     return lost + ["its labels are others"]*(task == "classification" and reference["labels"] != artefact["labels"])
+
+def compare_rendering(run, artefact) -> list[str]:
+    "Whether an artefact's tokenizer writes prompts otherwise than those that were trained on."
+    trained_with = read_json(run.path/"data"/"report.json", {}).get("rendering")
+    differs = trained_with and artefact.get("rendering") not in (None, trained_with)
+    return ["its tokenizer writes prompts otherwise than the rows that were trained on"]*bool(differs)
 
 def compare_heads(reference, artefact) -> list[str]:
     "A classifier's head must have come through bit by bit, or as its 16-bit rounding."
@@ -245,6 +252,7 @@ def judge(run, engine, what, before, first, lengths) -> dict:
     if first and "said" in now.facts:
         written = compare_written(first.tensors["logits"], first.facts["said"], now.tensors["logits"], now.facts["said"], list(before.id))
         p["why"] += written.pop("why"); p |= written
+    if what != "onnx" and task == "generative": p["why"] += compare_rendering(run, now.facts)
     if first and what != "onnx": p["why"] += compare_kept(first.facts, now.facts, task) + compare_heads(first.tensors.get("head"), now.tensors.get("head"))
     return p | dict(label="different" if p["why"] else "same")
 

@@ -137,8 +137,8 @@ def check_used(recipe, tok, config):
     given, known = recipe.training.given(), {f.name for f in dataclasses.fields(TrainingArguments)}
     dropped = [k for k, v in given.items() if v not in (None, False) and k not in known and k not in SFT_KEYS.get(recipe.task, given)]
     if dropped: raise MedftError(f"training.{dropped[0]}: only task generative can use it; this task is {recipe.task}")
-    if recipe.task == "generative" and (given.get("completion_only_loss") is False or given.get("assistant_only_loss")):
-        raise MedftError("training: what is trained on is decided by the data room (the answer, and nothing else); leave out completion_only_loss and assistant_only_loss")
+    if given.get("assistant_only_loss") and given.get("completion_only_loss") is False:
+        raise MedftError("training.completion_only_loss: false trains on everything, assistant_only_loss: true on the answers only; leave one of them out")
     if recipe.task == "pretraining" and given.get("packing") is False: raise MedftError("training.packing: pretraining always packs its windows; leave it out")
 
 # %% ../nbs/01e_preflight.ipynb #c022

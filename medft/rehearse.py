@@ -99,6 +99,7 @@ def small_training(recipe) -> dict:
     out = {k: v for k, v in counts.items() if k in given or k == "logging_steps"}
     out |= dict(max_steps=STEPS, per_device_train_batch_size=min(t.per_device_train_batch_size or 8, 2), gradient_accumulation_steps=min(t.gradient_accumulation_steps or 1, 2))
     out |= dict(per_device_eval_batch_size=min(t.per_device_eval_batch_size or 8, 8), max_length=min(recipe.max_length, LENGTH[recipe.task]))
+    out |= {k: None for k in ("eos_token", "pad_token") if k in given}      # of another tokenizer
     if (t.warmup_steps or 0) >= 1: out["warmup_steps"] = 1
     if t.lr_scheduler_kwargs: out["lr_scheduler_kwargs"] = {k: 1 if k.startswith("num_") and isinstance(v, int) else v for k, v in t.lr_scheduler_kwargs.items()}
     if (t.dataloader_num_workers or 0) > 2: out["dataloader_num_workers"] = 2

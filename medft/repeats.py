@@ -9,6 +9,7 @@ __all__ = ['seeds_of', 'with_seed', 'Repeat', 'repeats', 'let_go', 'told', 'once
 
 # %% ../nbs/02e_repeats.ipynb #c002
 from .core import MedftError, Run, atomic_write, forget_peak, read_json  # first: it sets switches that the libraries read
+from .belongs import belongs_to, changed, rows_hash
 
 import gc, shutil
 
@@ -31,10 +32,15 @@ class Repeat(Run):
 
     def lay_out(self):
         "Make the folder, with its recipe and the data of the whole."
-        atomic_write(self.path/"recipe.yaml", self.recipe.to_yaml()); data = self.path/"data"
-        if data.exists(): return
-        try: data.unlink(missing_ok=True); data.symlink_to("../../data", target_is_directory=True)
-        except OSError: shutil.copytree(self.whole.path/"data", data)
+        atomic_write(self.path/"recipe.yaml", self.recipe.to_yaml())
+        data = self.path/"data"
+        if data.is_symlink() and data.exists(): return
+        if data.is_dir() and not data.is_symlink():
+            if rows_hash(self) == rows_hash(self.whole): return
+            shutil.rmtree(data)     # our own copy of rows that the whole does not have any more
+        data.unlink(missing_ok=True)
+        try: data.symlink_to("../../data", target_is_directory=True)
+        except (OSError, NotImplementedError): shutil.copytree(self.whole.path/"data", data)
 
 # %% ../nbs/02e_repeats.ipynb #q02e0
 def repeats(run) -> list[Repeat]: "The further seeds of a run, trained or not."; return [Repeat(run, s) for s in seeds_of(run.recipe)[1:]]
@@ -49,9 +55,12 @@ def told(run, engine) -> dict: return read_json(run.path/engine/"training.json",
 
 def once(run, engine, train):
     "Train one seed, unless that is done; an error names the whole run, which is what can be resumed."
-    if told(run, engine).get("status") == "finished": return run.log(f"{engine}: trained already")
     whole = getattr(run, "whole", None)
-    if whole: let_go(); run.lay_out()
+    if whole: run.lay_out()
+    done = told(run, engine)
+    if done.get("status") == "finished" and not (done.get("belongs") and changed(done["belongs"], belongs_to(run))):
+        return run.log(f"{engine}: trained already")
+    if whole: let_go()
     try: train(run)
     except MedftError as e: raise MedftError(str(e).replace(str(run.path), str(whole.path)) if whole else str(e)) from e
 

@@ -10,6 +10,7 @@ __all__ = ['HARMLESS', 'CHOOSING', 'REDO', 'freeze', 'unchanged', 'as_begun', 's
 
 # %% ../nbs/10b_resume.ipynb #c002
 from .core import TRAINING_STAGES, MedftError, Run, atomic_write, load_recipe
+from .belongs import WITHOUT_EFFECT
 from .redaction import full_url
 
 import hashlib, re, time
@@ -42,9 +43,10 @@ def differences(
     return {k: (a.get(k), b.get(k)) for k in dict.fromkeys((*a, *b)) if a.get(k) != b.get(k)}
 
 # %% ../nbs/10b_resume.ipynb #c012
-HARMLESS = ("description", "tracking.*", "export.*", "evaluation.*", "output.keep_best", "output.hub_model_id", "dataset.cache",
-            *(f"training.{k}" for k in "logging_steps logging_first_step logging_strategy log_level disable_tqdm save_steps save_strategy save_total_limit eval_steps eval_strategy eval_delay".split()),
-            *(f"training.dataloader_{k}" for k in "num_workers pin_memory persistent_workers prefetch_factor".split()), "training.torch_empty_cache_steps")
+HARMLESS = (
+    "description", "tracking.*", "export.*", "evaluation.*", "output.keep_best", "output.hub_model_id", "dataset.cache",
+    *(f"training.{k}" for k in WITHOUT_EFFECT),
+)
 CHOOSING = tuple(f"training.{k}" for k in "save_steps save_strategy eval_steps eval_strategy eval_delay".split())    # they matter where the best checkpoint is chosen
 
 def is_harmless(key, recipe) -> bool:

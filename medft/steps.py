@@ -87,6 +87,7 @@ class Careful:
     "A trainer that looks at every step, seals its checkpoints and goes on exactly."
     run = engine = limit = resumed = sealed = None  # limit: save_total_limit; resumed, sealed: the checkpoint it went on from, and the last one it made
     leaving, seconds, started, tally = False, 0.0, None, (0.0, 0.0)
+    belongs = None  # what this training belongs to, see `belongs_to`
 
     def get_batch_samples(self, *args, **kwargs):
         self.step_batches, n = super().get_batch_samples(*args, **kwargs)
@@ -152,7 +153,7 @@ def known(self: Careful) -> dict:
     step = self.state.global_step
     score = next((r[key] for r in reversed(self.state.log_history) if r.get("step") == step and key in r), None)
     pending = dict(loss=float(self._tr_loss), since=self._globalstep_last_logged, metrics=dict(getattr(self, "_metrics", {}).get("train", {})), tokens=getattr(self, "_total_train_tokens", None))
-    return dict(step=step, score=score, seconds=round(self.seconds + time.time() - self.started, 3), pending=pending)
+    return dict(belongs=self.belongs, step=step, score=score, seconds=round(self.seconds + time.time() - self.started, 3), pending=pending)
 
 @patch
 def _save_checkpoint(self: Careful, model, trial, **more):

@@ -6,23 +6,26 @@ Docs: https://medft.github.io/medft/train.html.md"""
 
 # %% auto #0
 __all__ = ['has_bfloat16', 'sft_config', 'Record', 'read_log', 'peak_memory', 'in_full', 'sft_trainer', 'adapted_model',
-           'eval_rows', 'pretrainer', 'classifier', 'callbacks_of', 'make_trainer', 'last_checkpoint', 'first_weights',
-           'write_first_weights', 'save', 'final', 'tokens_seen', 'sizes', 'summarise', 'fit', 'trainer_of', 'train',
-           'training_summary', 'trained', 'loss_gap', 'skip']
+           'eval_rows', 'pretrainer', 'classifier', 'callbacks_of', 'check_served', 'make_trainer', 'last_checkpoint',
+           'resume_point', 'first_weights', 'write_first_weights', 'save', 'final', 'tokens_seen', 'sizes', 'summarise',
+           'fit', 'trainer_of', 'train', 'training_summary', 'trained', 'loss_gap', 'skip']
 
 # %% ../nbs/03_train.ipynb #c003
 from .core import ENGINES, MedftError, device, model_path, moves_base, open_run, peak_rss, read_json, seed_everything, write_json
 from .batches import ClassifierCollator, WeightedLoss, class_weights, keeps_apart, windows
-from .checkpoints import log_lines, newest_whole, writing
+from .belongs import belongs_to, changed, set_aside
+from .checkpoints import log_lines, newest_whole, notes, writing
 from .data import ensure_data, load_split, load_tokenizer
 from .model import labels_of, load_base, lora_config
 from .steps import careful
+from .templates import rendering
+from .tokens import encode
 
-import json, math, os, shutil, time
+import json, math, os, shutil, tempfile, time
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 # %% ../nbs/03_train.ipynb #c007
 def has_bfloat16() -> bool:
@@ -34,6 +37,8 @@ def sft_config(run, engine, **changes):
     "TRL's SFTConfig for a run: the recipe's training section and where things go; `changes` go before what the recipe leaves open."
     from trl import SFTConfig
     given = dict(bf16=has_bfloat16(), data_seed=run.recipe.seed, logging_nan_inf_filter=False, disable_tqdm=True) | run.recipe.training.given()
+    for key in ("chat_template_path", "eos_token", "pad_token"):
+        given.pop(key, None)    # the tokenizer has them already, see `load_tokenizer`
     if given.get("fp16"): given["bf16"] = False
     if given.get("packing"): given.setdefault("packing_strategy", "bfd_split")
     if given.get("gradient_checkpointing"): given.setdefault("gradient_checkpointing_kwargs", dict(use_reentrant=False))
@@ -125,11 +130,36 @@ def callbacks_of(run, engine) -> list:
     patience = run.recipe.evaluation.early_stopping_patience
     return [Record(run, engine)] + ([EarlyStoppingCallback(patience)] if patience is not None else [])
 
+def check_served(run, tok, num_rows=4):
+    "Raise `MedftError` unless the tokenizer that will be saved writes and reads rows as the data room did."
+    with tempfile.TemporaryDirectory() as folder:
+        tok.save_pretrained(folder)
+        saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    way_out = f"prepare the data again: delete {run.path.name}/data, or start a new run"
+    prepared_with = read_json(run.path/"data"/"report.json", {}).get("rendering")
+    if run.recipe.task == "generative" and prepared_with and prepared_with != rendering(saved):
+        raise MedftError(
+            f"{run.path.name}: its rows were written with another chat template or other special tokens"
+            f" than the tokenizer has that would be saved beside the weights; {way_out}"
+        )
+    rows = load_split(run, "train")
+    if not {"id", "prompt", "completion", "input_ids"} <= set(rows.column_names): return
+    for row in rows.select(range(min(num_rows, len(rows)))):
+        if not row["prompt"] or row["completion"] is None: continue
+        again = encode(saved, [row["prompt"]], [row["completion"]])["input_ids"][0]
+        as_text = [saved.decode(ids).split() for ids in (row["input_ids"], again)]      # a row of several answers is cut into tokens elsewhere
+        if as_text[0] != as_text[1]:
+            raise MedftError(
+                f"{run.path.name}: row {row['id']} was prepared as other tokens than the tokenizer makes of it"
+                f" that would be saved beside the weights; {way_out}"
+            )
+
 def make_trainer(run, engine, model, tok, peft_config, kind=careful, **changes):
     "The trainer of a run's task, on the run's prepared rows; `changes` are an engine's own arguments."
     (run.path/engine).mkdir(exist_ok=True)
     rows = lambda name: load_split(run, name)
     build = dict(pretraining=pretrainer, classification=classifier, generative=sft_trainer)[run.recipe.task]
+    check_served(run, tok)
     seed_everything(run.recipe.seed)
     args = sft_config(run, engine, **changes)
     trainer = build(run, args, model, tok, peft_config, rows, callbacks_of(run, engine), kind)
@@ -141,6 +171,16 @@ def make_trainer(run, engine, model, tok, peft_config, kind=careful, **changes):
 def last_checkpoint(run, engine) -> Path | None:
     "The newest checkpoint of an engine that is whole; damaged ones are named in the log."
     return newest_whole(run.path/engine/"checkpoints", lambda line: run.log(f"{engine}: {line}"))
+
+def resume_point(run, engine, belongs) -> Path | None:
+    "The checkpoint to go on from. What was trained on other rows, from another base or by other keys is set aside first, and said."
+    checkpoint = last_checkpoint(run, engine)
+    then = notes(checkpoint).get("belongs") if checkpoint else training_summary(run, engine).get("belongs")
+    why = changed(then, belongs)
+    if not why: return checkpoint
+    place = set_aside(run, engine)
+    run.log(f"{engine}: trained before with other inputs ({' and '.join(why)} changed since); that is kept in {place.relative_to(run.path)}, and training starts afresh")
+    return None
 
 # %% ../nbs/03_train.ipynb #c026
 def first_weights(run, engine) -> Path:
@@ -175,8 +215,11 @@ def save(run, engine, model, tok):
 
 def final(out):
     "The name under which continued pre-training is usually handed on: final/, beside checkpoints/."
-    link = out.with_name("final"); link.unlink(missing_ok=True)
-    link.symlink_to(out.name, target_is_directory=True)
+    link = out.with_name("final")
+    if link.is_symlink() or link.is_file(): link.unlink()
+    elif link.is_dir(): shutil.rmtree(link)     # a copy of an earlier training
+    try: link.symlink_to(out.name, target_is_directory=True)
+    except (OSError, NotImplementedError): shutil.copytree(out, link)   # this disk knows no links
 
 # %% ../nbs/03_train.ipynb #c027
 def tokens_seen(trainer) -> int:
@@ -194,13 +237,15 @@ def summarise(run, engine, trainer, resumed, out) -> dict:
     steps, tokens, seconds = trainer.state.global_step, tokens_seen(trainer), max(trainer.seconds, 1e-3)
     losses = [r["loss"] for r in read_log(run, engine) if "loss" in r]
     return dict(status="finished", engine=engine, seconds=round(seconds, 2), steps=steps, tokens=tokens, tokens_per_second=round(tokens/seconds, 1), peak_memory_bytes=peak_memory(),
-                train_loss=sum(losses)/len(losses) if losses else None, bf16=trainer.args.bf16, resumed=bool(resumed), adapter=out.name, **sizes(trainer.model), **(getattr(trainer, "told", None) or {}))
+                train_loss=sum(losses)/len(losses) if losses else None, bf16=trainer.args.bf16, resumed=bool(resumed), adapter=out.name, belongs=trainer.belongs, **sizes(trainer.model), **(getattr(trainer, "told", None) or {}))
 
 def fit(trainer) -> dict:
     "Train, save, and say what it took (training.json)."
     run, engine = trainer.run, trainer.engine
     with writing(run.path, f"{engine}'s files"):
-        if resume := last_checkpoint(run, engine): run.log(f"{engine}: going on from {resume.name}")
+        trainer.belongs = belongs_to(run)
+        resume = resume_point(run, engine, trainer.belongs)
+        if resume: run.log(f"{engine}: going on from {resume.name}")
         with trainer.listening():
             trainer.go(resume)
             out = save(run, engine, trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
