@@ -7,8 +7,8 @@ Docs: https://medft.github.io/medft/preflight.html.md"""
 # %% auto #0
 __all__ = ['PLAIN', 'LOW_RANK', 'SFT_KEYS', 'CHECKS', 'check_tokens', 'check_length', 'check_numbers', 'training_arguments',
            'check_arguments', 'check_attention', 'check_kernels', 'check_optimizer', 'planned_steps', 'check_schedule',
-           'check_used', 'check_packing', 'check_best', 'check_sharding', 'check_labels', 'check_combination',
-           'check_stored', 'odd', 'check_validation', 'preflight', 'training_rows', 'inspect']
+           'check_used', 'check_packing', 'check_sharding', 'check_labels', 'check_combination', 'check_stored', 'odd',
+           'check_validation', 'preflight', 'training_rows', 'inspect']
 
 # %% ../nbs/01e_preflight.ipynb #c002
 from .core import MedftError, device, model_path, nearest, read_json, sha256, write_json  # first: it sets switches that the libraries read
@@ -150,14 +150,6 @@ def check_packing(recipe, tok, config):
     if set(kinds(config.get_text_config())) & {"linear_attention", "mamba"}:
         raise MedftError(f"training.{'packing' if t.packing else 'padding_free'}: {family_of(config)} carries state from one row of a window into the next, and no mask parts them; leave it out")
 
-# %% ../nbs/01e_preflight.ipynb #c023
-def check_best(recipe, tok, config):
-    "Keeping the best checkpoint needs evaluations and checkpoints."
-    t = recipe.training
-    key = "training.load_best_model_at_end" if t.load_best_model_at_end else "output.keep_best" if recipe.output.keep_best else None
-    if key and (t.eval_strategy or "no") == "no": raise MedftError(f"{key} needs evaluations to tell the best: set training.eval_strategy to steps or epoch")
-    if key and t.save_strategy == "no": raise MedftError(f"{key} needs checkpoints: set training.save_strategy to {t.eval_strategy}")
-
 # %% ../nbs/01e_preflight.ipynb #c024
 def check_sharding(recipe, tok, config):
     "No sharding over GPUs where there is none."
@@ -195,7 +187,7 @@ def check_stored(recipe, tok, config):
     if not (q and getattr(q, bits)): raise MedftError(f"model.name: {recipe.model.name!r} is stored quantised; say quantization.{bits}: true (and lora), or choose its full-precision files")
 
 # %% ../nbs/01e_preflight.ipynb #c033
-CHECKS = (check_tokens, check_length, check_numbers, check_used, check_packing, check_labels, check_stored, check_arguments, check_attention, check_kernels, check_optimizer, check_best, check_sharding, check_combination)
+CHECKS = (check_tokens, check_length, check_numbers, check_used, check_packing, check_labels, check_stored, check_arguments, check_attention, check_kernels, check_optimizer, check_sharding, check_combination)
 
 def odd(recipe, counts) -> list[str]:
     "What is strange but may be meant."

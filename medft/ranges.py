@@ -286,11 +286,17 @@ def bounds(
 
 
 CHECKED = {
-    not_blank: "not empty", not_empty: "at least one", checked_name: "a name",
-    checked_label: "a name", checked_hub_id: "org/name", checked_size: "as in 5GB",
-    checked_pattern: "a regular expression", checked_steps: "from 1, or a share below 1",
-    checked_warmup: "from 0, or a share below 1", checked_init: ", ".join(INITS),
-}   # fmt: skip
+    not_blank: "not empty",
+    not_empty: "at least one",
+    checked_name: "a name",
+    checked_label: "a name",
+    checked_hub_id: "org/name",
+    checked_size: "as in 5GB",
+    checked_pattern: "a regular expression",
+    checked_steps: "from 1, or a share below 1",
+    checked_warmup: "from 0, or a share below 1",
+    checked_init: ", ".join(INITS),
+}
 
 
 def range_of(

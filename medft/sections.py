@@ -112,7 +112,7 @@ class Quantization(Section):
     load_in_4bit: bool = False                  # hold the base in 4 bits (QLoRA)
     load_in_8bit: bool = False                  # hold the base in 8 bits
     bnb_4bit_quant_type: typing.Literal["nf4", "fp4"] = "nf4"       # the 4-bit number format
-    bnb_4bit_use_double_quant: bool = False     # also quantise the scales: 0.4 bits less a weight
+    bnb_4bit_use_double_quant: bool = False     # also quantise the scales: 0.4 bits a weight less
     # the type that 4-bit weights are multiplied in
     bnb_4bit_compute_dtype: typing.Literal["float32", "bfloat16", "float16"] = "bfloat16"
 

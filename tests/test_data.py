@@ -226,7 +226,7 @@ def test_what_is_trained_on_may_stand_before_the_cut(tmp_path):
 
 @pytest.mark.parametrize("name", ["../evil", "train", "", "a/b", "flagged.jsonl", ".work"])
 def test_a_sets_name_stays_in_its_place(name):
-    with pytest.raises(MedftError, match="names no further set"): load_recipe("quickstart", [f"dataset.sets={{'{name}': starter/test.jsonl}}"])
+    with pytest.raises(MedftError, match="dataset.sets: .*(names no further set|is no name)"): load_recipe("quickstart", [f"dataset.sets={{'{name}': starter/test.jsonl}}"])
 
 
 def test_a_test_file_without_a_usable_row_is_refused(tmp_path):

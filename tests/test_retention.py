@@ -43,7 +43,7 @@ def test_every_set_must_pass(before, sets, after):
     assert d["sentence"].startswith(f"trl {dict(better='is better than', tie='ties with', worse='is worse than')[after]} the base") and all(f"set{i}" in d["sentence"] for i in range(len(sets))) and "+6.0 points [3.0, 9.0]" in d["sentence"]
 
 
-@pytest.mark.parametrize("keys, said", [(["evaluation.retention=[genral]"], "did you mean 'general'"), (["evaluation.forgetting=-0.1"], "a budget is nothing or more"), (["evaluation.retention=[]", "evaluation.forgetting=0.1"], "say on which sets"),
+@pytest.mark.parametrize("keys, said", [(["evaluation.retention=[genral]"], "did you mean 'general'"), (["evaluation.forgetting=-0.1"], "greater than or equal to 0, found -0.1"), (["evaluation.retention=[]", "evaluation.forgetting=0.1"], "say on which sets"),
     (["dataset.test_path=null", "dataset.holdout=0"], "a set of its own"), (["dataset.sets={}"], "none of dataset.sets")])
 def test_what_makes_no_sense_is_refused_with_the_recipe(keys, said):
     with pytest.raises(MedftError, match=said): load_recipe("quickstart", SET + keys)

@@ -101,7 +101,7 @@ def test_a_disk_that_is_full_is_told_of_the_run_that_can_be_resumed(tmp_path):
 
 
 def test_no_seed_at_all_is_refused_and_more_seeds_are_trained_on_resuming():
-    with pytest.raises(MedftError, match="evaluation.seeds: every engine is trained with at least one seed; found 0"): load_recipe("quickstart", ["evaluation.seeds=0"])
+    with pytest.raises(MedftError, match="evaluation.seeds: input should be greater than or equal to 1, found 0"): load_recipe("quickstart", ["evaluation.seeds=0"])
     assert resume.outdated({"evaluation.seeds": (1, 3)}) == ["train", "unsloth", "fast", "evaluate", "export"] and resume.outdated({"evaluation.seeds": (3, 1)}) == ["evaluate", "export"]
 
 
