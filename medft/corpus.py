@@ -235,7 +235,7 @@ def available_cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched
 def texts_in(paths, tell):
     "The parts that are packed: training rows only; what is left out is said."
     found = recipe_sources.training_sources(paths[0] if len(paths) == 1 else paths, "pretraining")
-    lines = found.notes + [recipe_sources.not_read_line(found.not_read)]*bool(found.not_read)
+    lines = found.notes + [f"not read: {recipe_sources.files_in_words(found.not_read)}"]*bool(found.not_read)
     for line in lines:
         (tell or partial(print, file=sys.stderr))(f"corpus: {line}")
     return found.entries["train"][0]

@@ -27,15 +27,13 @@ from datasets import Dataset, load_from_disk
 
 # %% ../nbs/01_data.ipynb #c008
 def say_sources(run, found):
-    "Log what was decided about the sources of a recipe, and which files nothing reads."
+    "Log what was decided about the sources of a recipe."
     for note in found.notes:
         run.log(f"data: {note}")
-    if found.not_read:
-        run.log(f"data: {recipe_sources.not_read_line(found.not_read)}")
 
 def with_not_read(report, found) -> dict:
     "The report with the files that nothing reads, under `not_read`."
-    named = report.setdefault("not_read", dict(files=[], columns={}, turn_keys={}))
+    named = report.setdefault("not_read", dict(files=[], columns={}, turn_keys=[]))
     named["files"] = list(found.not_read)
     return report
 

@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/recipe_sources.html.md"""
 
 # %% auto #0
 __all__ = ['SPLIT_COLUMNS', 'split_column', 'row_splits', 'Sources', 'open_sources', 'training_sources', 'open_entry',
-           'not_read_line']
+           'files_in_words']
 
 # %% ../nbs/00ba_recipe_sources.ipynb #r002
 from .core import Dataset, MedftError, locate  # first: it sets switches that the libraries read
@@ -282,9 +282,9 @@ def open_entry(
     parts = o.take(role, called(path), offer, split_for(called(path), offer, split, role))
     return o.found.entries[role]
 
-def not_read_line(
+def files_in_words(
     names,      # of files
 ) -> str:
-    "The files that nothing reads, in a short line."
+    "How many files, and the first of their names."
     shown = ", ".join(names[:4]) + f" and {len(names) - 4:,} more"*(len(names) > 4)
-    return f"not read: {len(names):,} file{'s'*(len(names) > 1)} ({shown})"
+    return f"{len(names):,} file{'s'*(len(names) > 1)} ({shown})"

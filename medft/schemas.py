@@ -31,6 +31,7 @@ from medft.choices import (
     nested, plain_answer, read_choices, settle, told_in, way,
 )
 from .identity import identities, identity, identity_columns
+from .recipe_sources import files_in_words
 from .prose import (TOOLS, from_alpaca, from_entity_pair, from_formatted, from_label, from_medquad, from_messages,
                          from_patient, from_question_answer, from_text)
 
@@ -374,7 +375,7 @@ def not_read_line(not_read) -> str:
     if keys := not_read.get("turn_keys"):
         parts.append(f"keys of turns: {_names(keys)}")
     if files := not_read.get("files"):
-        parts.append(f"files {_names(list(map(str, files)))}")
+        parts.append(files_in_words(files))
     return f"not read: {'; '.join(parts)}" if parts else ""
 
 # %% ../nbs/00d_schemas.ipynb #c028

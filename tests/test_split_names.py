@@ -256,7 +256,7 @@ def test_every_file_that_nothing_reads_is_listed():
     assert opened("dataset.path=all").not_read == [f"all/{n}" for n in right]
     put("all.zip", zipped({f"in/{n}": c for n, c in files.items() if n != "d.zip"}))
     assert sorted(opened("dataset.path=all.zip").not_read) == [f"all.zip!{n}" for n in right[1:]]
-    line = recipe_sources.not_read_line([f"all/{n}" for n in right])
+    line = recipe_sources.files_in_words([f"all/{n}" for n in right])
     assert "6 files" in line and "and 2 more" in line and len(line) < 150
 
 
