@@ -450,6 +450,8 @@ def named(self: Reading, n, view, ex):
     ex["id"] = id
     if "group" not in ex:
         ex["group"] = group_key(ex.get("question") or ex.get("prompt") or ex.get("text") or ex["completion"])
+    for column in self.owners.values():
+        check_encodable(view.get(column))
     if "group" in self.owners:
         chosen = identity(view.get("group"))
         ex["group"] = f"group {chosen}" if chosen is not None else ex["group"]
