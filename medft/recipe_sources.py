@@ -15,7 +15,7 @@ from .hub import hub
 from .sources import called, digest, find, split_for
 from .split_names import split_of_value, splits_in
 
-import re
+import os, re
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -286,5 +286,8 @@ def not_read_line(
     names,      # of files
 ) -> str:
     "The files that nothing reads, in a short line."
-    shown = ", ".join(names[:4]) + f" and {len(names) - 4:,} more"*(len(names) > 4)
-    return f"not read: {len(names):,} file{'s'*(len(names) > 1)} ({shown})"
+    if len(names) == 1:
+        return f"not read: {names[0]}"
+    home = os.path.commonprefix([n.rpartition("/")[0] + "/" for n in names]).rpartition("/")[0]
+    shown = ", ".join(n.removeprefix(f"{home}/") for n in names[:4])
+    return f"not read: {len(names):,} files{f' in {home}'*bool(home)} ({shown}{f' and {len(names) - 4:,} more'*(len(names) > 4)})"
