@@ -15,7 +15,7 @@ from .hub import hub
 from .sources import called, digest, find, split_for
 from .split_names import split_of_value, splits_in
 
-import re
+import os, re
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -285,6 +285,9 @@ def open_entry(
 def files_in_words(
     names,      # of files
 ) -> str:
-    "How many files, and the first of their names."
-    shown = ", ".join(names[:4]) + f" and {len(names) - 4:,} more"*(len(names) > 4)
-    return f"{len(names):,} file{'s'*(len(names) > 1)} ({shown})"
+    "How many files, where, and the first of their names."
+    if len(names) == 1:
+        return f"file {names[0]}"
+    home = os.path.commonprefix([n.rpartition("/")[0] + "/" for n in names]).rpartition("/")[0]
+    shown = ", ".join(n.removeprefix(f"{home}/") for n in names[:4])
+    return f"{len(names):,} files{f' in {home}'*bool(home)} ({shown}{f' and {len(names) - 4:,} more'*(len(names) > 4)})"

@@ -31,7 +31,8 @@ MARKS = ("state.json", "dataset_dict.json", "corpus.json", "patients.csv", "pati
 _RECORDS = ("state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "thumbs.db", "desktop.ini")
 _ABOUT = re.compile(
     r"(readme|licen[cs]e)([-_.][a-z0-9.]{1,8})?(\.(md|txt|rst|html?|pdf))?"
-    r"|(copying|notice|citation|changelog|authors)(\.(md|txt|rst|cff|bib))?|metadata\.json", re.I)
+    r"|(copying|notice|citation|changelog|authors)(\.(md|txt|rst|cff|bib))?|metadata\.json"
+    r"|([\w.]+-)*licen[cs]es?(-[\w-]+)?", re.I)
 
 @dataclass
 class Listing:

@@ -387,7 +387,7 @@ def test_reading_is_lazy():
     with pytest.raises(MedftError, match=":21:"): next(rows)
 
 
-REAL = {"medmcqa/dev.json": 2683, "medmcqa/validation.csv": 500, "medmcqa/validation-00000-of-00001.parquet": 2683, "medqa/*.jsonl": 2042, "medquad/medquad.parquet": 6435, "medquad/medDataset_processed.csv": 5000, "pubmedqa/ori_pqal.json": 500,
+REAL = {"medmcqa/dev.json": 2683, "medmcqa/validation.csv": 500, "medmcqa/validation-00000-of-00001.parquet": 2683, "medqa/phrases_no_exclude_test.jsonl": 773, "medqa/train_from_devsplit.jsonl": 1269, "medquad/medquad.parquet": 6435, "medquad/medDataset_processed.csv": 5000, "pubmedqa/ori_pqal.json": 500,
         "pubmedqa/train-00000-of-00001.parquet": 500, "synthea/er_pairs.jsonl": 2000, "llama3_prompt/hf_save_to_disk": 400, "llama3_prompt/*.parquet": 2000, "cpt_text/plos_articles.jsonl.gz": 81}
 
 
