@@ -161,7 +161,7 @@ Warmup = Annotated[float, Field(allow_inf_nan=False), AfterValidator(checked_war
 Words = typing.Literal
 
 TRAINING = dict(
-    learning_rate=number(above=0, most=100),
+    learning_rate=number(above=0, most=1e38),       # more has no place in 32 bits
     num_train_epochs=number(above=0, most=1e6),
     max_steps=up_to(LARGEST, least=-1),             # -1: num_train_epochs decides
     per_device_train_batch_size=up_to(65536),
@@ -178,7 +178,7 @@ TRAINING = dict(
     adam_beta1=ShareBelowOne,
     adam_beta2=ShareBelowOne,
     adam_epsilon=number(above=0, most=1),
-    max_grad_norm=number(least=0, most=1e9),        # 0: gradients are not clipped
+    max_grad_norm=number(least=0, most=1e38),       # 0: gradients are not clipped
     label_smoothing_factor=ShareBelowOne,
     neftune_noise_alpha=number(least=0, most=1000),
     router_aux_loss_coef=number(least=0, most=1000),

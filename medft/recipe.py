@@ -411,8 +411,8 @@ def of_outcome(r):
     t, e, out = r.training, r.evaluation, r.output
     if e.early_stopping_patience is not None and not t.load_best_model_at_end:
         yield "evaluation", "early_stopping_patience", "it watches the best checkpoint: set training.load_best_model_at_end, eval_strategy and save_strategy"
-    if out.keep_best and t.save_strategy == "no": yield "output", "keep_best", f"it needs checkpoints: set training.save_strategy to {t.eval_strategy}"
     if out.keep_best and (t.eval_strategy or "no") == "no": yield "output", "keep_best", "checkpoints are told apart by their evaluation loss: set training.eval_strategy"
+    if out.keep_best and t.save_strategy == "no": yield "output", "keep_best", f"it needs checkpoints: set training.save_strategy to {t.eval_strategy}"
     if r.export.push_to_hub and not out.hub_model_id: yield "export", "push_to_hub", "say where to: output.hub_model_id: org/name"
 
 

@@ -98,7 +98,7 @@ def test_bertscore_is_its_formula_token_by_token(encoder):
     with pytest.raises(MedftError, match="holds no encoder"): meaning.Encoder(encoder/"empty")
 
 
-@pytest.mark.parametrize("keys, said", [(["evaluation.max_new_tokens=0", "evaluation.generate=true"], "at least one token"), (["evaluation.max_new_tokens=9"], "no answer is written"),
+@pytest.mark.parametrize("keys, said", [(["evaluation.max_new_tokens=0", "evaluation.generate=true"], "greater than or equal to 1"), (["evaluation.max_new_tokens=9"], "no answer is written"),
     (["evaluation.bertscore=x"], "no answer is written"), (["evaluation.generate=true", "model.task=classification", "engine=[trl]"], "a classifier writes nothing")])
 def test_keys_that_nobody_would_use_are_refused(keys, said):
     with pytest.raises(MedftError, match=said): load_recipe("quickstart", keys)

@@ -213,7 +213,7 @@ def test_secrets_go_into_the_training_rows_and_nowhere_else(tmp_path):
     assert "cached" not in read_json(fewer.path/"data/report.json") and read_json(fewer.path/"data/report.json")["canaries"] == dict(planted=2, rows=3)
 
 
-@pytest.mark.parametrize("more, says", [(["dataset.canaries=-1"], "found -1"), (["dataset.canaries=5000"], "0 to 1000"), (["dataset.canaries=4", "model.task=classification", "model.num_labels=2"], "classifier writes nothing")])
+@pytest.mark.parametrize("more, says", [(["dataset.canaries=-1"], "found -1"), (["dataset.canaries=5000"], "less than or equal to 1000"), (["dataset.canaries=4", "model.task=classification", "model.num_labels=2"], "classifier writes nothing")])
 def test_canaries_that_make_no_sense_are_refused(more, says):
     with pytest.raises(MedftError, match=f"dataset.canaries.*{says}"): load_recipe("your_data", more)
 
