@@ -22,7 +22,7 @@ from pathlib import Path
 
 # %% ../nbs/00ba_recipe_sources.ipynb #r006
 SPLIT_COLUMNS = {"split", "_split", "data_split", "dataset_split", "split_name", "datasplit"}
-_PERHAPS = {"subset", "partition", "set", "fold", "phase"}      # columns that are about splits only if all their values are
+_PERHAPS = {"subset", "partition", "set", "fold", "phase"}      # only if all of their values are splits
 _TABLES = {"json", "jsonl", "csv", "tsv", "parquet", "arrow", "folder"}
 
 def split_column(
@@ -43,6 +43,11 @@ def split_column(
     meant = lambda c: all(split_of_value(row.get(c)) for row in first)
     return next((plain[c] for c in plain if c in _PERHAPS and meant(plain[c])), None)
 
+def _is_certain(column):
+    "Whether a column of this name tells the split, whatever its values are."
+    plain = re.sub(r"[\s_-]+", "_", column.strip().lower())
+    return column == SPLIT_KEY or plain in SPLIT_COLUMNS
+
 _MISSING = {"", "none", "null", "nan", "na", "n/a"}
 
 def _value(cell, names):
@@ -55,7 +60,7 @@ def _value(cell, names):
 def row_splits(
     part: Part,
     taken=(),       # columns that the recipe reads as something else
-) -> dict:          # value -> (the part limited to its rows, where the first of them is); empty where rows tell none
+) -> dict:          # value -> (the part limited to its rows, where the first is); empty where rows tell none
     "The splits that the rows of a part tell."
     column = split_column(part, taken)
     if column is None:
@@ -65,10 +70,12 @@ def row_splits(
         cell = row.get(column)
         written, _ = found.setdefault(_value(cell, names), (set(), n))
         written.add(str(cell))
-    certain = column == SPLIT_KEY or re.sub(r"[\s_-]+", "_", column.strip().lower()) in SPLIT_COLUMNS
-    if set(found) == {""} or not (certain or all(map(split_of_value, found))):
+    if set(found) == {""} or not (_is_certain(column) or all(map(split_of_value, found))):
         return {}
-    return {value: (replace(part, only=(column, frozenset(written))), n) for value, (written, n) in found.items()}
+    views = {}
+    for value, (written, n) in found.items():
+        views[value] = replace(part, only=(column, frozenset(written))), n
+    return views
 
 # %% ../nbs/00ba_recipe_sources.ipynb #r009
 @dataclass
@@ -78,8 +85,15 @@ class Sources:
     not_read: list = field(default_factory=list)    # names of files that nothing reads
     notes: list = field(default_factory=list)       # what was decided, a sentence each
 
-_KEYS = dict(train="dataset.split", validation="dataset.validation_split", test="dataset.test_split")
-_NOTHING = "dataset: nothing to train on; name a file (dataset.path=FILE) or a hub data set (dataset.name=ID)"
+_KEYS = dict(
+    train="dataset.split",
+    validation="dataset.validation_split",
+    test="dataset.test_split",
+)
+_NOTHING = (
+    "dataset: nothing to train on; name a file (dataset.path=FILE) or a hub data set"
+    " (dataset.name=ID)"
+)
 
 class _Opening:
     "The sources of one recipe, as they are found."
@@ -130,8 +144,11 @@ class _Opening:
             if value in named or split_of_value(value):
                 continue
             column = view.only[0]
-            what = f"{column} {value!r} is no split that is known" if value else f"no {column} in this row, while others have one"
-            raise broken(part.name, f"{what}; write train, validation or test (or name the values in dataset.split, dataset.validation_split, dataset.test_split)", n)
+            what = f"no {column} in this row, while others have one"
+            if value:
+                what = f"{column} {value!r} is no split that is known"
+            keys = ", ".join(_KEYS.values())
+            raise broken(part.name, f"{what}; write train, validation or test (or name the values in {keys})", n)
 
     def take(self, entry, name, offer, wanted):
         "Read an entry from these splits."
@@ -147,14 +164,18 @@ class _Opening:
 
     def say_set_aside(self):
         for path, keys in self.aside.items():
-            held_out = "" if {"validation", "test"} <= set(self.found.entries) else "; rows are held out by dataset.holdout"
-            self.found.notes.append(f"{path} has no splits: {' and '.join(keys)} {'is' if len(keys) == 1 else 'are'} set aside{held_out}")
+            are = "is" if len(keys) == 1 else "are"
+            note = f"{path} has no splits: {' and '.join(keys)} {are} set aside"
+            if not {"validation", "test"} <= set(self.found.entries):
+                note += "; rows are held out by dataset.holdout"
+            self.found.notes.append(note)
 
 # %% ../nbs/00ba_recipe_sources.ipynb #r011
 def _read_named(o):
     "Read the entries that have a path of their own; returns the files that these are."
     d, files = o.d, set()
-    named = {"validation": (d.validation_path, d.validation_split), "test": (d.test_path, d.test_split)} | {n: (p, None) for n, p in d.sets.items()}
+    named = dict(validation=(d.validation_path, d.validation_split), test=(d.test_path, d.test_split))
+    named |= {name: (path, None) for name, path in d.sets.items()}
     for entry, (path, split) in named.items():
         if not path or (o.beforehand and o.is_remote(path)):
             continue
@@ -162,14 +183,18 @@ def _read_named(o):
         offer = o.offer(path, role)
         if split and set(offer) == {""}:
             o.set_aside(entry, path)
-        parts = o.take(entry, called(path), offer, split_for(called(path), offer, split, role, _KEYS.get(entry, f"dataset.sets.{entry}")))
+        key = _KEYS.get(entry, f"dataset.sets.{entry}")
+        wanted = split_for(called(path), offer, split, role, key)
+        parts = o.take(entry, called(path), offer, wanted)
         files |= {p.path.resolve() for p in parts if p.path and p.path.is_file()}
-    return files | {locate(p) for p in d.benchmarks.values() if p and "://" not in p and locate(p)}
+    benchmarks = [locate(p) for p in d.benchmarks.values() if p and "://" not in p]
+    return files | {path for path in benchmarks if path}
 
 def _read_hub(o):
     "Read the splits of a hub data set that the recipe names."
     d = o.d
-    for entry, split in dict(train=d.split, validation=d.validation_split, test=d.test_split).items():
+    splits = dict(train=d.split, validation=d.validation_split, test=d.test_split)
+    for entry, split in splits.items():
         if entry not in o.found.entries and (split or entry == "train"):
             parts, commit = hub(d.model_copy(update=dict(split=split)))
             o.found.entries[entry] = parts, {d.name: commit}
@@ -192,7 +217,8 @@ def _read_path(o, elsewhere):
         elif split:
             o.take(entry, name, offer, split_for(name, offer, split, entry, _KEYS[entry]))
         else:
-            wanted = [s for s in others if split_of_value(s) == entry] or [s for s in others if splits_in(str(s)) == {entry}]
+            wanted = [s for s in others if split_of_value(s) == entry]
+            wanted = wanted or [s for s in others if splits_in(str(s)) == {entry}]
             if wanted:
                 o.take(entry, name, others, wanted)
     if len(offer) > 1:
@@ -208,7 +234,8 @@ def _division(o, offer):
         own = [p for p in parts if any(p in parts for parts in offer.values())]
         if own:
             what.append(f"{entry} from {_described(own)}")
-    left = [p for parts in offer.values() for p in parts if (p.name, p.only) not in o.used and p.only]
+    offered = [p for parts in offer.values() for p in parts if p.only]
+    left = [p for p in offered if (p.name, p.only) not in o.used]
     if left:
         what.append(f"not read: {_described(left)}")
     return "; ".join(what)
@@ -222,18 +249,19 @@ def _described(parts):
     return ", ".join(names[:3]) + f" and {len(names) - 3} more files"*(len(names) > 3)
 
 def _say_listed(o, offer):
-    "Say which files are trained on although their names speak of another split, since the recipe lists them."
+    "Say which files are trained on although their names speak of another split."
     for p in offer.get("", ()):
         speaks = splits_in(p.name.rpartition("/")[2])
         if speaks and "train" not in speaks:
-            o.found.notes.append(f"{p.name} is trained on, since dataset.path lists it; its name speaks of {' and '.join(sorted(speaks))}")
+            what = " and ".join(sorted(speaks))
+            o.found.notes.append(f"{p.name} is trained on, since dataset.path lists it; its name speaks of {what}")
 
 # %% ../nbs/00ba_recipe_sources.ipynb #r012
 def open_sources(
     recipe,
     beforehand=False,   # look at names only, and leave out what is on the network
 ) -> Sources:
-    "What every entry of a recipe is read from. Raises `MedftError` for what is not there, or cannot be told apart."
+    "What every entry of a recipe is read from. Raises `MedftError` for what is not there or unclear."
     d = recipe.dataset
     if not (d.path or d.name):
         raise MedftError(_NOTHING)
@@ -259,7 +287,7 @@ def training_sources(
     paths,          # as a recipe's dataset.path
     task=None,
 ) -> Sources:
-    "What is trained on of some paths, and nothing else: for texts that are prepared without a recipe."
+    "What is trained on of some paths, and nothing else: for texts prepared without a recipe."
     o = _Opening(Dataset(path=paths), task)
     _read_path(o, set())
     o.found.entries = {"train": o.found.entries["train"]}
@@ -290,4 +318,7 @@ def files_in_words(
         return f"file {names[0]}"
     home = os.path.commonprefix([n.rpartition("/")[0] + "/" for n in names]).rpartition("/")[0]
     shown = ", ".join(n.removeprefix(f"{home}/") for n in names[:4])
-    return f"{len(names):,} files{f' in {home}'*bool(home)} ({shown}{f' and {len(names) - 4:,} more'*(len(names) > 4)})"
+    if len(names) > 4:
+        shown += f" and {len(names) - 4:,} more"
+    where = f" in {home}" if home else ""
+    return f"{len(names):,} files{where} ({shown})"

@@ -169,6 +169,7 @@ def plain_name(column) -> str:
 
 
 _CONTEXT_NAMES = set(map(plain_name, CONTEXTS))
+_CONTEXT_ENDS = re.compile("(contexts?|passages?|abstracts?|vignettes?|scenarios?|paragraphs?)(text)?$")    # clinical_context
 _REASONING_RANK = {plain_name(name): i for i, name in enumerate(REASONINGS)}
 
 
@@ -181,7 +182,8 @@ def _tells(value):
 
 def context_columns(columns, used, rows) -> list:
     "The columns that hold what a question is about, in the file's order."
-    found = [c for c in columns if c not in used and plain_name(c) in _CONTEXT_NAMES]
+    named = (c for c in columns if c not in used)
+    found = [c for c in named if plain_name(c) in _CONTEXT_NAMES or _CONTEXT_ENDS.search(plain_name(c))]
     return [c for c in found if plain_name(c) in ("context", "contexts") or any(_tells(r.get(c)) for r in rows)]
 
 

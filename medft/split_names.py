@@ -15,12 +15,15 @@ import unicodedata
 # %% ../nbs/00ab_split_names.ipynb #s005
 SPLIT_WORDS = dict(
     train="train", training="train",
-    validation="validation", valid="validation", val="validation", dev="validation", development="validation",
-    eval="validation", evaluation="validation",
+    validation="validation", valid="validation", val="validation",
+    dev="validation", development="validation", eval="validation", evaluation="validation",
     test="test", testing="test", holdout="test", heldout="test",
 )
-WHOLE_NAMES = dict(trn="train", tst="test", tests="test", evals="validation")    # only where nothing else stands in the name
-NEUTRAL = {"set", "sets", "split", "splits", "data", "dataset", "file", "files", "fold", "part", "rows", "items", "examples"}
+WHOLE_NAMES = dict(trn="train", tst="test", tests="test", evals="validation")   # with nothing else in the name
+NEUTRAL = {
+    "set", "sets", "split", "splits", "data", "dataset", "file", "files", "fold", "part",
+    "rows", "items", "examples",
+}
 
 # %% ../nbs/00ab_split_names.ipynb #s007
 _ENDING = re.compile(r"(\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|xml|nxml|cnxml|zip|gz))+$", re.I)
@@ -28,7 +31,7 @@ _COMPOUND = re.compile(f"({'|'.join(SPLIT_WORDS)})({'|'.join(NEUTRAL)})")
 
 def words_in(
     name: str,
-) -> list[list[str]]:   # two readings: capitals begin a word (MyTrainData), or every change of case does (TRAINdata)
+) -> list[list[str]]:   # two readings: a capital begins a word (MyTrain), or a change of case (TRAINdata)
     "The words of a name, in lower case."
     plain = unicodedata.normalize("NFKD", name)
     plain = "".join(c for c in plain if not unicodedata.combining(c))
@@ -90,8 +93,9 @@ def split_of_value(
     "The split that a value means."
     text = str(value).strip()
     found = splits_in(text)
-    rest = {w for w in words_in(text)[0] if w not in SPLIT_WORDS and w not in NEUTRAL and w not in WHOLE_NAMES}
-    return min(found) if len(found) == 1 and not rest - {"held", "hold", "out"} else None
+    understood = {*SPLIT_WORDS, *NEUTRAL, *WHOLE_NAMES, "held", "hold", "out"}
+    says_more = set(words_in(text)[0]) - understood
+    return min(found) if len(found) == 1 and not says_more else None
 
 def matching_splits(
     wanted: str,    # as a recipe names it: "validation", "eval"
@@ -105,7 +109,10 @@ def matching_splits(
     return same or [k for k in known if means and splits_in(str(k)) == {means}]
 
 # %% ../nbs/00ab_split_names.ipynb #s017
-_HEX = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{12}|(?<![a-z0-9])[0-9a-f]{16,64}(?![a-z0-9])")
+_HEX = re.compile(
+    r"[0-9a-f]{8}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{12}"
+    r"|(?<![a-z0-9])[0-9a-f]{16,64}(?![a-z0-9])"
+)
 _PIECE = re.compile(r"(part|shard|chunk|piece|slice|batch)([ ._-]?)[a-z]{1,2}(?![a-z])")
 _VERSION = re.compile(r"(?<![a-z])(v|ver|version|rev|revision)[ ._-]?\d+")
 

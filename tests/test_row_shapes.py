@@ -214,7 +214,8 @@ def test_items_with_such_options_are_not_turned(monkeypatch):
 
 # ----------------------------------------------------------------------------------------- passages and reasoning
 
-@pytest.mark.parametrize("name", ["context", "passage", "abstract", "case", "vignette", "case_report", "caseReport", "Clinical Note", "clinicalNote", "background", "article", "evidence", "document", "stem", "NOTE"])
+@pytest.mark.parametrize("name", ["context", "passage", "abstract", "case", "vignette", "case_report", "caseReport", "Clinical Note", "clinicalNote", "background", "article", "evidence", "document", "stem", "NOTE",
+                                  "clinical_context", "SourcePassage", "paper abstract", "context_text"])
 def test_what_a_question_is_about_is_read(name):
     text = "All were given atropine."
     for row in (dict(question="q", options=DRUGS, answer="B"), dict(question="q", opa="p", opb="q", opc="r", opd="s", cop="B"), dict(question="q", answer="a"), dict(instruction="q", input="x", output="a")):
