@@ -487,7 +487,7 @@ def test_a_whole_run_with_export_holds_no_secret(tmp_path, server):
     held = ENVIRONMENT | dict(HF_HUB_OFFLINE="1", MEDFT_CACHE=str(tmp_path/"cache"), HOME=str(tmp_path), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
     url = f"http://anna:{PASSWORD}@{server}/rows.jsonl?X-Amz-Signature={SIGNATURE}"
     done = medft(tmp_path, "run", "your_data", f"dataset.path={url}", "engine=[trl]", "model.name=tiny-base", "training.max_steps=2", "dataset.checks.truncated=off", "dataset.holdout=0.2",
-                 f"description=made with {SHAPED['hub']}", "--run-dir", "run", MEDFT_NOTEBOOKS=str(TOP/"nbs"), **held)
+                 f"description=made with {SHAPED['hub']}", "--run-dir", "run", MEDFT_NOTEBOOKS=str(TOP/"nbs"), timeout=1200, **held)
     assert done[0] == 0, done
     hidden = [PASSWORD, SIGNATURE, SHAPED["hub"], *ENVIRONMENT.values()]
     assert [(p, h) for p in tmp_path.rglob("*") if p.is_file() for h in hidden if h.encode() in p.read_bytes()] == []
