@@ -191,8 +191,9 @@ def test_every_room_that_decides_the_rows_decides_the_cache_too():
     folder, seen = Path(storing.__file__).parent, {"data"}
     while True:
         trees = [ast.parse((folder/f"{n}.py").read_text(encoding="utf-8")) for n in seen]
-        near = [n for t in trees for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and n.level == 1]
-        found = seen | {x for n in near for x in ([n.module.split(".")[0]] if n.module else [a.name for a in n.names])}
+        near = [n for t in trees for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and (n.level == 1 or str(n.module).startswith("medft"))]
+        modules = [(n.module or "").removeprefix("medft").lstrip(".") for n in near]
+        found = seen | {x for n, m in zip(near, modules) for x in ([m.split(".")[0]] if m else [a.name for a in n.names])}
         if found == seen: break
         seen = found
     said = {"core", "data", "places", "sections", "recipe", "engines"}     # what these decide is in the key itself: the resolved recipe

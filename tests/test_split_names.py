@@ -171,7 +171,7 @@ def test_no_row_of_an_eval_file_is_trained_on():
     assert not any(answer in text for answer in held_out for text in trained) and report["splits"]["validation"] == 10 and "test" in report["splits"]
     assert read_json(run.path / "data/report.json")["not_read"]["files"] == ["rows/notes.pdf"]
     log = "".join(p.read_text() for p in run.path.rglob("*.log"))
-    assert log.count("notes.pdf") == 1 and "not read: rows/notes.pdf" in log and "validation from eval.jsonl" in log
+    assert log.count("notes.pdf") == 1 and "not read: file rows/notes.pdf" in log and "validation from eval.jsonl" in log
 
 
 def test_saved_data_sets_with_several_splits():
