@@ -51,7 +51,7 @@ REFUSED = [  # family, what is asked, what is answered
     ("llama2", ["training.load_best_model_at_end=true"], "training.eval_strategy"), ("llama2", ["training.use_liger_kernel=true"], "liger-kernel"),
     ("llama2", [CLASSIFY, "training.packing=true"], "only task generative can use it"), ("llama2", [CLASSIFY, "training.assistant_only_loss=true"], "only task generative can use it"),
     ("llama2", ["training.packing=true", "training.packing_strategy=wrapped"], "sequel of another"), ("nemotron_h", ["training.packing=true"], "carries state"), ("nemotron_h", ["training.padding_free=true"], "carries state"),
-    ("llama2", ["model.task=pretraining", "training.padding_free=true"], "only task generative"), ("llama2", ["training.completion_only_loss=false"], "decided by the data room"),
+    ("llama2", ["model.task=pretraining", "training.padding_free=true"], "only task generative"), ("llama2", ["training.completion_only_loss=false", "training.assistant_only_loss=true"], "leave one of them out"),
     ("llama2", [CLASSIFY, "model.num_labels=1"], "greater than or equal to 2"), ("llama2", [CLASSIFY, "dataset.labels=[a, b]", "model.class_weights=[1.0, 2.0, 3.0]"], "3 weights for 2 labels")]
 ON_CPU = [
     ("llama2", ["model.attn_implementation=flash_attention_2"], "use model.attn_implementation: sdpa or eager"), ("llama2", ["model.attn_implementation=flex_attention"], "NVIDIA GPU only"),
