@@ -206,7 +206,13 @@ ENVIRONMENT = {name: chars(20) for name in """KAGGLE_KEY PGPASSWORD GITHUB_PAT A
     OPENAI_API_KEY NGC_API_KEY RUNPOD_API_KEY DAGSHUB_USER_TOKEN HF_TOKEN HUGGING_FACE_HUB_TOKEN""".split()} | dict(
     AWS_SECRET_ACCESS_KEY="/" + chars(38), REDIS_URL=f"redis://:{chars(16)}@cache:6379/0")
 PASSWORD, SIGNATURE = "hunter2" + chars(12), chars(43)
-ROWS = "".join(json.dumps(dict(question=f"What treats condition number {i}?", answer=f"Drug {i} does, twice a day.")) + "\n" for i in range(40))
+
+
+
+def words(n): return " ".join("".join(CHANCE.choices(string.ascii_lowercase, k=7)) for _ in range(n))
+
+
+ROWS = "".join(json.dumps(dict(question=f"What treats {words(8)}?", answer=f"{words(3)} does.")) + "\n" for _ in range(40))     # none like another
 
 
 class Guarded(BaseHTTPRequestHandler):
@@ -486,7 +492,7 @@ def test_a_whole_run_with_export_holds_no_secret(tmp_path, server):
     from stages import medft
     held = ENVIRONMENT | dict(HF_HUB_OFFLINE="1", MEDFT_CACHE=str(tmp_path/"cache"), HOME=str(tmp_path), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
     url = f"http://anna:{PASSWORD}@{server}/rows.jsonl?X-Amz-Signature={SIGNATURE}"
-    done = medft(tmp_path, "run", "your_data", f"dataset.path={url}", "engine=[trl]", "model.name=tiny-base", "training.max_steps=2", "dataset.checks.truncated=off", "dataset.holdout=0.2",
+    done = medft(tmp_path, "run", "your_data", f"dataset.path={url}", "engine=[trl]", "model.name=tiny-base", "training.max_steps=2", "training.max_length=512", "dataset.checks.truncated=off", "dataset.holdout=0.2",
                  f"description=made with {SHAPED['hub']}", "--run-dir", "run", MEDFT_NOTEBOOKS=str(TOP/"nbs"), timeout=1200, **held)
     assert done[0] == 0, done
     hidden = [PASSWORD, SIGNATURE, SHAPED["hub"], *ENVIRONMENT.values()]
