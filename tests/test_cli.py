@@ -31,7 +31,7 @@ RECIPES = {     # file -> content, for the cases below
     "type.yaml": "training:\n  learning_rate: fast\n",
     "flat.yaml": "model: tiny-base\n",
     "task.yaml": "model:\n  task: regression\n",
-    "classify.yaml": "model:\n  task: classification\n  num_labels: 2\n",
+    "classify.yaml": "engine: [trl, unsloth]\nmodel:\n  task: classification\n  num_labels: 2\n",
     "latin.yaml": "description: caf\xe9\n".encode("latin-1"),
     "engine.yaml": "engine: [axolotl]\n",
     "token.yaml": "training:\n  hub_token: hf_not_a_token\n",
