@@ -281,8 +281,7 @@ OURS |= dict(
 ONLY_CLASSES = dict(model=("num_labels", "class_weights"), evaluation=("threshold", "baselines"), export=("onnx",))
 
 def of_task(r):
-    "Keys that medft sets itself, and keys that this task cannot use."
-    yield from (("training", k, why) for k, why in OURS.items() if k in r.training.model_fields_set and getattr(r.training, k) is not None)
+    "Keys that this task cannot use."
     if r.task == "classification": return
     for section, k in ((s, k) for s, keys in ONLY_CLASSES.items() for k in keys):
         if getattr(getattr(r, section), k) not in (None, [], False): yield section, k, f"only task classification can use it; this task is {r.task}"
@@ -313,11 +312,11 @@ def plain_default(key):
     except ValueError: return None      # a list, made anew each time
 
 def of_trainer(r):
-    "Keys of the trainer that medft does not hand on, and those of the tokenizer where no conversation is written."
+    "Keys of the trainer that medft sets itself or does not hand on, and those of the tokenizer where no conversation is written."
     given = {k: v for k, v in r.training.given().items() if v is not None}
     for k in given:
-        if k not in HANDED_ON and k not in OURS and given[k] != plain_default(k):
-            yield "training", k, "not used by medft; leave it out"
+        if k not in HANDED_ON and given[k] != plain_default(k):
+            yield "training", k, OURS.get(k, "not used by medft; leave it out")
     if r.task != "generative":
         for k in ("chat_template_path", "eos_token"):
             if k in given: yield "training", k, f"only task generative can use it; this task is {r.task}"
