@@ -1,5 +1,5 @@
 """Every notebook in a process of its own, in reading order; the libraries that nearly all of them need are loaded once, before the processes part."""
-import os, sys, tempfile, time
+import json, os, sys, tempfile, time
 from pathlib import Path
 
 import medft.core  # first: it sets switches that the libraries read
@@ -11,8 +11,17 @@ from trl import SFTConfig, SFTTrainer  # noqa
 # The stage notebooks run whole, every cell, in tests/test_run.py (`medft run quickstart`); the others run here.
 STAGES = {f"{n}.ipynb" for n in medft.core.STAGES.values()}
 given = [Path(a) for a in sys.argv[1:]]
+
+
+def cells_not_run(nb):
+    "How many cells a directive keeps from running, besides the one that installs medft on Colab."
+    sources = ["".join(cell["source"]) for cell in json.loads(nb.read_text())["cells"] if cell["cell_type"] == "code"]
+    never = "#| notest", "#| gpu", "#| eval: false"
+    return sum(any(line.startswith(never) for line in s.splitlines()) and "pip" not in s for s in sources)
+
+
 every = sorted(p for p in Path("nbs").rglob("*.ipynb") if not any(part.startswith(".") for part in p.parts) and p.name not in STAGES)
-bad = 0
+bad, left_out = 0, []
 for nb in given or every:
     start, said = time.time(), tempfile.TemporaryFile()
     child = os.fork()
@@ -27,4 +36,6 @@ for nb in given or every:
     bad |= not ok
     if not ok: said.seek(0); print(said.read().decode(errors="replace"))
     print(f"notebook {'ok    ' if ok else 'FAILED'}  {time.time() - start:4.0f} s  {nb}", flush=True)
+    if n := cells_not_run(nb): left_out.append(f"{nb} ({n} cells)")
+if left_out: print("not run, by a directive of their own: " + ", ".join(left_out))
 sys.exit(bad)

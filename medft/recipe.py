@@ -301,7 +301,7 @@ HANDED_ON = frozenset("""
     seed data_seed full_determinism train_sampling_strategy dataloader_drop_last dataloader_num_workers dataloader_pin_memory
     dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
-    fsdp fsdp_config deepspeed accelerator_config parallelism_config
+    fsdp fsdp_config deepspeed accelerator_config
     max_length packing packing_strategy padding_free pad_to_multiple_of completion_only_loss assistant_only_loss
     chat_template_path eos_token pad_token
 """.split())    # the last line: honoured by the tokenizer of the whole run, not by the trainer

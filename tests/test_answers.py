@@ -1,6 +1,5 @@
 """Written answers: measures that a second hand computes alike, answers that depend on no neighbour, and rates that find what is no answer."""
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from medft import answers, data, evaluate as ev, meaning, scoring, written
 from medft.core import MedftError, Run, load_recipe
 from medft.model import load_base
+from real_data import LARGE, SMALL, needs_large, on_real_rows
 
-DATA = Path(__file__).resolve().parents[2]/"shared/data"
 ROWS = [dict(prompt=f"Question: {q}\nAnswer:", reference="word "*n) for q, n in (("Zinc?", 2), ("Scurvy: which vitamin is missing?", 12), ("Iron?", 1))]
 
 
@@ -47,10 +46,10 @@ def test_an_endless_answer_repeats_its_end_and_not_its_beginning():
     assert not answers.endless("a b c "*3 + "and then it stops here") and not answers.endless("a b a b") and not answers.endless("no no no")
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
-def test_no_answer_of_the_nih_is_a_refusal_or_endless():
-    real = pd.read_csv(DATA/"medquad/medDataset_processed.csv", usecols=["Answer"], nrows=2000).Answer.dropna()
-    assert len(real) > 1900 and not real.map(answers.refuses).any() and not real.map(answers.endless).any()
+@on_real_rows
+def test_no_answer_of_the_nih_is_a_refusal_or_endless(folder):
+    real = pd.read_csv(folder/"medquad/medDataset_processed.csv", usecols=["Answer"], nrows=2000).Answer.dropna()
+    assert len(real) > (20 if folder == SMALL else 1900) and not real.map(answers.refuses).any() and not real.map(answers.endless).any()
 
 
 def test_answers_end_where_they_should_whoever_else_writes(base):
@@ -146,10 +145,10 @@ def test_null_comparisons_of_answers_rarely_speak():
     rates = np.mean(spoke, 0); assert (rates <= .085).all() and (rates >= .01).all(), rates      # of 300: within three standard errors of 2.5 to 6.5 %
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
+@needs_large
 def test_medquads_questions_are_answered_and_judged(tmp_path, base, encoder):
     "From the file to metrics.json, with a second model that is the base with noise."
-    rows = pd.read_csv(DATA/"medquad/medDataset_processed.csv"); some = rows[rows.Answer.astype(str).str.len() < 300].drop_duplicates("Question").iloc[:60]
+    rows = pd.read_csv(LARGE/"medquad/medDataset_processed.csv"); some = rows[rows.Answer.astype(str).str.len() < 300].drop_duplicates("Question").iloc[:60]
     some.to_csv(tmp_path/"medquad.csv", index=False)
     r = load_recipe("quickstart", [f"dataset.path={tmp_path}/medquad.csv", "dataset.test_path=null", "dataset.validation_path=null", "dataset.sets={}", "dataset.holdout=0.3", "dataset.truncated_share=1.0",
                                    "evaluation.generate=true", "evaluation.max_new_tokens=24", f"evaluation.bertscore={encoder}", "tracking.mlflow=false"])

@@ -21,10 +21,9 @@ from medft import benchmarks as bm
 from medft import data, harness, leaks
 from medft.classes import accuracy
 from medft.core import MedftError, Run, assets, load_recipe, model_path
+from real_data import LARGE, SMALL, needs_large, on_real_rows
 
 HERE = Path(__file__).resolve().parent
-DATA = HERE.parents[1]/"shared"/"data"
-real = pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +74,22 @@ def test_a_file_and_the_harness_s_own_columns_give_the_same(tmp_path):
         assert [(r["id"], r["prompt"], r["answer"], r["content"]) for r in c] == [(r["id"], r["prompt"], r["answer"], r["content"]) for r in a]
 
 
-@real
-def test_real_files_in_all_their_shapes():
-    def same(name, *files):
-        first, *others = [[(r["prompt"], r["answer"]) for r in rows(name, DATA/f, 100)] for f in files]
-        assert len(first) == 100 and all(o == first for o in others)
+@on_real_rows
+def test_real_files_in_all_their_shapes(folder):
+    def same(name, *files, few):
+        n = few if folder == SMALL else 100
+        first, *others = [[(r["prompt"], r["answer"]) for r in rows(name, folder/f, 100)] for f in files]
+        assert len(first) == n and all(o == first for o in others)
         return first
-    same("medmcqa", "medmcqa/dev.json", "medmcqa/validation-00000-of-00001.parquet", "medmcqa/validation.csv")
-    same("pubmedqa", "pubmedqa/ori_pqal.json", "pubmedqa/train-00000-of-00001.parquet")
-    official = [json.loads(x) for x in (DATA/"medqa/phrases_no_exclude_test.jsonl").open()][:100]
-    said = same("medqa_4options", "medqa/phrases_no_exclude_test.jsonl")
+    same("medmcqa", "medmcqa/dev.json", "medmcqa/validation-00000-of-00001.parquet", "medmcqa/validation.csv", few=20)
+    same("pubmedqa", "pubmedqa/ori_pqal.json", "pubmedqa/train-00000-of-00001.parquet", few=10)
+    official = [json.loads(x) for x in (folder/"medqa/phrases_no_exclude_test.jsonl").open()][:100]
+    said = same("medqa_4options", "medqa/phrases_no_exclude_test.jsonl", few=10)
     assert said == [(f"Question: {r['question']}\n" + "".join(f"{k}. {v}\n" for k, v in r["options"].items()) + "Answer:", "ABCD".index(r["answer_idx"])) for r in official]
-    key, paper = next(iter(json.loads((DATA/"pubmedqa/ori_pqal.json").read_text()).items()))
-    one = rows("pubmedqa", DATA/"pubmedqa/ori_pqal.json", 1)[0]
+    key, paper = next(iter(json.loads((folder/"pubmedqa/ori_pqal.json").read_text()).items()))
+    one = rows("pubmedqa", folder/"pubmedqa/ori_pqal.json", 1)[0]
     assert one["prompt"] == "Abstract: " + "\n".join(paper["CONTEXTS"]) + f"\nQuestion: {paper['QUESTION']}\nAnswer:" and paper["LONG_ANSWER"] not in one["prompt"] and one["id"] == key
-    assert {p["options"][p["answer"]] for p in rows("pubmedqa", DATA/"pubmedqa/ori_pqal.json")} == {" yes", " no", " maybe"}
+    assert {p["options"][p["answer"]] for p in rows("pubmedqa", folder/"pubmedqa/ori_pqal.json")} == {" yes", " no", " maybe"}
 
 
 def test_group_has_its_subjects(tmp_path):
@@ -153,18 +153,18 @@ def test_fingerprint_is_of_the_content(tmp_path):
     assert print1 == print2 != print3
 
 
-@real
+@on_real_rows
 @pytest.mark.parametrize("name", list(bm.FILES))
-def test_a_few_real_items_as_the_harness_judges_them(tiny, name):
+def test_a_few_real_items_as_the_harness_judges_them(tiny, folder, name):
     most = dict(medmcqa=20, medqa_4options=10, pubmedqa=5)[name]    # vignettes and abstracts are long; all of them: below
-    found = bm.compared(*tiny, name, DATA/bm.FILES[name], most)
+    found = bm.compared(*tiny, name, folder/bm.FILES[name], most)
     assert found["rows"] == most and found["items_that_differ"] == [] and found["acc_lm_eval"] == found["acc_medft"] and found["largest_difference"] < 1e-3
 
 
-@real
+@needs_large
 @pytest.mark.long
 def test_all_real_items_as_the_harness_judges_them(tmp_path, tiny):
-    found = bm.remake(DATA, tmp_path/"evidence.json")["tasks"]
+    found = bm.remake(LARGE, tmp_path/"evidence.json")["tasks"]
     assert [f["benchmark"] for f in found] == list(bm.FILES) and all(f["rows"] >= 500 for f in found)
     for f in found: assert f["items_that_differ"] == [] and f["acc_lm_eval"] == f["acc_medft"] and f["largest_difference"] < 1e-3, f
     kept = json.loads((assets()/"evidence"/"benchmarks.json").read_text())["tasks"]
@@ -195,11 +195,11 @@ def test_an_item_that_was_trained_on_is_refused_whatever_the_prompt(tmp_path):
     assert "not checked" in bm.refuse_trained([str(tmp_path/"elsewhere")], {"medqa_4options": file})["medqa_4options"][0]
 
 
-@real
+@on_real_rows
 @pytest.mark.parametrize("name", list(bm.FILES))
-def test_real_rows_are_known_by_what_they_ask(tmp_path, name):
-    run = prepared(tmp_path, DATA/bm.FILES[name], "dataset.max_samples=40")
-    trained = leaks.trained_on(run); found = rows(name, DATA/bm.FILES[name])
+def test_real_rows_are_known_by_what_they_ask(tmp_path, folder, name):
+    run = prepared(tmp_path, folder/bm.FILES[name], "dataset.max_samples=40")
+    trained = leaks.trained_on(run); found = rows(name, folder/bm.FILES[name])
     assert len(leaks.hits(trained, [dict(content=r["content"]) for r in found])) >= len(data.load_split(run, "train"))
 
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings, strategies as st
 from medft import corpus, texts
 from medft.core import MedftError
 from medft.corpus import Packer, load_corpus, prepare_corpus
+from real_data import LARGE, SMALL, needs_large
 
-SHARED = Path(__file__).resolve().parents[2]/"shared"/"data"/"cpt_text"
+SHARED = LARGE/"cpt_text"
 quiet = lambda line: None
 WORDS = [f"{a}{b}{c}" for a in "dghklmnprst" for b in "aeiou" for c in ("n", "r", "st", "l")]
 
@@ -386,17 +387,21 @@ def test_progress_says_documents_a_second(tmp_path, fast):
 
 # real text
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
-def test_articles_as_rows_and_as_xml_are_the_same_articles(tmp_path):
-    made = prepare_corpus([str(SHARED/"plos_articles.jsonl.gz"), str(SHARED/"plos_jats_xml"), str(SHARED/"openstax_ap2e.jsonl.gz"), str(SHARED/"openstax_ap2e_cnxml")], tmp_path/"out", workers=2, tell=quiet)
+@pytest.mark.parametrize("folder, n_rows, n_xml, fill", [
+    pytest.param(SMALL/"cpt_text", 4 + 5, 4 + 5, 0.7, id="few"),
+    pytest.param(SHARED, 81 + 136, 40 + 136, 0.9, id="all", marks=needs_large),
+])
+def test_articles_as_rows_and_as_xml_are_the_same_articles(tmp_path, folder, n_rows, n_xml, fill):
+    names = "plos_articles.jsonl.gz", "plos_jats_xml", "openstax_ap2e.jsonl.gz", "openstax_ap2e_cnxml"
+    made = prepare_corpus([str(folder/name) for name in names], tmp_path/"out", workers=2, tell=quiet)
     d = made["documents"]
-    assert d["read"] == 81 + 40 + 136 + 136 and not d["rejected"]
-    assert sum(d["duplicates"].values()) >= 0.9*(40 + 136)      # each XML file is in the rows too, as read by another program
-    assert made["fill"]["train"] > 0.9
+    assert d["read"] == n_rows + n_xml and not d["rejected"]
+    assert sum(d["duplicates"].values()) >= 0.9*n_xml      # each XML file is in the rows too, as read by another program
+    assert made["fill"]["train"] > fill      # a few texts leave the last windows emptier
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+@needs_large
 def test_side_by_side_with_map_and_trl_packing(tmp_path, capsys):
     "Documents a second of both routes and of the tokenizer alone, on the same texts: printed, not asserted (other work on the machine decides too)."
     rows = [json.loads(l) for f in ("plos_articles", "openstax_ap2e") for l in gzip.open(SHARED/f"{f}.jsonl.gz", "rt")]

@@ -7,9 +7,8 @@ import pytest
 
 from medft import data, staging, storing
 from medft.core import MedftError, Run, load_recipe, read_json
+from real_data import SMALL, on_real_files, on_real_rows
 
-DATA = Path(__file__).resolve().parents[2]/"shared/data"
-real = pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets in ../shared/data are not on this machine")
 LOOSE = ["training.max_length=8192", "dataset.checks={truncated: warn, overlap: warn, chat_markers: warn}", "dataset.cache=false"]
 
 
@@ -32,13 +31,35 @@ REAL = {"medmcqa/dev.json": (2683, "medmcqa"), "medmcqa/validation-00000-of-0000
         "cpt_text/plos_articles.jsonl.gz": (81, "text"), "cpt_text/openstax_ap2e.jsonl.gz": (136, "text"), "cpt_text/plos_jats_xml": (40, "text"),
         "cpt_text/openstax_ap2e_cnxml": (136, "text"), "synthea/csv": (622, "patient"), "synthea/csv_full_record": (27, "patient"), "synthea/fhir": (10, "patient"),
         "synthea/er_pairs.jsonl": (2000, "entity-pairs")}
+FEW_ROWS = {
+    "medmcqa/dev.json": 20,
+    "medmcqa/validation-00000-of-00001.parquet": 20,
+    "medmcqa/validation.csv": 20,
+    "medqa/phrases_no_exclude_test.jsonl": 10,
+    "medqa/train_from_devsplit.jsonl": 10,
+    "pubmedqa/ori_pqal.json": 10,
+    "pubmedqa/train-00000-of-00001.parquet": 10,
+    "medquad/medDataset_processed.csv": 25,
+    "medquad/medquad.parquet": 34,
+    "medquad/xml": 34,
+    "cpt_text/plos_articles.jsonl.gz": 4,
+    "cpt_text/openstax_ap2e.jsonl.gz": 5,
+    "cpt_text/plos_jats_xml": 4,
+    "cpt_text/openstax_ap2e_cnxml": 5,
+    "synthea/csv": 8,
+    "synthea/csv_full_record": 8,
+    "synthea/fhir": 8,
+    "synthea/er_pairs.jsonl": 16,
+}
 
 
-@real
-@pytest.mark.parametrize("name", REAL)
-def test_every_real_file_goes_in(tmp_path, name):
-    rows, schema = REAL[name]
-    run, report = prepared(tmp_path, DATA/name, *LOOSE)
+@on_real_files(
+    "name, rows, schema",
+    [(name, rows, REAL[name][1]) for name, rows in FEW_ROWS.items()],
+    [(name, rows, schema) for name, (rows, schema) in REAL.items()],
+)
+def test_every_real_file_goes_in(tmp_path, folder, name, rows, schema):
+    run, report = prepared(tmp_path, folder/name, *LOOSE)
     assert balanced(report) and (rows is None or report["rows_in"] == rows) and report["shapes"]["train"] == (schema or report["shapes"]["train"]), report
     assert report["rows_out"] > 0 and report["trainable_tokens"] > 0
     rejected = [json.loads(l) for l in (run.path/"data/rejected.jsonl").open()]
@@ -48,32 +69,32 @@ def test_every_real_file_goes_in(tmp_path, name):
         for b in groups: assert a == b or not groups[a] & groups[b], f"a group stands in {a} and in {b}"
 
 
-@real
-def test_the_same_questions_whatever_the_numbering(tmp_path):
-    a, b = ({r["id"]: (r["prompt"], r["completion"], r["answer"]) for s in ("train", "test") for r in split(prepared(tmp_path, DATA/f"medmcqa/{f}", *LOOSE)[0], s)}
+@on_real_rows
+def test_the_same_questions_whatever_the_numbering(tmp_path, folder):
+    a, b = ({r["id"]: (r["prompt"], r["completion"], r["answer"]) for s in ("train", "test") for r in split(prepared(tmp_path, folder/f"medmcqa/{f}", *LOOSE)[0], s)}
             for f in ("dev.json", "validation-00000-of-00001.parquet"))
-    assert a == b
+    assert a == b and len(a) > 10
     assert not any("Ans." in p for p, *_ in a.values()), "an explanation that tells the answer was read"
 
 
-@real
-def test_unlabelled_rows_are_set_aside_and_named(tmp_path):
-    with pytest.raises(MedftError, match="no usable training row"): prepared(tmp_path, DATA/"medmcqa/test_unlabelled.parquet")
+@on_real_rows
+def test_unlabelled_rows_are_set_aside_and_named(tmp_path, folder):
+    with pytest.raises(MedftError, match="no usable training row"): prepared(tmp_path, folder/"medmcqa/test_unlabelled.parquet")
     rejected = [json.loads(l) for l in next((tmp_path/"runs").rglob("data/rejected.jsonl")).open()]
-    assert len(rejected) == 200 and all("no answer" in r["reason"] and r["file"].endswith("test_unlabelled.parquet") for r in rejected)
+    assert len(rejected) == (5 if folder == SMALL else 200) and all("no answer" in r["reason"] and r["file"].endswith("test_unlabelled.parquet") for r in rejected)
 
 
-@real
-def test_llama_prompts_are_refused_by_a_model_that_does_not_know_their_markers(tmp_path):
-    with pytest.raises(MedftError, match="begin_of_text|start_header_id"): prepared(tmp_path, DATA/"llama3_prompt/medical_llama3_instruct.jsonl", *LOOSE)
-    run, report = prepared(tmp_path, DATA/"llama3_prompt/medical_llama3_instruct.jsonl", *LOOSE, "dataset.schema=alpaca")
-    assert balanced(report) and report["rows_in"] == 2000
+@on_real_rows
+def test_llama_prompts_are_refused_by_a_model_that_does_not_know_their_markers(tmp_path, folder):
+    with pytest.raises(MedftError, match="begin_of_text|start_header_id"): prepared(tmp_path, folder/"llama3_prompt/medical_llama3_instruct.jsonl", *LOOSE)
+    run, report = prepared(tmp_path, folder/"llama3_prompt/medical_llama3_instruct.jsonl", *LOOSE, "dataset.schema=alpaca")
+    assert balanced(report) and report["rows_in"] == (10 if folder == SMALL else 2000)
 
 
-@real
-def test_pairs_of_patients_never_cross(tmp_path):
-    run, report = prepared(tmp_path, DATA/"synthea/er_pairs.jsonl", *LOOSE, "model.task=classification", "model.num_labels=2", "dataset.holdout=0.2")
-    assert balanced(report) and report["filtered"]["crosses_split"] > 0
+@on_real_rows
+def test_pairs_of_patients_never_cross(tmp_path, folder):
+    run, report = prepared(tmp_path, folder/"synthea/er_pairs.jsonl", *LOOSE, "model.task=classification", "model.num_labels=2", "dataset.holdout=0.2")
+    assert balanced(report) and (folder == SMALL or report["filtered"]["crosses_split"] > 0)
     of = {s: {g for r in split(run, s) for g in r["group"].split(" & ")} for s in report["splits"]}
     assert not of["train"] & of["test"] and not of["train"] & of["validation"] and not of["test"] & of["validation"]
     assert {r["label"] for r in split(run, "train")} == {0, 1}

@@ -8,9 +8,8 @@ import pyarrow.parquet as pq
 from medft import articles, documents as docs
 from medft.core import MedftError
 from medft.formats import READERS, Part
+from real_data import SMALL, on_real_rows
 
-SHARED = Path(__file__).resolve().parents[2]/"shared"/"data"
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 
 MEDQUAD = '<Document id="{0}" source="NIH" url="u"><Focus>Gout</Focus><QAPairs><QAPair pid="1"><Question qid="{0}-1" qtype="causes">Why ?</Question><Answer>So.</Answer></QAPair></QAPairs></Document>'
 ARTICLE = ('<article><front><journal-meta><journal-title>J</journal-title></journal-meta><article-meta><article-id pub-id-type="doi">10.1/x.1</article-id>'
@@ -245,42 +244,42 @@ def test_a_record_is_short_however_long_the_life():
 
 
 # the real folders
-@shared
-def test_real_medquad_files_equal_the_parquet():
-    table = pq.read_table(SHARED/"medquad/medquad.parquet").to_pylist(); columns = list(table[0])
+@on_real_rows
+def test_real_medquad_files_equal_the_parquet(folder):
+    table = pq.read_table(folder/"medquad/medquad.parquet").to_pylist(); columns = list(table[0])
     known = {tuple(r[c] for c in columns) for r in table}
-    rows = read("xml", SHARED/"medquad/xml")
-    assert len(rows) > 1000 and all(tuple(r[c] for c in columns) in known for r in rows)
+    rows = read("xml", folder/"medquad/xml")
+    assert len(rows) > (30 if folder == SMALL else 1000) and all(tuple(r[c] for c in columns) in known for r in rows)
     assert len({(r["_file"], r["pid"]) for r in rows}) == len(rows)
 
 
-@shared
-@pytest.mark.parametrize("folder, ready, recall, precision", [("plos_jats_xml", "plos_articles", .95, .9), ("openstax_ap2e_cnxml", "openstax_ap2e", .98, .98)])
-def test_real_articles_read_like_the_ready_texts(folder, ready, recall, precision):
-    ready = {r["id"]: r for r in map(json.loads, gzip.open(SHARED/f"cpt_text/{ready}.jsonl.gz", "rt"))}
-    mine = {r["id"]: r for r in read("xml", SHARED/"cpt_text"/folder)}
+@on_real_rows
+@pytest.mark.parametrize("texts, ready, recall, precision", [("plos_jats_xml", "plos_articles", .95, .9), ("openstax_ap2e_cnxml", "openstax_ap2e", .98, .98)])
+def test_real_articles_read_like_the_ready_texts(folder, texts, ready, recall, precision):
+    ready = {r["id"]: r for r in map(json.loads, gzip.open(folder/f"cpt_text/{ready}.jsonl.gz", "rt"))}
+    mine = {r["id"]: r for r in read("xml", folder/"cpt_text"/texts)}
     parts = {i: [[re.sub(r"\W+", "", p) for p in r["text"].split("\n") if p] for r in (mine[i], ready[i])] for i in mine}
     share = lambda a, b: sum(len(p) for i in parts for known in [set(parts[i][b])] for p in parts[i][a] if p in known) / sum(len(p) for x in parts.values() for p in x[a])
     assert set(mine) <= set(ready) and share(1, 0) > recall and share(0, 1) > precision
-    if folder.startswith("plos"): assert all(r["license"].startswith("CC0" if "CC0" in ready[i]["license"] else "CC BY") for i, r in mine.items())
+    if texts.startswith("plos"): assert all(r["license"].startswith("CC0" if "CC0" in ready[i]["license"] else "CC BY") for i, r in mine.items())
 
 
-@shared
-def test_real_patients():
+@on_real_rows
+def test_real_patients(folder):
     for name in ("csv", "csv_full_record"):
-        rows = read("synthea", SHARED/"synthea"/name)
-        tables = {t: list(csv.DictReader((SHARED/f"synthea/{name}/{t}.csv").open(encoding="utf-8"))) for t in ("patients", "encounters", *docs.KINDS)}
+        rows = read("synthea", folder/"synthea"/name)
+        tables = {t: list(csv.DictReader((folder/f"synthea/{name}/{t}.csv").open(encoding="utf-8"))) for t in ("patients", "encounters", *docs.KINDS)}
         assert len(rows) == len(tables["patients"]) and sum(len(r["encounters"]) for r in rows) == len({e["Id"] for e in tables["encounters"]})
         assert all(r["birth_date"] and r["last"] and r["ssn"].startswith("999") for r in rows)
         assert sum(bool(r["death_date"]) for r in rows) == sum(bool(p["DEATHDATE"]) for p in tables["patients"])
-    rows = read("fhir", SHARED/"synthea/fhir")
-    assert len(rows) == 10 and all(r["birth_date"] and r["ssn"] and r["race"] and r["encounters"] for r in rows)
+    rows = read("fhir", folder/"synthea/fhir")
+    assert len(rows) == (8 if folder == SMALL else 10) and all(r["birth_date"] and r["ssn"] and r["race"] and r["encounters"] for r in rows)
     ids = lambda r: {e[0] for e in r["encounters"]}
     assert all(h[4] in ids(r) for r in rows for h in r["history"])
 
 
-@shared
-def test_real_record_pairs_have_a_text():
-    pairs = [json.loads(l) for l in (SHARED/"synthea/er_pairs.jsonl").open(encoding="utf-8")]
+@on_real_rows
+def test_real_record_pairs_have_a_text(folder):
+    pairs = [json.loads(l) for l in (folder/"synthea/er_pairs.jsonl").open(encoding="utf-8")]
     texts = [docs.pair_text(p) for p in pairs]
     assert all("Record A\nName: " in t and "\n\nRecord B\nName: " in t and "  " not in t for t in texts) and max(map(len, texts)) < 6000

@@ -1,6 +1,5 @@
 """What must not be scored, and what was memorised: items nearly trained on, leaks across runs, planted secrets."""
 import json, math, shutil, types
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,9 +7,8 @@ import pytest
 
 from medft import canaries, corpus, data, exposure, leaks, unseen
 from medft.core import MedftError, Run, assets, load_recipe, read_json, sha256, write_json
+from real_data import LARGE, needs_large
 
-DATA = Path(__file__).resolve().parents[2]/"shared/data"
-real = pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets in ../shared/data are not on this machine")
 MCQ = dict(opa="Iron", opb="zinc", opc="Lead", opd="gold", cop=0)
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
@@ -175,9 +173,9 @@ def test_what_was_not_looked_for_is_not_called_clean(near):
     assert "not trained on this recipe's rows" in unseen.nearly_seen(off)[1]
 
 
-@real
+@needs_large
 def test_medmcqas_own_near_duplicates_are_flagged(tmp_path):
-    lines = [json.loads(l) for l in (DATA/"medmcqa/dev.json").read_text().splitlines()]
+    lines = [json.loads(l) for l in (LARGE/"medmcqa/dev.json").read_text().splitlines()]
     order = np.random.default_rng(0).permutation(len(lines)); parts = dict(train=order[:2000], test=order[2000:])
     files = {n: write(tmp_path/f"{n}.jsonl", [lines[i] for i in at]) for n, at in parts.items()}
     run = prepared(tmp_path, f"dataset.path={files['train']}", f"dataset.test_path={files['test']}", "training.max_length=8192", "dataset.checks={truncated: warn, overlap: warn, chat_markers: warn}")

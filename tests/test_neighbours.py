@@ -1,7 +1,6 @@
 """Near-duplicates, groups and benchmark overlap: against brute force, on planted copies, at size, and on real exam questions."""
 import itertools, json, os, random, subprocess, sys, time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +10,8 @@ from scipy.sparse import csr_array
 
 from medft import neighbours as nb, shingles as sh
 from medft.core import MedftError
+from real_data import LARGE, needs_large
 
-DATA = Path(__file__).resolve().parents[2]/"shared/data"
-real = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -228,13 +226,13 @@ def test_benchmarks_are_named_fully():
     assert all("/" in hub and split and (config is None or config) for parts in nb.BENCHMARKS.values() for hub, config, split in parts)
 
 
-def questions(path): return [json.loads(l) for l in (DATA/path).open()]
+def questions(path): return [json.loads(l) for l in (LARGE/path).open()]
 
 
 def whole(r): return "\n".join([r["question"], *(r["options"].values() if "options" in r else (str(r[k]) for k in ("opa", "opb", "opc", "opd")))])
 
 
-@real
+@needs_large
 def test_real_medmcqa():
     rows = questions("medmcqa/dev.json"); texts = [whole(r) for r in rows]
     ties = nb.near_duplicates(texts); truth = exact(texts, 0.8)
@@ -244,7 +242,7 @@ def test_real_medmcqa():
     assert np.mean([f for f, _ in found.values()]) >= 0.95, found
 
 
-@real
+@needs_large
 def test_real_medqa_is_clean_across_and_has_many_shared_formulas():
     train, test = questions("medqa/train_from_devsplit.jsonl"), questions("medqa/phrases_no_exclude_test.jsonl")
     assert len(nb.contaminated([r["question"] for r in train], [r["question"] for r in test])) <= 0.01*len(test)

@@ -58,6 +58,7 @@ def test_source_distribution_builds_the_wheel_and_has_no_runs(wheel):
     import tarfile
     held = tarfile.open(next(wheel.parent.glob("*.tar.gz"))).getnames()
     assert not [n for n in held if "20260101" in n] and any(n.endswith("/settings.ini") for n in held)
+    assert not [n for n in held if "/tests/data/" in n], "the rows of others are for the checkout's tests"
 
 
 def test_wheel_is_small(wheel): assert wheel.stat().st_size < 25e6, "25 MB: the tiny base is 4 MB, notebooks with plots the rest"

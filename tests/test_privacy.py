@@ -1,7 +1,6 @@
 """Identifiers: what is found, what must not be, how well on generated notes in other words than the notebook's, and how fast."""
 import json, random, time
 from collections import Counter
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,9 +10,8 @@ from statsmodels.stats.proportion import proportion_confint
 from stdnum import ean, luhn
 
 from medft.privacy import APART, KINDS, Finding, find, scan
+from real_data import LARGE, needs_large, on_real_rows
 
-SHARED = Path(__file__).resolve().parents[2]/"shared"/"data"
-real = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 
 
 def kinds(*texts): return [[f.kind for f in fs] for fs in find(texts)]
@@ -186,25 +184,25 @@ def test_fast_enough_for_a_training_set():
 
 # ---- the real files
 
-def _medmcqa(): return ["\n".join(str(r[k]) for k in ("question", "opa", "opb", "opc", "opd")) for r in map(json.loads, (SHARED/"medmcqa/dev.json").open())]
-def _medquad(): return [a for a in pd.read_parquet(SHARED/"medquad/medquad.parquet").answer if isinstance(a, str)]
-def _pubmedqa(): return [json.dumps([r["QUESTION"], r["CONTEXTS"], r["LONG_ANSWER"]]) for r in json.loads((SHARED/"pubmedqa/ori_pqal.json").read_text()).values()]
+def _medmcqa(folder): return ["\n".join(str(r[k]) for k in ("question", "opa", "opb", "opc", "opd")) for r in map(json.loads, (folder/"medmcqa/dev.json").open())]
+def _medquad(folder): return [a for a in pd.read_parquet(folder/"medquad/medquad.parquet").answer if isinstance(a, str)]
+def _pubmedqa(folder): return [json.dumps([r["QUESTION"], r["CONTEXTS"], r["LONG_ANSWER"]]) for r in json.loads((folder/"pubmedqa/ori_pqal.json").read_text()).values()]
 
 
-@real
-def test_exam_questions_and_abstracts_hold_nobody():
-    assert scan(_medmcqa())[0] == [] and scan(_pubmedqa())[0] == []
+@on_real_rows
+def test_exam_questions_and_abstracts_hold_nobody(folder):
+    assert scan(_medmcqa(folder))[0] == [] and scan(_pubmedqa(folder))[0] == []
 
 
-@real
+@needs_large
 def test_health_pages_hold_offices_mostly():
-    rows, counts = scan(_medquad())
+    rows, counts = scan(_medquad(LARGE))
     assert len(rows) < 50 and counts["public phone"] > 10 and counts["public url"] > 40 and not counts["ssn"] + counts["mrn"] + counts["account"] + counts["ip"]
 
 
-@real
-def test_synthetic_patients_are_recognised():
-    pairs = [json.loads(l) for l in (SHARED/"synthea/er_pairs.jsonl").open()]
+@on_real_rows
+def test_synthetic_patients_are_recognised(folder):
+    pairs = [json.loads(l) for l in (folder/"synthea/er_pairs.jsonl").open()]
     texts = [json.dumps(p[side]) for p in pairs for side in ("left", "right")]
     rows, counts = scan(texts)
     held = sum(bool(p[side]["ssn"]) for p in pairs for side in ("left", "right"))

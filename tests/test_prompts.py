@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from medft import prompts as P, templates as T, tokens as K
 from medft.core import MedftError, assets, load_recipe
+from real_data import on_real_rows
 
-SHARED = Path(__file__).resolve().parents[2]/"shared"/"data"
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 QUICK = load_recipe("quickstart")
 ASK = [T.user("Which vitamin prevents scurvy?"), T.assistant("Vitamin C")]
 LLAMA = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -333,9 +332,9 @@ def test_a_ready_text_begins_with_one_begin_token_where_the_tokenizer_would_add_
     assert row(tok, text="<bos>Zinc.<eos>")["completion"] == row(tok, text="Zinc.")["completion"] == "<bos>Zinc.<eos>"
 
 
-@shared
-def test_the_real_formatted_rows():
-    rows = [json.loads(l) for l in (SHARED/"llama3_prompt/medical_llama3_instruct.jsonl").open()]
+@on_real_rows
+def test_the_real_formatted_rows(folder):
+    rows = [json.loads(l) for l in (folder/"llama3_prompt/medical_llama3_instruct.jsonl").open()]
     tok = tokenizer(markers=LLAMA, source=STYLES["llama3"][0], adds_bos=True)
     made = P.prompts(tok, [dict(id=str(i), group="g", subject="", formatted=r["prompt"]) for i, r in enumerate(rows)], QUICK)
     for r, m in zip(rows, made):

@@ -1,6 +1,5 @@
 """Forgetting: a budget turns the verdict by non-inferiority, its error is what a 95 % interval promises, and the set may be of another kind."""
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +11,8 @@ from medft import data, evaluate as ev, retention as rt, scoring, trials
 from medft.core import MedftError, Run, assets, load_recipe
 from medft.model import load_base
 from medft.verdicts import compare_choices, compare_text, sentence
+from real_data import SMALL, on_real_rows
 
-DATA = Path(__file__).resolve().parents[2]/"shared/data"
 SET = ["dataset.sets={general: x.jsonl}", "evaluation.retention=[general]"]
 
 
@@ -142,14 +141,15 @@ def test_a_packed_corpus_takes_a_retention_set_beside_it(tmp_path, base, texts):
     m = scored(run, *base); assert m["main"] == "test" and m["retention"]["models"]["trl"]["asked"]["metric"] == "accuracy"
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
-def test_real_articles_and_chapters_are_told_apart_by_source(tmp_path, base):
+@on_real_rows
+def test_real_articles_and_chapters_are_told_apart_by_source(tmp_path, base, folder):
     import gzip
     at = tmp_path/"cpt.jsonl"
+    n = 9 if folder == SMALL else 10      # four articles are shipped
     with at.open("w") as out:
         for name in ("plos_articles", "openstax_ap2e"):
-            with gzip.open(DATA/f"cpt_text/{name}.jsonl.gz", "rt") as f:
+            with gzip.open(folder/f"cpt_text/{name}.jsonl.gz", "rt") as f:
                 for line, _ in zip(f, range(5)): d = json.loads(line); out.write(json.dumps(dict(id=d["id"], text=d["text"][:1500], source=d["source"])) + "\n")
     run = tuned_on_questions(tmp_path, f"dataset.sets={{books: {at}}}", "evaluation.retention=[books]", "evaluation.forgetting=0.2"); m = scored(run, *base)
-    assert len(m["subjects"]["books"]) == 2 and sum(s["base"]["loss"]["n"] for s in m["subjects"]["books"].values()) == 10 and m["verdict"]["trl"]["retention"]["books"]["n"] == 10
+    assert len(m["subjects"]["books"]) == 2 and sum(s["base"]["loss"]["n"] for s in m["subjects"]["books"].values()) == n and m["verdict"]["trl"]["retention"]["books"]["n"] == n
     whole = m["models"]["base"]["books"]["loss"]["value"]; assert min(p := [s["base"]["loss"]["value"] for s in m["subjects"]["books"].values()]) <= whole <= max(p)

@@ -5,8 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from real_data import LARGE, needs_large
+
 TOP = Path(__file__).resolve().parent.parent
-DATA = TOP.parent/"shared/data"
 SMALL = ["engine=trl", "dataset.max_samples=128", "training.num_train_epochs=1", "evaluation.max_items=24", "tracking.mlflow=false", "export.merge=false"]
 
 
@@ -87,9 +88,9 @@ def test_same_recipe_and_seed_give_the_same_bytes(tmp_path):
     assert found[0] == found[1] and found[0][2]
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the real MedMCQA rows in ../shared/data are not on this machine")
+@needs_large
 def test_real_questions_end_in_a_tie(tmp_path):
-    done = medft("run", "medmcqa_tiny", f"dataset.path={DATA/'medmcqa/dev.json'}",
+    done = medft("run", "medmcqa_tiny", f"dataset.path={LARGE/'medmcqa/dev.json'}",
                  "dataset.max_samples=256", "evaluation.max_items=150", "tracking.mlflow=false", "--stages", "data,train,evaluate", runs=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     verdict = read(only_run(tmp_path, "medmcqa_tiny")/"metrics.json")["verdict"]["trl"]

@@ -1,7 +1,6 @@
 """Scoring: the fast way gives what the plain way gives, for every family; what lm-evaluation-harness says, we say; memory stays bounded."""
 import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +9,9 @@ from transformers import AutoTokenizer, Gemma2Config
 
 from medft import branches as br, families, likelihood as lk, scoring
 from medft.core import MedftError, assets, load_recipe
+from real_data import LARGE, needs_large, on_real_rows
 
-MEDMCQA = Path(__file__).resolve().parents[2]/"shared"/"data"/"medmcqa"/"dev.json"
-harness = pytest.mark.skipif(not importlib.util.find_spec("lm_eval") or not MEDMCQA.exists(), reason="needs lm_eval and ../shared/data")
+harness = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="needs lm_eval")
 GEMMA2 = Gemma2Config(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
                       pad_token_id=0, sliding_window=8, final_logit_softcapping=2.0)
 FAMILIES = ["gemma2", *families.NAMES]
@@ -163,8 +162,9 @@ def test_pairs_are_coded_like_the_harness_does(base):
         assert (own == alone) == (whole == apart + alone) == (prompt == "scur")
 
 
-def medmcqa(n):
-    rows = [json.loads(line) for line in MEDMCQA.read_text().splitlines()[:n]]
+def medmcqa(folder, n):
+    lines = (folder/"medmcqa/dev.json").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:n]]
     return [dict(id=r["id"], group=r["id"], question=r["question"], texts=[r[k] for k in ("opa", "opb", "opc", "opd")], answer=int(r["cop"]) - 1) for r in rows]
 
 
@@ -175,10 +175,10 @@ def said_by_harness(base, pairs):
     return [x for x, _ in lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True)]
 
 
-def same_as_harness(base, n):
+def same_as_harness(base, folder, n):
     "Log-likelihoods to 1e-4, and the same choice by every rule wherever two options are further apart than that."
     from lm_eval.tasks.medmcqa.utils_medmcqa import doc_to_text
-    rows = medmcqa(n); asked = [doc_to_text(dict(zip(("question", "opa", "opb", "opc", "opd"), (r["question"], *r["texts"])))) for r in rows]
+    rows = medmcqa(folder, n); asked = [doc_to_text(dict(zip(("question", "opa", "opb", "opc", "opd"), (r["question"], *r["texts"])))) for r in rows]
     for form in ("letters", "texts"):
         options = [list("ABCD") if form == "letters" else r["texts"] for r in rows]
         ours = scoring.score_choices(*base, [dict(id=r["id"], prompt=q, options=[f" {o}" for o in os]) for r, q, os in zip(rows, asked, options)], jointly=True)
@@ -189,16 +189,18 @@ def same_as_harness(base, n):
         for name, size in sizes.items():
             values = theirs/np.array([[size(o) for o in os] for os in options]); lead = np.sort(values)[:, -1] - np.sort(values)[:, -2]
             assert [a for a, b in zip(found[name], lead) if b > 1e-4] == [a for a, b in zip(values.argmax(1).tolist(), lead) if b > 1e-4]
-            assert (lead <= 1e-4).sum() <= .01*n + sum(len(set(os)) < 4 for os in options)      # only options that read the same can tie
+            assert (lead <= 1e-4).sum() <= .01*len(rows) + sum(len(set(os)) < 4 for os in options)      # only options that read the same can tie
 
 
 @harness
-def test_same_log_likelihoods_and_choices_as_the_harness(base): same_as_harness(base, 40)
+@on_real_rows
+def test_same_log_likelihoods_and_choices_as_the_harness(base, folder): same_as_harness(base, folder, 40)
 
 
 @harness
+@needs_large
 @pytest.mark.long
-def test_same_log_likelihoods_and_choices_as_the_harness_on_500_questions(base): same_as_harness(base, 500)
+def test_same_log_likelihoods_and_choices_as_the_harness_on_500_questions(base): same_as_harness(base, LARGE, 500)
 
 
 def prepared(tok, answer, **more):

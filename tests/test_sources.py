@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from medft import formats, sources
 from medft.core import MedftError
+from real_data import on_real_files
 
-SHARED = Path(__file__).resolve().parents[2]/"shared"/"data"
 ROWS = [{"question": f"Which dose of drug {i}?", "answer": "5 mg, \"slowly\"\nthen 10 mg é"} for i in range(20)]
 TABLE = pa.Table.from_pylist(ROWS)
 
@@ -389,8 +389,21 @@ def test_reading_is_lazy():
 
 REAL = {"medmcqa/dev.json": 2683, "medmcqa/validation.csv": 500, "medmcqa/validation-00000-of-00001.parquet": 2683, "medqa/phrases_no_exclude_test.jsonl": 773, "medqa/train_from_devsplit.jsonl": 1269, "medquad/medquad.parquet": 6435, "medquad/medDataset_processed.csv": 5000, "pubmedqa/ori_pqal.json": 500,
         "pubmedqa/train-00000-of-00001.parquet": 500, "synthea/er_pairs.jsonl": 2000, "llama3_prompt/hf_save_to_disk": 400, "llama3_prompt/*.parquet": 2000, "cpt_text/plos_articles.jsonl.gz": 81}
+FEW_ROWS = {
+    "medmcqa/dev.json": 20,
+    "medmcqa/validation.csv": 20,
+    "medmcqa/validation-00000-of-00001.parquet": 20,
+    "medqa/phrases_no_exclude_test.jsonl": 10,
+    "medqa/train_from_devsplit.jsonl": 10,
+    "medquad/medquad.parquet": 34,
+    "medquad/medDataset_processed.csv": 25,
+    "pubmedqa/ori_pqal.json": 10,
+    "pubmedqa/train-00000-of-00001.parquet": 10,
+    "synthea/er_pairs.jsonl": 16,
+    "llama3_prompt/*.parquet": 10,
+    "cpt_text/plos_articles.jsonl.gz": 4,
+}
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
-@pytest.mark.parametrize("name", REAL)
-def test_the_fields_own_files(name): assert len(read(str(SHARED/name))) == REAL[name]
+@on_real_files("name, rows", FEW_ROWS.items(), REAL.items())
+def test_the_fields_own_files(folder, name, rows): assert len(read(str(folder/name))) == rows

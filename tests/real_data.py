@@ -1,0 +1,28 @@
+"""The field's own files: a few rows of each are shipped, the whole files stand beside some checkouts."""
+from pathlib import Path
+
+import pytest
+
+SMALL = Path(__file__).resolve().parent / "data"
+LARGE = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+needs_large = pytest.mark.skipif(
+    not LARGE.is_dir(), reason="the whole data sets in ../shared/data are not on this machine"
+)
+# A test with the argument `folder` runs on the shipped rows always, on the whole files where
+# they are.
+on_real_rows = pytest.mark.parametrize(
+    "folder",
+    [pytest.param(SMALL, id="few"), pytest.param(LARGE, id="all", marks=needs_large)],
+)
+
+
+def on_real_files(
+    columns: str,  # the other arguments of the test, "name, rows"; the first one names the file
+    small: list,  # their values for the shipped files
+    large: list,  # and for the whole files
+):
+    "The test runs on each shipped file always, on each whole file where these are."
+    few = [pytest.param(SMALL, *row, id=f"few-{row[0]}") for row in small]
+    whole = [pytest.param(LARGE, *row, id=f"all-{row[0]}", marks=needs_large) for row in large]
+    return pytest.mark.parametrize(f"folder, {columns}", few + whole)
