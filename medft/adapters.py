@@ -14,7 +14,7 @@ __all__ = ['TASK_TYPES', 'NOT_TEXT', 'lora_config', 'adapted', 'adapted_modules'
 from .core import MedftError, Recipe, device, moves_base, nearest  # first: it sets switches that the libraries read
 from .families import adapter_kind, count, freeze_vision, load_config, lora_targets, meta_model
 
-import copy, shutil
+import copy, shutil, warnings
 from pathlib import Path
 
 import psutil, torch
@@ -50,7 +50,9 @@ def adapted(recipe, shapes, config=None):
     from peft import get_peft_model
     given = lora_config(recipe, config or shapes.config)
     given.init_lora_weights = True
-    return get_peft_model(shapes, given)
+    with warnings.catch_warnings():     # tied ends are refused by name below
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        return get_peft_model(shapes, given)
 
 def adapted_modules(recipe, shapes) -> list[str]:
     "The modules an adapter would be put on, by PEFT's own rule."

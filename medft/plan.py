@@ -260,6 +260,8 @@ def plan(
     advise=True,                # look for changes where it does not fit, and at checkpointing
 ) -> dict:                      # as in plan.json
     "What a recipe will need. Raises `MedftError` for an unknown device or configuration."
+    if not recipe.engine:
+        raise MedftError("engine: none is named, so there is nothing to train, and nothing to plan")
     c = setting(recipe, device, gpus, run); found = peaks(c.recipe, c.config, c.counts, c.rows, *c.where)
     told = described(c, gpus) | verdict_of(c, found) | timing(c.recipe, c.config, found, c.where[0], c.rows, gpus, price, tokens_per_second)
     notes = c.notes + [f"{e} is counted as {m['as']}" for e, m in found.items() if m["as"] != e]

@@ -381,6 +381,13 @@ def test_a_file_on_the_command_line_leaves_the_starter_out(tmp_path):
     assert found.path == "rows.csv" and not found.sets and found.test_path is None
 
 
+def test_a_plan_without_an_engine_is_refused():
+    from medft.plan import plan
+
+    with pytest.raises(MedftError, match="engine: none is named"):
+        plan(load_recipe("quickstart", ["engine=[]"]))
+
+
 def test_names_of_baselines_are_those_registered():
     from medft import classes, evaluate  # noqa: F401  the second registers those for pairs
 
