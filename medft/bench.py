@@ -13,7 +13,7 @@ from .agreement import agreement
 from .bench_page import in_text, write_page
 from .core import MedftError, load_recipe, read_json, runs_root, sha256, write_json
 from .families import load_config, model_class
-from .measures import device, machine, matmul_ceiling, useful_flops
+from .measures import device, keep_earlier, machine, matmul_ceiling, useful_flops
 from .shapes import shape_config
 from .turns import EngineFailed, Process, VARIANTS, competitors, plain_precision, prepared, rounds_of, speed
 
@@ -91,9 +91,7 @@ def place(r, shape, out, say) -> Path:
     "The folder of a result, with an older result moved aside."
     folder = Path(out) if out else runs_root()/".bench"/f"{r.name}-{Path(shape).stem if shape else Path(r.model.name).name}"
     folder.mkdir(parents=True, exist_ok=True)
-    if (old := folder/"bench.json").exists():
-        aside = folder/f"bench-{time.strftime('%Y%m%d-%H%M%S', time.localtime(old.stat().st_mtime))}.json"
-        old.rename(aside); say(f"an earlier result is kept as {aside.name}")
+    keep_earlier(folder/"bench.json", say)
     return folder
 
 def settings_of(r, warm, steps, rounds, fresh) -> dict:

@@ -12,7 +12,7 @@ __all__ = ['JOBS', 'ours_rows', 'theirs_rows', 'ours_corpus', 'theirs_corpus', '
 from .core import MedftError, Run, load_recipe, model_path, read_json, runs_root, write_json  # first: it sets switches that the libraries read
 from .corpus import available_cores, prepare_corpus
 from .data import load_split, load_tokenizer, prepare
-from .measures import high_water, machine
+from .measures import high_water, keep_earlier, machine
 
 import json, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -109,6 +109,7 @@ def bench(
                 for w in turns: turns[w].append(once(job, w, file, r.max_length)); say(f"round {i + 1}/{rounds}: {job}, {w}: {turns[w][-1]['seconds']:.2f} s")
             found[job] = compared(turns)
     result = dict(machine=machine(), recipe=r.name, cores=available_cores(), rounds=rounds, measured=time.strftime("%Y-%m-%d"), jobs=found)
+    keep_earlier(folder/"bench_data.json", say)
     write_json(folder/"bench_data.json", result); say(data_table(result).to_string())
     return result
 

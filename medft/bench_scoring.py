@@ -13,7 +13,7 @@ from .core import MedftError, Run, assets, device, load_recipe, model_path, read
 from .data import load_tokenizer, prepare
 from .families import config_of, model_class
 from .harness import harness, log_likelihoods, referee
-from .measures import high_water, lower_mark, machine
+from .measures import high_water, keep_earlier, lower_mark, machine
 from .scoring import chosen, rendered, score_choices
 from .shapes import shape_model
 from .turns import QUIET, questions
@@ -153,6 +153,7 @@ def bench(
     "Compare scoring with lm-evaluation-harness. Raises `MedftError` when it is not installed."
     version, r = harness(), load_recipe(recipe, [*overrides, *QUIET]) if isinstance(recipe, (str, Path)) else recipe
     out = Path(out) if out else runs_root()/".bench"/f"{r.name}-scoring"; out.mkdir(parents=True, exist_ok=True)
+    keep_earlier(out/"bench_scoring.json", say)
     forms = forms_of(r, out/"scoring"/time.strftime("%Y%m%d-%H%M%S"), n); n, cells = min(n, len(forms["texts"])), []
     for name in shape.split(",") if shape else [r.model.name]:
         model = shape_model(r, name) if shape else model_path(name); say(f"bench: {name}")

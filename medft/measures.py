@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/measures.html.md"""
 
 # %% auto #0
 __all__ = ['high_water', 'lower_mark', 'matmul_ceiling', 'products', 'useful_flops', 'rapl_joules', 'gpu_joules', 'joules',
-           'machine']
+           'machine', 'keep_earlier']
 
 # %% ../nbs/080_measures.ipynb #c002
 from .core import MedftError, cpu_name, device  # first: it sets switches that the libraries read
@@ -85,3 +85,16 @@ def machine() -> dict:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if device() == "cuda" else []
     return dict(device=device(), cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpus=gpus,
                 memory_bytes=psutil.virtual_memory().total, system=platform.platform(terse=True), torch=torch.__version__)
+
+# %% ../nbs/080_measures.ipynb #c020b
+def keep_earlier(
+    path: Path,     # where a new result will be written
+    say,            # receives a line, when there was one
+):
+    "Move an earlier result aside."
+    if not path.exists():
+        return
+    made = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    aside = path.with_name(f"{path.stem}-{made}{path.suffix}")
+    path.rename(aside)
+    say(f"an earlier result is kept as {aside.name}")
