@@ -64,9 +64,9 @@ def its_recipe(recipe, what):
 
 def refuse_pickled_adapter(what):
     "Raise `MedftError` for an adapter from elsewhere whose weights are a pickle."
-    if small_file(what, "adapter_model.safetensors") is None:
+    if small_file(what, "adapter_model.safetensors") is None and small_file(what, "adapter_model.bin") is not None:
         raise MedftError(
-            f"{what} has no adapter_model.safetensors; an adapter_model.bin is a pickle, which runs code when it is opened,"
+            f"{what} has no adapter_model.safetensors; its adapter_model.bin is a pickle, which runs code when it is opened,"
             " so medft opens none from elsewhere; have its author save it as safetensors"
         )
 
