@@ -18,12 +18,22 @@ from itertools import chain, groupby
 import numpy as np
 
 # %% ../nbs/00db_tokens.ipynb #c005
+_process_with_threads = None     # the first process that tokenised on all cores
+
+def _may_use_threads() -> bool:
+    "Whether the tokenizer's threads are this process's own. A forked child has none of them and would wait forever."
+    global _process_with_threads
+    _process_with_threads = _process_with_threads or os.getpid()
+    return _process_with_threads == os.getpid()
+
 @contextmanager
 def _all_cores():
     before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    try: yield
-    finally: os.environ["TOKENIZERS_PARALLELISM"] = before
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if _may_use_threads() else "false"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before
 
 def _coder(tok, texts):
     "Texts to lists of ids: the native batch call where there is one that agrees with the tokenizer's own."

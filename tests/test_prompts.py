@@ -1,5 +1,5 @@
 """One prompt path: templates of every family, formatted rows, masks, stop tokens, and tokens equal to the tokenizer's own."""
-import gzip, http.server, json, os, subprocess, sys, threading
+import gzip, http.server, json, os, signal, subprocess, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -500,3 +500,15 @@ def test_a_tokenizer_that_cannot_be_had_is_one_line_that_says_why(tmp_path):
     offline, = said(tmp_path, ["org/model"], HF_HUB_OFFLINE="1")
     print(*lines, offline, sep="\n")
     assert "not in the local cache" in offline
+
+
+def test_a_forked_process_tokenises_too():
+    "The tokenizer's threads stay behind in the parent: a child that counted on them once waited forever."
+    tok = T.load_tokenizer(QUICK)
+    texts = [f"text {i}" for i in range(3000)]
+    whole = K.token_arrays(tok, texts)[0]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)    # ends a child that waits
+        os._exit(0 if np.array_equal(K.token_arrays(tok, texts)[0], whole) else 1)
+    assert os.waitpid(child, 0)[1] == 0
