@@ -6,14 +6,27 @@ import pytest
 SMALL = Path(__file__).resolve().parent / "data"
 LARGE = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-needs_large = pytest.mark.skipif(
-    not LARGE.is_dir(), reason="the whole data sets in ../shared/data are not on this machine"
-)
-# A test with the argument `folder` runs on the shipped rows always, on the whole files where
-# they are.
+# The whole files take minutes; the shipped rows hold the same promises in seconds.
+ON_LARGE = [
+    pytest.mark.skipif(
+        not LARGE.is_dir(), reason="the whole data sets in ../shared/data are not on this machine"
+    ),
+    pytest.mark.long,
+]
+
+
+def needs_large(test):
+    "A test of whole files: one for `make test-long`, where they are."
+    for mark in ON_LARGE:
+        test = mark(test)
+    return test
+
+
+# A test with the argument `folder` runs on the shipped rows always, on the whole files in
+# `make test-long`, where they are.
 on_real_rows = pytest.mark.parametrize(
     "folder",
-    [pytest.param(SMALL, id="few"), pytest.param(LARGE, id="all", marks=needs_large)],
+    [pytest.param(SMALL, id="few"), pytest.param(LARGE, id="all", marks=ON_LARGE)],
 )
 
 
@@ -22,7 +35,7 @@ def on_real_files(
     small: list,  # their values for the shipped files
     large: list,  # and for the whole files
 ):
-    "The test runs on each shipped file always, on each whole file where these are."
+    "The test runs on each shipped file always, on each whole file where they are."
     few = [pytest.param(SMALL, *row, id=f"few-{row[0]}") for row in small]
-    whole = [pytest.param(LARGE, *row, id=f"all-{row[0]}", marks=needs_large) for row in large]
+    whole = [pytest.param(LARGE, *row, id=f"all-{row[0]}", marks=ON_LARGE) for row in large]
     return pytest.mark.parametrize(f"folder, {columns}", few + whole)

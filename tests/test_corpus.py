@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from medft import corpus, texts
 from medft.core import MedftError
 from medft.corpus import Packer, load_corpus, prepare_corpus
-from real_data import LARGE, SMALL, needs_large
+from real_data import LARGE, ON_LARGE, SMALL, needs_large
 
 SHARED = LARGE/"cpt_text"
 quiet = lambda line: None
@@ -389,7 +389,7 @@ def test_progress_says_documents_a_second(tmp_path, fast):
 
 @pytest.mark.parametrize("folder, n_rows, n_xml, fill", [
     pytest.param(SMALL/"cpt_text", 4 + 5, 4 + 5, 0.7, id="few"),
-    pytest.param(SHARED, 81 + 136, 40 + 136, 0.9, id="all", marks=needs_large),
+    pytest.param(SHARED, 81 + 136, 40 + 136, 0.9, id="all", marks=ON_LARGE),
 ])
 def test_articles_as_rows_and_as_xml_are_the_same_articles(tmp_path, folder, n_rows, n_xml, fill):
     names = "plos_articles.jsonl.gz", "plos_jats_xml", "openstax_ap2e.jsonl.gz", "openstax_ap2e_cnxml"

@@ -26,54 +26,82 @@ def only_run(runs, recipe):
 def read(path): return json.loads(path.read_text())
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    runs = tmp_path_factory.mktemp("quickstart")
-    done = medft("run", "quickstart", runs=runs, OMP_NUM_THREADS="1")     # the other core has its own tests
+def finished(tmp_path_factory, name, *changes):
+    "A `medft run quickstart` that ended well: its folder, and the process."
+    runs = tmp_path_factory.mktemp(name)
+    # One thread: the other core has its own tests.
+    done = medft("run", "quickstart", *changes, runs=runs, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return only_run(runs, "quickstart"), done
 
 
-def test_quickstart_reaches_nothing_outside(quickstart):
-    log = quickstart[0].parent.parent/"sockets.log"
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    "Every stage and every engine, on a quarter of the rows."
+    return finished(tmp_path_factory, "story", "dataset.max_samples=128", "evaluation.max_items=24", "training.warmup_steps=2", "training.logging_steps=1")
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    "The whole quickstart, as it is shipped."
+    return finished(tmp_path_factory, "quickstart")
+
+
+def test_a_run_reaches_nothing_outside(story):
+    log = story[0].parent.parent/"sockets.log"
     assert not log.exists(), log.read_text()
 
 
-def test_quickstart_gives_the_verdict_that_the_page_promises(quickstart):
-    m = read(quickstart[0]/"metrics.json")
-    score = lambda who, name: m["models"][who][name]["accuracy"]
-    assert score("base", "test")["value"] <= .5
+def test_engines_agree_step_by_step(story):
+    losses = {}
     for engine in ("trl", "unsloth", "fast"):
-        assert m["verdict"][engine]["label"] == "better"
-        assert score(engine, "test")["value"] >= .9 and score(engine, "test")["ci95"][0] > score("base", "test")["ci95"][1]
-        assert score(engine, "new_wording")["value"] >= .8
-        assert score(engine, "never_read")["value"] <= .45
-    assert m["verdict"]["trl"]["sentence"] in quickstart[1].stdout
-
-
-def test_engines_agree_step_by_step(quickstart):
-    losses = {e: {r["step"]: r["loss"] for r in map(json.loads, (quickstart[0]/e/"log.jsonl").open()) if "loss" in r} for e in ("trl", "unsloth", "fast")}
+        lines = map(json.loads, (story[0]/engine/"log.jsonl").open())
+        losses[engine] = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert len(losses["trl"]) == 8
     for other in ("unsloth", "fast"):
-        assert losses["trl"].keys() == losses[other].keys() and len(losses["trl"]) > 5
-        first = [abs(losses["trl"][s] - losses[other][s]) for s in sorted(losses["trl"])[:5]]
+        assert losses["trl"].keys() == losses[other].keys()
+        first = [abs(losses["trl"][step] - losses[other][step]) for step in sorted(losses["trl"])[:5]]
         assert max(first) < 0.01, (other, first)       # later steps drift apart by rounding alone
 
 
-def test_run_folder_is_complete(quickstart):
-    run = quickstart[0]
+def test_run_folder_is_complete(story):
+    run = story[0]
     assert read(run/"manifest.json")["status"] == "finished"
-    assert sorted(p.name for p in (run/"notebooks").glob("*.ipynb")) == sorted(f"{s}.ipynb" for s in ("01_data", "02_model", "03_train", "03e_unsloth", "04_fast", "05_evaluate", "06_export"))
-    for name in ("recipe.yaml", "README.md", "report.html", "metrics.json", "training.env", "logs/finetune.log", "data/report.json",
-                 "trl/adapters/adapter_model.safetensors", "unsloth/adapters/adapter_model.safetensors", "fast/adapters/adapter_model.safetensors", "trl/merged/model.safetensors"):
+    stages = ("01_data", "02_model", "03_train", "03e_unsloth", "04_fast", "05_evaluate", "06_export")
+    assert {p.stem for p in (run/"notebooks").glob("*.ipynb")} == set(stages)
+    files = ["recipe.yaml", "README.md", "report.html", "metrics.json", "training.env", "logs/finetune.log",
+             "data/report.json", "trl/merged/model.safetensors"]
+    files += [f"{engine}/adapters/adapter_model.safetensors" for engine in ("trl", "unsloth", "fast")]
+    for name in files:
         assert (run/name).stat().st_size > 0, name
     report = read(run/"data/report.json")
-    assert report["rows_in"] == report["rows_out"] + sum(report["rejected"].values()) + sum(report["filtered"].values())
+    left_out = sum(report["rejected"].values()) + sum(report["filtered"].values())
+    assert report["rows_in"] == report["rows_out"] + left_out
     assert not [p for p in run.rglob("*") if p.suffix in (".pkl", ".bin", ".pt")], "nothing that is read by unpickling is handed over"
+    metrics = read(run/"metrics.json")
+    for engine in ("trl", "unsloth", "fast"):
+        assert metrics["verdict"][engine]["sentence"] in story[1].stdout
 
 
-def test_export_scored_the_reloaded_models(quickstart):
-    export = read(quickstart[0]/"export.json")
-    assert all(e in json.dumps(export) for e in ("trl", "unsloth", "fast"))
+def test_export_scored_the_reloaded_models(story):
+    export = read(story[0]/"export.json")
+    assert all(engine in json.dumps(export) for engine in ("trl", "unsloth", "fast"))
+
+
+@pytest.mark.long
+def test_quickstart_gives_the_verdict_that_the_page_promises(quickstart):
+    run, done = quickstart
+    metrics = read(run/"metrics.json")
+    score = lambda who, name: metrics["models"][who][name]["accuracy"]
+    assert score("base", "test")["value"] <= .5
+    for engine in ("trl", "unsloth", "fast"):
+        assert metrics["verdict"][engine]["label"] == "better"
+        assert score(engine, "test")["value"] >= .9
+        assert score(engine, "test")["ci95"][0] > score("base", "test")["ci95"][1]
+        assert score(engine, "new_wording")["value"] >= .8
+        assert score(engine, "never_read")["value"] <= .45
+    assert metrics["verdict"]["trl"]["sentence"] in done.stdout
+    assert not (run.parent.parent/"sockets.log").exists()
 
 
 @pytest.mark.long
