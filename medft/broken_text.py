@@ -41,6 +41,7 @@ PLACEHOLDER = re.compile(
     r"|(?<![_\w])_{3}(?![_\w])"                                    # MIMIC-IV
     rf"|\[(?i:{_WORDS}){_NUMBER}\]|<<?(?i:{_WORDS}){_NUMBER}>>?|\{{\{{?(?i:{_WORDS}){_NUMBER}\}}?\}}"
     rf"|@@?(?i:{_WORDS}){_NUMBER}@@?|%(?i:{_WORDS})%|\*\*(?:NAME|DATE|PLACE|INSTITUTION|ID|PHONE|AGE|INITIALS|ROOM|ZIP-CODE|STREET-ADDRESS|[A-Z-]{{4,20}})\[[^\]]{{0,60}}\]"
+    r"|\*{3}[A-Z][A-Z _-]{1,30}\*{3}|(?<!#)##[A-Z][A-Z_-]{2,30}##|</?PHI(?:\s[^<>]{0,80})?>"
     r"|(?<![\w,])(?<!\d, )(?<!omy )[Xx]{4,}(?!\w)(?! ?(?:syndrome|karyotype|female|male)\b)")
 
 # %% ../nbs/00ab_broken_text.ipynb #b006
@@ -49,6 +50,7 @@ _JOINERS = re.compile("(?<=[!-\u024f])[\u200c\u200d]|[\u200c\u200d](?=[!-\u024f]
 _MOJIBAKE = re.compile("[^\x00-\x7f]{2}|[ÂÃ] ")
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
+_PRIVATE = re.compile("[\ue000-\uf8ff]")
 _DIRECTION = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069\u061c]")
 
 def _entity(text):
@@ -60,7 +62,9 @@ def _escapes(text):
 DAMAGE = {  # check: {kind: (what a text must hold to be looked at, in RE2's language; what decides)}
     "encoding": {
         "letters decoded wrongly": (r"[^\x00-\x7f]{2}|[ÂÃ] ", lambda text: bool(_MOJIBAKE.search(text)) and is_bad(text)),
-        "replacement characters": (r"\x{fffd}", lambda text: "\ufffd" in text)},
+        "replacement characters": (r"\x{fffd}", lambda text: "\ufffd" in text),
+        # Letters of a symbol font, as PDF and Word files leave them: U+F062 was a β.
+        "private-use characters": (r"[\x{e000}-\x{f8ff}]", _PRIVATE.search)},
     "control_characters": {
         "control characters": (r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|[\x{80}-\x{84}\x{86}-\x{9f}]", _CONTROL.search),
         "zero-width characters": (r"[\x{180e}\x{200b}-\x{200d}\x{2060}-\x{2064}\x{fff9}-\x{fffb}]",
@@ -74,7 +78,7 @@ DAMAGE = {  # check: {kind: (what a text must hold to be looked at, in RE2's lan
         "Excel escapes": (r"(?i)_x00[017][0-9a-f]_", EXCEL.search),
         "backslash escapes": (r"\\[nrtu]", _escapes),
         "RTF": (r"\\[a-z']", RTF.search),
-        "de-identification marks": (r"\[|___|[Xx]{4}|@|<|\{|%|\*\*", PLACEHOLDER.search)}}
+        "de-identification marks": (r"\[|___|[Xx]{4}|@|<|\{|%|\*\*|##", PLACEHOLDER.search)}}
 
 def damage(
     text: str,
