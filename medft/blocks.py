@@ -15,7 +15,7 @@ __all__ = ['LONGEST', 'LOUD', 'FAILURES', 'KINDS', 'LIMIT', 'LOUD_LIMIT', 'ROUND
 
 # %% ../nbs/03d_blocks.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
-from .joined import ACTIVATIONS, Norm, activation_of, base_of, joined, keep_memory, norm_kind, obstacle
+from .joined import Norm, activation_of, joined, keep_memory, norm_kind, obstacle
 from .varlen import attend
 
 import copy
