@@ -14,7 +14,7 @@ __all__ = ['TASK_TYPES', 'NOT_TEXT', 'lora_config', 'adapted', 'adapted_modules'
 from .core import MedftError, Recipe, device, moves_base, nearest  # first: it sets switches that the libraries read
 from .families import adapter_kind, count, freeze_vision, load_config, lora_targets, meta_model
 
-import copy, shutil, warnings
+import shutil, warnings
 from pathlib import Path
 
 import psutil, torch

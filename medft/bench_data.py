@@ -9,7 +9,7 @@ __all__ = ['JOBS', 'ours_rows', 'theirs_rows', 'ours_corpus', 'theirs_corpus', '
            'data_table']
 
 # %% ../nbs/08b_bench_data.ipynb #c002
-from .core import MedftError, Run, load_recipe, model_path, read_json, runs_root, write_json  # first: it sets switches that the libraries read
+from .core import MedftError, Run, load_recipe, read_json, runs_root, write_json  # first: it sets switches that the libraries read
 from .corpus import available_cores, prepare_corpus
 from .data import load_split, load_tokenizer, prepare
 from .measures import high_water, keep_earlier, machine

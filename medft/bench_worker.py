@@ -12,7 +12,6 @@ from .core import Run
 from .measures import high_water, lower_mark    # neither imports a library that an engine could want to change first
 
 import hashlib, importlib, json, os, re, sys, time, traceback
-from pathlib import Path
 
 # %% ../nbs/080b_bench_worker.ipynb #c004
 def tally(batches) -> list[int]:

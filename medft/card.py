@@ -21,7 +21,7 @@ import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 
-from .evaluate import class_table, main_metric, table, written
+from .evaluate import class_table, table, written
 from .page import sentences_in
 from .serving import serve_lines
 from .train import trained, training_summary

@@ -9,7 +9,7 @@ __all__ = ['of_main', 'reliability', 'plot_reliability', 'calibration_table', 'c
            'positions_table']
 
 # %% ../nbs/04eb_diagrams.ipynb #c002
-from .pictures import WIDTH, STYLE, called, colors, legend, plot_text, whiskers, written
+from .pictures import WIDTH, STYLE, colors, legend, plot_text, whiskers, written
 
 import matplotlib as mpl, numpy as np, pandas as pd
 from matplotlib.figure import Figure

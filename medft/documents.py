@@ -10,7 +10,7 @@ __all__ = ['PERSON', 'KINDS', 'ALIGNED', 'read_fhir', 'read_synthea', 'record', 
 
 # %% ../nbs/00c_documents.ipynb #c002
 from .core import MedftError, nearest  # first: it sets switches that the libraries read
-from .articles import files_of, read_document, read_xml
+from .articles import files_of, read_document
 from .formats import READERS, Part, rows as source_rows
 
 import re, sqlite3, tempfile, unicodedata

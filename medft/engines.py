@@ -9,7 +9,7 @@ __all__ = ['STEP', 'kept_plain', 'auto_engine', 'settled']
 
 # %% ../nbs/000c_engines.ipynb #c002
 from .recipe import unsloth_fits
-from .sections import ENGINES, Recipe
+from .sections import Recipe
 
 # %% ../nbs/000c_engines.ipynb #c008
 STEP = dict(neftune_noise_alpha="noise on the embeddings depends on how rows are padded", label_smoothing_factor="smoothed labels need all logits", loss_type="another loss",

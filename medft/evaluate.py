@@ -22,9 +22,9 @@ from .families import load_config
 from .finite_scores import check_frame
 from .forest import subject_gaps
 from .model import labels_of
-from .pictures import COLORS, STYLE, class_table, main_metric, plot_labels, plot_scores, plot_subjects, subject_table, table, written
+from .pictures import class_table, main_metric, plot_labels, plot_scores, plot_subjects, subject_table, table, written
 from .retention import judged
-from .scored import each_model, read_predictions, score_run, scored_rows    # and for those who look for them here
+from .scored import read_predictions, score_run    # and for those who look for them here
 from .scoring import score_choices
 from .options import measure_choices, positions, types
 from .statistics import share

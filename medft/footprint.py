@@ -10,14 +10,14 @@ __all__ = ['Live', 'as_fake', 'Unpacked', 'pack', 'packed', 'ready_to_run', 'as_
            'with_layers', 'step']
 
 # %% ../nbs/070_footprint.ipynb #c002
-from .core import MedftError, Recipe  # first: it sets switches that the libraries read
+from .core import Recipe  # first: it sets switches that the libraries read
 from . import blocks, joined
 from .adapters import adapted, quantization_config
 from .blocks import Rows
 from .families import freeze_vision, meta_model
 from .head import supervised_loss
 
-import copy, types, warnings, weakref
+import copy, warnings, weakref
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest.mock import patch
 

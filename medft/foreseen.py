@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/foreseen.html.md"""
 __all__ = ['DISCORDANT', 'ALIKE', 'UNKNOWN_LOSS', 'sets_of', 'foreseen', 'foreseen_of', 'power_in_words', 'foreseen_in_words']
 
 # %% ../nbs/070c_foreseen.ipynb #c002
-from .core import Recipe, Run  # first: it sets switches that the libraries read
+from .core import Recipe  # first: it sets switches that the libraries read
 from .data import load_split, scored_sets
 from .statistics import FEW_GROUPS, RESEMBLANCE, detectable, owners
 

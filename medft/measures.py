@@ -9,7 +9,7 @@ __all__ = ['high_water', 'lower_mark', 'matmul_ceiling', 'products', 'useful_flo
            'machine', 'keep_earlier']
 
 # %% ../nbs/080_measures.ipynb #c002
-from .core import MedftError, cpu_name, device  # first: it sets switches that the libraries read
+from .core import cpu_name, device  # first: it sets switches that the libraries read
 
 import re, statistics, sys, time
 from pathlib import Path

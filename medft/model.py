@@ -11,12 +11,10 @@ __all__ = ['PICKLED', 'HEADS', 'keep_4bit_exact', 'ready', 'labels_of', 'task_co
 
 # %% ../nbs/02_model.ipynb #c003
 from .core import MedftError, Recipe, device, model_path, open_run, read_json, seed_everything  # first: it sets switches that the libraries read
-from .adapters import adapted_modules, check_fit, lora_config, memory_estimate, memory_free, quantization_config, torch_dtype, trainable_part
+from .adapters import lora_config, quantization_config, torch_dtype
 from .belongs import refuse_stale
 from .data import ensure_data, load_split, load_tokenizer
-from medft.families import (
-    adapter_kind, config_of, count, family_of, freeze_vision, load_config, lora_targets, meta_model, model_class, refusal,
-)
+from .families import config_of, freeze_vision, load_config, model_class
 from .preflight import check_attention, check_stored, inspect, preflight
 
 from contextlib import contextmanager

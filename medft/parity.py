@@ -14,7 +14,6 @@ __all__ = ['TOLERANCE', 'FOLDERS', 'moves', 'answers_that_differ', 'parity', 'in
 from .core import MedftError, Run, device, read_json, write_json  # first: it sets switches that the libraries read
 
 import gc, hashlib, os, re, shutil, subprocess, sys, threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, torch

@@ -9,15 +9,14 @@ __all__ = ['evidence', 'beyond', 'held_in', 'moments', 'at_peak', 'loading', 'me
            'measure', 'told', 'error_table']
 
 # %% ../nbs/070b_peak.ipynb #c002
-from .core import Run, assets, peak_rss, read_json  # first: it sets switches that the libraries read
+from .core import MedftError, Run, assets, peak_rss, read_json  # first: it sets switches that the libraries read
 from .adapters import memory_estimate, sizes_of, torch_dtype
 from .data import prepare
 from .devices import Device, here, sharded
 from .families import load_config
-from .footprint import checkpointed, step
+from .footprint import step
 
 import json, subprocess, sys, tempfile
-from pathlib import Path
 
 import pandas as pd, torch
 
@@ -100,7 +99,8 @@ def weigh(recipe, engine, root, env=None) -> dict:
     "One measured row: data prepared here, training in a fresh process, the prediction beside it."
     run = Run.create(recipe, root=root); prepare(run)
     done = subprocess.run([sys.executable, "-m", "medft.peak", str(run.path), engine], capture_output=True, text=True, env=env)
-    if done.returncode: raise RuntimeError(done.stderr[-2000:])
+    if done.returncode:
+        raise MedftError(f"{recipe.name} with {engine}, trained to measure its memory, failed: {done.stderr[-2000:]}")
     row = json.loads(done.stdout.strip().splitlines()[-1])
     return row | dict(engine=engine, parts=predicted(recipe, load_config(recipe), row, engine))
 

@@ -12,11 +12,11 @@ __all__ = ['CHECKPOINT', 'FOUR', 'ADAPTER', 'KIN', 'of_rows', 'is_here', 'named_
            'time_in_words', 'in_words', 'plan_run']
 
 # %% ../nbs/07_plan.ipynb #c002
-from .core import MedftError, Recipe, Run, nearest, peak_rss, read_json, runs_root, settle, write_json  # first: it sets switches that the libraries read
+from .core import MedftError, Recipe, Run, read_json, runs_root, settle, write_json  # first: it sets switches that the libraries read
 from . import recipe as recipes
 from .adapters import disk_need, sizes_of
 from .data import load_split, prepare
-from .devices import Device, earlier, estimated, here, named, recorded
+from .devices import earlier, estimated, here, named, recorded
 from .engines import settled
 from .families import PUBLISHED, adapter_kind, load_config, published
 from .footprint import checkpointed
@@ -27,7 +27,6 @@ from .storing import cache_folder
 
 import importlib.util, io, math, os, sys, tempfile
 from contextlib import redirect_stdout
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil, pyarrow.compute as pc

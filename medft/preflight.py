@@ -11,10 +11,10 @@ __all__ = ['PLAIN', 'LOW_RANK', 'SFT_KEYS', 'CHECKS', 'check_tokens', 'check_len
            'check_validation', 'preflight', 'training_rows', 'inspect']
 
 # %% ../nbs/01e_preflight.ipynb #c002
-from .core import MedftError, device, model_path, nearest, read_json, sha256, write_json  # first: it sets switches that the libraries read
+from .core import MedftError, device, model_path, nearest, sha256, write_json  # first: it sets switches that the libraries read
 from .adapters import check_disk, check_fit, sizes_of, torch_dtype
 from .data import load_split, load_tokenizer
-from .families import adapter_kind, family_of, kinds, load_config, meta_model, model_class, refusal
+from .families import adapter_kind, family_of, kinds, load_config, model_class, refusal
 
 import dataclasses, math, os, shutil, tempfile
 from pathlib import Path

@@ -10,9 +10,9 @@ __all__ = ['LETTERS', 'MARKS', 'FORMS', 'READY', 'question_text', 'kept_formats'
 
 # %% ../nbs/00e_prompts.ipynb #c002
 from .core import MedftError
-from .chat_formats import FORMATS, SPEAKERS, cut_turns, headers
-from .templates import Template, assistant, load_tokenizer, marked_template, render, system, template, user
-from .tokens import encode, sample_text, show_sample, token_arrays, token_parts, token_rows
+from .chat_formats import FORMATS, cut_turns, headers
+from .templates import assistant, load_tokenizer, marked_template, system, template, user
+from .tokens import encode, sample_text, show_sample, token_parts, token_rows
 
 import re
 from functools import lru_cache

@@ -13,7 +13,6 @@ __all__ = ['MEDQUAD', 'ROLES', 'TOOL_ROLES', 'TOOLS', 'LEARNED_KEYS', 'THOUGHT_K
 # %% ../nbs/00d_prose.ipynb #c002
 from .core import MedftError  # first: it sets switches that the libraries read
 
-import json
 import re
 
 from medft.choices import (

@@ -6,13 +6,14 @@ Docs: https://medft.github.io/medft/redaction.html.md"""
 
 # %% auto #0
 __all__ = ['SECRET', 'HIDDEN', 'PLUGINS', 'OWN', 'SETTINGS', 'is_secret_name', 'public_url', 'remember_url', 'full_url',
-           'urls_in', 'known_secrets', 'own_shapes', 'plugin_shapes', 'redact', 'secrets_in', 'redacted',
+           'urls_in', 'known_secrets', 'OwnShape', 'own_shapes', 'plugin_shapes', 'redact', 'secrets_in', 'redacted',
            'redacted_json', 'redact_file', 'load_env']
 
 # %% ../nbs/0000_redaction.ipynb #r002
 import base64, functools, html, importlib, json, os, re, sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, quote_plus, unquote
 
 # %% ../nbs/0000_redaction.ipynb #r004
@@ -286,52 +287,90 @@ PLUGINS = dict(
     stripe="StripeDetector", telegram_token="TelegramBotTokenDetector", twilio="TwilioKeyDetector",
 )   # module of detect_secrets.plugins -> its class
 
-OWN = dict(
-    hub=("hf_ api_org_", r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
-    aws=("AKIA ASIA ABIA ACCA", r"\b(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}\b"),
-    github=("ghp_ gho_ ghu_ ghs_ ghr_ github_pat_", r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{20,})"),
-    gitlab=("glpat- gldt- glrt- glcbt- glptt- glft- glimt- glagent- gloas- glsoat-", r"\bgl(?:pat|dt|rt|cbt|ptt|ft|imt|agent|oas|soat)-[A-Za-z0-9_-]{16,}"),
-    key=(
-        "sk-",
-        r"\bsk-(?:(?:proj|svcacct|admin|ant|or|None|live|test|lf)-[A-Za-z0-9_-]{12,}|[A-Za-z0-9]{20,}"
-        r"|(?=[A-Za-z_-]*[0-9])(?=[a-z0-9_-]*[A-Z])[A-Za-z0-9_-]{30,})",
+class OwnShape(NamedTuple):
+    "A secret that detect-secrets does not know, or knows too narrowly."
+    kind: str       # as a message names it
+    starts: str     # words; one of them is in every text that holds such a secret
+    pattern: str    # a group in it, where there is one, is the secret
+
+_AUTHORIZATION = "uthorization UTHORIZATION earer EARER asic BASIC"
+_AUTHORIZATION_HEADER = (
+    r"(?i)\bauthorization(?:\\?[\"'])?\s*[:=]\s*(?:\\?[\"'])?"
+    r"(?:(?:basic|bearer|token|apikey|digest|negotiate)\s+)?(?P<secret>[A-Za-z0-9+/=._~-]{8,})"
+)
+_BEARER = r"(?i)\bbearer\s+(?P<bearer>(?=[A-Za-z+/._~-]*[0-9])[A-Za-z0-9+/._~-]{16,}=*)"
+_BASIC = (
+    r"\bBasic (?P<basic>[A-Za-z0-9+/]{10,}={1,2}"
+    r"|(?=[a-z0-9+/]*[A-Z])(?=[A-Za-z+/]*[0-9])[A-Za-z0-9+/]{12,})"
+)
+_GITLAB = "pat dt rt cbt ptt ft imt agent oas soat"
+_NAMED_KEY = r"\bsk-(?:proj|svcacct|admin|ant|or|None|live|test|lf)-[A-Za-z0-9_-]{12,}"
+_MIXED_KEY = r"\bsk-(?=[A-Za-z_-]*[0-9])(?=[a-z0-9_-]*[A-Z])[A-Za-z0-9_-]{30,}"
+
+OWN = (
+    OwnShape("hub", "hf_ api_org_", r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
+    OwnShape("aws", "AKIA ASIA ABIA ACCA", r"\b(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}\b"),
+    OwnShape("github", "ghp_ gho_ ghu_ ghs_ ghr_", r"\bgh[pousr]_[A-Za-z0-9]{30,}"),
+    OwnShape("github", "github_pat_", r"\bgithub_pat_[A-Za-z0-9_]{20,}"),
+    OwnShape(
+        "gitlab",
+        " ".join(f"gl{name}-" for name in _GITLAB.split()),
+        rf"\bgl(?:{_GITLAB.replace(' ', '|')})-[A-Za-z0-9_-]{{16,}}",
     ),
-    google=(
-        "AIza ya29. GOCSPX- 1//0",
-        r"\bAIza[0-9A-Za-z_-]{35}|\bya29\.[0-9A-Za-z_-]{20,}|\bGOCSPX-[0-9A-Za-z_-]{20,}|\b1//0[0-9A-Za-z_-]{30,}",
+    # OpenAI, Anthropic, OpenRouter and others
+    OwnShape("key", "sk-", rf"{_NAMED_KEY}|\bsk-[A-Za-z0-9]{{20,}}|{_MIXED_KEY}"),
+    OwnShape("google", "AIza", r"\bAIza[0-9A-Za-z_-]{35}"),
+    OwnShape("google", "ya29.", r"\bya29\.[0-9A-Za-z_-]{20,}"),
+    OwnShape("google", "GOCSPX-", r"\bGOCSPX-[0-9A-Za-z_-]{20,}"),
+    OwnShape("google", "1//0", r"\b1//0[0-9A-Za-z_-]{30,}"),
+    OwnShape("nvidia", "nvapi-", r"\bnvapi-[A-Za-z0-9_-]{20,}"),
+    OwnShape("databricks", "dapi", r"\bdapi[0-9a-f]{32}(?:-\d)?"),
+    # Replicate, Groq, RunPod, Weights & Biases, Perplexity, xAI, Cerebras, Fireworks, Linear, Notion
+    OwnShape("training_service", "r8_", r"\br8_[A-Za-z0-9]{30,}"),
+    OwnShape("training_service", "gsk_", r"\bgsk_[A-Za-z0-9]{30,}"),
+    OwnShape("training_service", "rpa_", r"\brpa_[A-Z0-9]{30,}[A-Za-z0-9]*"),
+    OwnShape("training_service", "wandb_v1_", r"\bwandb_v1_[A-Za-z0-9_]{30,}"),
+    OwnShape("training_service", "pplx-", r"\bpplx-[A-Za-z0-9]{40,}"),
+    OwnShape("training_service", "xai-", r"\bxai-[A-Za-z0-9]{40,}"),
+    OwnShape("training_service", "csk-", r"\bcsk-[a-z0-9]{40,}"),
+    OwnShape("training_service", "fw_", r"\bfw_[A-Za-z0-9]{22,}"),
+    OwnShape("training_service", "lin_api_", r"\blin_api_[A-Za-z0-9]{30,}"),
+    OwnShape("training_service", "ntn_", r"\bntn_[A-Za-z0-9]{40,}"),
+    # DigitalOcean, Docker, Supabase, Vault, Shopify, Grafana, Tailscale, Postman, New Relic, Mailgun,
+    # age, Pulumi, RubyGems, Terraform
+    OwnShape("cloud_service", "_v1_", r"\bdo[opr]_v1_[0-9a-f]{60,}"),
+    OwnShape("cloud_service", "dckr_", r"\bdckr_(?:pat|oat)_[A-Za-z0-9_-]{20,}"),
+    OwnShape("cloud_service", "sbp_", r"\bsbp_[0-9a-f]{40}"),
+    OwnShape("cloud_service", "hvs. hvb. hvr.", r"\bhv[bsr]\.[A-Za-z0-9_-]{20,}"),
+    OwnShape("cloud_service", "shp", r"\bshp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}"),
+    OwnShape("cloud_service", "glsa_ glc_", r"\bgl(?:sa|c)_[A-Za-z0-9_]{30,}"),
+    OwnShape("cloud_service", "tskey-", r"\btskey-[a-z]+-[A-Za-z0-9-]{15,}"),
+    OwnShape("cloud_service", "PMAK-", r"\bPMAK-[0-9a-f]{24}-[0-9a-f]{34}"),
+    OwnShape("cloud_service", "NRAK-", r"\bNRAK-[A-Z0-9]{27}"),
+    OwnShape("cloud_service", "key-", r"\bkey-[0-9a-f]{32}"),
+    OwnShape("cloud_service", "AGE-SECRET-KEY-1", r"\bAGE-SECRET-KEY-1[A-Z0-9]{50,}"),
+    OwnShape("cloud_service", "pul-", r"\bpul-[0-9a-f]{40}"),
+    OwnShape("cloud_service", "rubygems_", r"\brubygems_[0-9a-f]{48}"),
+    OwnShape("cloud_service", "atlasv1.", r"[A-Za-z0-9]{14}\.atlasv1\.[A-Za-z0-9_=-]{60,}"),
+    OwnShape("stripe", "_live_ _test_", r"\b(?:sk|rk|pk)_(?:live|test)_[0-9a-zA-Z]{10,}"),
+    OwnShape("stripe", "whsec_", r"\bwhsec_[A-Za-z0-9+/=]{20,}"),
+    OwnShape("slack", "xox", r"(?i)\bxox[a-z](?:\.[a-z]+)?-[A-Za-z0-9-]{10,}"),
+    OwnShape("slack", "xapp-", r"(?i)\bxapp-\d-[A-Za-z0-9-]{10,}"),
+    OwnShape(
+        "slack",
+        "hooks.slack.com",
+        r"(?i)hooks\.slack\.com/(?:services|workflows)/[A-Za-z0-9/]{12,}",
     ),
-    nvidia=("nvapi-", r"\bnvapi-[A-Za-z0-9_-]{20,}"),
-    databricks=("dapi", r"\bdapi[0-9a-f]{32}(?:-\d)?"),
-    training_service=(
-        "r8_ gsk_ rpa_ wandb_v1_ pplx- xai- csk- fw_ lin_api_ ntn_",
-        r"\b(?:r8_[A-Za-z0-9]{30,}|gsk_[A-Za-z0-9]{30,}|rpa_[A-Z0-9]{30,}[A-Za-z0-9]*|wandb_v1_[A-Za-z0-9_]{30,}|pplx-[A-Za-z0-9]{40,}"
-        r"|xai-[A-Za-z0-9]{40,}|csk-[a-z0-9]{40,}|fw_[A-Za-z0-9]{22,}|lin_api_[A-Za-z0-9]{30,}|ntn_[A-Za-z0-9]{40,})",
-    ),
-    cloud_service=(
-        "_v1_ dckr_ sbp_ hvs. hvb. hvr. shp glsa_ glc_ tskey- PMAK- NRAK- key- AGE-SECRET-KEY-1 pul- rubygems_ atlasv1.",
-        r"\b(?:do[opr]_v1_[0-9a-f]{60,}|dckr_(?:pat|oat)_[A-Za-z0-9_-]{20,}|sbp_[0-9a-f]{40}|hv[bsr]\.[A-Za-z0-9_-]{20,}"
-        r"|shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}|gl(?:sa|c)_[A-Za-z0-9_]{30,}|tskey-[a-z]+-[A-Za-z0-9-]{15,}|PMAK-[0-9a-f]{24}-[0-9a-f]{34}"
-        r"|NRAK-[A-Z0-9]{27}|key-[0-9a-f]{32}|AGE-SECRET-KEY-1[A-Z0-9]{50,}|pul-[0-9a-f]{40}|rubygems_[0-9a-f]{48})"
-        r"|[A-Za-z0-9]{14}\.atlasv1\.[A-Za-z0-9_=-]{60,}",
-    ),
-    stripe=("_live_ _test_ whsec_", r"\b(?:(?:sk|rk|pk)_(?:live|test)_[0-9a-zA-Z]{10,}|whsec_[A-Za-z0-9+/=]{20,})"),
-    slack=(
-        "xox xapp- hooks.slack.com",
-        r"(?i)\bxox[a-z](?:\.[a-z]+)?-[A-Za-z0-9-]{10,}|\bxapp-\d-[A-Za-z0-9-]{10,}|hooks\.slack\.com/(?:services|workflows)/[A-Za-z0-9/]{12,}",
-    ),
-    webhook=(
-        "api/webhooks webhook.office.com api.telegram.org",
-        r"discord(?:app)?\.com/api/webhooks/\d+/[\w-]{20,}|\.webhook\.office\.com/[\w@/-]{20,}|api\.telegram\.org/bot\d+:[\w-]{30,}",
-    ),
-    package=("npm_ pypi-", r"\bnpm_[A-Za-z0-9]{30,}|\bpypi-[A-Za-z0-9_-]{40,}"),
-    jwt=("eyJ", r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)*"),
-    header=(
-        "uthorization UTHORIZATION earer EARER asic BASIC",
-        r"(?i)\bauthorization(?:\\?[\"'])?\s*[:=]\s*(?:\\?[\"'])?(?:(?:basic|bearer|token|apikey|digest|negotiate)\s+)?(?P<secret>[A-Za-z0-9+/=._~-]{8,})"
-        r"|\bbearer\s+(?P<bearer>(?=[A-Za-z+/._~-]*[0-9])[A-Za-z0-9+/._~-]{16,}=*)"
-        r"|(?-i:\bBasic )(?P<basic>[A-Za-z0-9+/]{10,}={1,2}|(?=[a-z0-9+/]*[A-Z])(?=[A-Za-z+/]*[0-9])[A-Za-z0-9+/]{12,})",
-    ),
-)   # kind -> how it begins (one of these words is in every text that holds one), and what it looks like; a group, where there is one, is the secret
+    OwnShape("webhook", "api/webhooks", r"discord(?:app)?\.com/api/webhooks/\d+/[\w-]{20,}"),
+    OwnShape("webhook", "webhook.office.com", r"\.webhook\.office\.com/[\w@/-]{20,}"),
+    OwnShape("webhook", "api.telegram.org", r"api\.telegram\.org/bot\d+:[\w-]{30,}"),
+    OwnShape("package", "npm_", r"\bnpm_[A-Za-z0-9]{30,}"),
+    OwnShape("package", "pypi-", r"\bpypi-[A-Za-z0-9_-]{40,}"),
+    OwnShape("jwt", "eyJ", r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)*"),
+    OwnShape("header", _AUTHORIZATION, _AUTHORIZATION_HEADER),
+    OwnShape("header", _AUTHORIZATION, _BEARER),
+    OwnShape("header", _AUTHORIZATION, _BASIC),
+)
 
 _BLOCK = re.compile(
     r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----(?:(?!-----BEGIN)[\s\S]){0,20000}?-----END [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----"
@@ -362,7 +401,7 @@ def _is_value(found):
 @functools.lru_cache(1)
 def own_shapes() -> list[tuple]:    # (kind, beginnings, pattern)
     "Our shapes, compiled."
-    return [(kind, starts.split(), re.compile(pattern)) for kind, (starts, pattern) in OWN.items()]
+    return [(shape.kind, shape.starts.split(), re.compile(shape.pattern)) for shape in OWN]
 
 @functools.lru_cache(1)
 def plugin_shapes() -> list[tuple]:     # (kind, pattern)

@@ -22,13 +22,13 @@ from .evaluate import plot_labels, plot_scores, plot_subjects, read_predictions
 from .forest import forest_table, plot_forest
 from .page import beside, comparison_table, drawing, folded, gap, html_table, note, sentences_in, within
 from .parity import in_words
-from .pictures import STYLE, WIDTH, called, colors, first_model, inline, legend, main_metric, written
+from .pictures import STYLE, WIDTH, called, colors, first_model, legend, main_metric, written
 from .statistics import detectable
 from .train import read_log, trained, training_summary
 
 import json
 
-import matplotlib as mpl, numpy as np, pandas as pd
+import matplotlib as mpl, pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure

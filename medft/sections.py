@@ -19,8 +19,8 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from medft.ranges import (
-    LIBRARIES, Count, CountOrNone, Finite, HubId, Label, Name, NotNegative, OpenShare, Positive, Share,
-    Size, Text, TextOrTexts, Texts, Whole, Word, not_empty, up_to,
+    LIBRARIES, Count, Finite, HubId, Label, Name, NotNegative, OpenShare, Positive, Share,
+    Size, Text, TextOrTexts, Whole, Word, not_empty, up_to,
 )   # fmt: skip
 
 # %% ../nbs/000a_sections.ipynb #c024

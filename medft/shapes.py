@@ -10,7 +10,7 @@ __all__ = ['shape_names', 'shape_config', 'shape_model']
 # %% ../nbs/080a_shapes.ipynb #c002
 from .core import MedftError, assets, nearest, runs_root, read_json  # first: it sets switches that the libraries read
 from .data import load_tokenizer
-from .families import NAMES, build_tiny, model_class, published
+from .families import NAMES, build_tiny, published
 
 import hashlib, json, os, shutil, tempfile
 from pathlib import Path

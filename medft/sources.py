@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from .formats import ENDINGS, FREE, GROWTH, PLAIN, READERS, Part, broken, check_end, explained, features, kind_of, opened
+from .formats import ENDINGS, FREE, GROWTH, PLAIN, Part, broken, check_end, explained, features, kind_of, opened
 from .formats import printable, rows
 from .hub import cache, causes, hub
 from .redaction import full_url, redact

@@ -10,14 +10,14 @@ __all__ = ['WIDE', 'NARROW', 'FREE', 'VARIANTS', 'QUIET', 'competitors', 'plain_
            'rounds_of']
 
 # %% ../nbs/080c_turns.ipynb #c002
-from .core import MedftError, Run, assets, device, load_recipe, nearest, read_json, write_json  # first: it sets switches that the libraries read
-from .data import load_split, load_tokenizer, prepare
+from .core import MedftError, Run, assets, device, load_recipe, nearest, write_json  # first: it sets switches that the libraries read
+from .data import load_split, prepare
 from .measures import joules
 from .sections import ENGINES
 from .shapes import shape_model
 from .train import has_bfloat16
 
-import importlib.util, json, os, shutil, statistics, subprocess, sys, time
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 # %% ../nbs/080c_turns.ipynb #c004

@@ -112,8 +112,9 @@ def compare(a, b):
 
 def main(home, tasks, kills, seed=0, table=None):
     import medft.fast, medft.train, trl, peft, bitsandbytes, sklearn       # paid for once
-    draw, found = random.Random(seed), []
+    found = []
     for task in tasks:
+        draw = random.Random(f"{seed} {task}")      # a task's moments do not depend on what was tried before it
         first = prepare(Path(home)/task, task)
         twin, plain = copy(first, "twin"), copy(first, "plain")
         seconds = whole_run(plain); expected = result(plain)
@@ -134,8 +135,10 @@ def main(home, tasks, kills, seed=0, table=None):
 
 
 def as_table(found):
-    line = lambda r: f"| {r['task']} | {r['killed']}{', then once more' if r['twice'] else ''} | {r['resumed']} | {'yes' if not r['differs'] else 'NO: ' + ', '.join(r['differs'])} |"
-    return "\n".join(["| task | killed | resumed from | equal to the bit |", "|---|---|---|---|", *map(line, found)]) + "\n"
+    "The rows as Markdown, in the words of kills.json."
+    from medft.evidence_files import kill_row
+    lines = [f"| {' | '.join(kill_row(r).values())} |" for r in found]
+    return "\n".join(["| task | killed | resumed from | equal to the bit |", "|---|---|---|---|", *lines]) + "\n"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 from scipy.stats import norm
 
-from medft import agreement, answers, bench, bench_page, benchmarks, calibration, classes, diagrams, evaluate, evidence_files, exposure, foreseen, forest
-from medft import group_names, pictures, retention, scored, scoring, staging, trials, verdicts
+from medft import agreement, answers, bench, bench_data, bench_page, bench_scoring, benchmarks, calibration, classes, diagrams, evaluate, evidence_files, exposure, foreseen, forest
+from medft import group_names, pictures, plan_evidence, retention, scored, scoring, staging, trials, verdicts
 from medft import statistics as st
 from medft.core import MedftError, Recipe, assets, load_recipe
 
@@ -329,8 +329,91 @@ def same_row(made, shipped):
 
 def test_every_file_of_evidence_has_its_command():
     assert {p.name for p in EVIDENCE.glob("*.json")} == set(evidence_files.EVIDENCE)
-    with pytest.raises(MedftError, match="peak.measure"):
-        evidence_files.make_again("plan")
+    commands = {file: f"python -m medft.evidence_files {file.removesuffix('.json')}" for file in evidence_files.EVIDENCE}
+    assert all(one.command.startswith(commands[file]) for file, one in evidence_files.EVIDENCE.items())
+    assert {f"{name}.json" for name in evidence_files.MAKERS} == set(evidence_files.EVIDENCE)
+    with pytest.raises(MedftError, match="no such evidence"):
+        evidence_files.make_again("nothing")
+
+
+def test_a_small_try_never_replaces_what_ships():
+    for name in evidence_files.MAKERS:
+        with pytest.raises(MedftError, match="--out|name the folder"):
+            evidence_files.make_again(name, small=True)
+
+
+def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch, capsys):
+    "The plan's command: what was measured is kept in a file beside, and not measured again."
+    shipped = kept("plan.json")
+    rows = {f"{row['name']}, {row['engine']}": row for row in shipped["rows"]}
+    measured, stop = [], ["llama 30M, LoRA, 32 rows, trl"]
+
+    def plan_row(row):
+        if row.key in stop:
+            stop.clear()
+            raise KeyboardInterrupt
+        measured.append(row.key)
+        return rows[row.key]
+
+    monkeypatch.setattr(evidence_files, "check_machine", lambda: None)
+    monkeypatch.setattr(evidence_files, "plan_row", plan_row)
+    monkeypatch.setattr(evidence_files, "kernel_row", lambda row: dict(bytes=shipped["process"]["notebook"]))
+    command = ["plan", "--out", str(tmp_path/"plan.json")]
+    assert evidence_files.main(command) == 130 and "goes on from here" in capsys.readouterr().err
+    assert not (tmp_path/"plan.json").exists() and len(json.loads((tmp_path/"plan.json.part").read_text())) == 7
+    assert evidence_files.main(command) == 0 and measured == list(rows)
+    made = json.loads((tmp_path/"plan.json").read_text())
+    assert list(tmp_path.iterdir()) == [tmp_path/"plan.json"]
+    assert list(made) == list(shipped) and all(made[key] == shipped[key] for key in ("threads", "process", "heap", "rows"))
+
+
+def test_kills_are_written_as_they_were(tmp_path, monkeypatch):
+    "From what tests/killing.py prints, task by task."
+    line = dict(task="full", killed="4.36 s", twice=True, resumed="checkpoint-8", differs=[])
+    assert list(evidence_files.kill_row(line)) == list(kept("kills.json")["rows"][0])
+    assert evidence_files.kill_row(line)["killed"] == "4.36 s, then once more"
+    script = tmp_path/"killing.py"
+    script.write_text(f"import sys\nfor _ in range(int(sys.argv[2]) + 1): print({json.dumps(json.dumps(line))})")
+    monkeypatch.setattr(evidence_files, "KILLING", script)
+    evidence_files.make_again("kills", out=tmp_path/"kills.json", small=True)
+    made = json.loads((tmp_path/"kills.json").read_text())
+    assert list(made) == list(kept("kills.json")) and made["rows"] == [evidence_files.kill_row(line)]*2
+    script.write_text("raise SystemExit('no checkpoints')")
+    with pytest.raises(MedftError, match="full ended early: no checkpoints"):
+        evidence_files.make_again("kills", out=tmp_path/"other.json", small=True)
+    monkeypatch.setattr(evidence_files, "KILLING", tmp_path/"nowhere.py")
+    with pytest.raises(MedftError, match="in a checkout"):
+        evidence_files.make_again("kills", out=tmp_path/"other.json", small=True)
+
+
+def test_the_speeds_are_measured_as_they_were(tmp_path, monkeypatch):
+    "Every result of bench.json is asked for with its own settings, scoring and data preparation too."
+    shipped = kept("bench.json")
+    for file in evidence_files.BENCH_DATA.values():
+        (tmp_path/"data"/file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/"data"/file).touch()
+    asked = []
+
+    def engines(recipe, overrides, engines, shape, warm, steps, rounds, fresh, say):
+        asked.append((recipe, overrides, engines, shape, warm, steps, rounds))
+        return next(one for one in shipped["runs"] if (one["recipe"], one["shape"]) == (recipe, shape))
+
+    def scoring(recipe, say, overrides, shape, n, dtypes):
+        asked.append((recipe, overrides, shape, n, dtypes))
+        return shipped["scoring"]
+
+    def data(recipe, overrides, say, rounds):
+        asked.append((recipe, overrides, rounds))
+        return shipped["data"]
+
+    monkeypatch.setattr(evidence_files, "bench", engines)
+    monkeypatch.setattr(evidence_files.bench_scoring, "bench", scoring)
+    monkeypatch.setattr(evidence_files.bench_data, "bench", data)
+    evidence_files.make_again("bench", tmp_path/"data", tmp_path/"bench.json")
+    same_row(json.loads((tmp_path/"bench.json").read_text()), shipped)
+    questions = [f"dataset.path={tmp_path/'data'/'medmcqa'/'dev.json'}"]
+    assert asked[0] == ("medmcqa_tiny", questions, "trl_default,trl_best,unsloth,fast", "llama-160m", 2, 4, 3)
+    assert asked[3:] == [("medmcqa_tiny", questions, "llama-160m", 24, ("float32", "bfloat16")), ("medmcqa_tiny", questions, 3)]
 
 
 def test_rows_of_the_trials_are_made_again():
@@ -347,7 +430,10 @@ def test_a_row_of_retention_is_made_again():
 
 
 def test_every_measurement_can_be_printed():
-    for one in kept("bench.json")["runs"]:
+    found = kept("bench.json")
+    assert set(found) == {"runs", "scoring", "data"}
+    assert len(bench_scoring.scoring_table(found["scoring"])) == len(found["scoring"]["cells"]) and not bench_data.data_table(found["data"]).empty
+    for one in found["runs"]:
         assert set(evidence_files.BENCH_DATA) >= {one["data"]} and any("tokens" in line for line in bench_page.in_text(one))
         assert set(one["settings"]) == set(bench.settings_of(load_recipe("quickstart"), 1, 1, 1, False)) and set(one["engines"]) <= set(bench_page.LABELS)
 
@@ -361,6 +447,52 @@ def test_rows_of_the_plan_have_the_parts_that_are_predicted_now():
     for row in found["rows"]:
         assert set(row) - {"use"} == {"measured", "rows", "length", "learned", "engine", "parts", "name"} and set(row["parts"]) == set(now)
         assert all(type(v) is int for v in row["parts"].values()) and .5 < peak.told(row)/row["measured"] < 2
+
+
+def test_every_row_of_the_plan_has_its_recipe(tmp_path):
+    "The recorded recipes give the predicted parts of the kept rows; here of the small ones, in the long test of all."
+    assert_predicted(tmp_path, [row for row in plan_evidence.ROWS if row.shape in (None, "llama-30m")])
+
+
+@pytest.mark.long
+def test_all_rows_of_the_plan_have_their_recipes(tmp_path):
+    assert_predicted(tmp_path, plan_evidence.ROWS)
+
+
+def assert_predicted(folder, rows):
+    from medft import peak, shapes
+    from medft.families import load_config
+    stored = {f"{row['name']}, {row['engine']}": row for row in kept("plan.json")["rows"]}
+    assert [row.key for row in plan_evidence.ROWS] == list(stored)
+    for row in rows:
+        model = None
+        if row.shape:
+            model = folder/row.shape
+            shapes.shape_config(row.shape).save_pretrained(model)       # its configuration is enough to predict
+        recipe = plan_evidence.recipe_of(row, model)
+        found = stored[row.key]
+        assert found.get("use") == row.use and recipe.training.max_steps == 2
+        assert peak.predicted(recipe, load_config(recipe), found, row.engine) == found["parts"], row.key
+
+
+def test_the_shape_of_a_row_is_that_of_its_recipes_batches(tmp_path):
+    "Rows, tokens and the share learned from are those of the batches that the recorded recipe gives today."
+    from medft import train
+    from medft.core import Run
+    from medft.data import prepare
+    run = Run.create(plan_evidence.recipe_of(plan_evidence.ROWS[0]), root=tmp_path)
+    prepare(run)
+    batches = iter(train.trainer_of(run).get_train_dataloader())
+    seen = [(*b["input_ids"].shape, float((b["labels"] != -100).float().mean())) for b in (next(batches), next(batches))]
+    rows, length, _ = max(seen, key=lambda s: s[0]*s[1])
+    row = kept("plan.json")["rows"][0]
+    assert (rows, length, max(s[2] for s in seen)) == (row["rows"], row["length"], row["learned"])
+
+
+def test_the_calibration_of_the_plan_is_computed_again():
+    found = kept("plan.json")
+    again = plan_evidence.plan_file(found["rows"], found["process"]["notebook"])
+    assert list(again) == list(found) and again["process"] == found["process"] and again["heap"] == found["heap"]
 
 
 def test_rows_of_kills_and_benchmarks_have_their_keys():

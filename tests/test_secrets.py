@@ -378,9 +378,9 @@ PAIRS = CLEAN | dict(shapes=dict(train="entity-pairs"))
     (dict(rows_in=3, identifiers={"name": 1}), [], False), (dict(rows_in=3, identifiers={"public url": 4}), [], True)])
 def test_single_items_are_shown_by_one_rule(tmp_path, report, overrides, shown):
     run = Run.create(load_recipe("quickstart", overrides), root=tmp_path, run_id="made")
-    assert not disclosure.items_shown(run) or "evaluation.show_items=true" in overrides, "no report, no rows"
+    assert disclosure.why_hidden(run) or "evaluation.show_items=true" in overrides, "no report, no rows"
     write_json(run.path/"data/report.json", report)
-    assert disclosure.items_shown(run) is shown
+    assert (not disclosure.why_hidden(run)) is shown
 
 
 ROW_FILES = {"notebooks/01_data.ipynb", "data/split.json", "report.html"}
