@@ -7,9 +7,9 @@ Docs: https://medft.github.io/medft/card.html.md"""
 # %% auto #0
 __all__ = ['CHANGED', 'GEMMA', 'HAI_DEF', 'LLAMA2', 'LLAMA3', 'TERMS', 'UNKNOWN', 'KINDS', 'TEXT', 'SCORING', 'MEASURED', 'BIAS',
            'LIMITS', 'training_table', 'skipped', 'parity_table', 'markdown', 'terms', 'notice', 'stated_licence',
-           'data_licence', 'results', 'base_name', 'card_data', 'what_is_scored', 'procedure', 'rows_in_words',
-           'what_was_checked', 'sentences', 'class_tables', 'in_calibration', 'in_retention', 'in_seeds', 'findings',
-           'places', 'model_card']
+           'data_licence', 'results', 'base_name', 'card_data', 'what_is_scored', 'setting', 'procedure',
+           'rows_in_words', 'what_was_checked', 'sentences', 'class_tables', 'in_calibration', 'in_retention',
+           'in_seeds', 'findings', 'places', 'model_card']
 
 # %% ../nbs/05c_card.ipynb #c002
 from .core import REHEARSED, assets, locate, read_json  # first: it sets switches that the libraries read
@@ -132,11 +132,15 @@ LIMITS = dict(options="A choice among given options is easier than a free answer
 
 def what_is_scored(recipe, scores) -> str: "options, labels or text."; return "labels" if recipe.task == "classification" else "text" if "loss" in scores else "options"
 
+def setting(value) -> str:
+    "A setting as people write it: a whole number without a point."
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
 def procedure(recipe) -> list[tuple[str, str]]:
     "What a reader needs to repeat the training, as rows."
-    given = lambda section, none: ", ".join(f"{k} {v}" for k, v in section.given().items()) if section else none
+    given = lambda section, none: ", ".join(f"{k} {setting(v)}" for k, v in section.given().items()) if section else none
     return [("base", f"`{base_name(recipe)}`" + (f" at `{recipe.model.revision}`" if recipe.model.revision else "")), ("task", recipe.task), ("adapter", given(recipe.lora, "none: every weight was trained")),
-            ("quantisation", given(recipe.quantization, "none")), *((k, str(v)) for k, v in recipe.training.given().items())]
+            ("quantisation", given(recipe.quantization, "none")), *((k, setting(v)) for k, v in recipe.training.given().items())]
 
 # %% ../nbs/05c_card.ipynb #c020
 def rows_in_words(report) -> str:

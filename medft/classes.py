@@ -11,7 +11,7 @@ __all__ = ['BASELINES', 'best_threshold', 'threshold_of', 'mean_of', 'mcc', 'dec
 
 # %% ../nbs/04c_classes.ipynb #c002
 from .core import MedftError, nearest  # first: it sets switches that the libraries read
-from .calibration import believable, ece, proper, reaching, stated
+from .calibration import believable, ece, largest_brier, proper, reaching, stated
 from .data import load_split, scored_sets
 from .finite_scores import check_frame, refuse_non_finite
 from .scoring import choose, identity
@@ -97,7 +97,8 @@ def measure_labels(frame, confidence=0.95) -> dict:
     with np.errstate(all="ignore"): sound = {m for m, f in made.items() if np.isfinite(f(np.ones((1, n)))[0])}
     if len(set(truth)) < 2: sound -= {"mcc", "auroc", "auprc"}
     why = f"every row of this set has label {truth[0]}" if len(set(truth)) < 2 else "no row was given the label" if k == 2 else "a label is missing from this set"
-    found = valued({m: f for m, f in made.items() if m in sound}, frame.group, confidence)
+    wanted = {m: f for m, f in made.items() if m in sound}
+    found = valued(wanted, frame.group, confidence, dict(brier=largest_brier(k)))
     out = {m: found.get(m) or undefined(why, n) for m in made} | dict(accuracy=accuracy(frame, confidence))
     hits, whose = truth == choice, frame.group.to_numpy()
     if k == 2: out |= {m: share(hits[of], confidence, whose[of]) | dict(n=n) for m, of in (("precision", choice == 1), ("recall", truth == 1)) if of.any() and hits[of].all()}

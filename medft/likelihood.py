@@ -116,8 +116,8 @@ def batches(costs, order, lengths=None, tokens=None):
     if batch: yield batch
 
 # %% ../nbs/040_likelihood.ipynb #c022
-def in_batches(score, items, lengths, costs, say=None, every=10, tokens=None):
-    "Apply `score` to batches of items, longest first; results in the items' own order. `say` hears of progress every few seconds."
+def in_batches(score, items, lengths, costs, say=None, every=60, tokens=None):
+    "Apply `score` to batches of items, longest first; results in the items' own order. `say` hears of progress once a minute."
     out, done, start = [None]*len(items), 0, time.time(); heard = start
     for batch in batches(costs, sorted(range(len(items)), key=lambda i: -lengths[i]), lengths, tokens):
         for i, r in zip(batch, score([items[i] for i in batch])): out[i] = r

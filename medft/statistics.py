@@ -185,16 +185,22 @@ def macro_f1(truth, choice, k):
 
 # %% ../nbs/04b_statistics.ipynb #c025
 BOUNDED = {"accuracy", "exact_match", "f1", "macro_f1", "token_f1", "rouge_l", "auroc", "auprc"}     # figures from 0 to 1 of which more is better
-SHARES = BOUNDED | {"precision", "recall", "ece", "brier", "shuffle_accuracy"}  # all figures from 0 to 1
+SHARES = BOUNDED | {"precision", "recall", "ece", "shuffle_accuracy"}   # all figures from 0 to 1
 
-def valued(statistics, groups, confidence=0.95) -> dict:
+def valued(
+    statistics,         # name -> function of weights
+    groups,             # of every row: what it was drawn with
+    confidence=0.95,
+    largest=None,       # name -> the largest value it can have; `SHARES` end at 1
+) -> dict:              # name -> figure
     "Figures of functions of weights: the value on the set itself, the interval by redraws."
     n, out = len(groups), {}
+    largest = dict.fromkeys(SHARES, 1) | (largest or {})
     found = redrawn(statistics, groups, confidence)
     for name, f in statistics.items():
         low, high, _ = found[name]
-        if name in SHARES:
-            low, high = np.clip([low, high], 0, 1)
+        if name in largest:
+            low, high = np.clip([low, high], 0, largest[name])
         out[name] = figure(f(np.ones((1, n)))[0], low, high, n)
     return out
 

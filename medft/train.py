@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/train.html.md"""
 __all__ = ['has_bfloat16', 'sft_config', 'Record', 'read_log', 'peak_memory', 'in_full', 'sft_trainer', 'adapted_model',
            'eval_rows', 'pretrainer', 'classifier', 'callbacks_of', 'check_served', 'make_trainer', 'last_checkpoint',
            'resume_point', 'first_weights', 'write_first_weights', 'save', 'final', 'tokens_seen', 'sizes', 'summarise',
-           'fit', 'trainer_of', 'train', 'training_summary', 'trained', 'loss_gap', 'skip']
+           'fit', 'trainer_of', 'train', 'training_summary', 'trained', 'loss_gap', 'training_table', 'skip']
 
 # %% ../nbs/03_train.ipynb #c003
 from .core import ENGINES, MedftError, device, model_path, moves_base, open_run, peak_rss, read_json, seed_everything, write_json
@@ -25,7 +25,7 @@ import json, math, os, shutil, tempfile, time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 # %% ../nbs/03_train.ipynb #c007
 def has_bfloat16() -> bool:
@@ -48,7 +48,10 @@ def sft_config(run, engine, **changes):
 # %% ../nbs/03_train.ipynb #c011
 class Record(TrainerCallback):
     "Append every logged step to log.jsonl, and show progress."
-    def __init__(self, run, engine): self.run, self.engine, self.path, self.start, self.before, self.begun = run, engine, run.path/engine/"log.jsonl", time.time(), 0.0, 0
+    def __init__(self, run, engine):
+        self.run, self.engine, self.path = run, engine, run.path/engine/"log.jsonl"
+        self.start, self.before, self.begun = time.time(), 0.0, 0
+        self.tenths_shown, self.last_shown = 0, self.start
 
     def on_train_begin(self, args, state, control, **kwargs): self.begun, self.before = state.global_step, max([r["seconds"] for r in log_lines(self.path)], default=0.0)
 
@@ -59,7 +62,15 @@ class Record(TrainerCallback):
         if not math.isfinite(row.get("eval_loss", 0)): raise MedftError(f"{self.engine}: the evaluation loss is {row['eval_loss']} after step {state.global_step}; lower training.learning_rate, or use bfloat16 or float32 instead of float16")
         if "loss" not in row: return
         left = spent/max(state.global_step - self.begun, 1)*(state.max_steps - state.global_step)
-        self.run.log(f"{self.engine}: step {state.global_step}/{state.max_steps}, loss {row['loss']:.4f}, {left:.0f} s left", show=False)
+        self.run.log(f"{self.engine}: step {state.global_step}/{state.max_steps}, loss {row['loss']:.4f}, {left:.0f} s left", show=args.disable_tqdm and self.is_due(state))
+
+    def is_due(self, state, pause=60) -> bool:
+        "Whether to show progress: a further tenth of the steps is done, or `pause` seconds have passed."
+        tenths = 10*state.global_step//max(state.max_steps, 1)
+        if tenths <= self.tenths_shown and time.time() - self.last_shown < pause:
+            return False
+        self.tenths_shown, self.last_shown = tenths, time.time()
+        return True
 
 def read_log(run, engine) -> list[dict]: "The logged steps of an engine."; return log_lines(run.path/engine/"log.jsonl")
 
@@ -164,6 +175,7 @@ def make_trainer(run, engine, model, tok, peft_config, kind=careful, **changes):
     args = sft_config(run, engine, **changes)
     trainer = build(run, args, model, tok, peft_config, rows, callbacks_of(run, engine), kind)
     trainer.run, trainer.engine = run, engine
+    trainer.remove_callback(PrinterCallback)    # `Record` shows progress
     if moves_base(run.recipe):
         write_first_weights(run, engine, trainer.accelerator.unwrap_model(trainer.model))
     return trainer
@@ -272,6 +284,39 @@ def loss_gap(run, a="trl", b="unsloth") -> float | None:
     x, y = ({r["step"]: r["loss"] for r in read_log(run, e) if "loss" in r} for e in (a, b))
     both = sorted(set(x) & set(y))
     return max(abs(x[s] - y[s]) for s in both) if both else None
+
+def training_table(
+    run,
+    engines=ENGINES,    # those that were not tried are left out
+):
+    "What training took, one column an engine, for people: a pandas DataFrame."
+    import pandas as pd
+    shown = {
+        "status": ("status", str),
+        "reason": ("reason", str),
+        "training, s": ("seconds", "{:,.1f}".format),
+        "steps": ("steps", "{:,}".format),
+        "tokens": ("tokens", "{:,}".format),
+        "tokens per second": ("tokens_per_second", "{:,.0f}".format),
+        "peak memory, GB": ("peak_memory_bytes", lambda n: f"{n/1e9:.2f}"),
+        "mean loss": ("train_loss", "{:.4f}".format),
+        "parameters": ("total_parameters", "{:,}".format),
+        "of them trained": ("trainable_parameters", "{:,}".format),
+        "bfloat16": ("bf16", lambda on: "yes" if on else "no"),
+        "allocator": ("allocator", str),
+        "left to the library": ("notes", lambda notes: "; ".join(notes) or "nothing"),
+    }
+    columns = {}
+    for engine in engines:
+        found = training_summary(run, engine)
+        if found:
+            columns[engine] = {
+                name: written(found[key])
+                for name, (key, written) in shown.items()
+                if found.get(key) is not None
+            }
+    rows = [name for name in shown if any(name in column for column in columns.values())]
+    return pd.DataFrame(columns, index=rows).fillna("")
 
 def skip(run, engine, reason):
     "Record that an engine was left out, and why."

@@ -120,6 +120,8 @@ def test_labels_have_their_error_among_their_figures():
 def test_an_interval_holds_its_value_and_one_group_has_none():
     for f in (options(), options(brag=1.), options(40), options(400, twins=4)):
         e = cal.sureness(f)["ece"]; assert e["ci95"][0] <= e["value"] <= e["ci95"][1]
+    for f in (options(300, brag=9.), labels(300, k=2)):
+        b = cal.sureness(f.assign(truth=(f.truth + 1) % 2))["brier"]; assert b["ci95"][0] <= b["value"] <= b["ci95"][1]
     alone = cal.sureness(options(8).assign(group="one patient")); assert all(f["ci95"] == [None, None] for f in alone.values())
 
 

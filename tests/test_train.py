@@ -41,6 +41,18 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path):
     assert sha256(run.path/"trl/adapters/adapter_model.safetensors") == before
 
 
+def test_progress_is_shown_ten_times_and_every_step_is_in_the_log(tmp_path, capsys):
+    run = prepared(tmp_path, "training.max_steps=20")
+    train.train(run)
+    said = capsys.readouterr().out
+    shown = [line for line in said.splitlines() if line.startswith("trl: step ")]
+    assert len(shown) == 10 and shown[-1].startswith("trl: step 20/20, loss ")
+    assert "{" not in said, "transformers prints no dictionary"
+    assert (run.path / "logs" / "finetune.log").read_text().count("trl: step ") == 20
+    table = train.training_table(run)
+    assert list(table) == ["trl"] and table.trl["steps"] == "20" and "reason" not in table.index
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     run = prepared(tmp_path, "training.learning_rate=1e30", "training.max_grad_norm=1e30", "training.max_steps=8")
     with pytest.raises(MedftError, match="in step .*learning_rate") as e: train.train(run)
