@@ -110,17 +110,18 @@ def plan_row(row) -> dict:
     with tempfile.TemporaryDirectory(prefix="medft-plan-") as root:
         return measured_row(row, root)
 
-def kernel_row(first) -> dict:
-    "Bytes of a notebook's kernel, beyond the first row."
+def kernel_row(path: Path, small=False) -> dict:
+    "Bytes of a whole run in a notebook's kernel, beyond the first row, which was measured before."
+    plain = read_json(part_of(path))[ROWS[0].key]["measured"]
     with tempfile.TemporaryDirectory(prefix="medft-plan-") as root:
-        return dict(bytes=kernel_bytes(root, plan_row(first)["measured"]))
+        return dict(bytes=kernel_bytes(root, plain, small))
 
 def plan_again(path: Path, folder=None, small=False, say=print):
     "Measure the rows of plan.json anew. Raises `MedftError`."
     check_machine()
     chosen = [row for row in ROWS if row.use == "calibration"] if small else ROWS
     wanted = {row.key: partial(plan_row, row) for row in chosen}
-    found = in_turn(path, wanted | dict(kernel=partial(kernel_row, ROWS[0])), say)
+    found = in_turn(path, wanted | dict(kernel=partial(kernel_row, path, small)), say)
     kernel = found.pop("kernel")["bytes"]
     finish(path, plan_file(list(found.values()), kernel))
 
@@ -240,7 +241,7 @@ def benchmarks_again(path: Path, folder: Path, small=False, say=print):
 
 def matrix_again(path: Path, folder=None, small=False, say=print):
     "Try all combinations of family, task, adapter and engine anew. Raises `MedftError`."
-    chosen = matrix.chosen(["llama2"], "trl")[:2] if small else matrix.chosen()
+    chosen = matrix.chosen(["llama2"], "trl") if small else matrix.chosen()
     if matrix.tried(chosen, say, path):
         raise MedftError(f"matrix: rule and fact differ; see {path}")
 

@@ -142,15 +142,16 @@ def calibrated(rows: list[dict]) -> tuple[dict, float]:
 
 # %% ../nbs/08bb_plan_evidence.ipynb #pe12
 def kernel_bytes(
-    root: Path,  # for the run's folder
-    plain: int,  # bytes of the first row's peak
+    root: Path,   # for the run's folder
+    plain: int,   # bytes of the first row's peak
+    short=False,  # two steps instead of the whole training: a try of the command
 ) -> int:
-    "Bytes that a notebook's kernel adds to the first row's peak. Raises `MedftError`."
-    folder, recipe = Path(root) / "run", Path(root) / "kernel.yaml"
-    recipe.write_text(recipe_of(ROWS[0]).to_yaml(), encoding="utf-8")
+    "Bytes that a whole run in a kernel adds to the first row's peak. Raises `MedftError`."
+    folder = Path(root) / "run"
+    settings = SHORT if short else ("tracking.mlflow=false",)
     done = subprocess.run(
-        [sys.executable, "-m", "medft.cli", "run", recipe, "--run-dir", folder]
-        + ["--stages", "data,model,train"],
+        [sys.executable, "-m", "medft.cli", "run", ROWS[0].recipe, "engine=[trl]", *settings]
+        + ["--run-dir", str(folder), "--stages", "data,model,train"],
         capture_output=True,
         text=True,
         env=environment_of(ROWS[0]),

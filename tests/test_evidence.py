@@ -357,7 +357,7 @@ def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(evidence_files, "check_machine", lambda: None)
     monkeypatch.setattr(evidence_files, "plan_row", plan_row)
-    monkeypatch.setattr(evidence_files, "kernel_row", lambda row: dict(bytes=shipped["process"]["notebook"]))
+    monkeypatch.setattr(evidence_files, "kernel_row", lambda path, small: dict(bytes=shipped["process"]["notebook"]))
     command = ["plan", "--out", str(tmp_path/"plan.json")]
     assert evidence_files.main(command) == 130 and "goes on from here" in capsys.readouterr().err
     assert not (tmp_path/"plan.json").exists() and len(json.loads((tmp_path/"plan.json.part").read_text())) == 7
