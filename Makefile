@@ -31,7 +31,7 @@ quickstart: install  ## the whole story in a few minutes, offline: data, two tra
 	@medft run quickstart
 
 # Two cores: the notebooks and the tests named here run beside the other tests, which takes half the time away.
-BESIDE := $(addprefix tests/test_,site.py sources.py starter.py track.py train.py plan.py quick.py run.py scoring.py export.py)
+BESIDE := $(addprefix tests/,project/test_site.py data/test_sources.py starter/test_starter.py cli/test_track.py train/test_train.py plan/test_plan.py fast/test_quick.py cli/test_run.py evaluate/test_scoring.py export/test_export.py)
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -rs -m "not long" --durations 10
 test: install  ## every test but the long ones: notebooks and package agree, every notebook runs, pytest
 	@.ci/same
@@ -59,7 +59,7 @@ lock-gpu: install  ## resolve requirements-gpu.txt anew from settings.ini (needs
 	@mv $(VENV)/lock requirements-gpu.txt
 
 clean:  ## remove what builds and tests leave; keeps .venv and runs/
-	@rm -rf build dist *.egg-info _proc _docs _site .pytest_cache .hypothesis .quarto nbs/sidebar.yml
+	@rm -rf build dist *.egg-info _proc _docs _site .pytest_cache .hypothesis .quarto
 	@find medft nbs tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 .PHONY: help install quickstart test test-long docs readme quarto lock-gpu clean

@@ -2,14 +2,14 @@
 import json, os, sys, tempfile, time
 from pathlib import Path
 
-import medft.core  # first: it sets switches that the libraries read
+import medft.core.run  # first: it sets switches that the libraries read
 import datasets, matplotlib.pyplot, pandas, peft, sklearn, torch, transformers, trl  # noqa: loaded here, each saves its seconds in every notebook
 from nbdev.test import nbdev_test
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: transformers loads its parts when they are asked for
 from trl import SFTConfig, SFTTrainer  # noqa
 
-# The stage notebooks run whole, every cell, in tests/test_run.py (`medft run quickstart`); the others run here.
-STAGES = {f"{n}.ipynb" for n in medft.core.STAGES.values()}
+# The stage notebooks run whole, every cell, in tests/cli/test_run.py (`medft run quickstart`); the others run here.
+STAGES = {f"{n}.ipynb" for n in medft.core.run.STAGES.values()}
 given = [Path(a) for a in sys.argv[1:]]
 
 
