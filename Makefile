@@ -33,7 +33,8 @@ quickstart: install  ## the whole story in a few minutes, offline: data, two tra
 # Two cores: the notebooks and the tests named here run beside the other tests, which takes half the time away.
 BESIDE := $(addprefix tests/,project/test_site.py data/test_sources.py starter/test_starter.py cli/test_track.py train/test_train.py plan/test_plan.py fast/test_quick.py cli/test_run.py evaluate/test_scoring.py export/test_export.py)
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -q -rs -m "not long" --durations 10
-test: install  ## every test but the long ones: notebooks and package agree, every notebook runs, pytest
+test: install  ## every test but the long ones: format, notebooks and package agree, every notebook runs, pytest
+	@.ci/lint
 	@.ci/same
 	@echo "==> notebooks and some of the tests run beside the others; their results follow"
 	@{ .ci/notebooks; nbs=$$?; $(PYTEST) $(BESIDE); exit $$((nbs || $$?)); } >$(VENV)/beside.log 2>&1 & beside=$$!; trap 'kill $$beside 2>/dev/null' INT TERM; \

@@ -9,14 +9,19 @@ __all__ = ['FLOOR', 'SHARE', 'CAP', 'LIKELIHOOD', 'gap', 'loss_tolerance', 'like
            'disagreement', 'agreement']
 
 # %% ../../nbs/bench/agreement.ipynb #c002
-from ..core.run import MedftError  # first: it sets switches that the libraries read
+from ..core.run import MedftError
 from ..evaluate.scoring.finite_scores import comparable
 
 import numpy as np
 
 # %% ../../nbs/bench/agreement.ipynb #c004
-FLOOR, SHARE, CAP = dict(bfloat16=1e-3, float32=1e-5), dict(bfloat16=2e-4, float32=2e-6), 0.01    # of a loss in one step; parts of it
-LIKELIHOOD = dict(bfloat16=0.05, float32=1e-3)      # nats, of a whole option
+FLOOR, SHARE, CAP = (
+    dict(bfloat16=1e-3, float32=1e-5),
+    dict(bfloat16=2e-4, float32=2e-6),
+    0.01,
+)  # of a loss in one step; parts of it
+LIKELIHOOD = dict(bfloat16=0.05, float32=1e-3)  # nats, of a whole option
+
 
 def gap(a, b) -> float:
     "The largest difference of two engines' losses in one step; infinite where one is no number or they share no step."
@@ -24,44 +29,78 @@ def gap(a, b) -> float:
     d = np.abs(np.subtract(a[:n], b[:n], dtype=float))
     return float(d.max()) if n and np.isfinite(d).all() else float("inf")
 
+
 def loss_tolerance(losses, precision) -> float:
     "How far a loss may be from TRL's. `losses`: name -> one a step."
     both = [losses[n] for n in ("trl_default", "trl_best") if losses.get(n)]
-    own, mean = 2*gap(*both) if len(both) == 2 else 0.0, float(np.mean(both[0])) if both else 1.0
-    return max(FLOOR[precision], SHARE[precision]*mean, min(own, CAP*mean))
+    own, mean = 2 * gap(*both) if len(both) == 2 else 0.0, float(np.mean(both[0])) if both else 1.0
+    return max(FLOOR[precision], SHARE[precision] * mean, min(own, CAP * mean))
 
 # %% ../../nbs/bench/agreement.ipynb #c007
-def likelihood_gap(a, b) -> float: "The largest difference of two engines' option likelihoods, in nats."; return max(abs(x - y) for s, t in zip(a, b) for x, y in zip(s, t))
+def likelihood_gap(a, b) -> float:
+    "The largest difference of two engines' option likelihoods, in nats."
+    return max(abs(x - y) for s, t in zip(a, b) for x, y in zip(s, t))
+
 
 def choice_tolerance(scores, precision) -> float:
     "How far TRL may prefer an option and another still count as the same. `scores`: name -> one list of likelihoods an item."
     both = [scores[n] for n in ("trl_default", "trl_best") if scores.get(n)]
-    return max(LIKELIHOOD[precision], 2*likelihood_gap(*both) if len(both) == 2 else 0.0)
+    return max(LIKELIHOOD[precision], 2 * likelihood_gap(*both) if len(both) == 2 else 0.0)
+
 
 def same_choices(scores, reference, tolerance) -> dict:
     "How one engine's choices compare with a reference's."
-    picks = [(int(np.argmax(s)), int(np.argmax(r)), max(r) - r[int(np.argmax(s))]) for s, r in zip(scores, reference)]
+    picks = [
+        (int(np.argmax(s)), int(np.argmax(r)), max(r) - r[int(np.argmax(s))])
+        for s, r in zip(scores, reference)
+    ]
     differ = [m for mine, its, m in picks if mine != its]
-    return dict(n=len(picks), same=len(picks) - len(differ), near_ties=sum(m <= tolerance for m in differ), different=sum(not m <= tolerance for m in differ),
-                largest_difference=likelihood_gap(scores, reference), tolerance=tolerance)
+    return dict(
+        n=len(picks),
+        same=len(picks) - len(differ),
+        near_ties=sum(m <= tolerance for m in differ),
+        different=sum(not m <= tolerance for m in differ),
+        largest_difference=likelihood_gap(scores, reference),
+        tolerance=tolerance,
+    )
 
 # %% ../../nbs/bench/agreement.ipynb #c010
 def disagreement(name, seen, losses, scores, references, precision) -> dict:
     "What an engine's losses and choices say against it: `why` is empty when they agree."
-    near, allowed = min((gap(losses[name], losses[r]) for r in references), default=0.0), loss_tolerance(losses, precision)
+    near, allowed = (
+        min((gap(losses[name], losses[r]) for r in references), default=0.0),
+        loss_tolerance(losses, precision),
+    )
     out = dict(loss_gap=near if np.isfinite(near) else None, loss_tolerance=allowed, why=[])
     first = references[0] if references else name
-    if [t["rows"] for t in seen[name]["turns"]] != [t["rows"] for t in seen[first]["turns"]][:len(seen[name]["turns"])]: out["why"].append(f"it did not train the rows of {first}")
-    if seen[name]["starts"][0]["drawn"] != seen[first]["starts"][0]["drawn"]: out["why"].append(f"its adapters did not start as those of {first}")
-    if out["loss_gap"] is None: out["why"].append("its loss is no number, or not there")
-    elif near > allowed: out["why"].append(f"its loss is {near:.4f} from TRL's, and {allowed:.4f} is what rounding explains")
-    if name not in scores: out["why"].append("its choices were not compared"); return out
+    if [t["rows"] for t in seen[name]["turns"]] != [t["rows"] for t in seen[first]["turns"]][
+        : len(seen[name]["turns"])
+    ]:
+        out["why"].append(f"it did not train the rows of {first}")
+    if seen[name]["starts"][0]["drawn"] != seen[first]["starts"][0]["drawn"]:
+        out["why"].append(f"its adapters did not start as those of {first}")
+    if out["loss_gap"] is None:
+        out["why"].append("its loss is no number, or not there")
+    elif near > allowed:
+        out["why"].append(
+            f"its loss is {near:.4f} from TRL's, and {allowed:.4f} is what rounding explains"
+        )
+    if name not in scores:
+        out["why"].append("its choices were not compared")
+        return out
     if not all(map(comparable, scores[name])):
         out["why"].append("its likelihoods of options are no finite numbers")
         return out
-    found = [same_choices(scores[name], scores[r], choice_tolerance(scores, precision)) for r in references if r in scores]
+    found = [
+        same_choices(scores[name], scores[r], choice_tolerance(scores, precision))
+        for r in references
+        if r in scores
+    ]
     out["choices"] = min(found, key=lambda c: c["different"], default=None)
-    if out["choices"] and out["choices"]["different"]: out["why"].append(f"{out['choices']['different']} of {out['choices']['n']} choices differ where TRL is sure")
+    if out["choices"] and out["choices"]["different"]:
+        out["why"].append(
+            f"{out['choices']['different']} of {out['choices']['n']} choices differ where TRL is sure"
+        )
     return out
 
 # %% ../../nbs/bench/agreement.ipynb #c011
@@ -70,4 +109,6 @@ def agreement(seen, scores, precision) -> dict:
     losses = {n: s.get("losses") or [] for n, s in seen.items() if s["turns"]}
     references = [n for n in losses if n.startswith("trl")]
     found = {n: disagreement(n, seen, losses, scores, references, precision) for n in losses}
-    return {n: dict(agree=not d["why"], **d | dict(why="; ".join(d["why"]))) for n, d in found.items()}
+    return {
+        n: dict(agree=not d["why"], **d | dict(why="; ".join(d["why"]))) for n, d in found.items()
+    }

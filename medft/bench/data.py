@@ -9,12 +9,18 @@ __all__ = ['JOBS', 'ours_rows', 'theirs_rows', 'ours_corpus', 'theirs_corpus', '
            'data_table']
 
 # %% ../../nbs/bench/data.ipynb #c002
-from ..core.run import MedftError, Run, load_recipe, read_json, runs_root, write_json  # first: it sets switches that the libraries read
-from ..data.prepare.corpus import available_cores, prepare_corpus
-from ..data.pipeline import load_split, load_tokenizer, prepare
 from .measurement import high_water, keep_earlier, machine
+from ..core.run import MedftError, Run, load_recipe, read_json, runs_root, write_json
+from ..data.pipeline import load_split, load_tokenizer, prepare
+from ..data.prepare.corpus import available_cores, prepare_corpus
 
-import json, os, statistics, subprocess, sys, tempfile, time
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -22,100 +28,248 @@ import pandas as pd
 # %% ../../nbs/bench/data.ipynb #c004
 def ours_rows(file, out, length, checks=False) -> int:
     "Rows through the data room. Returns the tokens written."
-    off = [] if checks else [f"dataset.checks.{c}=off" for c in load_recipe("quickstart").dataset.actions if c != "untrainable"]
-    run = Run.create(load_recipe("your_data", [f"dataset.path={file}", "dataset.holdout=0", f"training.max_length={length}", "dataset.truncated_share=1.0", "dataset.cache=false", "tracking.mlflow=false", *off]), root=out)
+    off = (
+        []
+        if checks
+        else [
+            f"dataset.checks.{c}=off"
+            for c in load_recipe("quickstart").dataset.actions
+            if c != "untrainable"
+        ]
+    )
+    run = Run.create(
+        load_recipe(
+            "your_data",
+            [
+                f"dataset.path={file}",
+                "dataset.holdout=0",
+                f"training.max_length={length}",
+                "dataset.truncated_share=1.0",
+                "dataset.cache=false",
+                "tracking.mlflow=false",
+                *off,
+            ],
+        ),
+        root=out,
+    )
     return prepare(run)["tokens"]
+
 
 def theirs_rows(file, out, length) -> int:
     "Rows through load_dataset and map."
     from datasets import load_dataset
-    tok = load_tokenizer(load_recipe("quickstart")); os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+    tok = load_tokenizer(load_recipe("quickstart"))
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
     def code(b):
-        prompts, whole = tok(b["prompt"])["input_ids"], tok([p + c + tok.eos_token for p, c in zip(b["prompt"], b["completion"])])["input_ids"]
-        return dict(input_ids=whole, completion_mask=[[0]*len(p) + [1]*(len(w) - len(p)) for p, w in zip(prompts, whole)])
-    ds = load_dataset("json", data_files=str(file), split="train", cache_dir=str(out/"cache"))
-    ds = ds.map(code, batched=True, remove_columns=ds.column_names); ds.save_to_disk(str(out/"rows"))
+        prompts, whole = (
+            tok(b["prompt"])["input_ids"],
+            tok([p + c + tok.eos_token for p, c in zip(b["prompt"], b["completion"])])["input_ids"],
+        )
+        return dict(
+            input_ids=whole,
+            completion_mask=[
+                [0] * len(p) + [1] * (len(w) - len(p)) for p, w in zip(prompts, whole)
+            ],
+        )
+
+    ds = load_dataset("json", data_files=str(file), split="train", cache_dir=str(out / "cache"))
+    ds = ds.map(code, batched=True, remove_columns=ds.column_names)
+    ds.save_to_disk(str(out / "rows"))
     return sum(map(len, ds["input_ids"]))
 
 # %% ../../nbs/bench/data.ipynb #c005
 def ours_corpus(file, out, length, checks=False) -> int:
     "Text through `prepare corpus`; `checks`: near-copies are looked for."
-    made = prepare_corpus([str(file)], out/"corpus", tell=lambda line: None, max_length=length, holdout=0.0, similarity=0.8 if checks else 0.0)
+    made = prepare_corpus(
+        [str(file)],
+        out / "corpus",
+        tell=lambda line: None,
+        max_length=length,
+        holdout=0.0,
+        similarity=0.8 if checks else 0.0,
+    )
     return sum(made["tokens"].values()) if isinstance(made["tokens"], dict) else made["tokens"]
+
 
 def theirs_corpus(file, out, length) -> int:
     "Text through load_dataset, map and TRL's packing."
     from datasets import load_dataset
     from trl import pack_dataset
-    tok = load_tokenizer(load_recipe("quickstart")); os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    ds = load_dataset("json", data_files=str(file), split="train", cache_dir=str(out/"cache"))
-    ds = ds.map(lambda b: dict(input_ids=tok([x + tok.eos_token for x in b["text"]])["input_ids"]), batched=True, remove_columns=ds.column_names)
-    packed = pack_dataset(ds, length, "bfd_split"); packed.save_to_disk(str(out/"packed"))
+
+    tok = load_tokenizer(load_recipe("quickstart"))
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    ds = load_dataset("json", data_files=str(file), split="train", cache_dir=str(out / "cache"))
+    ds = ds.map(
+        lambda b: dict(input_ids=tok([x + tok.eos_token for x in b["text"]])["input_ids"]),
+        batched=True,
+        remove_columns=ds.column_names,
+    )
+    packed = pack_dataset(ds, length, "bfd_split")
+    packed.save_to_disk(str(out / "packed"))
     return sum(map(len, packed["input_ids"]))
 
-JOBS = dict(rows=dict(medft=ours_rows, datasets=theirs_rows), corpus=dict(medft=ours_corpus, datasets=theirs_corpus))
+
+JOBS = dict(
+    rows=dict(medft=ours_rows, datasets=theirs_rows),
+    corpus=dict(medft=ours_corpus, datasets=theirs_corpus),
+)
 
 # %% ../../nbs/bench/data.ipynb #c010
 def once(job, who, file, length) -> dict:
     "One job in a process of its own: seconds, tokens, peak memory."
     with tempfile.TemporaryDirectory(prefix="medft-data-", ignore_cleanup_errors=True) as out:
-        done = subprocess.run([sys.executable, "-m", "medft.bench.data", job, who, str(file), out, str(length)], capture_output=True, text=True)
-    if done.returncode: raise MedftError(f"--data: {who} failed on {job}: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1][:300]}")
+        done = subprocess.run(
+            [sys.executable, "-m", "medft.bench.data", job, who, str(file), out, str(length)],
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise MedftError(
+            f"--data: {who} failed on {job}: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1][:300]}"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
+
 
 def serve(job, who, file, out, length):
     "The process."
-    import trl, datasets        # both sides pay the imports before the clock starts
+    import datasets  # both sides pay the imports before the clock starts
+    import trl
     from trl import pack_dataset
-    held, start = os.dup(1), time.perf_counter(); os.dup2(2, 1)
-    tokens = JOBS[job]["medft"](Path(file), Path(out), int(length), True) if who == "medft_checked" else JOBS[job][who](Path(file), Path(out), int(length))
-    os.write(held, json.dumps(dict(seconds=time.perf_counter() - start, tokens=tokens, peak=high_water())).encode() + b"\n")
 
-if __name__ == "__main__" and "__file__" in globals(): serve(*sys.argv[1:])
+    held, start = os.dup(1), time.perf_counter()
+    os.dup2(2, 1)
+    tokens = (
+        JOBS[job]["medft"](Path(file), Path(out), int(length), True)
+        if who == "medft_checked"
+        else JOBS[job][who](Path(file), Path(out), int(length))
+    )
+    os.write(
+        held,
+        json.dumps(
+            dict(seconds=time.perf_counter() - start, tokens=tokens, peak=high_water())
+        ).encode()
+        + b"\n",
+    )
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    serve(*sys.argv[1:])
 
 # %% ../../nbs/bench/data.ipynb #c011
 def texts_of(r, folder, most, say) -> dict[str, Path]:
     "A recipe's training rows as a file of rows and a file of running text."
-    run = Run.create(r, root=folder); prepare(run); rows = load_split(run, "train")
-    if "prompt" not in rows.column_names: raise MedftError("--data: this recipe's rows have no prompts; name a recipe of questions and answers")
-    found = [(p, c if isinstance(c, str) else "") for p, c in zip(rows["prompt"][:most], rows["completion"][:most])]
+    run = Run.create(r, root=folder)
+    prepare(run)
+    rows = load_split(run, "train")
+    if "prompt" not in rows.column_names:
+        raise MedftError(
+            "--data: this recipe's rows have no prompts; name a recipe of questions and answers"
+        )
+    found = [
+        (p, c if isinstance(c, str) else "")
+        for p, c in zip(rows["prompt"][:most], rows["completion"][:most])
+    ]
     eos = load_tokenizer(r).eos_token or ""
-    lines = dict(rows=[dict(prompt=p, completion=c.removesuffix(eos)) for p, c in found], corpus=[dict(text=p + c.removesuffix(eos)) for p, c in found])
-    for job, made in lines.items(): (folder/f"{job}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in made))
+    lines = dict(
+        rows=[dict(prompt=p, completion=c.removesuffix(eos)) for p, c in found],
+        corpus=[dict(text=p + c.removesuffix(eos)) for p, c in found],
+    )
+    for job, made in lines.items():
+        (folder / f"{job}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in made))
     say(f"{len(found):,} texts of recipe {r.name}")
-    return {job: folder/f"{job}.jsonl" for job in lines}
+    return {job: folder / f"{job}.jsonl" for job in lines}
+
 
 def compared(turns) -> dict:
     "What the turns of one job come to."
-    who = {w: dict(seconds=[t["seconds"] for t in ts], tokens=ts[0]["tokens"], tokens_per_second=statistics.median(t["tokens"]/t["seconds"] for t in ts), peak_memory_bytes=max(t["peak"] for t in ts)) for w, ts in turns.items()}
+    who = {
+        w: dict(
+            seconds=[t["seconds"] for t in ts],
+            tokens=ts[0]["tokens"],
+            tokens_per_second=statistics.median(t["tokens"] / t["seconds"] for t in ts),
+            peak_memory_bytes=max(t["peak"] for t in ts),
+        )
+        for w, ts in turns.items()
+    }
     same = who["medft"]["tokens"] == who["datasets"]["tokens"]
-    return dict(ways=who, same_tokens=same, ratio=statistics.median(b["seconds"]/a["seconds"] for a, b in zip(turns["medft"], turns["datasets"])) if same else None)
+    return dict(
+        ways=who,
+        same_tokens=same,
+        ratio=statistics.median(
+            b["seconds"] / a["seconds"] for a, b in zip(turns["medft"], turns["datasets"])
+        )
+        if same
+        else None,
+    )
 
 # %% ../../nbs/bench/data.ipynb #c013
 def bench(
-    recipe, overrides=(),   # whose rows are the texts
-    out=None,               # folder for bench_data.json; None: runs/.bench/<recipe>-data
-    rounds=3,               # turns of each way
+    recipe,
+    overrides=(),  # whose rows are the texts
+    out=None,  # folder for bench_data.json; None: runs/.bench/<recipe>-data
+    rounds=3,  # turns of each way
     say=print,
-    most=20_000,            # rows
+    most=20_000,  # rows
 ) -> dict:
     "Compare preparing data with `datasets` and TRL's packing."
-    r = load_recipe(recipe, [*overrides, "tracking.mlflow=false", "dataset.holdout=0.0", *(f"dataset.checks.{c}=off" for c in ("near_duplicates", "near_overlap", "identifiers"))]); found = {}
-    folder = Path(out) if out else runs_root()/".bench"/f"{r.name}-data"; folder.mkdir(parents=True, exist_ok=True)
+    r = load_recipe(
+        recipe,
+        [
+            *overrides,
+            "tracking.mlflow=false",
+            "dataset.holdout=0.0",
+            *(
+                f"dataset.checks.{c}=off"
+                for c in ("near_duplicates", "near_overlap", "identifiers")
+            ),
+        ],
+    )
+    found = {}
+    folder = Path(out) if out else runs_root() / ".bench" / f"{r.name}-data"
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="medft-data-", ignore_cleanup_errors=True) as work:
         for job, file in texts_of(r, Path(work), most, say).items():
             turns = {w: [] for w in ("medft", "datasets", "medft_checked")}
             for i in range(rounds):
-                for w in turns: turns[w].append(once(job, w, file, r.max_length)); say(f"round {i + 1}/{rounds}: {job}, {w}: {turns[w][-1]['seconds']:.2f} s")
+                for w in turns:
+                    turns[w].append(once(job, w, file, r.max_length))
+                    say(f"round {i + 1}/{rounds}: {job}, {w}: {turns[w][-1]['seconds']:.2f} s")
             found[job] = compared(turns)
-    result = dict(machine=machine(), recipe=r.name, cores=available_cores(), rounds=rounds, measured=time.strftime("%Y-%m-%d"), jobs=found)
-    keep_earlier(folder/"bench_data.json", say)
-    write_json(folder/"bench_data.json", result); say(data_table(result).to_string())
+    result = dict(
+        machine=machine(),
+        recipe=r.name,
+        cores=available_cores(),
+        rounds=rounds,
+        measured=time.strftime("%Y-%m-%d"),
+        jobs=found,
+    )
+    keep_earlier(folder / "bench_data.json", say)
+    write_json(folder / "bench_data.json", result)
+    say(data_table(result).to_string())
     return result
 
 # %% ../../nbs/bench/data.ipynb #c014
 def data_table(found) -> pd.DataFrame:
     "A row a job."
-    rate = lambda j, w: f"{j['ways'][w]['tokens_per_second']:,.0f}"
-    return pd.DataFrame({job: {"tokens": f"{j['ways']['medft']['tokens']:,}", "medft, tokens/s": rate(j, "medft"), "datasets + TRL, tokens/s": rate(j, "datasets"), "ratio": f"{j['ratio']:.2f}x" if j["same_tokens"] else "other tokens",
-                               "medft with all checks, tokens/s": rate(j, "medft_checked"), "peak memory": " / ".join(f"{j['ways'][w]['peak_memory_bytes']/1e6:,.0f} MB" for w in ("medft", "datasets"))} for job, j in found["jobs"].items()}).T
+
+    def rate(j, w):
+        return f"{j['ways'][w]['tokens_per_second']:,.0f}"
+
+    return pd.DataFrame(
+        {
+            job: {
+                "tokens": f"{j['ways']['medft']['tokens']:,}",
+                "medft, tokens/s": rate(j, "medft"),
+                "datasets + TRL, tokens/s": rate(j, "datasets"),
+                "ratio": f"{j['ratio']:.2f}x" if j["same_tokens"] else "other tokens",
+                "medft with all checks, tokens/s": rate(j, "medft_checked"),
+                "peak memory": " / ".join(
+                    f"{j['ways'][w]['peak_memory_bytes'] / 1e6:,.0f} MB"
+                    for w in ("medft", "datasets")
+                ),
+            }
+            for job, j in found["jobs"].items()
+        }
+    ).T

@@ -10,63 +10,130 @@ __all__ = ['PAIRS', 'useful', 'engine_figures', 'paired', 'compared', 'checked',
 
 # %% ../../nbs/08_bench.ipynb #c002
 from .agreement import agreement
+from .measurement import device, keep_earlier, machine, matmul_ceiling, useful_flops
 from .page import in_text, write_page
+from medft.bench.rounds import (
+    VARIANTS,
+    EngineFailed,
+    Process,
+    competitors,
+    plain_precision,
+    prepared,
+    rounds_of,
+    speed,
+)
 from ..core.run import MedftError, load_recipe, read_json, runs_root, sha256, write_json
 from ..model.families import load_config, model_class
-from .measurement import device, keep_earlier, machine, matmul_ceiling, useful_flops
 from ..model.shapes import shape_config
-from .rounds import EngineFailed, Process, VARIANTS, competitors, plain_precision, prepared, rounds_of, speed
 
-import shutil, statistics, tempfile, time
+import shutil
+import statistics
+import tempfile
+import time
 from pathlib import Path
 
 # %% ../../nbs/08_bench.ipynb #c005
-def useful(turn, flops) -> float: "Useful operations of a turn."; return sum(r[0]*flops[0] + r[1]*flops[1] for r in turn["rows"])
+def useful(turn, flops) -> float:
+    "Useful operations of a turn."
+    return sum(r[0] * flops[0] + r[1] * flops[1] for r in turn["rows"])
+
 
 def engine_figures(s, flops, ceiling) -> dict:
     "One engine's figures from what it has shown; keys as in bench.json."
     turns, starts, middle = s["turns"], s["starts"], statistics.median
     speeds, spent = [speed(t) for t in turns], [t["joules"] for t in turns if t["joules"]]
-    first = lambda k: middle(x[k] for x in starts)
-    return dict(tokens_per_second=middle(speeds), spread=[min(speeds), max(speeds)], by_round=speeds, supervised_tokens_per_second=middle(speed(t, 1) for t in turns),
-                peak_memory_bytes=max(t["peak"] for t in turns), peak_memory_process_bytes=max([x["peak"] for x in starts] + [t["peak"] for t in turns]),
-                ceiling_share=middle(useful(t, flops)/sum(t["times"]) for t in turns)/ceiling, first_step_seconds=first("first_step_seconds"), import_seconds=first("import_seconds"),
-                load_seconds=first("load_seconds"), joules_per_token=sum(spent)/sum(r[0] for t in turns for r in t["rows"]) if len(spent) == len(turns) else None,
-                losses=s.get("losses"), step_seconds=[x for t in turns for x in t["times"]], notes=starts[0]["notes"])
+
+    def first(k):
+        return middle(x[k] for x in starts)
+
+    return dict(
+        tokens_per_second=middle(speeds),
+        spread=[min(speeds), max(speeds)],
+        by_round=speeds,
+        supervised_tokens_per_second=middle(speed(t, 1) for t in turns),
+        peak_memory_bytes=max(t["peak"] for t in turns),
+        peak_memory_process_bytes=max([x["peak"] for x in starts] + [t["peak"] for t in turns]),
+        ceiling_share=middle(useful(t, flops) / sum(t["times"]) for t in turns) / ceiling,
+        first_step_seconds=first("first_step_seconds"),
+        import_seconds=first("import_seconds"),
+        load_seconds=first("load_seconds"),
+        joules_per_token=sum(spent) / sum(r[0] for t in turns for r in t["rows"])
+        if len(spent) == len(turns)
+        else None,
+        losses=s.get("losses"),
+        step_seconds=[x for t in turns for x in t["times"]],
+        notes=starts[0]["notes"],
+    )
 
 # %% ../../nbs/08_bench.ipynb #c008
 PAIRS = [("fast", "trl_default"), ("fast", "trl_best"), ("fast", "unsloth")]
 
+
 def paired(a, b) -> float:
     "The median over rounds of one engine's speed over another's in the same round."
-    return statistics.median(x/y for x, y in zip(a["by_round"], b["by_round"]))
+    return statistics.median(x / y for x, y in zip(a["by_round"], b["by_round"]))
+
 
 def compared(engines, agreed, wanted) -> tuple[dict, dict]:
     "Ratios of speed and of memory, by pair; None where a side is missing or has not agreed."
-    pairs, good = [p for p in PAIRS if set(p) <= set(wanted)], {n for n, f in agreed.items() if f["agree"]}
-    both = lambda of: {f"{a}/{b}": of(engines[a], engines[b]) if {a, b} <= good else None for a, b in pairs}
-    return both(paired), both(lambda a, b: a["peak_memory_bytes"]/b["peak_memory_bytes"])
+    pairs, good = (
+        [p for p in PAIRS if set(p) <= set(wanted)],
+        {n for n, f in agreed.items() if f["agree"]},
+    )
+
+    def both(of):
+        return {
+            f"{a}/{b}": of(engines[a], engines[b]) if {a, b} <= good else None for a, b in pairs
+        }
+
+    return both(paired), both(lambda a, b: a["peak_memory_bytes"] / b["peak_memory_bytes"])
 
 # %% ../../nbs/08_bench.ipynb #c011
 def checked(recipe, overrides, engines, shape, warm, steps, rounds):
     "The recipe and the competitors. Raises `MedftError` before anything expensive."
     names, r = competitors(engines), load_recipe(recipe, overrides)
-    if r.task == "classification": raise MedftError("bench compares engines on generative and pretraining recipes; this one classifies")
-    if not (r.dataset.path or r.dataset.name): raise MedftError("dataset: nothing to train on; name a file (dataset.path=FILE) or a hub data set (dataset.name=ID)")
-    if min(warm, steps, rounds) < 1: raise MedftError(f"--steps, --rounds and --warm are at least 1; found {steps}, {rounds}, {warm}")
-    if shape: model_class(shape_config(shape), r.task)
+    if r.task == "classification":
+        raise MedftError(
+            "bench compares engines on generative and pretraining recipes; this one classifies"
+        )
+    if not (r.dataset.path or r.dataset.name):
+        raise MedftError(
+            "dataset: nothing to train on; name a file (dataset.path=FILE) or a hub data set (dataset.name=ID)"
+        )
+    if min(warm, steps, rounds) < 1:
+        raise MedftError(
+            f"--steps, --rounds and --warm are at least 1; found {steps}, {rounds}, {warm}"
+        )
+    if shape:
+        model_class(shape_config(shape), r.task)
     return r, names
 
 # %% ../../nbs/08_bench.ipynb #c011x1
 def choices(runs, seen, say) -> dict:
     "Score the held-out questions with what every engine has trained: name -> likelihoods. What cannot be scored is left out."
-    done = {str(runs[n].path): VARIANTS[n][0] for n, s in seen.items() if any((runs[n].path/VARIANTS[n][0]/k).is_dir() for k in ("adapters", "model"))}
-    if not done: return {}
-    say(f"held-out questions, scored by {len(done)} adapters ..."); judge, out = Process(["judge", *(f"{p}={e}" for p, e in done.items())], next(iter(runs.values())).path/"logs"/"judge.log"), {}
+    done = {
+        str(runs[n].path): VARIANTS[n][0]
+        for n, s in seen.items()
+        if any((runs[n].path / VARIANTS[n][0] / k).is_dir() for k in ("adapters", "model"))
+    }
+    if not done:
+        return {}
+    say(f"held-out questions, scored by {len(done)} adapters ...")
+    judge, out = (
+        Process(
+            ["judge", *(f"{p}={e}" for p, e in done.items())],
+            next(iter(runs.values())).path / "logs" / "judge.log",
+        ),
+        {},
+    )
     try:
-        for _ in done: said = judge.expect("scores"); out[next(n for n, r in runs.items() if str(r.path) == said["run"])] = said["scores"]
-    except EngineFailed as e: say(f"scoring failed: {e}")
-    finally: judge.stop()
+        for _ in done:
+            said = judge.expect("scores")
+            out[next(n for n, r in runs.items() if str(r.path) == said["run"])] = said["scores"]
+    except EngineFailed as e:
+        say(f"scoring failed: {e}")
+    finally:
+        judge.stop()
     return out
 
 # %% ../../nbs/08_bench.ipynb #c012
@@ -75,45 +142,96 @@ def layers_of(recipe) -> dict:
     text = load_config(recipe).get_text_config()
     return dict(num_hidden_layers=text.num_hidden_layers, hidden_size=text.hidden_size)
 
+
 def result(r, names, shape, runs, seen, failed, scores, ceiling, settings, interrupted) -> dict:
     "bench.json, from what was shown."
     one, kind = next(iter(runs.values())).recipe, plain_precision(r)
     flops, shown = useful_flops(one), {n: s for n, s in seen.items() if s["turns"]}
     engines = {n: engine_figures(s, flops, ceiling[kind]) for n, s in shown.items()}
-    agreed = agreement(shown, scores, kind); ratios, memory = compared(engines, agreed, names)
-    rows = [x for s in list(shown.values())[:1] for t in s["turns"] for x in t["rows"]]; mean = lambda i: statistics.mean(x[i] for x in rows) if rows else 0
-    named = dict(shape=shape, shape_config=layers_of(one), model=r.model.name, recipe=r.name, data=Path(str(r.dataset.path or r.dataset.name)).name, random_weights=bool(shape), precision=kind, settings=settings, machine=machine(), ceiling=ceiling, useful_flops=dict(token=flops[0], supervised=flops[1]))
-    return named | dict(tokens_per_step=mean(0), supervised_per_step=mean(1), engines=engines, ratios=ratios, memory_ratios=memory, agree=bool(agreed) and not failed and all(f["agree"] for f in agreed.values()),
-                        agreement=agreed, failed=failed, interrupted=interrupted, measured=time.strftime("%Y-%m-%d"))
+    agreed = agreement(shown, scores, kind)
+    ratios, memory = compared(engines, agreed, names)
+    rows = [x for s in list(shown.values())[:1] for t in s["turns"] for x in t["rows"]]
+
+    def mean(i):
+        return statistics.mean(x[i] for x in rows) if rows else 0
+
+    named = dict(
+        shape=shape,
+        shape_config=layers_of(one),
+        model=r.model.name,
+        recipe=r.name,
+        data=Path(str(r.dataset.path or r.dataset.name)).name,
+        random_weights=bool(shape),
+        precision=kind,
+        settings=settings,
+        machine=machine(),
+        ceiling=ceiling,
+        useful_flops=dict(token=flops[0], supervised=flops[1]),
+    )
+    return named | dict(
+        tokens_per_step=mean(0),
+        supervised_per_step=mean(1),
+        engines=engines,
+        ratios=ratios,
+        memory_ratios=memory,
+        agree=bool(agreed) and not failed and all(f["agree"] for f in agreed.values()),
+        agreement=agreed,
+        failed=failed,
+        interrupted=interrupted,
+        measured=time.strftime("%Y-%m-%d"),
+    )
 
 # %% ../../nbs/08_bench.ipynb #c014
 def place(r, shape, out, say) -> Path:
     "The folder of a result, with an older result moved aside."
-    folder = Path(out) if out else runs_root()/".bench"/f"{r.name}-{Path(shape).stem if shape else Path(r.model.name).name}"
+    folder = (
+        Path(out)
+        if out
+        else runs_root()
+        / ".bench"
+        / f"{r.name}-{Path(shape).stem if shape else Path(r.model.name).name}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    keep_earlier(folder/"bench.json", say)
+    keep_earlier(folder / "bench.json", say)
     return folder
+
 
 def settings_of(r, warm, steps, rounds, fresh) -> dict:
     "How it is measured, for bench.json."
-    batch = (r.training.per_device_train_batch_size or 8)*(r.training.gradient_accumulation_steps or 1)
-    return dict(warm=warm, steps=steps, rounds=rounds, fresh=fresh, batch=batch, adapter=f"{'QLoRA' if r.quantization else 'LoRA'} r={r.lora.r or 8}" if r.lora else "all weights trained")
+    batch = (r.training.per_device_train_batch_size or 8) * (
+        r.training.gradient_accumulation_steps or 1
+    )
+    return dict(
+        warm=warm,
+        steps=steps,
+        rounds=rounds,
+        fresh=fresh,
+        batch=batch,
+        adapter=f"{'QLoRA' if r.quantization else 'LoRA'} r={r.lora.r or 8}"
+        if r.lora
+        else "all weights trained",
+    )
+
 
 def keep_logs(runs, failed, folder):
     "The logs of what failed, beside the result."
     for n in failed:
-        if (log := runs[n].path/"logs"/"bench.log").exists(): shutil.copy(log, folder/f"{n}.log")
+        if (log := runs[n].path / "logs" / "bench.log").exists():
+            shutil.copy(log, folder / f"{n}.log")
 
 # %% ../../nbs/08_bench.ipynb #c015
 def bench(
-    recipe, overrides=(),       # as `medft run` takes them
-    engines=None,               # "trl,unsloth,fast"; None: all
-    shape=None,                 # random weights of this shape instead of the recipe's model
-    warm=2, steps=4, rounds=3,  # steps to warm up, steps in a turn, turns of each engine
-    out=None,                   # folder; None: runs/.bench/<recipe>-<shape>
-    fresh=None,                 # a new process for each turn; None: on a GPU
+    recipe,
+    overrides=(),  # as `medft run` takes them
+    engines=None,  # "trl,unsloth,fast"; None: all
+    shape=None,  # random weights of this shape instead of the recipe's model
+    warm=2,
+    steps=4,
+    rounds=3,  # steps to warm up, steps in a turn, turns of each engine
+    out=None,  # folder; None: runs/.bench/<recipe>-<shape>
+    fresh=None,  # a new process for each turn; None: on a GPU
     say=print,
-) -> dict:                      # bench.json
+) -> dict:  # bench.json
     "Let engines train the same rows in turns, compare what they trained, and write what was found."
     r, names = checked(recipe, overrides, engines, shape, warm, steps, rounds)
     folder, fresh = place(r, shape, out, say), device() == "cuda" if fresh is None else fresh
@@ -122,19 +240,43 @@ def bench(
         ceiling = {t: matmul_ceiling(t) for t in ("bfloat16", "float32")}
         runs = prepared(recipe, list(overrides), shape, names, warm, steps, rounds, root)
         try:
-            for seen, failed in rounds_of(runs, warm, steps, rounds, fresh, say): pass
+            for seen, failed in rounds_of(runs, warm, steps, rounds, fresh, say):
+                pass
             scores = choices(runs, seen, say)
-        except KeyboardInterrupt as e: stopped = e; say("interrupted: writing what was measured")
-        found = result(r, names, shape, runs, seen, failed, scores, ceiling, settings_of(r, warm, steps, rounds, fresh), stopped is not None); keep_logs(runs, failed, folder)
-    write_json(folder/"bench.json", found); write_page(found, folder)
-    for line in [*in_text(found), f"-> {folder}"]: say(line)
-    if stopped: raise stopped
+        except KeyboardInterrupt as e:
+            stopped = e
+            say("interrupted: writing what was measured")
+        found = result(
+            r,
+            names,
+            shape,
+            runs,
+            seen,
+            failed,
+            scores,
+            ceiling,
+            settings_of(r, warm, steps, rounds, fresh),
+            stopped is not None,
+        )
+        keep_logs(runs, failed, folder)
+    write_json(folder / "bench.json", found)
+    write_page(found, folder)
+    for line in [*in_text(found), f"-> {folder}"]:
+        say(line)
+    if stopped:
+        raise stopped
     return found
 
 # %% ../../nbs/08_bench.ipynb #c017
 def record(found, path, kind="runs"):
     "Put a result into a file of results: engines among its `runs`, others (`scoring`, `data`) under their own key."
     kept = read_json(path, {})
-    if kind != "runs": kept[kind] = found
-    else: kept["runs"] = [b for b in kept.get("runs", []) if any(b[k] != found[k] for k in ("shape", "model", "recipe", "data"))] + [found]
+    if kind != "runs":
+        kept[kind] = found
+    else:
+        kept["runs"] = [
+            b
+            for b in kept.get("runs", [])
+            if any(b[k] != found[k] for k in ("shape", "model", "recipe", "data"))
+        ] + [found]
     write_json(path, kept)

@@ -12,14 +12,15 @@ __all__ = ['EvidenceFile', 'COMMAND', 'EVIDENCE', 'KILLING', 'KILLED_TASKS', 'BE
 
 # %% ../../nbs/bench/evidence_files.ipynb #ev02
 # core comes first: it sets switches that the libraries read
-from ..core.run import MedftError, assets, read_json, write_json
-from . import data as bench_data, scoring as bench_scoring
-from ..evaluate.scoring import benchmarks
-from ..plan import support_matrix as matrix
-from ..evaluate.measures import forgetting as retention
-from ..evaluate.statistics import simulation as trials
+from . import data as bench_data
+from . import scoring as bench_scoring
 from .engines import bench
 from .plan_evidence import ROWS, check_machine, kernel_bytes, measured_row, plan_file
+from ..core.run import MedftError, assets, read_json, write_json
+from ..evaluate.measures import forgetting as retention
+from ..evaluate.scoring import benchmarks
+from ..evaluate.statistics import simulation as trials
+from ..plan import support_matrix as matrix
 
 import argparse
 import json
@@ -76,6 +77,7 @@ EVIDENCE = {
     ),
 }
 
+
 def evidence_table() -> pd.DataFrame:
     "A row a file."
     columns = ["made again by", "tested", "shown on"]
@@ -86,8 +88,9 @@ def part_of(path: Path) -> Path:
     "The file that holds what was measured of an unfinished file of evidence."
     return path.with_name(f"{path.name}.part")
 
+
 def in_turn(
-    path: Path,                             # the file of evidence
+    path: Path,  # the file of evidence
     wanted: dict[str, Callable[[], object]],  # name of a part -> what measures it
     say=print,
 ) -> dict:
@@ -103,6 +106,7 @@ def in_turn(
             write_json(part, found)
     return {name: found[name] for name in wanted}
 
+
 def finish(path: Path, found: dict):
     "Write a file of evidence that was measured in turn."
     write_json(path, found)
@@ -114,11 +118,13 @@ def plan_row(row) -> dict:
     with tempfile.TemporaryDirectory(prefix="medft-plan-") as root:
         return measured_row(row, root)
 
+
 def kernel_row(path: Path, small=False) -> dict:
     "Bytes of a whole run in a notebook's kernel, beyond the first row, which was measured before."
     plain = read_json(part_of(path))[ROWS[0].key]["measured"]
     with tempfile.TemporaryDirectory(prefix="medft-plan-") as root:
         return dict(bytes=kernel_bytes(root, plain, small))
+
 
 def plan_again(path: Path, folder=None, small=False, say=print):
     "Measure the rows of plan.json anew. Raises `MedftError`."
@@ -134,6 +140,7 @@ KILLING = assets().parent.parent / "tests" / "killing.py"
 KILLED_TASKS = ("lora", "qlora", "full", "classification", "pretraining")
 KILLED_TASKS += ("fast", "fast-full", "fast-classification")
 
+
 def kill_row(found: dict) -> dict:
     "A row of kills.json from a line that tests/helpers/killing.py prints."
     return dict(
@@ -142,6 +149,7 @@ def kill_row(found: dict) -> dict:
         resumed_from=found["resumed"],
         equal="NO: " + ", ".join(found["differs"]) if found["differs"] else "yes",
     )
+
 
 def kills_of(task: str, kills: int, say=print) -> list[dict]:
     "Kill trainings of a task and resume them. Raises `MedftError`."
@@ -156,6 +164,7 @@ def kills_of(task: str, kills: int, say=print) -> list[dict]:
     for row in rows:
         say("   " + ", ".join(row.values()))
     return rows
+
 
 def kills_again(path: Path, folder=None, small=False, say=print):
     "Kill and resume trainings of all tasks anew. Raises `MedftError`."
@@ -177,6 +186,7 @@ BENCH_DATA = {
 }
 QUESTIONS = BENCH_DATA["dev.json"]  # of scoring and data preparation
 
+
 def engines_again(one: dict, folder: Path, small=False, say=print) -> dict:
     "A measurement of engines, anew."
     settings, rows = one["settings"], Path(folder) / BENCH_DATA[one["data"]]
@@ -185,6 +195,7 @@ def engines_again(one: dict, folder: Path, small=False, say=print) -> dict:
     overrides = [f"dataset.path={rows}"]
     fresh = settings["fresh"]
     return bench(one["recipe"], overrides, engines, one["shape"], *steps, fresh=fresh, say=say)
+
 
 def scoring_again(kept: dict, folder: Path, small=False, say=print) -> dict:
     "The measurement of scoring, anew."
@@ -200,11 +211,13 @@ def scoring_again(kept: dict, folder: Path, small=False, say=print) -> dict:
         **how,
     )
 
+
 def data_again(kept: dict, folder: Path, small=False, say=print) -> dict:
     "The measurement of data preparation, anew."
     overrides = [f"dataset.path={Path(folder) / QUESTIONS}"]
     less = dict(rounds=1, most=100) if small else dict(rounds=kept["rounds"])
     return bench_data.bench(kept["recipe"], overrides, say=say, **less)
+
 
 def bench_again(path: Path, folder: Path, small=False, say=print):
     "Measure every result of bench.json anew. Raises `MedftError`."
@@ -232,9 +245,11 @@ def verdicts_again(path: Path, folder=None, small=False, say=print):
         say(f"{name} ...")
         trials.remake(path, 20 if small else 1000, (name,))
 
+
 def retention_again(path: Path, folder=None, small=False, say=print):
     "Try the judgement of forgetting anew."
     retention.remake(path, 20 if small else 2000)
+
 
 def benchmarks_again(path: Path, folder: Path, small=False, say=print):
     "Compare scoring with the harness anew. Raises `MedftError`."
@@ -243,11 +258,13 @@ def benchmarks_again(path: Path, folder: Path, small=False, say=print):
             raise MedftError(f"benchmarks: {Path(folder) / file} is not there")
     benchmarks.remake(folder, path, 2 if small else None)
 
+
 def matrix_again(path: Path, folder=None, small=False, say=print):
     "Try all combinations of family, task, adapter and engine anew. Raises `MedftError`."
     chosen = matrix.chosen(["llama2"], "trl") if small else matrix.chosen()
     if matrix.tried(chosen, say, path):
         raise MedftError(f"matrix: rule and fact differ; see {path}")
+
 
 MAKERS = dict(
     verdicts=verdicts_again,
@@ -260,11 +277,12 @@ MAKERS = dict(
 )
 NEED_DATA = ("benchmarks", "bench")
 
+
 def make_again(
-    name: str,                        # of a file of evidence, without .json
+    name: str,  # of a file of evidence, without .json
     folder: str | Path | None = None,  # the public data sets, where they are needed
-    out: str | Path | None = None,    # the file to write; None: the shipped one
-    small=False,                      # measure as little as possible, to try it; needs `out`
+    out: str | Path | None = None,  # the file to write; None: the shipped one
+    small=False,  # measure as little as possible, to try it; needs `out`
     say=print,
 ):
     "Make a file of evidence again. Raises `MedftError` before anything is measured, where it can."
@@ -297,6 +315,7 @@ def main(arguments: list[str]) -> int:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
 
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main(sys.argv[1:]))

@@ -9,69 +9,119 @@ __all__ = ['high_water', 'lower_mark', 'matmul_ceiling', 'products', 'useful_flo
            'machine', 'keep_earlier']
 
 # %% ../../nbs/bench/measurement.ipynb #c002
-from ..core.run import cpu_name, device  # first: it sets switches that the libraries read
+from ..core.run import cpu_name, device
 
-import re, statistics, sys, time
+import re
+import statistics
+import sys
+import time
 from pathlib import Path
 
 # %% ../../nbs/bench/measurement.ipynb #c004
 def high_water() -> int:
     "The most that was held since the mark was lowered, in bytes: on the GPU if there is one, else resident memory."
-    if device() == "cuda": import torch; return torch.cuda.max_memory_allocated()
+    if device() == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if not status.exists(): from medft.core.run import peak_rss; return peak_rss()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])*1024
+    if not status.exists():
+        from medft.core.run import peak_rss
+
+        return peak_rss()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+
 
 def lower_mark() -> bool:
     "Lower the mark to what is held now. False where the system does not let us."
-    if device() == "cuda": import torch; torch.cuda.reset_peak_memory_stats(); return True
-    try: Path("/proc/self/clear_refs").write_text("5"); return True
-    except OSError: return False
+    if device() == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    except OSError:
+        return False
 
 # %% ../../nbs/bench/measurement.ipynb #c007
 def matmul_ceiling(
-    dtype,          # "bfloat16" or "float32"
-    size=4096,      # rows, columns and depth of the product
-    seconds=1.5,    # how long it is repeated
-) -> float:         # floating-point operations per second: the median
+    dtype,  # "bfloat16" or "float32"
+    size=4096,  # rows, columns and depth of the product
+    seconds=1.5,  # how long it is repeated
+) -> float:  # floating-point operations per second: the median
     "What this machine's large matrix product reaches."
     import torch
+
     a, b = (torch.randn(size, size, device=device()).to(getattr(torch, dtype)) for _ in "ab")
-    wait, rates, end = (torch.cuda.synchronize if device() == "cuda" else lambda: None), [], time.perf_counter() + seconds
+    wait, rates, end = (
+        (torch.cuda.synchronize if device() == "cuda" else lambda: None),
+        [],
+        time.perf_counter() + seconds,
+    )
     for i in range(10_000):
-        wait(); t = time.perf_counter(); a @ b; wait()
-        if i: rates.append(2*size**3/(time.perf_counter() - t))     # the first one warms up
-        if rates and time.perf_counter() > end: return statistics.median(rates)
+        wait()
+        t = time.perf_counter()
+        a @ b
+        wait()
+        if i:
+            rates.append(2 * size**3 / (time.perf_counter() - t))  # the first one warms up
+        if rates and time.perf_counter() > end:
+            return statistics.median(rates)
 
 # %% ../../nbs/bench/measurement.ipynb #c010
 def products(model) -> tuple[int, int]:
     "Operations of training, for a token, and for a supervised one on top (the head's)."
     import torch
+
     head, found = model.get_output_embeddings(), {True: 0, False: 0}
     for m in model.modules():
-        if isinstance(m, torch.nn.Linear): found[m is head] += m.in_features*m.out_features*(6 if m.weight.requires_grad else 4)
+        if isinstance(m, torch.nn.Linear):
+            found[m is head] += (
+                m.in_features * m.out_features * (6 if m.weight.requires_grad else 4)
+            )
     return found[False], found[True]
+
 
 def useful_flops(recipe) -> tuple[int, int]:
     "Operations of training a recipe's model: for a token, and for a supervised one on top."
     from medft.model.adapters import adapted
     from medft.model.families import load_config, meta_model
+
     shapes = meta_model(load_config(recipe), recipe.task)
     return products(adapted(recipe, shapes) if recipe.lora else shapes)
 
 # %% ../../nbs/bench/measurement.ipynb #c015
 def rapl_joules(root="/sys/class/powercap"):
     "What the packages' counters say, in joules; None where there are none, or we may not read them."
-    try: found = [int((p/"energy_uj").read_text()) for p in Path(root).glob("*rapl:?") if (p/"energy_uj").exists()]
-    except (OSError, ValueError): return None
-    return sum(found)/1e6 if found else None
+    try:
+        found = [
+            int((p / "energy_uj").read_text())
+            for p in Path(root).glob("*rapl:?")
+            if (p / "energy_uj").exists()
+        ]
+    except (OSError, ValueError):
+        return None
+    return sum(found) / 1e6 if found else None
+
 
 def gpu_joules():
     "What NVIDIA's library has counted, in joules, for all GPUs; None without it."
     try:
-        import pynvml; pynvml.nvmlInit()
-        return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount()))/1e3
-    except Exception: return None
+        import pynvml
+
+        pynvml.nvmlInit()
+        return (
+            sum(
+                pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(i))
+                for i in range(pynvml.nvmlDeviceGetCount())
+            )
+            / 1e3
+        )
+    except Exception:
+        return None
+
 
 def joules() -> float | None:
     "Joules spent since some moment, by every counter that can be read; None: none can."
@@ -81,15 +131,32 @@ def joules() -> float | None:
 # %% ../../nbs/bench/measurement.ipynb #c019
 def machine() -> dict:
     "What the figures were measured on."
-    import os, platform, psutil, torch
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if device() == "cuda" else []
-    return dict(device=device(), cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpus=gpus,
-                memory_bytes=psutil.virtual_memory().total, system=platform.platform(terse=True), torch=torch.__version__)
+    import os
+    import platform
+
+    import psutil
+    import torch
+
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if device() == "cuda"
+        else []
+    )
+    return dict(
+        device=device(),
+        cpu=cpu_name(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        gpus=gpus,
+        memory_bytes=psutil.virtual_memory().total,
+        system=platform.platform(terse=True),
+        torch=torch.__version__,
+    )
 
 # %% ../../nbs/bench/measurement.ipynb #c020b
 def keep_earlier(
-    path: Path,     # where a new result will be written
-    say,            # receives a line, when there was one
+    path: Path,  # where a new result will be written
+    say,  # receives a line, when there was one
 ):
     "Move an earlier result aside."
     if not path.exists():

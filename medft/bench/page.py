@@ -9,32 +9,77 @@ __all__ = ['LABELS', 'INK', 'HEADER', 'shown', 'engine_row', 'ratio_rows', 'abou
            'in_text', 'plot', 'markdown_table', 'page', 'write_page']
 
 # %% ../../nbs/bench/page.ipynb #c002
-from ..core.run import atomic_write  # first: it sets switches that the libraries read
+from ..core.run import atomic_write
 from ..evaluate.plots import COLORS, STYLE, plot_text
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/bench/page.ipynb #c004
-LABELS = dict(trl_default="TRL, defaults", trl_best="TRL, best settings", unsloth="Unsloth", fast="medft fast")
+LABELS = dict(
+    trl_default="TRL, defaults", trl_best="TRL, best settings", unsloth="Unsloth", fast="medft fast"
+)
 INK = COLORS | dict(trl_default="#9db8d2", trl_best=COLORS["trl"])
-HEADER = ["engine", "tokens/s", "spread", "supervised/s", "peak, training", "peak, process", "of ceiling", "first step", "import + load", "energy", "loss, first to last"]
+HEADER = [
+    "engine",
+    "tokens/s",
+    "spread",
+    "supervised/s",
+    "peak, training",
+    "peak, process",
+    "of ceiling",
+    "first step",
+    "import + load",
+    "energy",
+    "loss, first to last",
+]
 
-def shown(x, form="{:,.0f}", dash="-") -> str: return dash if x is None else form.format(x)
+
+def shown(x, form="{:,.0f}", dash="-") -> str:
+    return dash if x is None else form.format(x)
+
 
 def engine_row(name, e) -> list[str]:
     "One engine's figures as words."
-    gb = lambda k: shown(e.get(k) and e[k]/1e9, "{:.2f} GB")
+
+    def gb(k):
+        return shown(e.get(k) and e[k] / 1e9, "{:.2f} GB")
+
     losses = [x for x in e.get("losses") or []]
-    return [LABELS.get(name, name), shown(e["tokens_per_second"]), shown(e["spread"] and e["spread"][0]) + "-" + shown(e["spread"] and e["spread"][1]), shown(e["supervised_tokens_per_second"], "{:,.1f}"),
-            gb("peak_memory_bytes"), gb("peak_memory_process_bytes"), shown(e["ceiling_share"], "{:.0%}"), shown(e["first_step_seconds"], "{:.1f} s"),
-            f"{e['import_seconds']:.1f} + {e['load_seconds']:.1f} s", shown(e["joules_per_token"], "{:.2f} J/token", "not readable here"), f"{losses[0]:.4f} to {losses[-1]:.4f}" if losses else "-"]
+    return [
+        LABELS.get(name, name),
+        shown(e["tokens_per_second"]),
+        shown(e["spread"] and e["spread"][0]) + "-" + shown(e["spread"] and e["spread"][1]),
+        shown(e["supervised_tokens_per_second"], "{:,.1f}"),
+        gb("peak_memory_bytes"),
+        gb("peak_memory_process_bytes"),
+        shown(e["ceiling_share"], "{:.0%}"),
+        shown(e["first_step_seconds"], "{:.1f} s"),
+        f"{e['import_seconds']:.1f} + {e['load_seconds']:.1f} s",
+        shown(e["joules_per_token"], "{:.2f} J/token", "not readable here"),
+        f"{losses[0]:.4f} to {losses[-1]:.4f}" if losses else "-",
+    ]
+
 
 def ratio_rows(b) -> list[list[str]]:
     "What may be compared, a ratio a row; or why it may not."
     gone = {n: f["why"] for n, f in b["agreement"].items() if not f["agree"]} | b["failed"]
-    why = lambda pair: "; ".join(f"{LABELS.get(n, n)}: {gone[n]}" for n in pair.split("/") if n in gone) or "not measured"
-    return [[" against ".join(LABELS.get(n, n) for n in pair.split("/")), shown(r, "{:.2f}x"), shown(b["memory_ratios"].get(pair), "{:.2f}x"), "" if r is not None else f"no ratio: {why(pair)}"] for pair, r in b["ratios"].items()]
+
+    def why(pair):
+        return (
+            "; ".join(f"{LABELS.get(n, n)}: {gone[n]}" for n in pair.split("/") if n in gone)
+            or "not measured"
+        )
+
+    return [
+        [
+            " against ".join(LABELS.get(n, n) for n in pair.split("/")),
+            shown(r, "{:.2f}x"),
+            shown(b["memory_ratios"].get(pair), "{:.2f}x"),
+            "" if r is not None else f"no ratio: {why(pair)}",
+        ]
+        for pair, r in b["ratios"].items()
+    ]
 
 # %% ../../nbs/bench/page.ipynb #c005
 def about(b) -> list[str]:
@@ -43,52 +88,116 @@ def about(b) -> list[str]:
     where = f"{', '.join(m['gpus']) or m['cpu']}, {m['threads']} threads of {m['cores']} cores, torch {m['torch']}"
     what = f"{b['shape'] or b['model']}{' with random weights (only its configuration is real)' if b['random_weights'] else ''}, recipe {b['recipe']}, {s['batch']} rows a step of {b['tokens_per_step']:,.0f} real tokens, {b['supervised_per_step']:,.0f} of them supervised; {s['adapter']}, {b['precision']}"
     how = f"{s['rounds']} rounds of {s['steps']} steps after {s['warm']} to warm up, engines in turns{', a new process for each turn' if s['fresh'] else ''}{'; interrupted' if b['interrupted'] else ''}"
-    return [what, f"{where}; ceiling {', '.join(f'{x/1e9:,.0f} GFLOP/s in {t}' for t, x in b['ceiling'].items())}", how]
+    return [
+        what,
+        f"{where}; ceiling {', '.join(f'{x / 1e9:,.0f} GFLOP/s in {t}' for t, x in b['ceiling'].items())}",
+        how,
+    ]
+
 
 def agreed(b) -> str:
     "In words: whether losses and choices agree."
     far = max((f["loss_gap"] or 0 for f in b["agreement"].values()), default=0)
-    if b["agree"]: c = [f["choices"] for f in b["agreement"].values() if f.get("choices")]; return f"losses agree within {far:.4f} a step ({next(iter(b['agreement'].values()))['loss_tolerance']:.4f} allowed), choices on {c[0]['n'] if c else 0} held-out questions agree ({sum(x['near_ties'] for x in c)} differ in a near-tie)"
-    said = [f"{LABELS.get(n, n)}: {f['why']}" for n, f in b["agreement"].items() if not f["agree"]] + [f"{LABELS.get(n, n)} failed: {e}" for n, e in b["failed"].items()]
+    if b["agree"]:
+        c = [f["choices"] for f in b["agreement"].values() if f.get("choices")]
+        return f"losses agree within {far:.4f} a step ({next(iter(b['agreement'].values()))['loss_tolerance']:.4f} allowed), choices on {c[0]['n'] if c else 0} held-out questions agree ({sum(x['near_ties'] for x in c)} differ in a near-tie)"
+    said = [
+        f"{LABELS.get(n, n)}: {f['why']}" for n, f in b["agreement"].items() if not f["agree"]
+    ] + [f"{LABELS.get(n, n)} failed: {e}" for n, e in b["failed"].items()]
     return "NOT AGREED: " + (". ".join(said) or "nothing was measured")
 
 # %% ../../nbs/bench/page.ipynb #c005x1
 def figures_table(b) -> pd.DataFrame:
     "A column an engine, a row a figure."
-    return pd.DataFrame([engine_row(n, e) for n, e in b["engines"].items()], columns=HEADER).set_index("engine").rename_axis(None).T
+    return (
+        pd.DataFrame([engine_row(n, e) for n, e in b["engines"].items()], columns=HEADER)
+        .set_index("engine")
+        .rename_axis(None)
+        .T
+    )
+
 
 def ratio_table(b) -> pd.DataFrame:
     "A row a comparison."
-    return pd.DataFrame(ratio_rows(b), columns=["", "tokens/s", "peak, training", "why not"]).set_index("").rename_axis(None)
+    return (
+        pd.DataFrame(ratio_rows(b), columns=["", "tokens/s", "peak, training", "why not"])
+        .set_index("")
+        .rename_axis(None)
+    )
+
 
 def in_text(b) -> list[str]:
     "The result for a terminal."
-    tables = [t.to_string().splitlines() + [""] for t in (figures_table(b), ratio_table(b)) if len(t)]
+    tables = [
+        t.to_string().splitlines() + [""] for t in (figures_table(b), ratio_table(b)) if len(t)
+    ]
     return [*about(b), "", *(line.rstrip() for t in tables for line in t), agreed(b)]
 
 # %% ../../nbs/bench/page.ipynb #c007
 def plot(b) -> Figure:
     "Tokens per second, a dot a round; and the losses of all engines."
     import matplotlib as mpl
+
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(7.2, 2.7), layout="constrained"); left, right = fig.subplots(1, 2, width_ratios=(1.1, 1)); names = list(b["engines"])
+        fig = Figure(figsize=(7.2, 2.7), layout="constrained")
+        left, right = fig.subplots(1, 2, width_ratios=(1.1, 1))
+        names = list(b["engines"])
         for i, n in enumerate(names):
-            e = b["engines"][n]; left.barh(-i, e["tokens_per_second"] or 0, color=INK.get(n), height=.6); left.plot(e["by_round"], [-i]*len(e["by_round"]), "k.", ms=3)
-            right.plot(range(1, len(e["losses"] or []) + 1), e["losses"] or [], color=INK.get(n), marker="o", ms=8 - 2*i, lw=4 - i if i < 4 else 1, label=plot_text(LABELS.get(n, n)))
-        left.set(yticks=range(0, -len(names), -1), yticklabels=[plot_text(LABELS.get(n, n)) for n in names], xlabel="real tokens per second"); right.set(xlabel="step", ylabel="loss")
+            e = b["engines"][n]
+            left.barh(-i, e["tokens_per_second"] or 0, color=INK.get(n), height=0.6)
+            left.plot(e["by_round"], [-i] * len(e["by_round"]), "k.", ms=3)
+            right.plot(
+                range(1, len(e["losses"] or []) + 1),
+                e["losses"] or [],
+                color=INK.get(n),
+                marker="o",
+                ms=8 - 2 * i,
+                lw=4 - i if i < 4 else 1,
+                label=plot_text(LABELS.get(n, n)),
+            )
+        left.set(
+            yticks=range(0, -len(names), -1),
+            yticklabels=[plot_text(LABELS.get(n, n)) for n in names],
+            xlabel="real tokens per second",
+        )
+        right.set(xlabel="step", ylabel="loss")
         right.legend()
     return fig
 
 # %% ../../nbs/bench/page.ipynb #c008
-def markdown_table(rows) -> str: "Rows as a markdown table, the first one its header."; return "\n".join("| " + " | ".join(r) + " |" for r in [rows[0], ["---"]*len(rows[0]), *rows[1:]])
+def markdown_table(rows) -> str:
+    "Rows as a markdown table, the first one its header."
+    return "\n".join(
+        "| " + " | ".join(r) + " |" for r in [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    )
+
 
 def page(b, picture) -> str:
     "The result as a markdown page."
-    parts = [f"# {b['shape'] or b['model']}: {b['recipe']}", "\n".join(f"- {x}" for x in about(b)), markdown_table([HEADER, *(engine_row(n, e) for n, e in b["engines"].items())])]
-    if b["ratios"]: parts.append(markdown_table([["", "tokens/s", "peak memory", ""], *ratio_rows(b)]))
-    notes = [f"- {LABELS.get(n, n)}: {line}" for n, e in b["engines"].items() for line in e["notes"]]
-    return "\n\n".join([*parts, agreed(b).capitalize() if b["agree"] else agreed(b), f"![speeds and losses]({picture})", *(["\n".join(notes)] if notes else [])]) + "\n"
+    parts = [
+        f"# {b['shape'] or b['model']}: {b['recipe']}",
+        "\n".join(f"- {x}" for x in about(b)),
+        markdown_table([HEADER, *(engine_row(n, e) for n, e in b["engines"].items())]),
+    ]
+    if b["ratios"]:
+        parts.append(markdown_table([["", "tokens/s", "peak memory", ""], *ratio_rows(b)]))
+    notes = [
+        f"- {LABELS.get(n, n)}: {line}" for n, e in b["engines"].items() for line in e["notes"]
+    ]
+    return (
+        "\n\n".join(
+            [
+                *parts,
+                agreed(b).capitalize() if b["agree"] else agreed(b),
+                f"![speeds and losses]({picture})",
+                *(["\n".join(notes)] if notes else []),
+            ]
+        )
+        + "\n"
+    )
+
 
 def write_page(b, folder):
     "bench.md and bench.svg beside bench.json."
-    plot(b).savefig(folder/"bench.svg", metadata=dict(Date=None)); atomic_write(folder/"bench.md", page(b, "bench.svg"))
+    plot(b).savefig(folder / "bench.svg", metadata=dict(Date=None))
+    atomic_write(folder / "bench.md", page(b, "bench.svg"))

@@ -13,8 +13,8 @@ __all__ = ['SHORT', 'FEW', 'CHECKPOINTING', 'HEAP_FORBIDDEN', 'LLAMA', 'SMALL_LL
 # %% ../../nbs/bench/plan_evidence.ipynb #pe02
 # core comes first: it sets switches that the libraries read
 from ..core.run import MedftError, Recipe, cpu_name, device, load_recipe, read_json
-from ..plan import peak_memory as peak
 from ..model.shapes import shape_model
+from ..plan import peak_memory as peak
 
 import os
 import subprocess
@@ -33,20 +33,23 @@ CHECKPOINTING = "training.gradient_checkpointing=true"
 # bytes; larger requests get pages of their own, and give them back at once
 HEAP_FORBIDDEN = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
+
 @dataclass(frozen=True)
 class PlanRow:
     "What is trained for one row of plan.json."
+
     name: str
     engine: str = "trl"
     recipe: str = "quickstart"
     shape: str | None = None  # of random weights; None: the recipe's own model
     overrides: tuple[str, ...] = ()
-    use: str | None = None    # "calibration", "heap forbidden", or None: held out
+    use: str | None = None  # "calibration", "heap forbidden", or None: held out
 
     @property
     def key(self) -> str:
         "What tells this row from the others."
         return f"{self.name}, {self.engine}"
+
 
 def batch(rows: int) -> str:
     "The override for this many rows in a micro-batch."
@@ -115,6 +118,7 @@ ROWS = (
     PlanRow(**LORA_16 | dict(name=f"{LORA_16['name']}, without heap"), **WITHOUT_HEAP),
 )
 
+
 def recipe_of(row: PlanRow, model: str | Path | None = None) -> Recipe:
     "The recipe of a row; `model`: the folder of a model instead of making one of the row's shape."
     if model is None and row.shape is not None:
@@ -125,11 +129,13 @@ def recipe_of(row: PlanRow, model: str | Path | None = None) -> Recipe:
 # %% ../../nbs/bench/plan_evidence.ipynb #pe09
 MOVING = ("activations", "logits", "temporaries")
 
+
 def moving_and_rest(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     "Of measured rows: bytes that come and go in a step, and measured bytes that no part explains."
     moving = np.array([sum(row["parts"][part] for part in MOVING) for row in rows], float)
     rest = np.array([row["measured"] - sum(row["parts"].values()) for row in rows], float)
     return moving, rest
+
 
 def calibrated(rows: list[dict]) -> tuple[dict, float]:
     "Bytes of each engine's process, and the share of moving bytes that the heap wastes."
@@ -138,12 +144,12 @@ def calibrated(rows: list[dict]) -> tuple[dict, float]:
     slope, intercept = np.polyfit(moving, rest, 1)
     heap = round(float(slope), 4)
     moving, rest = moving_and_rest([row for row in marked if row["engine"] == "fast"])
-    return dict(trl=round(float(intercept)), fast=round(float((rest - heap*moving).mean()))), heap
+    return dict(trl=round(float(intercept)), fast=round(float((rest - heap * moving).mean()))), heap
 
 # %% ../../nbs/bench/plan_evidence.ipynb #pe12
 def kernel_bytes(
-    root: Path,   # for the run's folder
-    plain: int,   # bytes of the first row's peak
+    root: Path,  # for the run's folder
+    plain: int,  # bytes of the first row's peak
     short=False,  # two steps instead of the whole training: a try of the command
 ) -> int:
     "Bytes that a whole run in a kernel adds to the first row's peak. Raises `MedftError`."
@@ -165,6 +171,7 @@ def kernel_bytes(
 MEMORY_NEEDED = 5e9  # bytes; the largest row takes 3.6e9
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
+
 def check_machine():
     "Raise `MedftError` for a machine on which the rows cannot be measured."
     if device() != "cpu":
@@ -177,15 +184,18 @@ def check_machine():
             f"plan: {free / 1e9:.1f} GB of memory are free, {MEMORY_NEEDED / 1e9:.0f} GB are needed"
         )
 
+
 def environment_of(row: PlanRow) -> dict:
     "The environment in which a row is trained."
     forbidden = HEAP_FORBIDDEN if row.use == "heap forbidden" else {}
     return os.environ | dict(OMP_NUM_THREADS="1") | forbidden
 
+
 def measured_row(row: PlanRow, root: Path) -> dict:
     "Train a row in a process of its own: what plan.json keeps of it."
     found = peak.weigh(recipe_of(row), row.engine, root, environment_of(row))
     return found | dict(name=row.name) | (dict(use=row.use) if row.use else {})
+
 
 def plan_file(rows: list[dict], kernel: int) -> dict:
     "What plan.json holds, from all measured rows and the bytes of a notebook's kernel."

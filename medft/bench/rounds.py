@@ -10,147 +10,316 @@ __all__ = ['WIDE', 'NARROW', 'FREE', 'VARIANTS', 'QUIET', 'competitors', 'plain_
            'rounds_of']
 
 # %% ../../nbs/bench/rounds.ipynb #c002
-from ..core.run import MedftError, Run, assets, device, load_recipe, nearest, write_json  # first: it sets switches that the libraries read
-from ..data.pipeline import load_split, prepare
 from .measurement import joules
+from ..core.run import MedftError, Run, assets, device, load_recipe, nearest, write_json
 from ..core.sections import ENGINES
+from ..data.pipeline import load_split, prepare
 from ..model.shapes import shape_model
 from ..train.baseline import has_bfloat16
 
-import json, os, shutil, subprocess, sys
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 # %% ../../nbs/bench/rounds.ipynb #c004
-WIDE = ["model.dtype=float32", "training.gradient_checkpointing=true", "training.padding_free=false"]
+WIDE = [
+    "model.dtype=float32",
+    "training.gradient_checkpointing=true",
+    "training.padding_free=false",
+]
 NARROW = ["model.dtype=bfloat16", "training.bf16=false", "training.gradient_checkpointing=false"]
 FREE = ["training.padding_free=true", "training.max_length=null"]
-VARIANTS = dict(trl_default=("trl", WIDE), trl_best=("trl", NARROW + FREE), unsloth=("unsloth", NARROW), fast=("fast", ["training.gradient_checkpointing=false"]))
+VARIANTS = dict(
+    trl_default=("trl", WIDE),
+    trl_best=("trl", NARROW + FREE),
+    unsloth=("unsloth", NARROW),
+    fast=("fast", ["training.gradient_checkpointing=false"]),
+)
+
 
 def competitors(
-    engines=None,   # "trl,fast", as the command line has it; None: all
+    engines=None,  # "trl,fast", as the command line has it; None: all
 ) -> list[str]:
     "The names in VARIANTS that are to run. Raises `MedftError`."
     names = [e.strip() for e in (engines or ",".join(ENGINES)).split(",") if e.strip()]
     known = [*ENGINES, *VARIANTS]
     for e in names:
-        if e not in known: raise MedftError(f"--engines: no engine {e!r}{nearest(e, known)}; there are {', '.join(ENGINES)}")
+        if e not in known:
+            raise MedftError(
+                f"--engines: no engine {e!r}{nearest(e, known)}; there are {', '.join(ENGINES)}"
+            )
     return [v for v, (engine, _) in VARIANTS.items() if engine in names or v in names]
 
 # %% ../../nbs/bench/rounds.ipynb #c006
 def plain_precision(r) -> str:
     "What the recipe computes in here."
-    return "bfloat16" if r.model.dtype == "bfloat16" or (has_bfloat16() if r.training.bf16 is None else r.training.bf16) else "float32"
+    return (
+        "bfloat16"
+        if r.model.dtype == "bfloat16"
+        or (has_bfloat16() if r.training.bf16 is None else r.training.bf16)
+        else "float32"
+    )
+
 
 def keys_of(name, r) -> tuple[str, list[str]]:
     "A competitor's engine, and the keys it changes in a recipe."
     engine, keys = VARIANTS[name]
-    if plain_precision(r) == "float32": keys = [k.replace("model.dtype=bfloat16", "model.dtype=float32") for k in keys]
-    elif device() == "cuda": keys = [k.replace("training.bf16=false", "training.bf16=true") for k in keys]
+    if plain_precision(r) == "float32":
+        keys = [k.replace("model.dtype=bfloat16", "model.dtype=float32") for k in keys]
+    elif device() == "cuda":
+        keys = [k.replace("training.bf16=false", "training.bf16=true") for k in keys]
     return engine, keys
 
 # %% ../../nbs/bench/rounds.ipynb #c009
-QUIET = ["training.save_strategy=no", "training.eval_strategy=no", "training.load_best_model_at_end=false", "training.logging_steps=1", "training.lr_scheduler_type=constant", "training.lr_scheduler_kwargs=null", "training.warmup_steps=0",
-         "evaluation.early_stopping_patience=null", "output.keep_best=null", "export.push_to_hub=false", "tracking.mlflow=false", *(f"dataset.checks.{c}=off" for c in ("near_duplicates", "near_overlap", "contamination", "identifiers"))]
+QUIET = [
+    "training.save_strategy=no",
+    "training.eval_strategy=no",
+    "training.load_best_model_at_end=false",
+    "training.logging_steps=1",
+    "training.lr_scheduler_type=constant",
+    "training.lr_scheduler_kwargs=null",
+    "training.warmup_steps=0",
+    "evaluation.early_stopping_patience=null",
+    "output.keep_best=null",
+    "export.push_to_hub=false",
+    "tracking.mlflow=false",
+    *(
+        f"dataset.checks.{c}=off"
+        for c in ("near_duplicates", "near_overlap", "contamination", "identifiers")
+    ),
+]
+
 
 def bench_recipe(recipe, overrides, model, steps, rows, engine, more=()):
     "A recipe as the bench runs it."
     named = [f"model.name={model}", "model.revision=null"] if model else []
-    return load_recipe(recipe, [*overrides, *QUIET, *named, f"engine=[{engine}]", f"training.max_steps={steps}", f"dataset.max_samples={rows}", *more])
+    return load_recipe(
+        recipe,
+        [
+            *overrides,
+            *QUIET,
+            *named,
+            f"engine=[{engine}]",
+            f"training.max_steps={steps}",
+            f"dataset.max_samples={rows}",
+            *more,
+        ],
+    )
+
 
 def rows_needed(recipe, steps) -> int:
     "Rows that so many steps read."
     t = recipe.training
-    return steps*(t.per_device_train_batch_size or 8)*(t.gradient_accumulation_steps or 1)
+    return steps * (t.per_device_train_batch_size or 8) * (t.gradient_accumulation_steps or 1)
+
 
 def cut_rows(run):
     "Cut the prepared training rows to the recipe's length, as the trainers would."
-    rows, n, folder = load_split(run, "train"), run.recipe.max_length, run.path/"data"/"train"
-    cut = rows.map(lambda b: {c: [x[:n] for x in b[c]] for c in ("input_ids", "completion_mask") if c in b}, batched=True, keep_in_memory=True)
-    shutil.rmtree(folder); cut.save_to_disk(folder)
+    rows, n, folder = load_split(run, "train"), run.recipe.max_length, run.path / "data" / "train"
+    cut = rows.map(
+        lambda b: {c: [x[:n] for x in b[c]] for c in ("input_ids", "completion_mask") if c in b},
+        batched=True,
+        keep_in_memory=True,
+    )
+    shutil.rmtree(folder)
+    cut.save_to_disk(folder)
 
 # %% ../../nbs/bench/rounds.ipynb #c010
 def questions(run, most=24) -> list[dict]:
     "Held-out multiple-choice items: the recipe's own, or the starter's where it has none."
-    has = [n for n in ("test", "validation") if (run.path/"data"/n).is_dir() and "options" in load_split(run, n).column_names]
-    if has: return [dict(r, group=str(r.get("group")), input_ids=None, completion_mask=None) for r in load_split(run, has[0]).select(range(min(most, len(load_split(run, has[0])))))]
-    lines = [json.loads(l) for l in (assets()/"starter"/"test.jsonl").read_text().splitlines()[:most]]
-    return [dict(id=d["id"], group=d["id"], prompt=f"Question: {d['question']}\nAnswer:", options=[f" {d[k]}" for k in ("opa", "opb", "opc", "opd")], answer=d["cop"]) for d in lines]
+    has = [
+        n
+        for n in ("test", "validation")
+        if (run.path / "data" / n).is_dir() and "options" in load_split(run, n).column_names
+    ]
+    if has:
+        return [
+            dict(r, group=str(r.get("group")), input_ids=None, completion_mask=None)
+            for r in load_split(run, has[0]).select(range(min(most, len(load_split(run, has[0])))))
+        ]
+    lines = [
+        json.loads(l) for l in (assets() / "starter" / "test.jsonl").read_text().splitlines()[:most]
+    ]
+    return [
+        dict(
+            id=d["id"],
+            group=d["id"],
+            prompt=f"Question: {d['question']}\nAnswer:",
+            options=[f" {d[k]}" for k in ("opa", "opb", "opc", "opd")],
+            answer=d["cop"],
+        )
+        for d in lines
+    ]
+
 
 def prepared(recipe, overrides, shape, names, warm, steps, rounds, root) -> dict[str, Run]:
     "A run for every competitor, on the same rows: name -> Run."
-    plain = load_recipe(recipe, overrides); total = warm + steps*rounds
+    plain = load_recipe(recipe, overrides)
+    total = warm + steps * rounds
     model = shape_model(plain, shape) if shape else None
-    made = lambda name, engine, more: Run.create(bench_recipe(recipe, overrides, model, total, rows_needed(plain, total), engine, more), root=root, run_id=name)
-    first = made("rows", "trl", []); prepare(first); cut_rows(first); write_json(first.path/"items.json", questions(first))
+
+    def made(name, engine, more):
+        return Run.create(
+            bench_recipe(recipe, overrides, model, total, rows_needed(plain, total), engine, more),
+            root=root,
+            run_id=name,
+        )
+
+    first = made("rows", "trl", [])
+    prepare(first)
+    cut_rows(first)
+    write_json(first.path / "items.json", questions(first))
     runs = {}
     for name in names:
         runs[name] = made(name, *keys_of(name, plain))
-        shutil.copytree(first.path/"data", runs[name].path/"data", copy_function=os.link); shutil.copy(first.path/"items.json", runs[name].path)
+        shutil.copytree(first.path / "data", runs[name].path / "data", copy_function=os.link)
+        shutil.copy(first.path / "items.json", runs[name].path)
     return runs
 
 # %% ../../nbs/bench/rounds.ipynb #c012
-class EngineFailed(Exception): "One competitor could not go on."
+class EngineFailed(Exception):
+    "One competitor could not go on."
+
 
 class Process:
     "A process of `bench_worker`, spoken to in lines."
+
     def __init__(self, args, log):
         self.log = Path(log)
         with self.log.open("ab") as err:
-            self.process = subprocess.Popen([sys.executable, "-m", "medft.bench.worker", *map(str, args)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True, process_group=0)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "medft.bench.worker", *map(str, args)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+                process_group=0,
+            )
 
     def expect(self, event) -> dict:
         "The next thing it says. Raises `EngineFailed` when that is something else, or nothing."
         line = self.process.stdout.readline()
         said = json.loads(line) if line.strip() else {}
-        if said.get("event") == event: return said
-        last = [l for l in self.log.read_text(errors="replace").splitlines() if l.strip()][-1:] or ["it said nothing"]
-        raise EngineFailed(said.get("error") or f"its process ended with code {self.process.wait()}: {last[0][:300]}")
+        if said.get("event") == event:
+            return said
+        last = [l for l in self.log.read_text(errors="replace").splitlines() if l.strip()][-1:] or [
+            "it said nothing"
+        ]
+        raise EngineFailed(
+            said.get("error")
+            or f"its process ended with code {self.process.wait()}: {last[0][:300]}"
+        )
 
-    def tell(self, word): self.process.stdin.write(word + "\n"); self.process.stdin.flush()
+    def tell(self, word):
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+
     def stop(self):
-        if self.process.poll() is None: self.process.kill()
+        if self.process.poll() is None:
+            self.process.kill()
         self.process.wait()
 
 # %% ../../nbs/bench/rounds.ipynb #c014
 class Competitor:
     "One engine of the bench: its process, and what it has shown so far."
-    def __init__(self, name, run, warm, steps): self.name, self.run, self.warm, self.steps, self.process, self.seen = name, run, warm, steps, None, dict(starts=[], turns=[])
+
+    def __init__(self, name, run, warm, steps):
+        self.name, self.run, self.warm, self.steps, self.process, self.seen = (
+            name,
+            run,
+            warm,
+            steps,
+            None,
+            dict(starts=[], turns=[]),
+        )
 
     def begin(self):
         "Start the process, let it load and warm up."
-        self.process = Process([self.run.path, VARIANTS[self.name][0], self.warm, self.steps], self.run.path/"logs"/"bench.log")
-        loaded = self.process.expect("loaded"); warm = self.process.expect("turn")
-        self.seen["starts"].append({k: loaded[k] for k in ("import_seconds", "load_seconds", "drawn", "bf16", "notes")} | dict(first_step_seconds=warm["times"][0], peak=warm["peak"], warm=warm))
+        self.process = Process(
+            [self.run.path, VARIANTS[self.name][0], self.warm, self.steps],
+            self.run.path / "logs" / "bench.log",
+        )
+        loaded = self.process.expect("loaded")
+        warm = self.process.expect("turn")
+        self.seen["starts"].append(
+            {k: loaded[k] for k in ("import_seconds", "load_seconds", "drawn", "bf16", "notes")}
+            | dict(first_step_seconds=warm["times"][0], peak=warm["peak"], warm=warm)
+        )
 
     def turn(self):
         "One measured turn."
         before = joules()
-        self.process.tell("go"); t = self.process.expect("turn")
-        self.seen["turns"].append(dict(times=t["times"], rows=t["rows"], peak=t["peak"], joules=None if before is None else joules() - before)); self.note_losses()
+        self.process.tell("go")
+        t = self.process.expect("turn")
+        self.seen["turns"].append(
+            dict(
+                times=t["times"],
+                rows=t["rows"],
+                peak=t["peak"],
+                joules=None if before is None else joules() - before,
+            )
+        )
+        self.note_losses()
 
-    def note_losses(self): self.seen["losses"] = [r["loss"] for r in map(json.loads, (self.run.path/VARIANTS[self.name][0]/"log.jsonl").read_text().splitlines()) if "loss" in r]
+    def note_losses(self):
+        self.seen["losses"] = [
+            r["loss"]
+            for r in map(
+                json.loads,
+                (self.run.path / VARIANTS[self.name][0] / "log.jsonl").read_text().splitlines(),
+            )
+            if "loss" in r
+        ]
 
     def end(self):
         "Let it save what it has trained."
-        self.process.tell("end"); self.process.expect("saved"); self.process.process.wait(); self.process = None
+        self.process.tell("end")
+        self.process.expect("saved")
+        self.process.process.wait()
+        self.process = None
         self.note_losses()
 
 # %% ../../nbs/bench/rounds.ipynb #c015
-def speed(turn, what=0) -> float: "Tokens per second of a turn; `what=1`: supervised ones."; return sum(r[what] for r in turn["rows"])/sum(turn["times"])
+def speed(turn, what=0) -> float:
+    "Tokens per second of a turn; `what=1`: supervised ones."
+    return sum(r[what] for r in turn["rows"]) / sum(turn["times"])
+
 
 def rounds_of(runs, warm, steps, rounds, fresh, say):
     "Let the competitors take turns: yields what each has shown and what failed, again after every change."
     field, failed = [Competitor(n, r, warm, steps) for n, r in runs.items()], {}
-    state = lambda: ({c.name: c.seen for c in field}, dict(failed))
+
+    def state():
+        return ({c.name: c.seen for c in field}, dict(failed))
+
     def tried(c, act):
-        try: act(); return True
-        except (EngineFailed, OSError) as e: failed[c.name] = str(e); say(f"{c.name}: failed: {e}"); c.process and c.process.stop(); return False
+        try:
+            act()
+            return True
+        except (EngineFailed, OSError) as e:
+            failed[c.name] = str(e)
+            say(f"{c.name}: failed: {e}")
+            c.process and c.process.stop()
+            return False
+
     try:
         for i in range(rounds):
             for c in field:
-                if c.name in failed or c.process is None and not tried(c, c.begin) or not tried(c, c.turn): yield state(); continue
+                if (
+                    c.name in failed
+                    or c.process is None
+                    and not tried(c, c.begin)
+                    or not tried(c, c.turn)
+                ):
+                    yield state()
+                    continue
                 say(f"round {i + 1}/{rounds}: {c.name} {speed(c.seen['turns'][-1]):,.0f} tokens/s")
-                if fresh or i + 1 == rounds: tried(c, c.end)
+                if fresh or i + 1 == rounds:
+                    tried(c, c.end)
                 yield state()
     finally:
-        for c in field: c.process and c.process.stop()
+        for c in field:
+            c.process and c.process.stop()

@@ -9,168 +9,334 @@ __all__ = ['OFFLINE', 'Scorer', 'lead', 'agreement', 'serve', 'Worker', 'spread'
            'bench', 'scoring_table']
 
 # %% ../../nbs/bench/scoring.ipynb #c002
-from ..core.run import MedftError, Run, assets, device, load_recipe, model_path, read_json, runs_root, write_json  # first: it sets switches that the libraries read
-from ..data.pipeline import load_tokenizer, prepare
-from ..model.families import config_of, model_class
-from ..evaluate.scoring.harness import harness, log_likelihoods, referee
 from .measurement import high_water, keep_earlier, lower_mark, machine
-from ..evaluate.scoring.predict import chosen, rendered, score_choices
-from ..model.shapes import shape_model
 from .rounds import QUIET, questions
+from medft.core.run import (
+    MedftError,
+    Run,
+    assets,
+    device,
+    load_recipe,
+    model_path,
+    read_json,
+    runs_root,
+    write_json,
+)
+from ..data.pipeline import load_tokenizer, prepare
+from ..evaluate.scoring.harness import harness, log_likelihoods, referee
+from ..evaluate.scoring.predict import chosen, rendered, score_choices
+from ..model.families import config_of, model_class
+from ..model.shapes import shape_model
 
-import json, os, statistics, subprocess, sys, time
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
 from transformers import AutoTokenizer
 
 # %% ../../nbs/bench/scoring.ipynb #c004
-OFFLINE = dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", TOKENIZERS_PARALLELISM="false")
+OFFLINE = dict(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    DO_NOT_TRACK="1",
+    TOKENIZERS_PARALLELISM="false",
+)
 
 # %% ../../nbs/bench/scoring.ipynb #c005
 class Scorer:
     "One side of the comparison, `lm_eval` or `medft`, on a model in this process."
+
     def __init__(self, who, model, tok):
-        self.model, self.tok, self.lm = model, tok, referee(model, tok) if who == "lm_eval" else None
+        self.model, self.tok, self.lm = (
+            model,
+            tok,
+            referee(model, tok) if who == "lm_eval" else None,
+        )
 
     def __call__(self, rows, batch_size=64) -> list[list[float]]:
         "The log-likelihood of every option of every row."
-        return log_likelihoods(self.lm, rows, batch_size) if self.lm is not None else score_choices(self.model, self.tok, rows, batch_size, jointly=True)
+        return (
+            log_likelihoods(self.lm, rows, batch_size)
+            if self.lm is not None
+            else score_choices(self.model, self.tok, rows, batch_size, jointly=True)
+        )
 
 # %% ../../nbs/bench/scoring.ipynb #c010
 def lead(scores) -> np.ndarray:
     "By how much the best option of each row leads."
     return np.array([s[-1] - s[-2] if len(s) > 1 else np.inf for s in map(sorted, scores)])
 
+
 def agreement(rows, theirs, ours, exact=None) -> dict:
     "How our scores compare with the harness's; `exact`: the harness's in float32, where these are not."
-    flat = lambda s: np.array([x for many in s for x in many]); exact = theirs if exact is None else exact
-    noise = max(np.abs(flat(theirs) - flat(exact)).max(), 5e-4); best = lambda s: np.array(chosen(rows, s)["acc"])
-    other = (best(ours) != best(exact)) & (lead(exact) > 2*noise)
-    same = {name: float(np.mean(np.equal(a, b))) for (name, a), b in zip(chosen(rows, ours).items(), chosen(rows, theirs).values())}
-    return dict(agree=not other.any(), differing=[str(rows[i].get("id", i)) for i in np.flatnonzero(other)], same_choices=same, noise=float(noise),
-                right=dict(lm_eval=float(np.mean(best(theirs) == best(exact))), medft=float(np.mean(best(ours) == best(exact)))),
-                max_difference=float(np.abs(flat(ours) - flat(theirs)).max()), max_error=float(np.abs(flat(ours) - flat(exact)).max()))
+
+    def flat(s):
+        return np.array([x for many in s for x in many])
+
+    exact = theirs if exact is None else exact
+    noise = max(np.abs(flat(theirs) - flat(exact)).max(), 5e-4)
+
+    def best(s):
+        return np.array(chosen(rows, s)["acc"])
+
+    other = (best(ours) != best(exact)) & (lead(exact) > 2 * noise)
+    same = {
+        name: float(np.mean(np.equal(a, b)))
+        for (name, a), b in zip(chosen(rows, ours).items(), chosen(rows, theirs).values())
+    }
+    return dict(
+        agree=not other.any(),
+        differing=[str(rows[i].get("id", i)) for i in np.flatnonzero(other)],
+        same_choices=same,
+        noise=float(noise),
+        right=dict(
+            lm_eval=float(np.mean(best(theirs) == best(exact))),
+            medft=float(np.mean(best(ours) == best(exact))),
+        ),
+        max_difference=float(np.abs(flat(ours) - flat(theirs)).max()),
+        max_error=float(np.abs(flat(ours) - flat(exact)).max()),
+    )
 
 # %% ../../nbs/bench/scoring.ipynb #c013
 def serve(spec):
     "The process: answers each line `{form, n, batch_size}` with seconds, peak memory and scores."
-    out = os.fdopen(os.dup(1), "w"); os.dup2(2, 1); s = read_json(Path(spec)); forms = read_json(Path(s["rows"]))
-    say = lambda **what: (out.write(json.dumps(what) + "\n"), out.flush())
-    config, tok = config_of(s["model"]), AutoTokenizer.from_pretrained(s["model"], trust_remote_code=False)
-    model = model_class(config).from_pretrained(s["model"], config=config, trust_remote_code=False, dtype=getattr(torch, s["dtype"])).to(s["device"]).eval()
-    score = Scorer(s["who"], model, tok); say(loaded=True)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    s = read_json(Path(spec))
+    forms = read_json(Path(s["rows"]))
+
+    def say(**what):
+        return (out.write(json.dumps(what) + "\n"), out.flush())
+
+    config, tok = (
+        config_of(s["model"]),
+        AutoTokenizer.from_pretrained(s["model"], trust_remote_code=False),
+    )
+    model = (
+        model_class(config)
+        .from_pretrained(
+            s["model"], config=config, trust_remote_code=False, dtype=getattr(torch, s["dtype"])
+        )
+        .to(s["device"])
+        .eval()
+    )
+    score = Scorer(s["who"], model, tok)
+    say(loaded=True)
     for line in sys.stdin:
-        order = json.loads(line); rows = forms[order["form"]][:order["n"]]
-        lower_mark(); start = time.perf_counter(); scores = score(rows, order["batch_size"])
+        order = json.loads(line)
+        rows = forms[order["form"]][: order["n"]]
+        lower_mark()
+        start = time.perf_counter()
+        scores = score(rows, order["batch_size"])
         say(seconds=time.perf_counter() - start, peak=high_water(), scores=scores)
 
 # %% ../../nbs/bench/scoring.ipynb #c014
 class Worker:
     "A process of `serve`."
+
     def __init__(self, folder, **spec):
-        folder.mkdir(parents=True, exist_ok=True); path = folder/f"{spec['who']}.{spec['dtype']}.json"; write_json(path, spec)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{spec['who']}.{spec['dtype']}.json"
+        write_json(path, spec)
         self.log = path.with_suffix(".log").open("w")
-        how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=os.environ | OFFLINE)
-        self.process = subprocess.Popen([sys.executable, "-m", "medft.bench.scoring", str(path)], **how)
+        how = dict(
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=os.environ | OFFLINE,
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "medft.bench.scoring", str(path)], **how
+        )
         self.hear()
 
     def hear(self) -> dict:
-        if line := self.process.stdout.readline(): return json.loads(line)
+        if line := self.process.stdout.readline():
+            return json.loads(line)
         raise MedftError(f"bench: a scoring process ended; its last words are in {self.log.name}")
 
     def ask(self, form, n, batch_size=64) -> dict:
-        self.process.stdin.write(json.dumps(dict(form=form, n=n, batch_size=batch_size)) + "\n"); self.process.stdin.flush()
+        self.process.stdin.write(json.dumps(dict(form=form, n=n, batch_size=batch_size)) + "\n")
+        self.process.stdin.flush()
         return self.hear()
 
     def stop(self):
-        self.process.kill(); self.process.wait()
-        for f in (self.process.stdin, self.process.stdout, self.log): f.close()
+        self.process.kill()
+        self.process.wait()
+        for f in (self.process.stdin, self.process.stdout, self.log):
+            f.close()
 
 # %% ../../nbs/bench/scoring.ipynb #c016
-def spread(values) -> dict: "Median, lowest and highest."; return dict(median=statistics.median(values), low=min(values), high=max(values))
+def spread(values) -> dict:
+    "Median, lowest and highest."
+    return dict(median=statistics.median(values), low=min(values), high=max(values))
+
 
 def race(workers, form, n, rounds, batch_sizes=(1, 8, 32), say=print) -> dict:
     "Both sides on n questions in turns; q/s, memory, scores."
-    few = max(n//3, 2); tried = {}
-    for w in workers.values(): w.ask(form, 2)
-    for size in batch_sizes: tried[size] = few/workers["lm_eval"].ask(form, few, size)["seconds"]
-    best = max(tried, key=tried.get); turns = {who: [] for who in workers}
+    few = max(n // 3, 2)
+    tried = {}
+    for w in workers.values():
+        w.ask(form, 2)
+    for size in batch_sizes:
+        tried[size] = few / workers["lm_eval"].ask(form, few, size)["seconds"]
+    best = max(tried, key=tried.get)
+    turns = {who: [] for who in workers}
     for i in range(rounds):
-        for who, w in workers.items(): turns[who].append(w.ask(form, n, best if who == "lm_eval" else 64))
-        say(f"bench: {form}, round {i + 1}/{rounds}: " + ", ".join(f"{who} {n/t[-1]['seconds']:.2f} questions/s" for who, t in turns.items()))
-    side = lambda t: dict(questions_per_second=spread([n/x["seconds"] for x in t]), peak_memory_bytes=max(x["peak"] for x in t), scores=t[-1]["scores"])
-    ratio = spread([a["seconds"]/b["seconds"] for a, b in zip(turns["lm_eval"], turns["medft"])])
-    return dict(lm_eval=side(turns["lm_eval"]) | dict(batch_size=best, tried=tried), medft=side(turns["medft"]), ratio=ratio)
+        for who, w in workers.items():
+            turns[who].append(w.ask(form, n, best if who == "lm_eval" else 64))
+        say(
+            f"bench: {form}, round {i + 1}/{rounds}: "
+            + ", ".join(f"{who} {n / t[-1]['seconds']:.2f} questions/s" for who, t in turns.items())
+        )
+
+    def side(t):
+        return dict(
+            questions_per_second=spread([n / x["seconds"] for x in t]),
+            peak_memory_bytes=max(x["peak"] for x in t),
+            scores=t[-1]["scores"],
+        )
+
+    ratio = spread([a["seconds"] / b["seconds"] for a, b in zip(turns["lm_eval"], turns["medft"])])
+    return dict(
+        lm_eval=side(turns["lm_eval"]) | dict(batch_size=best, tried=tried),
+        medft=side(turns["medft"]),
+        ratio=ratio,
+    )
 
 # %% ../../nbs/bench/scoring.ipynb #c018
 def compare(
-    model,          # folder or hub id
-    forms,          # form -> rows with prompt and options
-    folder,         # where the processes' files go
-    n=24,           # questions
+    model,  # folder or hub id
+    forms,  # form -> rows with prompt and options
+    folder,  # where the processes' files go
+    n=24,  # questions
     rounds=3,
     dtypes=("float32", "bfloat16"),
     say=print,
-    **how,          # batch_sizes
-) -> list[dict]:    # one per dtype and form
+    **how,  # batch_sizes
+) -> list[dict]:  # one per dtype and form
     "Race the harness and medft on a model."
-    harness(); out, exact = [], {}; write_json(Path(folder)/"rows.json", forms)
+    harness()
+    out, exact = [], {}
+    write_json(Path(folder) / "rows.json", forms)
     for dtype in dtypes:
         workers = {}
         try:
-            for who in ("lm_eval", "medft"): workers[who] = Worker(Path(folder), who=who, model=str(model), dtype=dtype, device=device(), rows=str(Path(folder)/"rows.json"))
-            for form in forms: out.append(dict(dtype=dtype, form=form) | race(workers, form, n, rounds, say=say, **how))
-        finally: [w.stop() for w in workers.values()]
+            for who in ("lm_eval", "medft"):
+                workers[who] = Worker(
+                    Path(folder),
+                    who=who,
+                    model=str(model),
+                    dtype=dtype,
+                    device=device(),
+                    rows=str(Path(folder) / "rows.json"),
+                )
+            for form in forms:
+                out.append(
+                    dict(dtype=dtype, form=form) | race(workers, form, n, rounds, say=say, **how)
+                )
+        finally:
+            [w.stop() for w in workers.values()]
     return [settle(cell, forms, n, exact) for cell in out]
 
 # %% ../../nbs/bench/scoring.ipynb #c019
 def settle(cell, forms, n, exact) -> dict:
     "A cell of the table: scores turned into agreement."
-    theirs, ours = (cell[who].pop("scores") for who in ("lm_eval", "medft")); form = cell["form"]
-    if cell["dtype"] == "float32": exact[form] = theirs
-    return cell | dict(memory_ratio=cell["medft"]["peak_memory_bytes"]/cell["lm_eval"]["peak_memory_bytes"], **agreement(forms[form][:n], theirs, ours, exact.get(form)))
+    theirs, ours = (cell[who].pop("scores") for who in ("lm_eval", "medft"))
+    form = cell["form"]
+    if cell["dtype"] == "float32":
+        exact[form] = theirs
+    return cell | dict(
+        memory_ratio=cell["medft"]["peak_memory_bytes"] / cell["lm_eval"]["peak_memory_bytes"],
+        **agreement(forms[form][:n], theirs, ours, exact.get(form)),
+    )
 
 # %% ../../nbs/bench/scoring.ipynb #c020
 def forms_of(recipe, out, n) -> dict:
     "A recipe's held-out questions, by letter and by text. Raises `MedftError` when they list no options."
-    run = Run.create(recipe, root=out, run_id="rows"); prepare(run); rows, tok = questions(run, n), load_tokenizer(recipe)
-    keep = lambda rows: [{k: r[k] for k in ("id", "prompt", "options", "answer")} for r in rows]
+    run = Run.create(recipe, root=out, run_id="rows")
+    prepare(run)
+    rows, tok = questions(run, n), load_tokenizer(recipe)
+
+    def keep(rows):
+        return [{k: r[k] for k in ("id", "prompt", "options", "answer")} for r in rows]
+
     forms = {form: keep(rendered(tok, rows, form)) for form in ("letters", "texts")}
-    if forms["letters"] == forms["texts"]: raise MedftError("bench: --scoring needs a recipe of multiple-choice questions whose prompts list their options")
+    if forms["letters"] == forms["texts"]:
+        raise MedftError(
+            "bench: --scoring needs a recipe of multiple-choice questions whose prompts list their options"
+        )
     return forms
 
 # %% ../../nbs/bench/scoring.ipynb #c021
 def bench(
-    recipe,         # a recipe, or its name
-    out=None,       # folder for bench_scoring.json; None: runs/.bench/<recipe>-scoring
+    recipe,  # a recipe, or its name
+    out=None,  # folder for bench_scoring.json; None: runs/.bench/<recipe>-scoring
     say=print,
-    overrides=(),   # as `medft run` takes them
-    shape=None,     # random weights of these shapes ("llama-160m,gemma-3-270m") instead of the recipe's model
-    n=24,           # questions
-    **how,          # rounds, dtypes, batch_sizes
+    overrides=(),  # as `medft run` takes them
+    shape=None,  # random weights of these shapes ("llama-160m,gemma-3-270m") instead of the recipe's model
+    n=24,  # questions
+    **how,  # rounds, dtypes, batch_sizes
 ) -> dict:
     "Compare scoring with lm-evaluation-harness. Raises `MedftError` when it is not installed."
-    version, r = harness(), load_recipe(recipe, [*overrides, *QUIET]) if isinstance(recipe, (str, Path)) else recipe
-    out = Path(out) if out else runs_root()/".bench"/f"{r.name}-scoring"; out.mkdir(parents=True, exist_ok=True)
-    keep_earlier(out/"bench_scoring.json", say)
-    forms = forms_of(r, out/"scoring"/time.strftime("%Y%m%d-%H%M%S"), n); n, cells = min(n, len(forms["texts"])), []
+    version, r = (
+        harness(),
+        load_recipe(recipe, [*overrides, *QUIET]) if isinstance(recipe, (str, Path)) else recipe,
+    )
+    out = Path(out) if out else runs_root() / ".bench" / f"{r.name}-scoring"
+    out.mkdir(parents=True, exist_ok=True)
+    keep_earlier(out / "bench_scoring.json", say)
+    forms = forms_of(r, out / "scoring" / time.strftime("%Y%m%d-%H%M%S"), n)
+    n, cells = min(n, len(forms["texts"])), []
     for name in shape.split(",") if shape else [r.model.name]:
-        model = shape_model(r, name) if shape else model_path(name); say(f"bench: {name}")
-        one = compare(model, forms, out/"scoring"/Path(name).name, n, say=say, **how); cells += [dict(shape=Path(name).name, random_weights=bool(shape)) | c for c in one]
-        found = dict(machine=machine(), lm_eval=version, recipe=r.name, questions=n, measured=time.strftime("%Y-%m-%d"))
+        model = shape_model(r, name) if shape else model_path(name)
+        say(f"bench: {name}")
+        one = compare(model, forms, out / "scoring" / Path(name).name, n, say=say, **how)
+        cells += [dict(shape=Path(name).name, random_weights=bool(shape)) | c for c in one]
+        found = dict(
+            machine=machine(),
+            lm_eval=version,
+            recipe=r.name,
+            questions=n,
+            measured=time.strftime("%Y-%m-%d"),
+        )
         found |= dict(cells=cells, agree=all(c["agree"] for c in cells))
-        write_json(out/"bench_scoring.json", found)
-    say(scoring_table(found).to_string(index=False)); return found
+        write_json(out / "bench_scoring.json", found)
+    say(scoring_table(found).to_string(index=False))
+    return found
 
 # %% ../../nbs/bench/scoring.ipynb #c022
 def scoring_table(found) -> pd.DataFrame:
     "A row per shape, precision and form; ratios of choices that do not agree are left out."
-    q = lambda s: f"{s['median']:.2f} ({s['low']:.2f}–{s['high']:.2f})"
-    row = lambda c: {"shape": c["shape"], "precision": c["dtype"], "options as": c["form"], "lm_eval, q/s": q(c["lm_eval"]["questions_per_second"]),
-                     "its batch": c["lm_eval"]["batch_size"], "medft, q/s": q(c["medft"]["questions_per_second"]), "ratio": q(c["ratio"]) if c["agree"] else "choices differ",
-                     "memory ratio": round(c["memory_ratio"], 2), "same choices": f"{c['same_choices']['acc']:.0%}", "largest difference": f"{c['max_difference']:.1e}"}
+
+    def q(s):
+        return f"{s['median']:.2f} ({s['low']:.2f}–{s['high']:.2f})"
+
+    def row(c):
+        return {
+            "shape": c["shape"],
+            "precision": c["dtype"],
+            "options as": c["form"],
+            "lm_eval, q/s": q(c["lm_eval"]["questions_per_second"]),
+            "its batch": c["lm_eval"]["batch_size"],
+            "medft, q/s": q(c["medft"]["questions_per_second"]),
+            "ratio": q(c["ratio"]) if c["agree"] else "choices differ",
+            "memory ratio": round(c["memory_ratio"], 2),
+            "same choices": f"{c['same_choices']['acc']:.0%}",
+            "largest difference": f"{c['max_difference']:.1e}",
+        }
+
     return pd.DataFrame([row(c) for c in found["cells"]])
 
 # %% ../../nbs/bench/scoring.ipynb #c025
-if __name__ == "__main__" and "__file__" in globals(): serve(sys.argv[1])
+if __name__ == "__main__" and "__file__" in globals():
+    serve(sys.argv[1])

@@ -8,38 +8,68 @@ Docs: https://medft.github.io/medft/bench/worker.html.md"""
 __all__ = ['MODULES', 'tally', 'counting', 'same_start', 'settled', 'turn_taker', 'work', 'judge', 'serve']
 
 # %% ../../nbs/bench/worker.ipynb #c002
+from medft.bench.measurement import (
+    high_water,
+    lower_mark,
+)  # neither imports a library that an engine could want to change first
 from ..core.run import Run
-from .measurement import high_water, lower_mark    # neither imports a library that an engine could want to change first
 
-import hashlib, importlib, json, os, re, sys, time, traceback
+import hashlib
+import importlib
+import json
+import os
+import re
+import sys
+import time
+import traceback
 
 # %% ../../nbs/bench/worker.ipynb #c004
 def tally(batches) -> list[int]:
     "Of the batches of one step: real tokens, supervised ones, and a checksum of the ids that does not depend on their order."
     out = [0, 0, 0]
     for b in batches:
-        ids, labels, places, mask = (b.get(k) for k in ("input_ids", "labels", "position_ids", "attention_mask"))
+        ids, labels, places, mask = (
+            b.get(k) for k in ("input_ids", "labels", "position_ids", "attention_mask")
+        )
         real = ids[mask.bool()] if mask is not None and mask.shape == ids.shape else ids.flatten()
         wanted = (labels != -100) & (places != 0) if places is not None else labels[:, 1:] != -100
-        for i, x in enumerate((real.numel(), int(wanted.sum()), int((real.long()*real.long()).sum()))): out[i] += x
+        for i, x in enumerate(
+            (real.numel(), int(wanted.sum()), int((real.long() * real.long()).sum()))
+        ):
+            out[i] += x
     return out
+
 
 def counting(trainer, seen):
     "Make a trainer note into `seen` what each of its steps is made of."
     take = trainer.get_batch_samples
-    def get(*args, **kwargs): batches, n = take(*args, **kwargs); seen.append(tally(batches)); return batches, n
+
+    def get(*args, **kwargs):
+        batches, n = take(*args, **kwargs)
+        seen.append(tally(batches))
+        return batches, n
+
     trainer.get_batch_samples = get
 
 # %% ../../nbs/bench/worker.ipynb #c008
 def same_start(model, seed=7) -> str:
     "Draw every adapter weight from a seed, in the order of their names. Returns a hash of all that is trained."
     import torch
-    name = lambda n: re.sub(r"base_model\.model\.|\.default|_orig_mod\.", "", n)
-    trained, g, h = sorted((name(n), p) for n, p in model.named_parameters() if p.requires_grad), torch.Generator().manual_seed(seed), hashlib.sha256()
+
+    def name(n):
+        return re.sub(r"base_model\.model\.|\.default|_orig_mod\.", "", n)
+
+    trained, g, h = (
+        sorted((name(n), p) for n, p in model.named_parameters() if p.requires_grad),
+        torch.Generator().manual_seed(seed),
+        hashlib.sha256(),
+    )
     with torch.no_grad():
         for n, p in trained:
-            if "lora_A" in n: p.copy_((torch.rand(p.shape, generator=g)*2 - 1)/p.shape[-1]**0.5)
-            elif "lora_" in n and "magnitude" not in n: p.copy_(torch.randn(p.shape, generator=g)*0.01)
+            if "lora_A" in n:
+                p.copy_((torch.rand(p.shape, generator=g) * 2 - 1) / p.shape[-1] ** 0.5)
+            elif "lora_" in n and "magnitude" not in n:
+                p.copy_(torch.randn(p.shape, generator=g) * 0.01)
             h.update(f"{n} {tuple(p.shape)}".encode() + p.detach().float().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
 
@@ -47,41 +77,74 @@ def same_start(model, seed=7) -> str:
 def settled():
     "The time, once the device has done all it was given."
     import torch
-    if torch.cuda.is_available(): torch.cuda.synchronize()
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 # %% ../../nbs/bench/worker.ipynb #c011x1
 def turn_taker(say, hear, warm, steps, seen):
     "A callback that measures a trainer in turns. `say` gets each turn's figures; `hear` answers go, or anything else to end."
     from transformers import TrainerCallback
+
     parent = os.getppid()
+
     class Turns(TrainerCallback):
         times, before, marked = [], 0.0, 0
-        def on_train_begin(self, *args, **kwargs): self.before = settled()
+
+        def on_train_begin(self, *args, **kwargs):
+            self.before = settled()
+
         def on_step_end(self, args, state, control, **kwargs):
-            self.times.append(settled() - self.before); done = state.global_step
-            if os.getppid() != parent: os._exit(1)      # nobody is left to report to
+            self.times.append(settled() - self.before)
+            done = state.global_step
+            if os.getppid() != parent:
+                os._exit(1)  # nobody is left to report to
             if done >= warm and (done - warm) % steps == 0:
                 last = slice(0, warm) if done == warm else slice(done - steps, done)
-                say(event="turn", step=done, times=self.times[last], rows=seen[last], peak=high_water())
-                if done == warm: lower_mark()
-                if hear() != "go": control.should_training_stop = True
+                say(
+                    event="turn",
+                    step=done,
+                    times=self.times[last],
+                    rows=seen[last],
+                    peak=high_water(),
+                )
+                if done == warm:
+                    lower_mark()
+                if hear() != "go":
+                    control.should_training_stop = True
             self.before = settled()
+
     return Turns()
 
 # %% ../../nbs/bench/worker.ipynb #c013
-MODULES = dict(trl="medft.train.baseline", unsloth="medft.train.unsloth_engine", fast="medft.fast.engine")
+MODULES = dict(
+    trl="medft.train.baseline", unsloth="medft.train.unsloth_engine", fast="medft.fast.engine"
+)
+
 
 def work(path, engine, warm, steps, say, hear):
     "Train a prepared run with an engine, in turns, and save what came of it."
-    start = time.perf_counter(); module = importlib.import_module(MODULES[engine]); imported = time.perf_counter()
+    start = time.perf_counter()
+    module = importlib.import_module(MODULES[engine])
+    imported = time.perf_counter()
     run, seen = Run.open(path), []
-    (run.path/engine).mkdir(exist_ok=True)
-    trainer = module.trainer_of(run); drawn = same_start(trainer.model)
-    counting(trainer, seen); trainer.add_callback(turn_taker(say, hear, warm, steps, seen))
-    say(event="loaded", import_seconds=imported - start, load_seconds=time.perf_counter() - imported, drawn=drawn, bf16=bool(trainer.args.bf16), notes=getattr(trainer, "notes", []))
+    (run.path / engine).mkdir(exist_ok=True)
+    trainer = module.trainer_of(run)
+    drawn = same_start(trainer.model)
+    counting(trainer, seen)
+    trainer.add_callback(turn_taker(say, hear, warm, steps, seen))
+    say(
+        event="loaded",
+        import_seconds=imported - start,
+        load_seconds=time.perf_counter() - imported,
+        drawn=drawn,
+        bf16=bool(trainer.args.bf16),
+        notes=getattr(trainer, "notes", []),
+    )
     trainer.go()
     from medft.train.baseline import save
+
     save(run, engine, trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
     say(event="saved")
 
@@ -90,26 +153,49 @@ def judge(paths, say):
     "Score the held-out questions of the first run with what each run has trained. `paths`: run folder -> engine."
     from medft.core.run import read_json
     from medft.data.pipeline import load_tokenizer
-    from medft.model.load import load_base, load_tuned
     from medft.evaluate.scoring.predict import predict
-    runs = [(Run.open(p), engine) for p, engine in paths.items()]; first = runs[0][0]
-    rows, tok, base = read_json(first.path/"items.json"), load_tokenizer(first.recipe), load_base(first.recipe)
+    from medft.model.load import load_base, load_tuned
+
+    runs = [(Run.open(p), engine) for p, engine in paths.items()]
+    first = runs[0][0]
+    rows, tok, base = (
+        read_json(first.path / "items.json"),
+        load_tokenizer(first.recipe),
+        load_base(first.recipe),
+    )
     for run, engine in runs:
         model = load_tuned(run, engine, base)
-        say(event="scores", run=str(run.path), scores=[list(s) for s in predict(model, tok, rows, first.recipe).scores])
-        if hasattr(model, "unload"): base = model.unload()
+        say(
+            event="scores",
+            run=str(run.path),
+            scores=[list(s) for s in predict(model, tok, rows, first.recipe).scores],
+        )
+        if hasattr(model, "unload"):
+            base = model.unload()
 
 # %% ../../nbs/bench/worker.ipynb #c016
 def serve(args):
     "The process: `RUN ENGINE WARM STEPS`, or `judge RUN=ENGINE ...`."
-    out = os.fdopen(os.dup(1), "w"); os.dup2(2, 1)
-    def say(**what): out.write(json.dumps(what) + "\n"); out.flush()
-    hear = lambda: sys.stdin.readline().strip()
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(**what):
+        out.write(json.dumps(what) + "\n")
+        out.flush()
+
+    def hear():
+        return sys.stdin.readline().strip()
+
     try:
-        if args[0] == "judge": judge(dict(a.rsplit("=", 1) for a in args[1:]), say)
-        else: work(args[0], args[1], int(args[2]), int(args[3]), say, hear)
+        if args[0] == "judge":
+            judge(dict(a.rsplit("=", 1) for a in args[1:]), say)
+        else:
+            work(args[0], args[1], int(args[2]), int(args[3]), say, hear)
     except BaseException as e:
         traceback.print_exc()
-        say(event="failed", error=f"{type(e).__name__}: {' '.join(str(e).split())[:500]}"); sys.exit(1)
+        say(event="failed", error=f"{type(e).__name__}: {' '.join(str(e).split())[:500]}")
+        sys.exit(1)
 
-if __name__ == "__main__" and "__file__" in globals(): serve(sys.argv[1:])
+
+if __name__ == "__main__" and "__file__" in globals():
+    serve(sys.argv[1:])

@@ -16,93 +16,158 @@ def local_files(recipe) -> list[str]:
     "Files that a recipe names and that must be here."
     d = recipe.dataset
     named = [d.path, d.validation_path, d.test_path, *d.sets.values(), *d.benchmarks.values()]
-    return [p for entry in named for p in ([entry] if isinstance(entry, str) else entry or []) if "://" not in p]
+    return [
+        p
+        for entry in named
+        for p in ([entry] if isinstance(entry, str) else entry or [])
+        if "://" not in p
+    ]
 
 # %% ../../nbs/cli/arguments.ipynb #c007
 def check_files(recipe):
     "Is everything here that a recipe names? Raises `MedftError`."
-    from medft.data.reading import recipe_sources
     from medft.core.run import MedftError, locate
+    from medft.data.reading import recipe_sources
+
     recipe_sources.open_sources(recipe, beforehand=True)
     if recipe.evaluation.models or recipe.evaluation.benchmarks:
         from medft.evaluate.scoring.without_training import check_scored
+
         check_scored(recipe)
-    if recipe.model.name.startswith((".", "/", "~")) and not locate(recipe.model.name): raise MedftError(f"model.name: no such folder: {recipe.model.name}")
-    if (encoder := recipe.evaluation.bertscore) and not locate(Path(encoder)/"config.json"): raise MedftError(f"evaluation.bertscore: {encoder} is no folder of a model (it has no config.json); download an encoder and name its folder, or leave the key out")
+    if recipe.model.name.startswith((".", "/", "~")) and not locate(recipe.model.name):
+        raise MedftError(f"model.name: no such folder: {recipe.model.name}")
+    if (encoder := recipe.evaluation.bertscore) and not locate(Path(encoder) / "config.json"):
+        raise MedftError(
+            f"evaluation.bertscore: {encoder} is no folder of a model (it has no config.json); download an encoder and name its folder, or leave the key out"
+        )
 
 # %% ../../nbs/cli/arguments.ipynb #c010
 def check_place(
-    folder,         # where the run, or all runs, will be written
-    fresh=False,    # it must not exist yet, or be empty
+    folder,  # where the run, or all runs, will be written
+    fresh=False,  # it must not exist yet, or be empty
 ):
     "Can a run be written there? Raises `MedftError`."
-    import shutil
     from medft.core.run import MedftError
-    if (folder.exists() and not folder.is_dir()) or (fresh and folder.exists() and any(folder.iterdir())):
-        raise MedftError(f"{folder} is not an empty folder; choose a new one with --run-dir, or go on with: medft resume {folder}")
+
+    import shutil
+
+    if (folder.exists() and not folder.is_dir()) or (
+        fresh and folder.exists() and any(folder.iterdir())
+    ):
+        raise MedftError(
+            f"{folder} is not an empty folder; choose a new one with --run-dir, or go on with: medft resume {folder}"
+        )
     above = next(p for p in (folder, *folder.parents) if p.exists())
-    if not os.access(above, os.W_OK): raise MedftError(f"cannot write to {above}; choose another place with --run-dir")
+    if not os.access(above, os.W_OK):
+        raise MedftError(f"cannot write to {above}; choose another place with --run-dir")
     free = shutil.disk_usage(above).free
-    if free < 10**9: raise MedftError(f"only {free / 1e9:.1f} GB of disk left at {above}, a run needs 1 GB; free some, or choose another place with --run-dir")
+    if free < 10**9:
+        raise MedftError(
+            f"only {free / 1e9:.1f} GB of disk left at {above}, a run needs 1 GB; free some, or choose another place with --run-dir"
+        )
 
 # %% ../../nbs/cli/arguments.ipynb #c013
 def chosen_stages(
-    stages,                 # what --stages was given, e.g. "data,model"; None: nothing
+    stages,  # what --stages was given, e.g. "data,model"; None: nothing
 ) -> list[str] | None:
     "The stages named on the command line. Raises `MedftError` for a name that is none."
     from medft.core.run import STAGES, MedftError, nearest
+
     names = [s.strip() for s in stages.split(",") if s.strip()] if stages is not None else None
     for s in names or []:
-        if s not in STAGES: raise MedftError(f"--stages: no stage {s!r}{nearest(s, STAGES)}; there are {', '.join(STAGES)}")
-    if names == []: raise MedftError(f"--stages: name at least one of {', '.join(STAGES)}")
+        if s not in STAGES:
+            raise MedftError(
+                f"--stages: no stage {s!r}{nearest(s, STAGES)}; there are {', '.join(STAGES)}"
+            )
+    if names == []:
+        raise MedftError(f"--stages: name at least one of {', '.join(STAGES)}")
     return names
 
 # %% ../../nbs/cli/arguments.ipynb #c016
 def rehearsed(recipe, build=True) -> tuple:
     "The small recipe and what it replaces."
     from medft.plan.rehearsal import rehearsal
+
     return rehearsal(recipe, build)
 
 # %% ../../nbs/cli/arguments.ipynb #c018
 def planned(
-    recipe, overrides, run_dir, stages,     # the arguments of `medft run`
-    rehearse=False, build=True,             # and whether a rehearsal's model and rows are written
-) -> tuple:     # the Recipe, its stages, the folder for runs, the run's own folder (None: made later), what a rehearsal replaced
+    recipe,
+    overrides,
+    run_dir,
+    stages,  # the arguments of `medft run`
+    rehearse=False,
+    build=True,  # and whether a rehearsal's model and rows are written
+) -> tuple:  # the Recipe, its stages, the folder for runs, the run's own folder (None: made later), what a rehearsal replaced
     "All that is known of a run before it has begun. Raises `MedftError`."
     from medft.cli import runner
     from medft.core.run import MedftError, load_recipe, runs_root, settle
+
     r, names = settle(load_recipe(recipe, overrides or ())), chosen_stages(stages)
-    root, place, replaced = runs_root() if rehearse else Path(r.output.dir or runs_root()), run_dir and run_dir.resolve(), []
+    root, place, replaced = (
+        runs_root() if rehearse else Path(r.output.dir or runs_root()),
+        run_dir and run_dir.resolve(),
+        [],
+    )
     root, names = root.resolve(), runner.stages_of(r, names)
     check_place(place or root, fresh=bool(place))
-    for s in names: runner.stage_notebook(s)
-    if not r.engine and "evaluate" in names: raise MedftError("engine: none is named, so there is nothing to train; to score models without training: medft evaluate MODEL --recipe " + r.name)
-    if rehearse: r, replaced = rehearsed(r, build)
-    else: check_files(r)
+    for s in names:
+        runner.stage_notebook(s)
+    if not r.engine and "evaluate" in names:
+        raise MedftError(
+            "engine: none is named, so there is nothing to train; to score models without training: medft evaluate MODEL --recipe "
+            + r.name
+        )
+    if rehearse:
+        r, replaced = rehearsed(r, build)
+    else:
+        check_files(r)
     return r, names, root, place, replaced
 
 # %% ../../nbs/cli/arguments.ipynb #v001
 def planned_evaluation(
-    what, overrides, recipe, further, merged, benchmarks, run_dir,      # the arguments of `medft evaluate`
-) -> tuple:     # the Recipe, what its base is called, the folder for runs, the run's own folder (None: made later)
+    what,
+    overrides,
+    recipe,
+    further,
+    merged,
+    benchmarks,
+    run_dir,  # the arguments of `medft evaluate`
+) -> tuple:  # the Recipe, what its base is called, the folder for runs, the run's own folder (None: made later)
     "All that is known of an evaluation without training before it has begun. Raises `MedftError`."
-    from medft.evaluate.scoring import without_training as elsewhere
     from medft.cli import runner
     from medft.core.run import runs_root
-    r, called = elsewhere.scoring_recipe(what, recipe, overrides or (), elsewhere.with_names(further or ()), merged, elsewhere.with_files(benchmarks))
+    from medft.evaluate.scoring import without_training as elsewhere
+
+    r, called = elsewhere.scoring_recipe(
+        what,
+        recipe,
+        overrides or (),
+        elsewhere.with_names(further or ()),
+        merged,
+        elsewhere.with_files(benchmarks),
+    )
     root, place = Path(r.output.dir or runs_root()).resolve(), run_dir and run_dir.resolve()
     check_place(place or root, fresh=bool(place))
-    for s in runner.stages_of(r, ["data", "evaluate"]): runner.stage_notebook(s)
-    check_files(r); elsewhere.check_scored(r)
+    for s in runner.stages_of(r, ["data", "evaluate"]):
+        runner.stage_notebook(s)
+    check_files(r)
+    elsewhere.check_scored(r)
     return r, called, root, place
 
 # %% ../../nbs/cli/arguments.ipynb #c022
 def find_run(
-    name,   # a run folder, "<recipe>/<run id>", or a run id
-):          # a Run
+    name,  # a run folder, "<recipe>/<run id>", or a run id
+):  # a Run
     "The run that is meant. Raises `MedftError`, naming the nearest."
     from medft.core.run import MedftError, Run, nearest, runs_root
-    for p in (Path(name), runs_root()/name, *sorted(runs_root().glob(f"*/{Path(name).name}"))):
-        if (p/"manifest.json").exists(): return Run.open(p)
-    known = [f"{p.parent.parent.name}/{p.parent.name}" for p in runs_root().glob("*/*/manifest.json")]
-    raise MedftError(f"no run {name!r}{nearest(name, known)} in {runs_root()}; `medft list` shows the runs")
+
+    for p in (Path(name), runs_root() / name, *sorted(runs_root().glob(f"*/{Path(name).name}"))):
+        if (p / "manifest.json").exists():
+            return Run.open(p)
+    known = [
+        f"{p.parent.parent.name}/{p.parent.name}" for p in runs_root().glob("*/*/manifest.json")
+    ]
+    raise MedftError(
+        f"no run {name!r}{nearest(name, known)} in {runs_root()}; `medft list` shows the runs"
+    )

@@ -9,50 +9,94 @@ __all__ = ['OK', 'WARN', 'BAD', 'check_versions', 'check_machine', 'check_gpus',
            'check_surroundings', 'reachable', 'looked', 'examined']
 
 # %% ../../nbs/cli/doctor.ipynb #c002
-import os, sys
+import os
+import sys
 from pathlib import Path
 
 # %% ../../nbs/cli/doctor.ipynb #c004
 OK, WARN, BAD = "ok", "warn", "bad"
 
+
 def check_versions():
     "Yield (level, what, what to do) for every package that medft needs."
     from importlib.metadata import PackageNotFoundError, requires, version
+
     from packaging.requirements import Requirement
-    try: needed = [Requirement(t) for t in requires("medft") or []]
-    except PackageNotFoundError: yield WARN, "medft is used without being installed", "pip install -e ."; return
+
+    try:
+        needed = [Requirement(t) for t in requires("medft") or []]
+    except PackageNotFoundError:
+        yield WARN, "medft is used without being installed", "pip install -e ."
+        return
     wrong = 0
     for r in (r for r in needed if not r.marker or r.marker.evaluate({"extra": ""})):
-        try: found = version(r.name)
-        except PackageNotFoundError: found = None
+        try:
+            found = version(r.name)
+        except PackageNotFoundError:
+            found = None
         if not found or not r.specifier.contains(found, prereleases=True):
-            wrong += 1; yield BAD, f"{r.name} {found or 'is missing'}, needed {r.specifier or 'any'}", f'pip install "{r}"'
-    if not wrong: yield OK, f"medft {version('medft')}, Python {sys.version.split()[0]}, {len(needed)} packages in the versions it needs", ""
+            wrong += 1
+            yield (
+                BAD,
+                f"{r.name} {found or 'is missing'}, needed {r.specifier or 'any'}",
+                f'pip install "{r}"',
+            )
+    if not wrong:
+        yield (
+            OK,
+            f"medft {version('medft')}, Python {sys.version.split()[0]}, {len(needed)} packages in the versions it needs",
+            "",
+        )
 
 # %% ../../nbs/cli/doctor.ipynb #c007
 def check_machine():
     "Yield what the hardware can do."
-    import psutil, shutil
     from medft.core.run import cpu_name, device, runs_root
+
+    import shutil
+
+    import psutil
+
     kind = device()
-    if kind == "cuda": yield from check_gpus()
-    elif kind == "mps": yield OK, "device mps", ""
-    else: yield WARN, f"device cpu: {cpu_name()}, {cpu_features()}", "fine for the quickstart; larger models want a GPU"
+    if kind == "cuda":
+        yield from check_gpus()
+    elif kind == "mps":
+        yield OK, "device mps", ""
+    else:
+        yield (
+            WARN,
+            f"device cpu: {cpu_name()}, {cpu_features()}",
+            "fine for the quickstart; larger models want a GPU",
+        )
     memory = psutil.virtual_memory().available / 2**30
-    yield (OK, f"memory: {memory:.1f} GB free", "") if memory > 4 else (WARN, f"memory: {memory:.1f} GB free", "the quickstart needs about 4 GB; end other programs")
+    yield (
+        (OK, f"memory: {memory:.1f} GB free", "")
+        if memory > 4
+        else (
+            WARN,
+            f"memory: {memory:.1f} GB free",
+            "the quickstart needs about 4 GB; end other programs",
+        )
+    )
     above = next(p for p in (runs_root(), *runs_root().parents) if p.exists())
     disk = shutil.disk_usage(above).free / 1e9
     cure = "" if disk > 10 else "a merged 4B model takes 8 GB; MEDFT_RUNS can point to another disk"
-    yield OK if disk > 10 else WARN if disk > 1 else BAD, f"disk: {disk:.0f} GB free for {runs_root()}", cure
+    yield (
+        OK if disk > 10 else WARN if disk > 1 else BAD,
+        f"disk: {disk:.0f} GB free for {runs_root()}",
+        cure,
+    )
 
 # %% ../../nbs/cli/doctor.ipynb #c008
 def check_gpus():
     "Yield each GPU."
     import torch
+
     for i in range(torch.cuda.device_count()):
         p, bf16 = torch.cuda.get_device_properties(i), torch.cuda.is_bf16_supported()
         said = f"GPU {i}: {p.name}, {p.total_memory / 2**30:.0f} GB, bf16 {'yes' if bf16 else 'no'}"
         yield (OK, said, "") if bf16 else (WARN, said, "set model.dtype=float16 (not for Gemma)")
+
 
 def cpu_features() -> str:
     "Cores, and whether bfloat16 is fast here."
@@ -63,40 +107,97 @@ def cpu_features() -> str:
 # %% ../../nbs/cli/doctor.ipynb #c011
 def check_hub():
     "Yield whether the Hugging Face hub may and can be asked."
-    token = os.environ.get("HF_TOKEN") or (Path(os.environ.get("HF_HOME", Path.home()/".cache"/"huggingface"))/"token").exists()
-    yield OK, "Hugging Face token: " + ("present (never shown or stored)" if token else "none; only gated models need one"), ""
-    off = [k for k in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(k, "0").lower() not in ("0", "", "false", "no", "off")]
-    yield OK, f"offline: {', '.join(off) + ' set, the hub will not be asked' if off else 'no flag set'}", ""
+    token = (
+        os.environ.get("HF_TOKEN")
+        or (
+            Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "token"
+        ).exists()
+    )
+    yield (
+        OK,
+        "Hugging Face token: "
+        + ("present (never shown or stored)" if token else "none; only gated models need one"),
+        "",
+    )
+    off = [
+        k
+        for k in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+        if os.environ.get(k, "0").lower() not in ("0", "", "false", "no", "off")
+    ]
+    yield (
+        OK,
+        f"offline: {', '.join(off) + ' set, the hub will not be asked' if off else 'no flag set'}",
+        "",
+    )
 
 # %% ../../nbs/cli/doctor.ipynb #c012
 def check_surroundings():
     "Yield what else a run may use."
-    import importlib.util, shutil
-    from medft.core.secrets import redact
     from medft.cli.tracking import tracking_uri
-    if importlib.util.find_spec("unsloth"): yield OK, "unsloth is installed", ""
-    else: yield WARN, "unsloth is not installed, that engine will be skipped", "pip install medft[unsloth] (on a GPU machine)"
-    yield OK, "quarto is installed" if shutil.which("quarto") else "quarto is not installed: only needed to build the site", ""
+    from medft.core.secrets import redact
+
+    import importlib.util
+    import shutil
+
+    if importlib.util.find_spec("unsloth"):
+        yield OK, "unsloth is installed", ""
+    else:
+        yield (
+            WARN,
+            "unsloth is not installed, that engine will be skipped",
+            "pip install medft[unsloth] (on a GPU machine)",
+        )
+    yield (
+        OK,
+        "quarto is installed"
+        if shutil.which("quarto")
+        else "quarto is not installed: only needed to build the site",
+        "",
+    )
     uri = tracking_uri()
-    if reachable(uri): yield OK, f"tracking: {redact(uri)}", ""
-    else: yield WARN, f"tracking: nothing answers at {redact(uri)}", "runs go on without it; send them later with: medft track RUN"
+    if reachable(uri):
+        yield OK, f"tracking: {redact(uri)}", ""
+    else:
+        yield (
+            WARN,
+            f"tracking: nothing answers at {redact(uri)}",
+            "runs go on without it; send them later with: medft track RUN",
+        )
 
 # %% ../../nbs/cli/doctor.ipynb #c013
 def reachable(uri, seconds=2) -> bool:
     "Does something listen there? A local store always does."
     import socket
     from urllib.parse import urlsplit
+
     u = urlsplit(uri)
-    if u.scheme not in ("http", "https"): return True
-    try: socket.create_connection((u.hostname, u.port or (443 if u.scheme == "https" else 80)), seconds).close(); return True
-    except OSError: return False
+    if u.scheme not in ("http", "https"):
+        return True
+    try:
+        socket.create_connection(
+            (u.hostname, u.port or (443 if u.scheme == "https" else 80)), seconds
+        ).close()
+        return True
+    except OSError:
+        return False
 
 # %% ../../nbs/cli/doctor.ipynb #c014
 def looked(look):
     "What a check yields; a missing package ends that check, not the others."
-    try: yield from look()
-    except ImportError as e: yield BAD, f"{look.__name__.removeprefix('check_')}: not looked at, {e}", "install what is missing, then ask again"
+    try:
+        yield from look()
+    except ImportError as e:
+        yield (
+            BAD,
+            f"{look.__name__.removeprefix('check_')}: not looked at, {e}",
+            "install what is missing, then ask again",
+        )
+
 
 def examined():
     "Yield (level, what, what to do) for all that is looked at."
-    yield from (x for look in (check_versions, check_machine, check_hub, check_surroundings) for x in looked(look))
+    yield from (
+        x
+        for look in (check_versions, check_machine, check_hub, check_surroundings)
+        for x in looked(look)
+    )

@@ -10,83 +10,140 @@ __all__ = ['HARMLESS', 'CHOOSING', 'REDO', 'freeze', 'unchanged', 'as_begun', 's
 
 # %% ../../nbs/cli/resume.ipynb #c002
 from ..core.run import TRAINING_STAGES, MedftError, Run, atomic_write, load_recipe
-from ..model.fingerprints import WITHOUT_EFFECT
 from ..core.secrets import full_url
+from ..model.fingerprints import WITHOUT_EFFECT
 
-import hashlib, re, time
+import hashlib
+import re
+import time
 
 # %% ../../nbs/cli/resume.ipynb #c005
 def freeze(run):
     "Lay down the copy of the recipe that a resumed run is compared with."
-    atomic_write(run.path/".recipe.yaml", (run.path/"recipe.yaml").read_text(encoding="utf-8"))
+    atomic_write(run.path / ".recipe.yaml", (run.path / "recipe.yaml").read_text(encoding="utf-8"))
 
-def unchanged(path, digest) -> bool: return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+
+def unchanged(path, digest) -> bool:
+    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+
 
 def as_begun(run):
     "The recipe that a run began with. Raises `MedftError` when that is lost."
     digest = run.manifest.get("digest")
-    for p in (run.path/".recipe.yaml", run.path/"recipe.yaml"):
-        if unchanged(p, digest): return load_recipe(p)
-    raise MedftError(f"{run.path/'recipe.yaml'} was edited since the run began, and what it said then is not recorded; put it back, or start a new run: medft run {run.path/'recipe.yaml'}")
+    for p in (run.path / ".recipe.yaml", run.path / "recipe.yaml"):
+        if unchanged(p, digest):
+            return load_recipe(p)
+    raise MedftError(
+        f"{run.path / 'recipe.yaml'} was edited since the run began, and what it said then is not recorded; put it back, or start a new run: medft run {run.path / 'recipe.yaml'}"
+    )
 
 # %% ../../nbs/cli/resume.ipynb #c008
 def spread(key, value) -> dict:
     "Nested values as dotted keys."
-    if not isinstance(value, dict) or not value: return {key: value}
-    return {k: v for name, inner in value.items() for k, v in spread(f"{key}.{name}" if key else name, inner).items()}
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    return {
+        k: v
+        for name, inner in value.items()
+        for k, v in spread(f"{key}.{name}" if key else name, inner).items()
+    }
+
 
 def differences(
-    old, new,   # two recipes
-) -> dict:      # dotted key -> (was, is)
+    old,
+    new,  # two recipes
+) -> dict:  # dotted key -> (was, is)
     "The keys in which two recipes differ."
     a, b = spread("", old.flat()), spread("", new.flat())
     return {k: (a.get(k), b.get(k)) for k in dict.fromkeys((*a, *b)) if a.get(k) != b.get(k)}
 
 # %% ../../nbs/cli/resume.ipynb #c012
 HARMLESS = (
-    "description", "tracking.*", "export.*", "evaluation.*", "output.keep_best", "output.hub_model_id", "dataset.cache",
+    "description",
+    "tracking.*",
+    "export.*",
+    "evaluation.*",
+    "output.keep_best",
+    "output.hub_model_id",
+    "dataset.cache",
     *(f"training.{k}" for k in WITHOUT_EFFECT),
 )
-CHOOSING = tuple(f"training.{k}" for k in "save_steps save_strategy eval_steps eval_strategy eval_delay".split())    # they matter where the best checkpoint is chosen
+CHOOSING = tuple(
+    f"training.{k}" for k in "save_steps save_strategy eval_steps eval_strategy eval_delay".split()
+)  # they matter where the best checkpoint is chosen
+
 
 def is_harmless(key, recipe) -> bool:
     "Whether changing this key leaves the trained weights as they are."
-    if key == "evaluation.early_stopping_patience" or key in CHOOSING and recipe.training.load_best_model_at_end: return False
+    if (
+        key == "evaluation.early_stopping_patience"
+        or key in CHOOSING
+        and recipe.training.load_best_model_at_end
+    ):
+        return False
     return any(re.fullmatch(p.replace(".", r"\.").replace("*", ".+"), key) for p in HARMLESS)
 
 # %% ../../nbs/cli/resume.ipynb #c016
 def told(found) -> str:
     "Differences as text; a library's 10.0 steps are 10."
-    text = lambda v: str(int(v)) if isinstance(v, float) and v.is_integer() else str(v)
+
+    def text(v):
+        return str(int(v)) if isinstance(v, float) and v.is_integer() else str(v)
+
     return ", ".join(f"{k}: {text(was)} -> {text(now)}" for k, (was, now) in found.items())
 
+
 def judge(
-    recipe,     # as the run began
-    found,      # `differences`
-    allow=(),   # keys that may change
+    recipe,  # as the run began
+    found,  # `differences`
+    allow=(),  # keys that may change
 ):
     "Raise `MedftError` for a difference that is not allowed, or cannot be."
     harmful = {k: v for k, v in found.items() if not is_harmless(k, recipe)}
     asked = {k: v for k, v in found.items() if k not in harmful and k not in allow}
-    parts = [f"{told(harmful)} (this changes the result: start a new run)"]*bool(harmful) + [f"{told(asked)} (harmless: {' '.join(f'--allow {k}' for k in asked)})"]*bool(asked)
-    if parts: raise MedftError(f"not the recipe that this run began with: {'; '.join(parts)}")
+    parts = [f"{told(harmful)} (this changes the result: start a new run)"] * bool(harmful) + [
+        f"{told(asked)} (harmless: {' '.join(f'--allow {k}' for k in asked)})"
+    ] * bool(asked)
+    if parts:
+        raise MedftError(f"not the recipe that this run began with: {'; '.join(parts)}")
 
 # %% ../../nbs/cli/resume.ipynb #c020
 REDO = {"evaluation": ("evaluate", "export"), "export": ("export",), "output": ("export",)}
 
+
 def outdated(found) -> list[str]:
     "The stages that must be done again after a change."
     was, now = found.get("evaluation.seeds", (1, 1))
-    return list(dict.fromkeys([*TRAINING_STAGES]*(now > was) + [s for k in found for s in REDO.get(k.partition(".")[0], ()) if k != "output.keep_best"]))
+    return list(
+        dict.fromkeys(
+            [*TRAINING_STAGES] * (now > was)
+            + [
+                s
+                for k in found
+                for s in REDO.get(k.partition(".")[0], ())
+                if k != "output.keep_best"
+            ]
+        )
+    )
 
 # %% ../../nbs/cli/resume.ipynb #c024
 def take(run, new, found) -> Run:
     "Write changes into a run: its recipe, what was changed when, and which stages that concerns."
     again = [s for s in outdated(found) if run.manifest["stages"].get(s)]
-    change = dict(when=time.strftime("%Y-%m-%dT%H:%M:%S%z"), keys={k: list(v) for k, v in found.items()}, again=again)
+    change = dict(
+        when=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        keys={k: list(v) for k, v in found.items()},
+        again=again,
+    )
     with run.hold():
-        atomic_write(run.path/"recipe.yaml", new.to_yaml())
-        run.update(dict(digest=new.digest(), changes=[*run.manifest.get("changes", []), change], stages={s: dict(status="outdated", reason=told(found)) for s in again}))
+        atomic_write(run.path / "recipe.yaml", new.to_yaml())
+        run.update(
+            dict(
+                digest=new.digest(),
+                changes=[*run.manifest.get("changes", []), change],
+                stages={s: dict(status="outdated", reason=told(found)) for s in again},
+            )
+        )
         freeze(run)
     run.log(f"resumed with changes: {told(found)}", show=False)
     return Run.open(run.path)
@@ -104,13 +161,14 @@ def refuse_without_credentials(run, recipe):
                 f" medft resume {run.path} dataset.path=URL (or the key that names it), or set MEDFT_URL=URL"
             )
 
+
 def resumed(
-    run,            # a Run
-    overrides=(),   # "section.key=value", ...
-    allow=(),       # keys that may differ
+    run,  # a Run
+    overrides=(),  # "section.key=value", ...
+    allow=(),  # keys that may differ
 ) -> Run:
     "The run with the recipe it may go on with. Raises `MedftError` when that is not the one it began with."
-    old, new = as_begun(run), load_recipe(run.path/"recipe.yaml", overrides)
+    old, new = as_begun(run), load_recipe(run.path / "recipe.yaml", overrides)
     found = differences(old, new)
     judge(old, found, allow)
     refuse_without_credentials(run, new)

@@ -12,151 +12,250 @@ __all__ = ['GRACE', 'stage_notebook', 'allocator', 'kernel_environment', 'kernel
            'note_left_out', 'is_complete', 'begin_plan', 'run_each', 'close_run', 'go']
 
 # %% ../../nbs/cli/runner.ipynb #c002
-import asyncio, ctypes.util, html, importlib.util, json, logging, os, re, signal, subprocess, sys, tempfile, threading, time
-from contextlib import ExitStack, contextmanager
+import asyncio
+import ctypes.util
+import html
+import importlib.util
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 sys.modules.setdefault("rfc3987_syntax", None)
-import papermill, psutil
+from .tracking import tracking_uri
+from ..core import run as core
+from ..core.run import MedftError, Run, atomic_write, notebooks, read_json, write_json
+from ..core.secrets import redact, redact_file
+from ..train.checkpoints import writing
+
+import papermill
+import psutil
 from fastcore.basics import patch
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from ..core import run as core
-from ..train.checkpoints import writing
-from ..core.run import MedftError, Run, atomic_write, notebooks, read_json, write_json
-from ..core.secrets import redact, redact_file
-from .tracking import tracking_uri
-
-logging.getLogger("papermill").setLevel(logging.CRITICAL)    # what it would say, we say
+logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would say, we say
 
 # %% ../../nbs/cli/runner.ipynb #c005
 def stage_notebook(stage) -> Path:
     "The notebook of a stage. Raises `MedftError` when it is missing, or does not take the two parameters."
-    path = notebooks()/f"{core.STAGES[stage]}.ipynb"
-    if not path.exists(): raise MedftError(f"the notebook of stage {stage} is missing: {path}; install medft again")
+    path = notebooks() / f"{core.STAGES[stage]}.ipynb"
+    if not path.exists():
+        raise MedftError(f"the notebook of stage {stage} is missing: {path}; install medft again")
     cells = [c for c in read_json(path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    found = set(re.findall(r"^(\w+)\s*(?::[^=\n]+)?=", "\n".join("".join(c["source"]) for c in cells), re.M))
+    found = set(
+        re.findall(r"^(\w+)\s*(?::[^=\n]+)?=", "\n".join("".join(c["source"]) for c in cells), re.M)
+    )
     if found != {"recipe", "run"}:
-        raise MedftError(f"{path}: its cell tagged 'parameters' sets {', '.join(sorted(found)) or 'nothing'}; a stage takes recipe and run")
+        raise MedftError(
+            f"{path}: its cell tagged 'parameters' sets {', '.join(sorted(found)) or 'nothing'}; a stage takes recipe and run"
+        )
     return path
 
 # %% ../../nbs/cli/runner.ipynb #c011
 def allocator(stage) -> dict:
     "What gives a stage tcmalloc, where this machine has it."
-    asked = os.environ.get("MEDFT_TCMALLOC")      # 0: leave it; a path: this library
-    if stage != "fast" or asked == "0" or sys.platform != "linux": return {}
-    found = asked or next(filter(None, map(ctypes.util.find_library, ("tcmalloc_minimal", "tcmalloc"))), None)
-    return dict(LD_PRELOAD=":".join(filter(None, (found, os.environ.get("LD_PRELOAD"))))) if found else {}
+    asked = os.environ.get("MEDFT_TCMALLOC")  # 0: leave it; a path: this library
+    if stage != "fast" or asked == "0" or sys.platform != "linux":
+        return {}
+    found = asked or next(
+        filter(None, map(ctypes.util.find_library, ("tcmalloc_minimal", "tcmalloc"))), None
+    )
+    return (
+        dict(LD_PRELOAD=":".join(filter(None, (found, os.environ.get("LD_PRELOAD")))))
+        if found
+        else {}
+    )
+
 
 def kernel_environment(home, stage=None) -> dict:
     "What a kernel's process gets: its own folders, no progress bars, which a saved notebook keeps line by line, and for one stage another allocator."
-    return dict(os.environ, IPYTHONDIR=str(home), JUPYTER_RUNTIME_DIR=str(home), TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1", **allocator(stage))
+    return dict(
+        os.environ,
+        IPYTHONDIR=str(home),
+        JUPYTER_RUNTIME_DIR=str(home),
+        TQDM_DISABLE="1",
+        PYDEVD_DISABLE_FILE_VALIDATION="1",
+        **allocator(stage),
+    )
 
 # %% ../../nbs/cli/runner.ipynb #c013
 class Kernel(AsyncKernelManager):
     "Starts kernels of this very interpreter."
-    home = out = process = stage = None     # folder for its files, open file for what it prints past Python, its process once started, the stage it is for
-    patience = 0                    # seconds that it is given to end by itself
+
+    home = out = process = stage = (
+        None  # folder for its files, open file for what it prints past Python, its process once started, the stage it is for
+    )
+    patience = 0  # seconds that it is given to end by itself
+
     @property
     def kernel_spec(self):
-        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="Python 3", language="python")
+        return KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            display_name="Python 3",
+            language="python",
+        )
+
     async def start_kernel(self, **kw):
-        self.connection_file = str(self.home/"kernel.json")
-        if os.name == "posix" and len(str(self.home)) < 80: self.transport, self.ip = "ipc", str(self.home/"kernel")   # no port, no network
-        await super().start_kernel(env=kernel_environment(self.home, self.stage), stdout=self.out, stderr=self.out, **kw)
+        self.connection_file = str(self.home / "kernel.json")
+        if os.name == "posix" and len(str(self.home)) < 80:
+            self.transport, self.ip = "ipc", str(self.home / "kernel")  # no port, no network
+        await super().start_kernel(
+            env=kernel_environment(self.home, self.stage), stdout=self.out, stderr=self.out, **kw
+        )
         type(self).process = self.provisioner.process
+
     async def shutdown_kernel(self, now=False, restart=False):
-        if Kernel.patience and type(self).process and self.process.poll() is None: await self.ask()
-        await super().shutdown_kernel(True, restart)     # all is on disk; a polite end costs 2 s
+        if Kernel.patience and type(self).process and self.process.poll() is None:
+            await self.ask()
+        await super().shutdown_kernel(True, restart)  # all is on disk; a polite end costs 2 s
 
     async def ask(self):
         "Pass SIGTERM on: a training saves a checkpoint before it ends, everything else ends at once."
-        self.process.terminate(); until = time.time() + Kernel.patience
-        while self.process.poll() is None and time.time() < until: await asyncio.sleep(0.1)
+        self.process.terminate()
+        until = time.time() + Kernel.patience
+        while self.process.poll() is None and time.time() < until:
+            await asyncio.sleep(0.1)
 
 # %% ../../nbs/cli/runner.ipynb #c015
 def kernel_class(
-    home,   # folder for the kernel's own files
-    out,    # open file for what it prints past Python
+    home,  # folder for the kernel's own files
+    out,  # open file for what it prints past Python
     stage=None,
 ) -> type:  # a Kernel; .process is its process once started
     "The class that papermill is given for one stage."
-    class Placed(Kernel): pass
+
+    class Placed(Kernel):
+        pass
+
     Placed.home, Placed.out, Placed.stage = Path(home), out, stage
     return Placed
 
 # %% ../../nbs/cli/runner.ipynb #c017
 class Interrupted(KeyboardInterrupt):
     "Ctrl-C, SIGTERM or SIGHUP; `.code` is the exit code that shells expect."
-    def __init__(self, number=signal.SIGINT): super().__init__(); self.code = 128 + number
+
+    def __init__(self, number=signal.SIGINT):
+        super().__init__()
+        self.code = 128 + number
 
 # %% ../../nbs/cli/runner.ipynb #c018
-GRACE = 25      # seconds between SIGTERM and the end; the kill comes after 30, by default, from Kubernetes, Slurm and most others
+GRACE = 25  # seconds between SIGTERM and the end; the kill comes after 30, by default, from Kubernetes, Slurm and most others
+
 
 @contextmanager
 def signals(caught=("SIGINT", "SIGTERM", "SIGHUP")):
     "While inside, signals that end the program raise `Interrupted`, once."
-    numbers = [getattr(signal, n) for n in caught if hasattr(signal, n)] if threading.current_thread() is threading.main_thread() else []
+    numbers = (
+        [getattr(signal, n) for n in caught if hasattr(signal, n)]
+        if threading.current_thread() is threading.main_thread()
+        else []
+    )
     Kernel.patience = 0
+
     def stop(number, frame):
         Kernel.patience = GRACE if number == signal.SIGTERM else 0
         logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
-        for n in numbers: signal.signal(n, signal.SIG_IGN)
+        for n in numbers:
+            signal.signal(n, signal.SIG_IGN)
         raise Interrupted(number)
+
     before = {n: signal.signal(n, stop) for n in numbers}
-    try: yield
+    try:
+        yield
     finally:
-        for n, h in before.items(): signal.signal(n, h)
+        for n, h in before.items():
+            signal.signal(n, h)
 
 # %% ../../nbs/cli/runner.ipynb #c021
 class Watch(threading.Thread):
     "Shows what a run logs, and remembers how much memory its kernel took."
+
     def __init__(self, log, kernel, show):
         super().__init__(daemon=True)
         self.log, self.kernel, self.show, self.end = Path(log), kernel, show, threading.Event()
-        self.place, self.peak, self.free = self.log.stat().st_size if self.log.exists() else 0, 0, psutil.virtual_memory().available
+        self.place, self.peak, self.free = (
+            self.log.stat().st_size if self.log.exists() else 0,
+            0,
+            psutil.virtual_memory().available,
+        )
 
     def look(self):
         if self.log.exists():
-            with self.log.open("rb") as f: f.seek(self.place); text = f.read()
-            whole = text[:text.rfind(b"\n") + 1]; self.place += len(whole)
-            for line in whole.decode("utf-8", "replace").splitlines(): self.show(redact(line))
+            with self.log.open("rb") as f:
+                f.seek(self.place)
+                text = f.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self.place += len(whole)
+            for line in whole.decode("utf-8", "replace").splitlines():
+                self.show(redact(line))
         self.free = min(self.free, psutil.virtual_memory().available)
-        try: self.peak = max(self.peak, psutil.Process(self.kernel.process.pid).memory_info().rss)
-        except (psutil.Error, AttributeError): pass
+        with suppress(psutil.Error, AttributeError):
+            self.peak = max(self.peak, psutil.Process(self.kernel.process.pid).memory_info().rss)
 
 # %% ../../nbs/cli/runner.ipynb #c022
 @patch
 def run(self: Watch):
-    while not self.end.wait(0.5): self.look()
+    while not self.end.wait(0.5):
+        self.look()
+
 
 @patch
-def stop(self: Watch): self.end.set(); self.join(); self.look()
+def stop(self: Watch):
+    self.end.set()
+    self.join()
+    self.look()
 
 # %% ../../nbs/cli/runner.ipynb #c024
 def oom_kills() -> int | None:
     "How often the system has killed a process here for memory; None when it does not say."
-    try: group = next(l[3:] for l in Path("/proc/self/cgroup").read_text().splitlines() if l.startswith("0::"))
-    except (OSError, StopIteration): group = ""
-    for p in (f"/sys/fs/cgroup{group}/memory.events", "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
-        try: return int(re.search(r"^oom_kill (\d+)", Path(p).read_text(), re.M)[1])
-        except (OSError, TypeError): continue
+    try:
+        group = next(
+            l[3:] for l in Path("/proc/self/cgroup").read_text().splitlines() if l.startswith("0::")
+        )
+    except (OSError, StopIteration):
+        group = ""
+    for p in (
+        f"/sys/fs/cgroup{group}/memory.events",
+        "/sys/fs/cgroup/memory.events",
+        "/sys/fs/cgroup/memory/memory.oom_control",
+    ):
+        try:
+            return int(re.search(r"^oom_kill (\d+)", Path(p).read_text(), re.M)[1])
+        except (OSError, TypeError):
+            continue
 
 # %% ../../nbs/cli/runner.ipynb #c027
 class StageFailed(Exception):
     "A stage did not finish; `.code` is the exit code, `.status` goes to the manifest."
-    def __init__(self, line, code=1, status="failed"): super().__init__(line); self.code, self.status = code, status
+
+    def __init__(self, line, code=1, status="failed"):
+        super().__init__(line)
+        self.code, self.status = code, status
+
 
 def cell_failed(stage, error, path) -> StageFailed:
     "What to say of a cell that raised."
     kind = getattr(core, error.ename, None)
     last = redact(" ".join(str(error.evalue).split()))
-    if isinstance(kind, type) and issubclass(kind, MedftError): return StageFailed(f"{stage}: {last}", 2)
-    if isinstance(kind, type) and issubclass(kind, core.Refused): return StageFailed(f"{stage}: refused: {last}", 3)
-    return StageFailed(f"stage {stage} failed in cell [{error.exec_count}]: {error.ename}: {last[:300]}; see {shorter(path)}")
+    if isinstance(kind, type) and issubclass(kind, MedftError):
+        return StageFailed(f"{stage}: {last}", 2)
+    if isinstance(kind, type) and issubclass(kind, core.Refused):
+        return StageFailed(f"{stage}: refused: {last}", 3)
+    return StageFailed(
+        f"stage {stage} failed in cell [{error.exec_count}]: {error.ename}: {last[:300]}; see {shorter(path)}"
+    )
+
 
 def shorter(path) -> str:
     "A path as one would type it from here."
@@ -164,28 +263,48 @@ def shorter(path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 # %% ../../nbs/cli/runner.ipynb #c029
-def is_blank(cell) -> bool: return cell["cell_type"] != "code" or not "".join(cell["source"]).strip()
+def is_blank(cell) -> bool:
+    return cell["cell_type"] != "code" or not "".join(cell["source"]).strip()
+
 
 def unfinished(
-    nb,             # an executed notebook, as a dict
-    died=False,     # the kernel is known to have died
-) -> tuple[int | None, int]:    # which of its cells it stopped in (None: it ran through), and how many were never run
+    nb,  # an executed notebook, as a dict
+    died=False,  # the kernel is known to have died
+) -> tuple[
+    int | None, int
+]:  # which of its cells it stopped in (None: it ran through), and how many were never run
     "Where a notebook stopped, if it did."
-    code = [(i, c["metadata"].get("papermill", {})) for i, c in enumerate(nb["cells"]) if not is_blank(c)]
-    ran, never = [x for x in code if x[1].get("start_time")], [x for x in code if not x[1].get("start_time")]
+    code = [
+        (i, c["metadata"].get("papermill", {}))
+        for i, c in enumerate(nb["cells"])
+        if not is_blank(c)
+    ]
+    ran, never = (
+        [x for x in code if x[1].get("start_time")],
+        [x for x in code if not x[1].get("start_time")],
+    )
     stopped = ran and (died or never or ran[-1][1].get("status") == "failed")
     return (ran[-1][0] if stopped else None), len(never)
 
-def cell_name(nb, i) -> str: "How Jupyter numbers a cell."; return f"cell [{sum(not is_blank(c) for c in nb['cells'][:i + 1])}]"
+
+def cell_name(nb, i) -> str:
+    "How Jupyter numbers a cell."
+    return f"cell [{sum(not is_blank(c) for c in nb['cells'][: i + 1])}]"
 
 # %% ../../nbs/cli/runner.ipynb #c031
 def why_killed(process, watch, kills_before) -> str:
     "The likely cause of a kernel's death."
-    code, advice = getattr(process, "returncode", None), "try a smaller training.per_device_train_batch_size or training.max_length"
+    code, advice = (
+        getattr(process, "returncode", None),
+        "try a smaller training.per_device_train_batch_size or training.max_length",
+    )
     size = f"when last seen it held {watch.peak / 2**30:.1f} GB, and {watch.free / 2**30:.1f} GB of the machine's memory were left"
-    if (oom_kills() or 0) > (kills_before or 0): return f"out of memory, by the system's own count ({size}); {advice}"
-    if code == -signal.SIGKILL: return f"signal 9, which is how a system out of memory ends a program ({size}); if so, {advice}"
-    if code and code < 0: return f"signal {-code}, {signal.strsignal(-code)}; logs/kernel.log may say more"
+    if (oom_kills() or 0) > (kills_before or 0):
+        return f"out of memory, by the system's own count ({size}); {advice}"
+    if code == -signal.SIGKILL:
+        return f"signal 9, which is how a system out of memory ends a program ({size}); if so, {advice}"
+    if code and code < 0:
+        return f"signal {-code}, {signal.strsignal(-code)}; logs/kernel.log may say more"
     return "it does not answer" if code is None else f"it ended by itself with code {code}"
 
 # %% ../../nbs/cli/runner.ipynb #c033
@@ -195,13 +314,16 @@ def mark_ended(path, line, died=False):
     stopped, _ = unfinished(nb, died)
     for i, c in enumerate(nb["cells"]):
         p = c["metadata"].setdefault("papermill", {})
-        if not p.get("start_time"): p["status"] = "pending"
-        elif i == stopped: p.update(status="failed", exception=True)
+        if not p.get("start_time"):
+            p["status"] = "pending"
+        elif i == stopped:
+            p.update(status="failed", exception=True)
     nb["metadata"].setdefault("papermill", {})["exception"] = True
     text = f'<span style="color:red; font-size:1.5em">{html.escape(line)}</span>'
     top = dict(cell_type="markdown", id="ended-early", metadata=dict(tags=[tag]), source=[text])
     nb["cells"] = [top] + [c for c in nb["cells"] if tag not in c["metadata"].get("tags", [])]
-    if path.exists(): atomic_write(path, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
+    if path.exists():
+        atomic_write(path, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/cli/runner.ipynb #c034
 def kernel_killed(stage, path, why) -> StageFailed:
@@ -213,85 +335,160 @@ def kernel_killed(stage, path, why) -> StageFailed:
     return StageFailed(f"stage {stage} was killed{where}: {why}; see {shorter(path)}", 1, "killed")
 
 # %% ../../nbs/cli/runner.ipynb #c036
-def executed_notebook(run, stage) -> Path: "Where a stage's executed notebook lies."; return run.path/"notebooks"/f"{core.STAGES[stage]}.ipynb"
+def executed_notebook(run, stage) -> Path:
+    "Where a stage's executed notebook lies."
+    return run.path / "notebooks" / f"{core.STAGES[stage]}.ipynb"
+
 
 def take_out_secrets(run, *paths):
     "Take secrets out of what a stage has written for people to read."
-    for path in (*paths, *sorted((run.path/"logs").glob("*.log"))):
+    for path in (*paths, *sorted((run.path / "logs").glob("*.log"))):
         redact_file(path)
 
 # %% ../../nbs/cli/runner.ipynb #c037
-def told_to_end(process) -> bool: "Was a kernel itself sent SIGTERM?"; return process is not None and process.poll() == -signal.SIGTERM
+def told_to_end(process) -> bool:
+    "Was a kernel itself sent SIGTERM?"
+    return process is not None and process.poll() == -signal.SIGTERM
+
 
 def attempt(run, stage, kernel, watch):
     "Let papermill run the notebook; every ending but success is raised."
     source, target, kills = stage_notebook(stage), executed_notebook(run, stage), oom_kills()
-    given = dict(recipe=str(run.path/"recipe.yaml"), run=str(run.path))
-    try: papermill.execute_notebook(source, target, given, kernel_name="python3", language="python", progress_bar=False,
-                                    start_timeout=120, kernel_manager_class=kernel)
-    except PapermillExecutionError as e: raise cell_failed(stage, e, target) from None
+    given = dict(recipe=str(run.path / "recipe.yaml"), run=str(run.path))
+    try:
+        papermill.execute_notebook(
+            source,
+            target,
+            given,
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            start_timeout=120,
+            kernel_manager_class=kernel,
+        )
+    except PapermillExecutionError as e:
+        raise cell_failed(stage, e, target) from None
     except (DeadKernelError, RuntimeError) as e:
-        if not told_to_end(kernel.process): raise kernel_killed(stage, target, why_killed(kernel.process, watch, kills)) from e
-        mark_ended(target, "This stage was interrupted (SIGTERM).", died=True); raise Interrupted(signal.SIGTERM) from None
-    except KeyboardInterrupt: mark_ended(target, "This stage was interrupted.", died=True); raise
+        if not told_to_end(kernel.process):
+            raise kernel_killed(stage, target, why_killed(kernel.process, watch, kills)) from e
+        mark_ended(target, "This stage was interrupted (SIGTERM).", died=True)
+        raise Interrupted(signal.SIGTERM) from None
+    except KeyboardInterrupt:
+        mark_ended(target, "This stage was interrupted.", died=True)
+        raise
     stopped, never = unfinished(read_json(target))
-    if stopped is not None: raise kernel_killed(stage, target, f"a cell made it exit early, {never} cells were never run")
+    if stopped is not None:
+        raise kernel_killed(
+            stage, target, f"a cell made it exit early, {never} cells were never run"
+        )
 
 # %% ../../nbs/cli/runner.ipynb #c038
 def execute(
-    run: Run,       # gets the executed notebook under notebooks/
-    stage,          # "data", "model", ...
-    show=print,     # receives every line that the stage logs
-) -> int:           # the kernel's largest memory, bytes
+    run: Run,  # gets the executed notebook under notebooks/
+    stage,  # "data", "model", ...
+    show=print,  # receives every line that the stage logs
+) -> int:  # the kernel's largest memory, bytes
     "Run one stage's notebook. Raises `StageFailed`."
     target = executed_notebook(run, stage)
-    target.parent.mkdir(exist_ok=True); target.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="medft-", ignore_cleanup_errors=True) as home, open(run.path/"logs"/"kernel.log", "ab") as out:
+    target.parent.mkdir(exist_ok=True)
+    target.unlink(missing_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="medft-", ignore_cleanup_errors=True) as home,
+        open(run.path / "logs" / "kernel.log", "ab") as out,
+    ):
         kernel = kernel_class(home, out, stage)
-        watch = Watch(run.path/"logs"/"finetune.log", kernel, show); watch.start()
-        try: attempt(run, stage, kernel, watch)
-        finally: watch.stop(); take_out_secrets(run, target)
+        watch = Watch(run.path / "logs" / "finetune.log", kernel, show)
+        watch.start()
+        try:
+            attempt(run, stage, kernel, watch)
+        finally:
+            watch.stop()
+            take_out_secrets(run, target)
     return watch.peak
 
 # %% ../../nbs/cli/runner.ipynb #c039
 def cell_seconds(path) -> float:
     "Seconds that a notebook spent inside its cells, by papermill's own notes."
-    return round(sum(c["metadata"].get("papermill", {}).get("duration") or 0 for c in read_json(path, {"cells": []})["cells"]), 2)
+    return round(
+        sum(
+            c["metadata"].get("papermill", {}).get("duration") or 0
+            for c in read_json(path, {"cells": []})["cells"]
+        ),
+        2,
+    )
+
 
 def run_stage(run, stage, show=print):
     "Execute a stage, and write into the manifest how it ended."
     start, status, peak, reason = time.time(), "failed", None, None
     run.update({"stages": {stage: dict(status="running", reason=None)}})
-    try: peak = execute(run, stage, show); status = "finished"
-    except StageFailed as e: status, reason = e.status, str(e); raise
-    except KeyboardInterrupt: status = "interrupted"; raise
-    finally: run.update({"stages": {stage: dict(status=status, reason=reason, seconds=round(time.time() - start, 2),
-                                                cell_seconds=cell_seconds(executed_notebook(run, stage)), peak_memory_bytes=peak)}})
+    try:
+        peak = execute(run, stage, show)
+        status = "finished"
+    except StageFailed as e:
+        status, reason = e.status, str(e)
+        raise
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        run.update(
+            {
+                "stages": {
+                    stage: dict(
+                        status=status,
+                        reason=reason,
+                        seconds=round(time.time() - start, 2),
+                        cell_seconds=cell_seconds(executed_notebook(run, stage)),
+                        peak_memory_bytes=peak,
+                    )
+                }
+            }
+        )
 
 # %% ../../nbs/cli/runner.ipynb #c046
 def start_tracking(run):
     "The process that mirrors this run to MLflow, or None when nobody asked for one."
-    if not run.recipe.tracking.mlflow or not importlib.util.find_spec("mlflow"): return None
-    with open(run.path/"logs"/"track.log", "ab") as out:
-        return subprocess.Popen([sys.executable, "-m", "medft.cli.tracking", str(run.path), "--follow"], stdin=subprocess.DEVNULL,
-                                stdout=out, stderr=out, start_new_session=True)
+    if not run.recipe.tracking.mlflow or not importlib.util.find_spec("mlflow"):
+        return None
+    with open(run.path / "logs" / "track.log", "ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "medft.cli.tracking", str(run.path), "--follow"],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+
 
 def end_tracking(run, process, warn, patience=None):
     "Give the tracker time to catch up, then end it; warn once when not everything has arrived."
     uri = tracking_uri(run.recipe)
-    try: code = process.wait(patience or (20 if "://" in uri and not uri.startswith("sqlite") else 60))
-    except subprocess.TimeoutExpired: process.kill(); code = process.wait()
-    take_out_secrets(run, run.path/"logs"/"track.log")
-    said = (run.path/"logs"/"track.log").read_text(errors="replace").strip().split("\n")[-1][:160] or "no answer in time"
-    if code: warn(f"tracking: not everything reached {redact(uri)} ({said}); nothing is lost, send it later with: medft track {shorter(run.path)}")
+    try:
+        code = process.wait(
+            patience or (20 if "://" in uri and not uri.startswith("sqlite") else 60)
+        )
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    take_out_secrets(run, run.path / "logs" / "track.log")
+    said = (run.path / "logs" / "track.log").read_text(errors="replace").strip().split("\n")[-1][
+        :160
+    ] or "no answer in time"
+    if code:
+        warn(
+            f"tracking: not everything reached {redact(uri)} ({said}); nothing is lost, send it later with: medft track {shorter(run.path)}"
+        )
 
 # %% ../../nbs/cli/runner.ipynb #c047
 def take_lock(run, stack, tries=5):
     "Take the run's lock; patient for a moment, because a reader of the status holds it for an instant."
     for i in range(tries):
-        try: return stack.enter_context(run.hold())
+        try:
+            return stack.enter_context(run.hold())
         except MedftError:
-            if i == tries - 1: raise
+            if i == tries - 1:
+                raise
             time.sleep(0.2)
 
 # %% ../../nbs/cli/runner.ipynb #c049
@@ -299,30 +496,66 @@ def stages_of(recipe, wanted=None) -> list[str]:
     "The stages a recipe needs, in order, or those of them that are wanted. Raises `MedftError` when that leaves none."
     needed = [s for s in core.STAGES if core.TRAINING_STAGES.get(s) in (None, *recipe.engine)]
     chosen = [s for s in needed if not wanted or s in wanted]
-    if not chosen: raise MedftError(f"--stages: the recipe's engine list leaves out {', '.join(wanted)} (engine: [{', '.join(recipe.engine)}])")
+    if not chosen:
+        raise MedftError(
+            f"--stages: the recipe's engine list leaves out {', '.join(wanted)} (engine: [{', '.join(recipe.engine)}])"
+        )
     return chosen
+
 
 def stages_begun(run) -> list[str]:
     "The stages a run was begun with. Before Unsloth had one for itself, it trained in the one called fast."
     begun = run.manifest.get("wanted") or stages_of(run.recipe)
-    return begun if "fast" in run.recipe.engine or run.done("fast") else ["unsloth" if s == "fast" else s for s in begun]
+    return (
+        begun
+        if "fast" in run.recipe.engine or run.done("fast")
+        else ["unsloth" if s == "fast" else s for s in begun]
+    )
 
 # %% ../../nbs/cli/runner.ipynb #cx03
 def note_left_out(run):
     "Say in training.json which engines a recipe does not name."
-    for at in (run.path/e/"training.json" for e in core.ENGINES if run.recipe.engine and e not in run.recipe.engine):
-        if not at.exists(): write_json(at, dict(status="skipped", engine=at.parent.name, reason="the recipe's engine list leaves it out"))
+    for at in (
+        run.path / e / "training.json"
+        for e in core.ENGINES
+        if run.recipe.engine and e not in run.recipe.engine
+    ):
+        if not at.exists():
+            write_json(
+                at,
+                dict(
+                    status="skipped",
+                    engine=at.parent.name,
+                    reason="the recipe's engine list leaves it out",
+                ),
+            )
+
 
 def is_complete(run, stage) -> bool:
     "Is this stage done, to the last cell of its notebook?"
-    return run.done(stage) and unfinished(read_json(executed_notebook(run, stage), {"cells": []}))[0] is None
+    return (
+        run.done(stage)
+        and unfinished(read_json(executed_notebook(run, stage), {"cells": []}))[0] is None
+    )
 
 # %% ../../nbs/cli/runner.ipynb #c051
 def begin_plan(run, stages):
     "A process of low priority that writes plan.json; None when nothing will be trained, or it is there."
-    if not set(stages) & set(core.TRAINING_STAGES) or not (run.path/"data"/"train").is_dir() or (run.path/"plan.json").exists(): return None
-    with open(run.path/"logs"/"plan.log", "ab") as out:
-        return subprocess.Popen([sys.executable, "-m", "medft.plan.estimate", str(run.path)], stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    if (
+        not set(stages) & set(core.TRAINING_STAGES)
+        or not (run.path / "data" / "train").is_dir()
+        or (run.path / "plan.json").exists()
+    ):
+        return None
+    with open(run.path / "logs" / "plan.log", "ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "medft.plan.estimate", str(run.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+
 
 def run_each(run, stages, show):
     "Run one stage after the other; what they will need is worked out beside them, once there are data."
@@ -332,27 +565,50 @@ def run_each(run, stages, show):
             show(f"{stage} ...")
             run_stage(run, stage, lambda line: show(f"  {line}"))
             show(f"{stage} done in {run.manifest['stages'][stage]['seconds']:.1f} s")
-            if stage == "data": planner = begin_plan(run, stages)
+            if stage == "data":
+                planner = begin_plan(run, stages)
     finally:
-        if planner: planner.kill(); planner.wait()
+        if planner:
+            planner.kill()
+            planner.wait()
+
 
 def close_run(run, status, tracker, warn):
     "Write down how a run ended, and let the tracker catch up."
     run.update(dict(status=status, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z")))
-    if tracker: end_tracking(run, tracker, warn, 5 if status == "interrupted" else None)
+    if tracker:
+        end_tracking(run, tracker, warn, 5 if status == "interrupted" else None)
 
 # %% ../../nbs/cli/runner.ipynb #c052
 def go(run, stages, show=print, warn=print, started=None):
     "Run the stages that are not done yet, and write down how it all ended. Raises `StageFailed` or `Interrupted`."
     start, status, tracker = started or time.time(), "failed", None
-    before, todo = run.manifest.get("overhead_seconds", 0), [s for s in stages if not is_complete(run, s)]
+    before, todo = (
+        run.manifest.get("overhead_seconds", 0),
+        [s for s in stages if not is_complete(run, s)],
+    )
     with writing(run.path), ExitStack() as stack:
-        take_lock(run, stack); stack.enter_context(signals())
+        take_lock(run, stack)
+        stack.enter_context(signals())
         try:
-            run.update(dict(status="running", wanted=stages, ended=None)); note_left_out(run)
+            run.update(dict(status="running", wanted=stages, ended=None))
+            note_left_out(run)
             tracker = start_tracking(run)
-            run_each(run, todo, show); status = "finished"
-        except KeyboardInterrupt: status = "interrupted"; raise
+            run_each(run, todo, show)
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
         finally:
             close_run(run, status, tracker, warn)
-            run.update(dict(overhead_seconds=round(before + time.time() - start - sum(cell_seconds(executed_notebook(run, s)) for s in todo), 2)))
+            run.update(
+                dict(
+                    overhead_seconds=round(
+                        before
+                        + time.time()
+                        - start
+                        - sum(cell_seconds(executed_notebook(run, s)) for s in todo),
+                        2,
+                    )
+                )
+            )

@@ -12,90 +12,175 @@ __all__ = ['SHARES', 'metric_text', 'score_table', 'short_verdict', 'short_verdi
 from ..core.files import aligned
 
 # %% ../../nbs/cli/summary.ipynb #c004
-SHARES = ("accuracy", "acc_norm", "exact_match")    # written in percent
+SHARES = ("accuracy", "acc_norm", "exact_match")  # written in percent
+
 
 def metric_text(
-    m,              # {"value": ..., "ci95": [low, high]}, as in metrics.json
+    m,  # {"value": ..., "ci95": [low, high]}, as in metrics.json
     name="accuracy",
 ) -> str:
     "A metric as text, with its interval: a share of answers in percent, everything else as it is."
     value, (low, high) = m.get("value"), m.get("ci95") or (None, None)
-    if value is None: return "-"
-    text = lambda x: f"{100 * x:.1f}" if name in SHARES else f"{x:#.3g}"
-    return text(value) + (" %" if name in SHARES else "") + (f" [{text(low)}-{text(high)}]" if low is not None else "")
+    if value is None:
+        return "-"
+
+    def text(x):
+        return f"{100 * x:.1f}" if name in SHARES else f"{x:#.3g}"
+
+    return (
+        text(value)
+        + (" %" if name in SHARES else "")
+        + (f" [{text(low)}-{text(high)}]" if low is not None else "")
+    )
 
 # %% ../../nbs/cli/summary.ipynb #c010
 def score_table(
-    models,         # metrics.json's models: model -> set -> metric -> {value, ci95, n}
-) -> list[list]:    # heads, then per set: its name, the metric, n, and each model's score
+    models,  # metrics.json's models: model -> set -> metric -> {value, ci95, n}
+) -> list[list]:  # heads, then per set: its name, the metric, n, and each model's score
     "The table of a summary."
     rows = [["set", "metric", "n", *models]]
     for s in dict.fromkeys(s for sets in models.values() for s in sets):
         first = next(sets[s] for sets in models.values() if s in sets)
         for k in [*list(first)[:1], *(k for k in ("bits_per_byte",) if k in first)]:
-            rows.append([s, k, first[k].get("n", ""), *(metric_text(sets.get(s, {}).get(k) or {}, k) for sets in models.values())])
+            rows.append(
+                [
+                    s,
+                    k,
+                    first[k].get("n", ""),
+                    *(metric_text(sets.get(s, {}).get(k) or {}, k) for sets in models.values()),
+                ]
+            )
     return rows
 
 # %% ../../nbs/cli/summary.ipynb #v001
 def short_verdict(who, d) -> str:
     "A comparison in a few words."
-    points = d.get("metric") in SHARES; text = lambda x: f"{100*x:+.1f}" if points else f"{x:+.3f}"
-    if d.get("effect") is None: return f"{who} {d.get('label')}"
+    points = d.get("metric") in SHARES
+
+    def text(x):
+        return f"{100 * x:+.1f}" if points else f"{x:+.3f}"
+
+    if d.get("effect") is None:
+        return f"{who} {d.get('label')}"
     low, high = d.get("ci95") or (None, None)
-    return f"{who} {d['label']} {text(d['effect'])} {'points' if points else d['metric'].replace('_', ' ')}" + (f" [{text(low)}, {text(high)}]".replace("+", "") if low is not None else "")
+    return (
+        f"{who} {d['label']} {text(d['effect'])} {'points' if points else d['metric'].replace('_', ' ')}"
+        + (f" [{text(low)}, {text(high)}]".replace("+", "") if low is not None else "")
+    )
+
 
 def short_verdicts(
-    found,      # metrics.json; {}: nothing is scored
+    found,  # metrics.json; {}: nothing is scored
 ) -> list[str]:
     "What a run found, a line for each verdict."
-    if found.get("verdict"): return [short_verdict(who, d) for who, d in found["verdict"].items()]
-    if "base" not in found.get("models", {}): return ["-"]
-    s = found.get("main") or next(iter(found["models"]["base"])); k, m = next(iter(found["models"]["base"][s].items()))
-    return [f"{found.get('names', {}).get('base', 'base')}: {k.replace('_', ' ')} {metric_text(m, k)}"]
+    if found.get("verdict"):
+        return [short_verdict(who, d) for who, d in found["verdict"].items()]
+    if "base" not in found.get("models", {}):
+        return ["-"]
+    s = found.get("main") or next(iter(found["models"]["base"]))
+    k, m = next(iter(found["models"]["base"][s].items()))
+    return [
+        f"{found.get('names', {}).get('base', 'base')}: {k.replace('_', ' ')} {metric_text(m, k)}"
+    ]
 
 # %% ../../nbs/cli/summary.ipynb #c010s1
 def rule_table(
-    found,              # metrics.json of a classifier
-) -> list[list]:        # heads, then a row for every model and rule
+    found,  # metrics.json of a classifier
+) -> list[list]:  # heads, then a row for every model and rule
     "Models and simple rules, figure by figure."
     s, names = found["main"], found.get("names", {})
-    who = {names.get(w, w): x[s] for w, x in found["models"].items()} | {rule: x[s] for rule, x in found["baselines"].items() if s in x}
-    heads = [k for k in ("f1", "precision", "recall", "auroc", "accuracy") if any(k in x for x in who.values())]
-    return [[f"on {s}", *heads], *([w, *(metric_text(x.get(k) or {}, k) for k in heads)] for w, x in who.items())]
+    who = {names.get(w, w): x[s] for w, x in found["models"].items()} | {
+        rule: x[s] for rule, x in found["baselines"].items() if s in x
+    }
+    heads = [
+        k
+        for k in ("f1", "precision", "recall", "auroc", "accuracy")
+        if any(k in x for x in who.values())
+    ]
+    return [
+        [f"on {s}", *heads],
+        *([w, *(metric_text(x.get(k) or {}, k) for k in heads)] for w, x in who.items()),
+    ]
 
 # %% ../../nbs/cli/summary.ipynb #c012
 def data_summary(
-    report,     # data/report.json
+    report,  # data/report.json
 ) -> list[str]:
     "Where the rows went, and what the checks found, in a few lines."
-    some = lambda counts: f" ({', '.join(f'{k} {v:,}' for k, v in counts.items())})" if counts else ""
-    left, total = (report.get(k, {}) for k in ("rejected", "filtered")), lambda c: f"{sum(c.values()):,}"
-    out = [f"rows in {report['rows_in']:,} = out {report['rows_out']:,} + " + " + ".join(f"{n} {total(c)}{some(c)}" for n, c in zip(("rejected", "filtered"), left)),
-           " · ".join(f"{k} {v:,}" for k, v in report.get("splits", {}).items()) + f" rows; {', '.join(dict.fromkeys(report.get('shapes', {}).values()))}",
-           f"{report['learned']}; {report['truncated']:,} rows are cut at {report['max_length']}"]
-    found = [[c["action"], name, f"{c['count']:,} rows", f"e.g. {', '.join(c['ids'][:3])}"] for name, c in report.get("checks", {}).items() if c["count"]]
+
+    def some(counts):
+        return f" ({', '.join(f'{k} {v:,}' for k, v in counts.items())})" if counts else ""
+
+    left, total = (
+        (report.get(k, {}) for k in ("rejected", "filtered")),
+        lambda c: f"{sum(c.values()):,}",
+    )
+    out = [
+        f"rows in {report['rows_in']:,} = out {report['rows_out']:,} + "
+        + " + ".join(f"{n} {total(c)}{some(c)}" for n, c in zip(("rejected", "filtered"), left)),
+        " · ".join(f"{k} {v:,}" for k, v in report.get("splits", {}).items())
+        + f" rows; {', '.join(dict.fromkeys(report.get('shapes', {}).values()))}",
+        f"{report['learned']}; {report['truncated']:,} rows are cut at {report['max_length']}",
+    ]
+    found = [
+        [c["action"], name, f"{c['count']:,} rows", f"e.g. {', '.join(c['ids'][:3])}"]
+        for name, c in report.get("checks", {}).items()
+        if c["count"]
+    ]
     return out + aligned(found) if found else [*out, "no check found anything"]
 
 # %% ../../nbs/cli/summary.ipynb #csp1
 def plan_summary(run) -> list[str]:
     "The peak of memory and the seconds of each engine, predicted and measured; nothing without a plan."
     from medft.core.run import read_json
-    p, out = read_json(run.path/"plan.json", {}), []
+
+    p, out = read_json(run.path / "plan.json", {}), []
     for e, said in p.get("engines", {}).items():
-        m, took = read_json(run.path/e/"training.json", {}), p["seconds_by_engine"].get(e)
-        if m.get("status") != "finished": continue
-        out.append(f"{e}: peak {m['peak_memory_bytes']/1e9:.2f} GB (planned {said['peak']/1e9:.2f})" + (f", {m['seconds']:.0f} s (planned {took:.0f})" if took else ""))
+        m, took = read_json(run.path / e / "training.json", {}), p["seconds_by_engine"].get(e)
+        if m.get("status") != "finished":
+            continue
+        out.append(
+            f"{e}: peak {m['peak_memory_bytes'] / 1e9:.2f} GB (planned {said['peak'] / 1e9:.2f})"
+            + (f", {m['seconds']:.0f} s (planned {took:.0f})" if took else "")
+        )
     return out
 
 # %% ../../nbs/cli/summary.ipynb #c015
 def run_summary(run) -> list[str]:
     "What a run found, in a few lines."
-    from medft.core.run import REHEARSED, read_json
     from medft.cli.runner import shorter
-    found, m = read_json(run.path/"metrics.json", {}), run.manifest
-    said = [*found.get("verdict", {}).items(), *(found.get("between", {}).items() if found.get("baselines") else ())]
-    out = [] if m.get("rehearsal") else [v.get("sentence") or f"{e}: {v.get('label')}" for e, v in said]
-    if found.get("models"): out += [""]*bool(out) + aligned(rule_table(found) if found.get("baselines") else score_table({found.get("names", {}).get(w, w): x for w, x in found["models"].items()}))
-    elif report := read_json(run.path/"data"/"report.json", {}): out += data_summary(report)
-    times = [f"{s} {v['seconds']:.0f} s" for s, v in m.get("stages", {}).items() if v.get("seconds") is not None]
-    return [*out, "", *plan_summary(run), " · ".join(times), *([REHEARSED] if m.get("rehearsal") else []), f"{run.status}: {shorter(run.path)}"]
+    from medft.core.run import REHEARSED, read_json
+
+    found, m = read_json(run.path / "metrics.json", {}), run.manifest
+    said = [
+        *found.get("verdict", {}).items(),
+        *(found.get("between", {}).items() if found.get("baselines") else ()),
+    ]
+    out = (
+        []
+        if m.get("rehearsal")
+        else [v.get("sentence") or f"{e}: {v.get('label')}" for e, v in said]
+    )
+    if found.get("models"):
+        out += [""] * bool(out) + aligned(
+            rule_table(found)
+            if found.get("baselines")
+            else score_table(
+                {found.get("names", {}).get(w, w): x for w, x in found["models"].items()}
+            )
+        )
+    elif report := read_json(run.path / "data" / "report.json", {}):
+        out += data_summary(report)
+    times = [
+        f"{s} {v['seconds']:.0f} s"
+        for s, v in m.get("stages", {}).items()
+        if v.get("seconds") is not None
+    ]
+    return [
+        *out,
+        "",
+        *plan_summary(run),
+        " · ".join(times),
+        *([REHEARSED] if m.get("rehearsal") else []),
+        f"{run.status}: {shorter(run.path)}",
+    ]

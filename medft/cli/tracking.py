@@ -10,123 +10,217 @@ __all__ = ['PATIENCE', 'FILES', 'BINARY', 'ENDED', 'tracking_uri', 'connect', 'r
            'follow', 'main']
 
 # %% ../../nbs/cli/tracking.ipynb #c002
-import hashlib, json, os, re, sys, tempfile, time
+from ..core.disclosure import holds_rows, host_of, is_remote, why_hidden, without_rows
+from ..core.run import Run, read_json, runs_root, write_json
+from ..core.secrets import SECRET, full_url, load_env, redact, redacted_json
+
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
 from datetime import datetime
 from pathlib import Path
 
 from fastcore.basics import patch
 from filelock import FileLock
-from ..core.run import Run, read_json, runs_root, write_json
-from ..core.disclosure import holds_rows, host_of, is_remote, why_hidden, without_rows
-from ..core.secrets import SECRET, full_url, load_env, redact, redacted_json
 
 # %% ../../nbs/cli/tracking.ipynb #c009
-PATIENCE = dict(MLFLOW_HTTP_REQUEST_TIMEOUT="5", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR="1",
-                MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", GIT_PYTHON_REFRESH="quiet", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
-                MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true", MLFLOW_LOGGING_LEVEL="WARNING")
+PATIENCE = dict(
+    MLFLOW_HTTP_REQUEST_TIMEOUT="5",
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES="1",
+    MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    DO_NOT_TRACK="true",
+    GIT_PYTHON_REFRESH="quiet",
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
+    MLFLOW_LOGGING_LEVEL="WARNING",
+)
+
 
 def tracking_uri(
-    recipe=None,    # a Recipe; its tracking.uri counts when the environment is silent
+    recipe=None,  # a Recipe; its tracking.uri counts when the environment is silent
 ) -> str:
     "The address of the MLflow store."
-    said = os.environ.get("MLFLOW_TRACKING_URI") or (full_url(recipe.tracking.uri) if recipe else None)
-    return said or f"sqlite:///{runs_root()/'mlflow.db'}"
+    said = os.environ.get("MLFLOW_TRACKING_URI") or (
+        full_url(recipe.tracking.uri) if recipe else None
+    )
+    return said or f"sqlite:///{runs_root() / 'mlflow.db'}"
 
 # %% ../../nbs/cli/tracking.ipynb #c012
 def connect(uri):
     "An MLflow client for this address, and for a new local store its tables."
-    for k, v in PATIENCE.items(): os.environ.setdefault(k, v)
+    for k, v in PATIENCE.items():
+        os.environ.setdefault(k, v)
     from mlflow.tracking import MlflowClient
-    if not uri.startswith("sqlite:///"): return MlflowClient(uri)
-    store = Path(uri.removeprefix("sqlite:///")); store.parent.mkdir(parents=True, exist_ok=True)
+
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(uri)
+    store = Path(uri.removeprefix("sqlite:///"))
+    store.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{store}.lock"):
-        client = MlflowClient(uri); client.search_experiments(max_results=1)
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
     return client
 
 # %% ../../nbs/cli/tracking.ipynb #c014
 def recipe_parameters(recipe) -> dict:
     "The recipe as MLflow parameters: flat, as text, without secrets."
-    return {k: redact(str(v))[:500] for k, v in recipe.flat().items() if not SECRET.search(k.split(".")[-1]) and v not in (None, {}, "")}
+    return {
+        k: redact(str(v))[:500]
+        for k, v in recipe.flat().items()
+        if not SECRET.search(k.split(".")[-1]) and v not in (None, {}, "")
+    }
+
 
 def final_metrics(
-    scores,     # metrics.json's models.<model>: set -> metric -> {value, ci95, n}
+    scores,  # metrics.json's models.<model>: set -> metric -> {value, ci95, n}
     prefix="",
-) -> dict:      # "test/accuracy", "test/accuracy_ci_low", "test/accuracy_ci_high", "test/accuracy_n"
+) -> dict:  # "test/accuracy", "test/accuracy_ci_low", "test/accuracy_ci_high", "test/accuracy_n"
     "One number per metric, and its interval beside it."
     out = {}
-    for name, m in ((f"{prefix}{s}/{k}", m) for s, ms in scores.items() for k, m in ms.items() if isinstance(m, dict)):
+    for name, m in (
+        (f"{prefix}{s}/{k}", m)
+        for s, ms in scores.items()
+        for k, m in ms.items()
+        if isinstance(m, dict)
+    ):
         low, high = m.get("ci95") or (None, None)
         out |= {name: m.get("value"), f"{name}_n": m.get("n")}
-        if low != high: out |= {f"{name}_ci_low": low, f"{name}_ci_high": high}
-    return {re.sub(r"[^\w\-./ ]", "_", k): float(v) for k, v in out.items() if isinstance(v, (int, float))}
+        if low != high:
+            out |= {f"{name}_ci_low": low, f"{name}_ci_high": high}
+    return {
+        re.sub(r"[^\w\-./ ]", "_", k): float(v)
+        for k, v in out.items()
+        if isinstance(v, (int, float))
+    }
 
 # %% ../../nbs/cli/tracking.ipynb #vnum0
 def verdict_numbers(v, prefix="verdict/") -> dict:
     "What a verdict rests on, one number each."
     low, high = v.get("ci95") or (None, None)
-    out = {k: v.get(k) for k in ("effect", "p", "p_holm", "n", "detectable")} | dict(effect_ci_low=low, effect_ci_high=high)
-    return {re.sub(r"[^\w\-./ ]", "_", f"{prefix}{k}"): float(x) for k, x in out.items() if isinstance(x, (int, float))}
+    out = {k: v.get(k) for k in ("effect", "p", "p_holm", "n", "detectable")} | dict(
+        effect_ci_low=low, effect_ci_high=high
+    )
+    return {
+        re.sub(r"[^\w\-./ ]", "_", f"{prefix}{k}"): float(x)
+        for k, x in out.items()
+        if isinstance(x, (int, float))
+    }
 
 # %% ../../nbs/cli/tracking.ipynb #c018
 def new_lines(
-    path,       # a log.jsonl that may still be growing
-    seen,       # number of lines that were read before
+    path,  # a log.jsonl that may still be growing
+    seen,  # number of lines that were read before
 ) -> tuple[list[dict], int]:  # the new lines, and the number of lines read now
     "The complete lines that were added since last time; all of them when the file became shorter."
-    if not Path(path).exists(): return [], 0
+    if not Path(path).exists():
+        return [], 0
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     rows, start = [], seen if seen <= len(lines) else 0
     for line in lines[start:]:
-        try: rows.append(json.loads(line))
-        except ValueError: continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
     return rows, len(lines)
 
 # %% ../../nbs/cli/tracking.ipynb #c022
 class Mirror:
     "Repeats a run folder's record to MLflow, and remembers what has arrived."
+
     def __init__(self, path, uri=None):
         self.run = Run.open(path)
         self.path, self.uri, self.client = self.run.path, uri or tracking_uri(self.run.recipe), None
-        self.notes = read_json(self.path/"mlflow.json", {}).get(redact(self.uri)) or dict(runs={}, sent={})
+        self.notes = read_json(self.path / "mlflow.json", {}).get(redact(self.uri)) or dict(
+            runs={}, sent={}
+        )
 
     def save(self):
-        write_json(self.path/"mlflow.json", read_json(self.path/"mlflow.json", {}) | {redact(self.uri): self.notes})
+        write_json(
+            self.path / "mlflow.json",
+            read_json(self.path / "mlflow.json", {}) | {redact(self.uri): self.notes},
+        )
 
     def once(self, key, value, send):
         "Send a value, unless this very value has arrived before."
-        mark = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        if self.notes["sent"].get(key) != mark: send(value); self.notes["sent"][key] = mark; self.save()
+        mark = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[
+            :16
+        ]
+        if self.notes["sent"].get(key) != mark:
+            send(value)
+            self.notes["sent"][key] = mark
+            self.save()
 
 # %% ../../nbs/cli/tracking.ipynb #c024
 def milliseconds(stamp) -> int | None:
     "A time stamp of the manifest as MLflow wants it."
-    try: return int(datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S%z").timestamp() * 1000)
-    except (TypeError, ValueError): return None
+    try:
+        return int(datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S%z").timestamp() * 1000)
+    except (TypeError, ValueError):
+        return None
 
 # %% ../../nbs/cli/tracking.ipynb #c026
 def run_tags(run, engine=None) -> dict:
     "Tags of a run, or of one engine's part of it."
     m, r = run.manifest, run.recipe
-    hashes, commit, source = m.get("hashes", {}), m.get("git", {}).get("commit"), r.dataset.name or r.dataset.path
+    hashes, commit, source = (
+        m.get("hashes", {}),
+        m.get("git", {}).get("commit"),
+        r.dataset.name or r.dataset.path,
+    )
     files = hashes.get("data") or {}
-    t = {"medft.run": f"{r.name}/{run.path.name}@{m.get('created')}" + (f"#{engine}" if engine else ""),
-         "run": run.path.name, "recipe": r.name, "task": r.task, "engine": engine or ",".join(r.engine), "digest": m.get("digest"),
-         "model": r.model.name, "model.revision": r.model.revision or hashes.get("model"),
-         "dataset": source, "dataset.revision": r.dataset.revision or (files.get(str(source), files) if isinstance(files, dict) else files) or None,
-         "git.commit": commit, "git.dirty": m.get("git", {}).get("dirty"), "mlflow.source.git.commit": commit,
-         "mlflow.source.name": f"medft run {r.name}", "mlflow.source.type": "LOCAL"}
-    return {k: redact(v if isinstance(v, str) else json.dumps(v))[:4000] for k, v in t.items() if v is not None}
+    t = {
+        "medft.run": f"{r.name}/{run.path.name}@{m.get('created')}"
+        + (f"#{engine}" if engine else ""),
+        "run": run.path.name,
+        "recipe": r.name,
+        "task": r.task,
+        "engine": engine or ",".join(r.engine),
+        "digest": m.get("digest"),
+        "model": r.model.name,
+        "model.revision": r.model.revision or hashes.get("model"),
+        "dataset": source,
+        "dataset.revision": r.dataset.revision
+        or (files.get(str(source), files) if isinstance(files, dict) else files)
+        or None,
+        "git.commit": commit,
+        "git.dirty": m.get("git", {}).get("dirty"),
+        "mlflow.source.git.commit": commit,
+        "mlflow.source.name": f"medft run {r.name}",
+        "mlflow.source.type": "LOCAL",
+    }
+    return {
+        k: redact(v if isinstance(v, str) else json.dumps(v))[:4000]
+        for k, v in t.items()
+        if v is not None
+    }
 
 # %% ../../nbs/cli/tracking.ipynb #c028
 @patch
 def experiment(self: Mirror) -> str:
     "The id of the experiment, made when it is not there."
-    name, local = self.run.recipe.tracking.experiment or self.run.recipe.task, self.uri.startswith("sqlite:///")
-    place = Path(self.uri.removeprefix("sqlite:///")).resolve().parent/"mlartifacts"/re.sub(r"\W+", "-", name)
-    if known := self.client.get_experiment_by_name(name): return known.experiment_id
-    try: return self.client.create_experiment(name, artifact_location=place.as_uri() if local else None)
-    except Exception:   # another run may have made it just now
-        if known := self.client.get_experiment_by_name(name): return known.experiment_id
+    name, local = (
+        self.run.recipe.tracking.experiment or self.run.recipe.task,
+        self.uri.startswith("sqlite:///"),
+    )
+    place = (
+        Path(self.uri.removeprefix("sqlite:///")).resolve().parent
+        / "mlartifacts"
+        / re.sub(r"\W+", "-", name)
+    )
+    if known := self.client.get_experiment_by_name(name):
+        return known.experiment_id
+    try:
+        return self.client.create_experiment(
+            name, artifact_location=place.as_uri() if local else None
+        )
+    except Exception:  # another run may have made it just now
+        if known := self.client.get_experiment_by_name(name):
+            return known.experiment_id
         raise
 
 # %% ../../nbs/cli/tracking.ipynb #c030
@@ -134,13 +228,20 @@ def experiment(self: Mirror) -> str:
 def open(self: Mirror, engine=None) -> str:
     "The id of the parent run, or of an engine's child; made when it is not there."
     key, t = engine or "run", run_tags(self.run, engine)
-    if key in self.notes["runs"]: return self.notes["runs"][key]
-    if engine: t["mlflow.parentRunId"] = self.open()
+    if key in self.notes["runs"]:
+        return self.notes["runs"][key]
+    if engine:
+        t["mlflow.parentRunId"] = self.open()
     home = self.experiment()
     found = self.client.search_runs([home], f"tags.`medft.run` = '{t['medft.run']}'", max_results=1)
     name = engine or f"{self.run.recipe.name} {self.run.path.name}"
-    got = found[0] if found else self.client.create_run(home, milliseconds(self.run.manifest.get("created")), t, name)
-    self.notes["runs"][key] = got.info.run_id; self.save()
+    got = (
+        found[0]
+        if found
+        else self.client.create_run(home, milliseconds(self.run.manifest.get("created")), t, name)
+    )
+    self.notes["runs"][key] = got.info.run_id
+    self.save()
     return got.info.run_id
 
 # %% ../../nbs/cli/tracking.ipynb #c032
@@ -148,47 +249,99 @@ def open(self: Mirror, engine=None) -> str:
 def numbers(self: Mirror, run_id, rows, stamp):
     "Send rows of metrics: [(step, {name: number})]."
     from mlflow.entities import Metric
-    found = [Metric(k, float(v), stamp(row), step) for step, row in rows for k, v in row.items()
-             if k not in ("step", "time") and isinstance(v, (int, float)) and not isinstance(v, bool)]
-    for i in range(0, len(found), 900): self.client.log_batch(run_id, metrics=found[i:i + 900])
+
+    found = [
+        Metric(k, float(v), stamp(row), step)
+        for step, row in rows
+        for k, v in row.items()
+        if k not in ("step", "time") and isinstance(v, (int, float)) and not isinstance(v, bool)
+    ]
+    for i in range(0, len(found), 900):
+        self.client.log_batch(run_id, metrics=found[i : i + 900])
 
 # %% ../../nbs/cli/tracking.ipynb #c034
 @patch
 def steps(self: Mirror, engine):
     "Send what an engine has logged since last time, and how fast it was."
-    key, sent, start = f"{engine}/steps", self.notes["sent"], milliseconds(self.run.manifest.get("created")) or 0
-    seen, top, tokens, seconds = sent.get(key) or (0, -1, 0, 0)     # lines read, highest step, tokens and seconds up to it
-    rows, count = new_lines(self.path/engine/"log.jsonl", seen)
-    if count < seen: rows = [r for r in rows if r.get("step", 0) > top]      # the log began anew: what was sent stays sent
+    key, sent, start = (
+        f"{engine}/steps",
+        self.notes["sent"],
+        milliseconds(self.run.manifest.get("created")) or 0,
+    )
+    seen, top, tokens, seconds = sent.get(key) or (
+        0,
+        -1,
+        0,
+        0,
+    )  # lines read, highest step, tokens and seconds up to it
+    rows, count = new_lines(self.path / engine / "log.jsonl", seen)
+    if count < seen:
+        rows = [
+            r for r in rows if r.get("step", 0) > top
+        ]  # the log began anew: what was sent stays sent
     for r in rows:
         now, then = r.get("num_tokens") or 0, r.get("seconds") or 0
-        if now > tokens and then > seconds: r["tokens_per_second"] = (now - tokens) / (then - seconds)
+        if now > tokens and then > seconds:
+            r["tokens_per_second"] = (now - tokens) / (then - seconds)
         tokens, seconds, top = now or tokens, then or seconds, max(top, r.get("step", 0))
-    if rows: self.numbers(self.open(engine), [(int(r.get("step", 0)), r) for r in rows], lambda r: start + int(1000 * (r.get("seconds") or 0)))
-    if count != seen: sent[key] = [count, top, tokens, seconds]; self.save()
+    if rows:
+        self.numbers(
+            self.open(engine),
+            [(int(r.get("step", 0)), r) for r in rows],
+            lambda r: start + int(1000 * (r.get("seconds") or 0)),
+        )
+    if count != seen:
+        sent[key] = [count, top, tokens, seconds]
+        self.save()
 
 # %% ../../nbs/cli/tracking.ipynb #c036
 @patch
 def inputs(self: Mirror, run_id):
     "Send which data went in, as MLflow data set entities."
     from mlflow.entities import Dataset, DatasetInput, InputTag
+
     d, found = self.run.recipe.dataset, []
-    for folder in sorted(p.parent for p in (self.path/"data").glob("*/state.json")):
-        mark = str(read_json(folder/"state.json").get("_fingerprint") or "unknown")[:36]
+    for folder in sorted(p.parent for p in (self.path / "data").glob("*/state.json")):
+        mark = str(read_json(folder / "state.json").get("_fingerprint") or "unknown")[:36]
         source = json.dumps({"source": redact(str(d.name or d.path)), "revision": d.revision})
-        found.append(DatasetInput(Dataset(f"{self.run.recipe.name}/{folder.name}", mark, "hf" if d.name else "local", source),
-                                  [InputTag("mlflow.data.context", folder.name)]))
-    if found: self.once(f"{run_id}/inputs", [f.dataset.digest for f in found], lambda _: self.client.log_inputs(run_id, datasets=found))
+        found.append(
+            DatasetInput(
+                Dataset(
+                    f"{self.run.recipe.name}/{folder.name}",
+                    mark,
+                    "hf" if d.name else "local",
+                    source,
+                ),
+                [InputTag("mlflow.data.context", folder.name)],
+            )
+        )
+    if found:
+        self.once(
+            f"{run_id}/inputs",
+            [f.dataset.digest for f in found],
+            lambda _: self.client.log_inputs(run_id, datasets=found),
+        )
 
 # %% ../../nbs/cli/tracking.ipynb #c038
-FILES = ("recipe.yaml", "manifest.json", "metrics.json", "README.md", "report.html", "notebooks/*.ipynb", "logs/finetune.log",
-         "data/report.json", "data/split.json", "*/training.json")
+FILES = (
+    "recipe.yaml",
+    "manifest.json",
+    "metrics.json",
+    "README.md",
+    "report.html",
+    "notebooks/*.ipynb",
+    "logs/finetune.log",
+    "data/report.json",
+    "data/split.json",
+    "*/training.json",
+)
 
 BINARY = (".safetensors", ".bin", ".png", ".parquet", ".arrow")
 
+
 def outgoing(
-    path,       # a file of the run
-    name,       # its name below the run's folder
+    path,  # a file of the run
+    name,  # its name below the run's folder
     hidden="",  # why single items are not shown, and so not sent; "": they may be
 ) -> bytes | None:  # None: it stays here
     "What is sent of a file: text without secrets, and without rows where items are hidden."
@@ -202,11 +355,13 @@ def outgoing(
         text = without_rows(name, text)
     return (redacted_json(text) if path.suffix in (".json", ".ipynb") else redact(text)).encode()
 
+
 @patch
 def hidden(self: Mirror) -> str:
     "Why single items of this run must not be sent to this store; nothing where they may, or where it is on this machine."
     artifacts = self.client.get_run(self.open()).info.artifact_uri
     return why_hidden(self.run) if is_remote(self.uri) or is_remote(artifacts) else ""
+
 
 @patch
 def announce(self: Mirror, sent, kept, hidden):
@@ -217,8 +372,11 @@ def announce(self: Mirror, sent, kept, hidden):
         return
     line = f"tracking: sent to {host_of(where)}: parameters, metrics, tags, {', '.join(sent)}"
     if hidden:
-        line += f"; single items are not sent ({hidden})" + (f", so these stay here: {', '.join(kept)}" if kept else "")
+        line += f"; single items are not sent ({hidden})" + (
+            f", so these stay here: {', '.join(kept)}" if kept else ""
+        )
     self.once("announced", [sent, kept, hidden], lambda _: self.run.log(line))
+
 
 @patch
 def files(self: Mirror, patterns=FILES):
@@ -233,74 +391,130 @@ def files(self: Mirror, patterns=FILES):
         if data is None:
             continue
         with tempfile.TemporaryDirectory() as tmp:
-            copy = Path(tmp)/p.name
+            copy = Path(tmp) / p.name
             copy.write_bytes(data)
             where = str(Path(name).parent) if "/" in name else None
-            self.once(f"file/{name}", hashlib.sha256(data).hexdigest(), lambda _: self.client.log_artifact(run_id, str(copy), where))
+            self.once(
+                f"file/{name}",
+                hashlib.sha256(data).hexdigest(),
+                lambda _: self.client.log_artifact(run_id, str(copy), where),
+            )
 
 # %% ../../nbs/cli/tracking.ipynb #c040
 @patch
 def results(self: Mirror):
     "Send the scores with their intervals, and the verdicts."
-    path, parent = self.path/"metrics.json", self.open()
-    if not (found := read_json(path)): return
+    path, parent = self.path / "metrics.json", self.open()
+    if not (found := read_json(path)):
+        return
     at, models = (lambda row: int(path.stat().st_mtime * 1000)), found.get("models", {})
-    everything = {k: v for m, sets in models.items() for k, v in final_metrics(sets, f"{m}/").items()}
+    everything = {
+        k: v for m, sets in models.items() for k, v in final_metrics(sets, f"{m}/").items()
+    }
     self.once("results", everything, lambda row: self.numbers(parent, [(0, row)], at))
     for e, run_id in self.notes["runs"].items():
-        if e in models: self.once(f"{e}/results", final_metrics(models[e]), lambda row: self.numbers(run_id, [(0, row)], at))
+        if e in models:
+            self.once(
+                f"{e}/results",
+                final_metrics(models[e]),
+                lambda row: self.numbers(run_id, [(0, row)], at),
+            )
     for e, v in found.get("verdict", {}).items():
         said, note = redact(str(v.get("sentence") or "")), self.notes["runs"].get(e, parent)
-        self.once(f"{e}/verdict", v.get("label"), lambda label: self.client.set_tag(parent, f"verdict.{e}", label))
-        self.once(f"{e}/effect", verdict_numbers(v), lambda _: self.numbers(parent, [(0, verdict_numbers(v, f"verdict/{e}/"))], at))
-        if e in self.notes["runs"]: self.once(f"{e}/own effect", verdict_numbers(v), lambda row: self.numbers(note, [(0, row)], at))
-        self.once(f"{e}/sentence", said, lambda s: self.client.set_tag(note, "mlflow.note.content", s))
+        self.once(
+            f"{e}/verdict",
+            v.get("label"),
+            lambda label: self.client.set_tag(parent, f"verdict.{e}", label),
+        )
+        self.once(
+            f"{e}/effect",
+            verdict_numbers(v),
+            lambda _: self.numbers(parent, [(0, verdict_numbers(v, f"verdict/{e}/"))], at),
+        )
+        if e in self.notes["runs"]:
+            self.once(
+                f"{e}/own effect",
+                verdict_numbers(v),
+                lambda row: self.numbers(note, [(0, row)], at),
+            )
+        self.once(
+            f"{e}/sentence", said, lambda s: self.client.set_tag(note, "mlflow.note.content", s)
+        )
 
 # %% ../../nbs/cli/tracking.ipynb #c042
 @patch
 def engine(self: Mirror, name, status):
     "Send what an engine logged, and how its training ended."
     self.steps(name)
-    path = self.path/name/"training.json"
+    path = self.path / name / "training.json"
     end, at = read_json(path), lambda row: int(path.stat().st_mtime * 1000)
     if end and end.get("status") == "skipped":
-        return self.once(f"{name}/skipped", end.get("reason"), lambda why: self.client.set_tag(self.open(), f"skipped.{name}", redact(str(why))))
+        return self.once(
+            f"{name}/skipped",
+            end.get("reason"),
+            lambda why: self.client.set_tag(self.open(), f"skipped.{name}", redact(str(why))),
+        )
     row = {f"training/{k}": v for k, v in (end or {}).items()}
-    if end: self.once(f"{name}/training", row, lambda row: self.numbers(self.open(name), [(0, row)], at))
-    if name not in self.notes["runs"]: return
+    if end:
+        self.once(
+            f"{name}/training", row, lambda row: self.numbers(self.open(name), [(0, row)], at)
+        )
+    if name not in self.notes["runs"]:
+        return
     self.inputs(self.open(name))
-    self.once(f"{name}/status", "FINISHED" if end else ENDED.get(status, "RUNNING"), lambda s: self.state(self.open(name), s))
+    self.once(
+        f"{name}/status",
+        "FINISHED" if end else ENDED.get(status, "RUNNING"),
+        lambda s: self.state(self.open(name), s),
+    )
 
 # %% ../../nbs/cli/tracking.ipynb #c044
 ENDED = dict(finished="FINISHED", failed="FAILED", interrupted="KILLED")
+
 
 @patch
 def state(self: Mirror, run_id, status):
     "Tell the server how a run stands."
     end = milliseconds(self.run.manifest.get("ended")) or int(time.time() * 1000)
-    if status == "RUNNING": self.client.update_run(run_id, status=status)
-    else: self.client.set_terminated(run_id, status, end)
+    if status == "RUNNING":
+        self.client.update_run(run_id, status=status)
+    else:
+        self.client.set_terminated(run_id, status, end)
 
 # %% ../../nbs/cli/tracking.ipynb #c046
 @patch
 def forget(self: Mirror):
     "Start anew when the server does not know our run any more."
     from mlflow.exceptions import MlflowException
-    try: gone = self.client.get_run(self.notes["runs"]["run"]).info.lifecycle_stage != "active"
+
+    try:
+        gone = self.client.get_run(self.notes["runs"]["run"]).info.lifecycle_stage != "active"
     except MlflowException as e:
-        if e.error_code != "RESOURCE_DOES_NOT_EXIST": raise
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         gone = True
-    if gone: self.notes = dict(runs={}, sent={}); self.save()
+    if gone:
+        self.notes = dict(runs={}, sent={})
+        self.save()
 
 # %% ../../nbs/cli/tracking.ipynb #c048
 @patch
 def about(self: Mirror, run_id):
     "Send the recipe as parameters, and the tags."
     from mlflow.entities import Param, RunTag
+
     params = list(recipe_parameters(self.run.recipe).items())
     for i in range(0, len(params), 90):
-        self.once(f"parameters/{i}", params[i:i + 90], lambda ps: self.client.log_batch(run_id, params=[Param(*p) for p in ps]))
-    self.once("tags", run_tags(self.run), lambda t: self.client.log_batch(run_id, tags=[RunTag(*x) for x in t.items()]))
+        self.once(
+            f"parameters/{i}",
+            params[i : i + 90],
+            lambda ps: self.client.log_batch(run_id, params=[Param(*p) for p in ps]),
+        )
+    self.once(
+        "tags",
+        run_tags(self.run),
+        lambda t: self.client.log_batch(run_id, tags=[RunTag(*x) for x in t.items()]),
+    )
 
 # %% ../../nbs/cli/tracking.ipynb #c050
 @patch
@@ -308,12 +522,16 @@ def sync(self: Mirror, adapters=False) -> str:
     "Send all that is missing, and return the run's status. Raises what MLflow raises."
     if not self.client:
         self.client = connect(self.uri)
-        if self.notes["runs"]: self.forget()
+        if self.notes["runs"]:
+            self.forget()
     status, parent = self.run.status, self.open()
     self.about(parent)
-    for e in self.run.recipe.engine: self.engine(e, status)
+    for e in self.run.recipe.engine:
+        self.engine(e, status)
     self.results()
-    if status != "running": self.inputs(parent); self.files(FILES + (("*/adapters/*",) if adapters else ()))
+    if status != "running":
+        self.inputs(parent)
+        self.files(FILES + (("*/adapters/*",) if adapters else ()))
     self.once("status", ENDED.get(status, "RUNNING"), lambda s: self.state(parent, s))
     return status
 
@@ -322,29 +540,36 @@ def plainly(error) -> str:
     "An exception as one line without secrets."
     return redact(f"{type(error).__name__}: {error}".split("\n")[0])[:300]
 
+
 def upload(
-    path,               # a run folder
-    adapters=False,     # send the adapters' files too
-) -> Mirror:            # the mirror, with its address and the ids of the runs
+    path,  # a run folder
+    adapters=False,  # send the adapters' files too
+) -> Mirror:  # the mirror, with its address and the ids of the runs
     "Send what is missing, once. Raises what MLflow raises."
     mirror = Mirror(path)
-    with FileLock(mirror.path/".tracking"): mirror.sync(adapters)
+    with FileLock(mirror.path / ".tracking"):
+        mirror.sync(adapters)
     return mirror
 
 # %% ../../nbs/cli/tracking.ipynb #c060
 def follow(
-    path,       # the folder of a run that is going on
+    path,  # the folder of a run that is going on
     pause=1.0,  # seconds between two looks
-    tries=3,    # attempts after the run has ended
-) -> int:       # 0: all has arrived; 1: not all
+    tries=3,  # attempts after the run has ended
+) -> int:  # 0: all has arrived; 1: not all
     "Mirror a run until it has ended and everything has arrived."
     mirror, status, told = Mirror(path), "running", None
     while tries:
-        try: status, problem = mirror.sync(), None
-        except Exception as e: status, problem = mirror.run.status, plainly(e)
-        if problem and problem != told: print(told := problem, flush=True)
-        if status != "running" and not problem: return 0
-        tries -= status != "running"; time.sleep(3 * pause if problem else pause)
+        try:
+            status, problem = mirror.sync(), None
+        except Exception as e:
+            status, problem = mirror.run.status, plainly(e)
+        if problem and problem != told:
+            print(told := problem, flush=True)
+        if status != "running" and not problem:
+            return 0
+        tries -= status != "running"
+        time.sleep(3 * pause if problem else pause)
     return 1
 
 # %% ../../nbs/cli/tracking.ipynb #c066
@@ -353,8 +578,14 @@ def main(args=None) -> int:
     args = sys.argv[1:] if args is None else args
     load_env()
     path = next(a for a in args if not a.startswith("--"))
-    if "--follow" not in args: print(redact(upload(path, "--adapters" in args).uri)); return 0
-    if hasattr(os, "nice"): os.nice(5)     # training goes first
-    with FileLock(Path(path)/".tracking"): return follow(path)
+    if "--follow" not in args:
+        print(redact(upload(path, "--adapters" in args).uri))
+        return 0
+    if hasattr(os, "nice"):
+        os.nice(5)  # training goes first
+    with FileLock(Path(path) / ".tracking"):
+        return follow(path)
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

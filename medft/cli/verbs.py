@@ -8,140 +8,280 @@ Docs: https://medft.github.io/medft/cli.html.md"""
 __all__ = ['app', 'explain', 'main']
 
 # %% ../../nbs/11_cli.ipynb #c002
-import os, sys, time
+from medft.cli.arguments import (
+    chosen_stages,
+    find_run,
+    planned,
+    planned_evaluation,
+)  # these two rooms import nothing at their top
+from .summary import run_summary, score_table, short_verdicts
+from ..core.files import aligned
+
+import os
+import sys
+import time
 from pathlib import Path
 
 import typer
-from .arguments import chosen_stages, find_run, planned, planned_evaluation    # these two rooms import nothing at their top
-from ..core.files import aligned
-from .summary import run_summary, score_table, short_verdicts
 
 # %% ../../nbs/11_cli.ipynb #c005
 def explain(
     error,  # anything a verb has raised
-) -> tuple[int, str]:   # exit code, and one line ("" when there is nothing to add)
+) -> tuple[int, str]:  # exit code, and one line ("" when there is nothing to add)
     "What to say of an error."
     from typer.exceptions import TyperException
+
     name, line = {c.__name__ for c in type(error).__mro__}, " ".join(str(error).split())
-    if isinstance(error, TyperException): return error.exit_code, f"{' '.join(error.format_message().split()).rstrip('.')} (see medft --help)"
-    if "MedftError" in name: return 2, line
-    if "Refused" in name: return 3, line
-    if "StageFailed" in name: return error.code, line
-    if isinstance(error, (KeyboardInterrupt, typer.Abort)): return 130, "interrupted"
-    if isinstance(error, BrokenPipeError): return 0, ""
-    return 1, f"{type(error).__name__}: {line} (a bug of medft's: the same command with --debug shows where)"
+    if isinstance(error, TyperException):
+        return (
+            error.exit_code,
+            f"{' '.join(error.format_message().split()).rstrip('.')} (see medft --help)",
+        )
+    if "MedftError" in name:
+        return 2, line
+    if "Refused" in name:
+        return 3, line
+    if "StageFailed" in name:
+        return error.code, line
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return 130, "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return 0, ""
+    return (
+        1,
+        f"{type(error).__name__}: {line} (a bug of medft's: the same command with --debug shows where)",
+    )
 
 # %% ../../nbs/11_cli.ipynb #c009
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=False,
-                  help="Fine-tune language models on medical data. --debug after any verb shows the traceback of an error.")
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=False,
+    help="Fine-tune language models on medical data. --debug after any verb shows the traceback of an error.",
+)
 
-def _say(line=""): "Print at once, so that a log shows it when it happens."; print(line, flush=True)
-def _warn(line): "One line on stderr."; print(f"medft: {line}", file=sys.stderr, flush=True)
+
+def _say(line=""):
+    "Print at once, so that a log shows it when it happens."
+    print(line, flush=True)
+
+
+def _warn(line):
+    "One line on stderr."
+    print(f"medft: {line}", file=sys.stderr, flush=True)
 
 # %% ../../nbs/11_cli.ipynb #c010
 def main(args=None) -> int:
     "The console script. Returns the exit code."
     args = list(sys.argv[1:] if args is None else args) or ["--help"]
     from medft.core.secrets import load_env, redact
-    load_env(warn=_warn)      # the environment wins
-    try: return app([a for a in args if a != "--debug"], prog_name="medft", standalone_mode=False) or 0
+
+    load_env(warn=_warn)  # the environment wins
+    try:
+        return (
+            app([a for a in args if a != "--debug"], prog_name="medft", standalone_mode=False) or 0
+        )
     except BaseException as e:
-        if "--debug" in args: raise
+        if "--debug" in args:
+            raise
         code, line = explain(e)
-        if line: _warn(redact(line))
+        if line:
+            _warn(redact(line))
         return code
 
 # %% ../../nbs/11_cli.ipynb #c014
 def _finish(run, stages, started):
     "Run what is left of a run, and show what came of it."
     from medft.cli import runner
+
     _say(f"{run.recipe.name}: {', '.join(stages)} -> {runner.shorter(run.path)}")
-    try: runner.go(run, stages, _say, _warn, started)
+    try:
+        runner.go(run, stages, _say, _warn, started)
     except (runner.Interrupted, runner.StageFailed) as e:
         said = str(e) or "interrupted"
-        raise runner.StageFailed(said if e.code in (2, 3) else f"{said}; go on with: medft resume {runner.shorter(run.path)}", e.code) from e
-    if not run.recipe.engine: from medft.export import compare_runs as again; again.write_page(run)     # nothing is exported, so nobody else writes the report
-    for line in run_summary(run): _say(line)
+        raise runner.StageFailed(
+            said
+            if e.code in (2, 3)
+            else f"{said}; go on with: medft resume {runner.shorter(run.path)}",
+            e.code,
+        ) from e
+    if not run.recipe.engine:
+        from medft.export import compare_runs as again
+
+        again.write_page(run)  # nothing is exported, so nobody else writes the report
+    for line in run_summary(run):
+        _say(line)
 
 # %% ../../nbs/11_cli.ipynb #c015
 def _begun(r, root, place, command, replaced):
     "Make a run's folder; a rehearsal says what it replaced."
     from medft.core import run as core
+
     run = core.Run.create(r, root=root, run_id=place, command=command)
-    if replaced: run.update(dict(rehearsal=True, replaced=replaced))
-    for line in replaced: run.log(line, show=False)
-    if r.engine_chosen: line = f"engine {r.engine_chosen}"; run.log(line, show=False); _say(line)
+    if replaced:
+        run.update(dict(rehearsal=True, replaced=replaced))
+    for line in replaced:
+        run.log(line, show=False)
+    if r.engine_chosen:
+        line = f"engine {r.engine_chosen}"
+        run.log(line, show=False)
+        _say(line)
     return run
 
 # %% ../../nbs/11_cli.ipynb #c017
 @app.command(name="run")
 def _run(
     recipe: str = typer.Argument(..., help="a recipe's name, or a .yaml file"),
-    overrides: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="e.g. training.learning_rate=1e-4"),
-    run_dir: Path = typer.Option(None, help="write the run to this folder instead of runs/<recipe>/<time>"),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="e.g. training.learning_rate=1e-4"
+    ),
+    run_dir: Path = typer.Option(
+        None, help="write the run to this folder instead of runs/<recipe>/<time>"
+    ),
     stages: str = typer.Option(None, help="only these, e.g. data,model"),
-    dry_run: bool = typer.Option(False, "--dry-run", help="check everything, show the recipe in full, make nothing"),
-    rehearse: bool = typer.Option(False, "--rehearse", help="the whole way in minutes: a random tiny model of the same architecture, few rows, few steps"),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="check everything, show the recipe in full, make nothing"
+    ),
+    rehearse: bool = typer.Option(
+        False,
+        "--rehearse",
+        help="the whole way in minutes: a random tiny model of the same architecture, few rows, few steps",
+    ),
 ):
     "Run a recipe: a notebook for every stage, one folder, a verdict."
-    started, (r, names, root, place, replaced) = time.time(), planned(recipe, overrides, run_dir, stages, rehearse, not dry_run)
-    for line in replaced: _say(f"# {line}" if dry_run else line)
-    if dry_run: _say(f"{r.to_yaml()}# stages: {', '.join(names)}\n# folder: {place or root/r.name}\n# nothing was started"); return
+    started, (r, names, root, place, replaced) = (
+        time.time(),
+        planned(recipe, overrides, run_dir, stages, rehearse, not dry_run),
+    )
+    for line in replaced:
+        _say(f"# {line}" if dry_run else line)
+    if dry_run:
+        _say(
+            f"{r.to_yaml()}# stages: {', '.join(names)}\n# folder: {place or root / r.name}\n# nothing was started"
+        )
+        return
     from medft.core.secrets import redact
-    command = redact(" ".join(["medft run", recipe, *(overrides or []), *["--rehearse"]*rehearse]))
+
+    command = redact(
+        " ".join(["medft run", recipe, *(overrides or []), *["--rehearse"] * rehearse])
+    )
     _finish(_begun(r, root, place, command, replaced), names, started)
 
 # %% ../../nbs/11_cli.ipynb #c019
 @app.command(name="resume")
 def _resume(
     run: str = typer.Argument(..., help="a run folder, recipe/id, or id; see medft list"),
-    overrides: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="go on with this changed; refused unless it is allowed and cannot change what is trained"),
+    overrides: list[str] = typer.Argument(
+        None,
+        metavar="KEY=VALUE",
+        help="go on with this changed; refused unless it is allowed and cannot change what is trained",
+    ),
     stages: str = typer.Option(None, help="only these, e.g. evaluate,export"),
-    allow: list[str] = typer.Option(None, metavar="KEY", help="a key that may differ from the recipe this run began with; several: again, or with commas"),
+    allow: list[str] = typer.Option(
+        None,
+        metavar="KEY",
+        help="a key that may differ from the recipe this run began with; several: again, or with commas",
+    ),
 ):
     "Finish an interrupted or failed run; what is done stays done."
     started, r, names = time.time(), find_run(run), chosen_stages(stages)
     from medft.cli import resume, runner
+
     r = resume.resumed(r, overrides or (), [k.strip() for a in allow or [] for k in a.split(",")])
     names = names and runner.stages_of(r.recipe, names) or runner.stages_begun(r)
-    if all(runner.is_complete(r, s) for s in names) and r.status == "finished": _say(f"nothing left to do: {runner.shorter(r.path)} is finished"); return
+    if all(runner.is_complete(r, s) for s in names) and r.status == "finished":
+        _say(f"nothing left to do: {runner.shorter(r.path)} is finished")
+        return
     _finish(r, names, started)
 
 # %% ../../nbs/11_cli.ipynb #v001
 def _compare(a, others, as_json):
     "Two finished runs side by side."
     from medft.core.run import MedftError
-    if len(others) != 1: raise MedftError("--compare takes two runs: medft evaluate --compare A B")
+
+    if len(others) != 1:
+        raise MedftError("--compare takes two runs: medft evaluate --compare A B")
     from medft.export import compare_runs as again
+
     found = again.compared(find_run(a), find_run(others[0]))
-    if as_json: import json; _say(json.dumps(found, indent=1, default=str)); return
-    for line in again.in_words(found, aligned(score_table(found["models"]))): _say(line)
+    if as_json:
+        import json
+
+        _say(json.dumps(found, indent=1, default=str))
+        return
+    for line in again.in_words(found, aligned(score_table(found["models"]))):
+        _say(line)
+
 
 def _clash(compare, as_json, **given):
     "Refuse options that the other half of the verb takes."
     from medft.core.run import MedftError
-    wrong = [k for k, v in given.items() if v] if compare else ["json"]*as_json
-    if wrong: raise MedftError(f"--{wrong[0].replace('_', '-')} goes {'without' if compare else 'with'} --compare{'' if compare else '; the figures of an evaluation are in metrics.json of its folder'}")
+
+    wrong = [k for k, v in given.items() if v] if compare else ["json"] * as_json
+    if wrong:
+        raise MedftError(
+            f"--{wrong[0].replace('_', '-')} goes {'without' if compare else 'with'} --compare{'' if compare else '; the figures of an evaluation are in metrics.json of its folder'}"
+        )
 
 # %% ../../nbs/11_cli.ipynb #v002
 @app.command(name="evaluate")
 def _evaluate(
-    what: str = typer.Argument(..., metavar="RUN|MODEL", help="a run, or a model or adapter: a folder, or a hub id"),
-    overrides: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="e.g. evaluation.max_items=100"),
-    recipe: str = typer.Option(None, help="the recipe whose test sets are answered; a run's own if not given"),
-    further: list[str] = typer.Option(None, "--with", metavar="NAME=PATH", help="a further model or adapter on the same items; several: again"),
-    benchmarks: str = typer.Option(None, help="lm-evaluation-harness's too, e.g. medmcqa,pubmedqa; NAME=FILE reads its rows from a file"),
+    what: str = typer.Argument(
+        ..., metavar="RUN|MODEL", help="a run, or a model or adapter: a folder, or a hub id"
+    ),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="e.g. evaluation.max_items=100"
+    ),
+    recipe: str = typer.Option(
+        None, help="the recipe whose test sets are answered; a run's own if not given"
+    ),
+    further: list[str] = typer.Option(
+        None,
+        "--with",
+        metavar="NAME=PATH",
+        help="a further model or adapter on the same items; several: again",
+    ),
+    benchmarks: str = typer.Option(
+        None,
+        help="lm-evaluation-harness's too, e.g. medmcqa,pubmedqa; NAME=FILE reads its rows from a file",
+    ),
     merged: bool = typer.Option(False, "--merged", help="of a run: its merged weights too"),
     run_dir: Path = typer.Option(None, help="write to this folder instead of runs/<recipe>/<time>"),
-    compare: bool = typer.Option(False, "--compare", help="two finished runs instead, from their files: medft evaluate --compare A B"),
+    compare: bool = typer.Option(
+        False,
+        "--compare",
+        help="two finished runs instead, from their files: medft evaluate --compare A B",
+    ),
     as_json: bool = typer.Option(False, "--json", help="with --compare: as JSON"),
 ):
     "Score models on test sets without training; or compare two finished runs."
-    _clash(compare, as_json, recipe=recipe, benchmarks=benchmarks, merged=merged, run_dir=run_dir, **{"with": further})
-    if compare: return _compare(what, overrides or [], as_json)
-    started, (r, called, root, place) = time.time(), planned_evaluation(what, overrides, recipe, further, merged, benchmarks, run_dir)
+    _clash(
+        compare,
+        as_json,
+        recipe=recipe,
+        benchmarks=benchmarks,
+        merged=merged,
+        run_dir=run_dir,
+        **{"with": further},
+    )
+    if compare:
+        return _compare(what, overrides or [], as_json)
+    started, (r, called, root, place) = (
+        time.time(),
+        planned_evaluation(what, overrides, recipe, further, merged, benchmarks, run_dir),
+    )
     from medft.core.secrets import redact
-    command = ["medft evaluate", what, *(overrides or []), *([f"--recipe {recipe}"] if recipe else []), *(f"--with {x}" for x in further or []), *([f"--benchmarks {benchmarks}"] if benchmarks else []), *["--merged"]*merged]
+
+    command = [
+        "medft evaluate",
+        what,
+        *(overrides or []),
+        *([f"--recipe {recipe}"] if recipe else []),
+        *(f"--with {x}" for x in further or []),
+        *([f"--benchmarks {benchmarks}"] if benchmarks else []),
+        *["--merged"] * merged,
+    ]
     run = _begun(r, root, place, redact(" ".join(command)), [])
     run.update(dict(scored=what, called=called))
     _finish(run, ["data", "evaluate"], started)
@@ -152,12 +292,18 @@ def _report(run: str = typer.Argument(..., help="a run folder, recipe/id, or id"
     "Make a run's figures, report and card again from its predictions; no model is loaded."
     r = find_run(run)
     from medft.export import compare_runs as again
+
     _say(again.told(again.rebuilt(r)))
     _say(f"{r.status}: {r.path}")
 
 # %% ../../nbs/11_cli.ipynb #c023
-_prepare = typer.Typer(help="Make training data: pairs of patient records, or a packed corpus.", no_args_is_help=False, rich_markup_mode=None)
+_prepare = typer.Typer(
+    help="Make training data: pairs of patient records, or a packed corpus.",
+    no_args_is_help=False,
+    rich_markup_mode=None,
+)
 app.add_typer(_prepare, name="prepare")
+
 
 @_prepare.command(name="entity-resolution")
 def _pairs(
@@ -165,48 +311,106 @@ def _pairs(
     out: Path = typer.Option(..., help="folder to write"),
     seed: int = typer.Option(42, help="same seed, same bytes"),
     per_patient: int = typer.Option(2, help="matches that a patient gives, and as many mismatches"),
-    ssn_missing: float = typer.Option(0.3, help="share of left records without a social security number"),
-    license: str = typer.Option(None, help="for the card, by the hub's name: apache-2.0, cc-by-4.0, ..."),
+    ssn_missing: float = typer.Option(
+        0.3, help="share of left records without a social security number"
+    ),
+    license: str = typer.Option(
+        None, help="for the card, by the hub's name: apache-2.0, cc-by-4.0, ..."
+    ),
     push: str = typer.Option(None, help="also push to this hub data set, org/name"),
-    public: bool = typer.Option(False, "--public", help="a pushed data set is public (private otherwise)"),
+    public: bool = typer.Option(
+        False, "--public", help="a pushed data set is public (private otherwise)"
+    ),
 ):
     "Patients to labelled pairs of records, split by patient, with a card."
     from medft.data.prepare.linkage import prepare_pairs
-    about = prepare_pairs(synthea, out, seed, per_patient, ssn_missing, license, push, private=not public)
-    _say(" · ".join(f"{name} {sum(kinds.values()):,} pairs of {about['patients'][name]:,} patients" for name, kinds in about["pairs"].items()) + f" -> {out}")
-    _say(f"train on them: medft run your_data dataset.path={out}/train.jsonl dataset.validation_path={out}/validation.jsonl dataset.test_path={out}/test.jsonl")
-    if about.get("commit"): _say(f"pushed to {push}: {about['commit']}")
+
+    about = prepare_pairs(
+        synthea, out, seed, per_patient, ssn_missing, license, push, private=not public
+    )
+    _say(
+        " · ".join(
+            f"{name} {sum(kinds.values()):,} pairs of {about['patients'][name]:,} patients"
+            for name, kinds in about["pairs"].items()
+        )
+        + f" -> {out}"
+    )
+    _say(
+        f"train on them: medft run your_data dataset.path={out}/train.jsonl dataset.validation_path={out}/validation.jsonl dataset.test_path={out}/test.jsonl"
+    )
+    if about.get("commit"):
+        _say(f"pushed to {push}: {about['commit']}")
 
 # %% ../../nbs/11_cli.ipynb #c024
 @_prepare.command(name="corpus")
 def _corpus(
-    paths: list[str] = typer.Argument(..., help="folders, files, patterns or URLs: JSON lines, JATS or CNXML, plain text"),
-    out: Path = typer.Option(..., help="folder to write; the same call goes on with an interrupted one"),
-    model: str = typer.Option("tiny-base", help="whose tokenizer: hub id, folder, or the shipped tiny base"),
+    paths: list[str] = typer.Argument(
+        ..., help="folders, files, patterns or URLs: JSON lines, JATS or CNXML, plain text"
+    ),
+    out: Path = typer.Option(
+        ..., help="folder to write; the same call goes on with an interrupted one"
+    ),
+    model: str = typer.Option(
+        "tiny-base", help="whose tokenizer: hub id, folder, or the shipped tiny base"
+    ),
     revision: str = typer.Option(None, help="hub commit of the tokenizer"),
     max_length: int = typer.Option(8192, help="tokens in a window"),
-    similarity: float = typer.Option(0.8, help="documents alike to this degree (Jaccard) are copies; 0: only equal ones"),
-    holdout: float = typer.Option(0.05, help="share of documents for validation, and as much for test; 0: all for training"),
+    similarity: float = typer.Option(
+        0.8, help="documents alike to this degree (Jaccard) are copies; 0: only equal ones"
+    ),
+    holdout: float = typer.Option(
+        0.05, help="share of documents for validation, and as much for test; 0: all for training"
+    ),
     seed: int = typer.Option(42, help="of the split"),
     column: str = typer.Option("text", help="the column that holds the text"),
     workers: int = typer.Option(None, help="processes; one a core if not given"),
 ):
     "Articles to packed windows: cleaned, deduplicated, tokenised, document boundaries kept."
     from medft.data.prepare.corpus import corpus_summary, prepare_corpus
-    made = prepare_corpus(paths, out, workers, model=model, revision=revision, max_length=max_length, similarity=similarity, holdout=holdout, seed=seed, column=column)
+
+    made = prepare_corpus(
+        paths,
+        out,
+        workers,
+        model=model,
+        revision=revision,
+        max_length=max_length,
+        similarity=similarity,
+        holdout=holdout,
+        seed=seed,
+        column=column,
+    )
     _say(f"{corpus_summary(made)} -> {out}")
-    _say(f"train on it: medft run your_data dataset.path={out} model.task=pretraining model.name={model} training.max_length={max_length}")
+    _say(
+        f"train on it: medft run your_data dataset.path={out} model.task=pretraining model.name={model} training.max_length={max_length}"
+    )
 
 # %% ../../nbs/11_cli.ipynb #c026
 @app.command(name="list")
 def _list():
     "Show all runs, newest first."
     from medft.core.run import list_runs, read_json, runs_root
-    said = lambda r: ["rehearsed"] if r.manifest.get("rehearsal") else short_verdicts(read_json(r.path/"metrics.json", {}))
-    about = lambda r: [r.recipe.name, r.path.name, r.status, (r.manifest.get("created") or "")[:10]]
-    rows = [[*(about(r) if i == 0 else [""]*4), line] for r in list_runs() for i, line in enumerate(said(r))]
-    if not rows: _say(f"no runs in {runs_root()}; start one with: medft run quickstart"); return
-    for line in aligned([["recipe", "run", "status", "day", "verdict"], *rows]): _say(line)
+
+    def said(r):
+        return (
+            ["rehearsed"]
+            if r.manifest.get("rehearsal")
+            else short_verdicts(read_json(r.path / "metrics.json", {}))
+        )
+
+    def about(r):
+        return [r.recipe.name, r.path.name, r.status, (r.manifest.get("created") or "")[:10]]
+
+    rows = [
+        [*(about(r) if i == 0 else [""] * 4), line]
+        for r in list_runs()
+        for i, line in enumerate(said(r))
+    ]
+    if not rows:
+        _say(f"no runs in {runs_root()}; start one with: medft run quickstart")
+        return
+    for line in aligned([["recipe", "run", "status", "day", "verdict"], *rows]):
+        _say(line)
 
 # %% ../../nbs/11_cli.ipynb #c028
 @app.command(name="track")
@@ -216,64 +420,111 @@ def _track(
 ):
     "Upload a run's record to MLflow: what has not arrived yet."
     r = find_run(run)
+    from medft.cli.tracking import plainly, tracking_uri, upload
     from medft.core.run import MedftError
     from medft.core.secrets import redact
-    from medft.cli.tracking import plainly, tracking_uri, upload
+
     _say(f"uploading to {redact(tracking_uri(r.recipe))}")
-    try: upload(r.path, adapters)
-    except MedftError: raise
-    except Exception as e: _warn(f"tracking: {plainly(e)}; the record is kept in {r.path}"); return 1
+    try:
+        upload(r.path, adapters)
+    except MedftError:
+        raise
+    except Exception as e:
+        _warn(f"tracking: {plainly(e)}; the record is kept in {r.path}")
+        return 1
     _say("all there; look at it with: medft ui")
 
 # %% ../../nbs/11_cli.ipynb #c030
 @app.command(name="ui")
 def _ui(port: int = typer.Option(5000, help="port on this machine")):
     "Open MLflow on the local store (this machine only)."
-    import socket
+    from medft.cli.tracking import PATIENCE, tracking_uri
     from medft.core.run import MedftError, runs_root
     from medft.core.secrets import redact
-    from medft.cli.tracking import PATIENCE, tracking_uri
-    uri, env = tracking_uri(), {**PATIENCE, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
-    if uri.startswith("http"): _say(f"runs are tracked at {redact(uri)}: open it in a browser"); return
+
+    import socket
+
+    uri, env = (
+        tracking_uri(),
+        {**PATIENCE, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ},
+    )
+    if uri.startswith("http"):
+        _say(f"runs are tracked at {redact(uri)}: open it in a browser")
+        return
     with socket.socket() as s:
-        if s.connect_ex(("127.0.0.1", port)) == 0: raise MedftError(f"port {port} is taken; choose another with --port")
+        if s.connect_ex(("127.0.0.1", port)) == 0:
+            raise MedftError(f"port {port} is taken; choose another with --port")
     runs_root().mkdir(parents=True, exist_ok=True)
     _say(f"MLflow on http://127.0.0.1:{port} in half a minute (Ctrl-C ends it)")
-    os.execve(sys.executable, [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port),
-                               "--workers", "1", "--default-artifact-root", str(runs_root()/"mlartifacts")], env)
+    os.execve(
+        sys.executable,
+        [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            uri,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+            "--default-artifact-root",
+            str(runs_root() / "mlartifacts"),
+        ],
+        env,
+    )
 
 # %% ../../nbs/11_cli.ipynb #cplan1
 @app.command(name="plan")
 def _plan(
     recipe: str = typer.Argument(..., help="a recipe's name, or a .yaml file"),
     overrides: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="as for run"),
-    gpu: str = typer.Option(None, help="plan for this GPU, e.g. 'H100 80GB', instead of this machine"),
+    gpu: str = typer.Option(
+        None, help="plan for this GPU, e.g. 'H100 80GB', instead of this machine"
+    ),
     gpus: int = typer.Option(1, min=1, help="so many of them"),
     price: float = typer.Option(None, help="of one device for an hour"),
     tokens_per_second: float = typer.Option(None, help="of one device, if you know it"),
     as_json: bool = typer.Option(False, "--json", help="as JSON, for programs"),
 ):
     "What a run will need: memory by part, what to change where it does not fit, steps, time, cost, disk."
-    os.environ.setdefault("TQDM_DISABLE", "1")      # rows are read in moments; bars would only stand between the lines
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # rows are read in moments; bars would only stand between the lines
     from medft.core import run as core
     from medft.plan import estimate as plan
-    found = plan.plan(core.load_recipe(recipe, overrides or ()), gpu, gpus, price, tokens_per_second)
-    if as_json: import json; _say(json.dumps(found, indent=1, default=str)); return
-    for line in plan.in_words(found): _say(line)
+
+    found = plan.plan(
+        core.load_recipe(recipe, overrides or ()), gpu, gpus, price, tokens_per_second
+    )
+    if as_json:
+        import json
+
+        _say(json.dumps(found, indent=1, default=str))
+        return
+    for line in plan.in_words(found):
+        _say(line)
 
 # %% ../../nbs/11_cli.ipynb #c032
 @app.command(name="matrix")
 def _matrix(
     families: list[str] = typer.Argument(None, help="only these families"),
-    trying: bool = typer.Option(False, "--try", help="do it, on random tiny models: minutes for each family"),
+    trying: bool = typer.Option(
+        False, "--try", help="do it, on random tiny models: minutes for each family"
+    ),
     engine: str = typer.Option(None, help="only this engine"),
     out: Path = typer.Option(None, help="with --try: also write what was found to this JSON file"),
 ):
     "Family, task, adapter, engine: what works, and what is refused with what reason."
     from medft.plan import support_matrix as matrix
+
     chosen = matrix.chosen(families, engine)
     if not trying:
-        for line in matrix.in_text(matrix.rules(chosen)): _say(line)
+        for line in matrix.in_text(matrix.rules(chosen)):
+            _say(line)
         return
     return matrix.tried(chosen, _say, out)
 
@@ -281,35 +532,66 @@ def _matrix(
 @app.command(name="bench")
 def _bench(
     recipe: str = typer.Argument(..., help="a recipe's name, or a .yaml file"),
-    overrides: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="e.g. training.per_device_train_batch_size=8"),
-    engines: str = typer.Option(None, help="only these, e.g. trl,fast (trl runs twice: its defaults, its best settings)"),
-    shape: str = typer.Option(None, help="random weights of a real configuration: gemma-3-270m, llama-160m, a family of medft matrix, a folder"),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="e.g. training.per_device_train_batch_size=8"
+    ),
+    engines: str = typer.Option(
+        None, help="only these, e.g. trl,fast (trl runs twice: its defaults, its best settings)"
+    ),
+    shape: str = typer.Option(
+        None,
+        help="random weights of a real configuration: gemma-3-270m, llama-160m, a family of medft matrix, a folder",
+    ),
     scoring: bool = typer.Option(False, "--scoring", help="scoring instead, against lm_eval"),
-    data: bool = typer.Option(False, "--data", help="preparing data instead, against datasets and TRL's packing"),
+    data: bool = typer.Option(
+        False, "--data", help="preparing data instead, against datasets and TRL's packing"
+    ),
     steps: int = typer.Option(4, help="steps in a turn"),
     rounds: int = typer.Option(3, help="turns of each engine"),
     warm: int = typer.Option(2, help="steps before the first turn, not counted"),
-    fresh: bool = typer.Option(None, "--fresh/--resident", help="a new process for each turn (on a GPU unless said otherwise), or all engines in memory"),
+    fresh: bool = typer.Option(
+        None,
+        "--fresh/--resident",
+        help="a new process for each turn (on a GPU unless said otherwise), or all engines in memory",
+    ),
     out: Path = typer.Option(None, help="folder; runs/.bench/<recipe>-<shape> if not given"),
     into: Path = typer.Option(None, help="also put the result into this file of results"),
 ):
     "Which engine is fastest here: speed, memory and losses, engines in turns."
     from medft.bench import engines as bench
     from medft.cli import runner
+
     with runner.signals():
-        if scoring: from medft.bench import scoring as bench_scoring; found, kind = bench_scoring.bench(recipe, out, _say, overrides or (), shape), "scoring"
-        elif data: from medft.bench import data as bench_data; found, kind = bench_data.bench(recipe, overrides or (), out, rounds, _say), "data"
-        else: found, kind = bench.bench(recipe, overrides or (), engines, shape, warm, steps, rounds, out, fresh, _say), "runs"
-    if into: bench.record(found, into, kind)
+        if scoring:
+            from medft.bench import scoring as bench_scoring
+
+            found, kind = bench_scoring.bench(recipe, out, _say, overrides or (), shape), "scoring"
+        elif data:
+            from medft.bench import data as bench_data
+
+            found, kind = bench_data.bench(recipe, overrides or (), out, rounds, _say), "data"
+        else:
+            found, kind = (
+                bench.bench(
+                    recipe, overrides or (), engines, shape, warm, steps, rounds, out, fresh, _say
+                ),
+                "runs",
+            )
+    if into:
+        bench.record(found, into, kind)
 
 # %% ../../nbs/11_cli.ipynb #c034
 @app.command(name="doctor")
 def _doctor():
     "Look at the installation, and say what to mend."
     from medft.cli.doctor import BAD, examined
+
     found = []
-    for level, what, cure in examined(): found.append(level); _say(f"{level:<5}{what}" + (f": {cure}" if cure else ""))
+    for level, what, cure in examined():
+        found.append(level)
+        _say(f"{level:<5}{what}" + (f": {cure}" if cure else ""))
     return int(BAD in found)
 
 # %% ../../nbs/11_cli.ipynb #c044
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

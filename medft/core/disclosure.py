@@ -8,53 +8,66 @@ Docs: https://medft.github.io/medft/core/disclosure.html.md"""
 __all__ = ['RECORDS', 'ROWS', 'why_hidden', 'is_remote', 'host_of', 'holds_rows', 'without_rows']
 
 # %% ../../nbs/core/disclosure.ipynb #d002
-import json, re
+from .run import Run, read_json
+
+import json
+import re
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from .run import Run, read_json
-
 # %% ../../nbs/core/disclosure.ipynb #d005
-RECORDS = ("entity-pairs", "patient")   # schemas whose rows are people: pairs of records, FHIR and Synthea patients
-_PUBLIC = ("public ", "synthetic ")     # kinds of findings that identify nobody
+RECORDS = (
+    "entity-pairs",
+    "patient",
+)  # schemas whose rows are people: pairs of records, FHIR and Synthea patients
+_PUBLIC = ("public ", "synthetic ")  # kinds of findings that identify nobody
+
 
 def _identified_rows(report):
     "How many rows that are still there may identify somebody."
     check = report.get("checks", {}).get("identifiers")
     if check:
         return check.get("count", 0) - check.get("dropped", 0)
-    return sum(n for kind, n in report.get("identifiers", {}).items() if not kind.startswith(_PUBLIC))
+    return sum(
+        n for kind, n in report.get("identifiers", {}).items() if not kind.startswith(_PUBLIC)
+    )
+
 
 def why_hidden(
-    run: Run,   # its data are prepared
-) -> str:       # "" where single items may be shown
+    run: Run,  # its data are prepared
+) -> str:  # "" where single items may be shown
     "Why single items of a run are not shown."
     asked = run.recipe.evaluation.show_items
     if asked is not None:
         return "" if asked else "evaluation.show_items is false"
-    report = read_json(run.path/"data"/"report.json")
+    report = read_json(run.path / "data" / "report.json")
     if report is None:
         return "the data have not been looked at yet"
-    schemas = {s.strip() for shape in report.get("shapes", {}).values() for s in str(shape).split(",")}
+    schemas = {
+        s.strip() for shape in report.get("shapes", {}).values() for s in str(shape).split(",")
+    }
     if found := schemas & set(RECORDS):
         return f"the data are records of patients ({', '.join(sorted(found))})"
     if rows := _identified_rows(report):
         return f"what may identify somebody was found in {rows:,} rows"
-    if run.recipe.dataset.checks.identifiers == "off" and "identifiers" not in report.get("checks", {}):
+    if run.recipe.dataset.checks.identifiers == "off" and "identifiers" not in report.get(
+        "checks", {}
+    ):
         return "identifiers were not looked for (dataset.checks.identifiers: off)"
     return ""
 
 # %% ../../nbs/core/disclosure.ipynb #d008
 def is_remote(
-    uri: str,   # of a tracking store, or of its artifacts
+    uri: str,  # of a tracking store, or of its artifacts
 ) -> bool:
     "Whether what is sent there leaves this machine."
     parts = urlsplit(str(uri))
-    if str(uri) in ("databricks", "databricks-uc", "uc"):               # MLflow's names for a server
+    if str(uri) in ("databricks", "databricks-uc", "uc"):  # MLflow's names for a server
         return True
-    if parts.scheme in ("", "sqlite") or len(parts.scheme) == 1:      # a path; C: is one too
+    if parts.scheme in ("", "sqlite") or len(parts.scheme) == 1:  # a path; C: is one too
         return False
     return parts.scheme != "file" or parts.netloc not in ("", "localhost")
+
 
 def host_of(
     uri: str,
@@ -63,20 +76,38 @@ def host_of(
     parts = urlsplit(str(uri))
     return parts.netloc.rpartition("@")[2] or str(uri)
 
-ROWS = ("notebooks/*", "predictions/**", "data/*.jsonl", "data/split.json", "data/*/*", "*/generated*", "*.parquet", "*.jsonl", "*.arrow")
+
+ROWS = (
+    "notebooks/*",
+    "predictions/**",
+    "data/*.jsonl",
+    "data/split.json",
+    "data/*/*",
+    "*/generated*",
+    "*.parquet",
+    "*.jsonl",
+    "*.arrow",
+)
 _CARD = '<article class="card">'
 
+
 def holds_rows(
-    name,   # a file's name below the run's folder
-    text="",# what it holds, where it is text
+    name,  # a file's name below the run's folder
+    text="",  # what it holds, where it is text
 ) -> bool:
     "Whether a file of a run holds single rows, or could quote them."
     path = PurePosixPath(str(name))
-    return any(path.match(pattern) for pattern in ROWS) or path.parts[0] == "predictions" or path.suffix == ".html" and _CARD in text
+    return (
+        any(path.match(pattern) for pattern in ROWS)
+        or path.parts[0] == "predictions"
+        or path.suffix == ".html"
+        and _CARD in text
+    )
+
 
 def without_rows(
-    name,   # a file's name below the run's folder
-    text,   # what it holds
+    name,  # a file's name below the run's folder
+    text,  # what it holds
 ) -> str:
     "A log without its example row, a report of the data without ids."
     if PurePosixPath(str(name)).suffix == ".log":

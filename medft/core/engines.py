@@ -12,32 +12,51 @@ from .recipe import unsloth_fits
 from .sections import Recipe
 
 # %% ../../nbs/core/engines.ipynb #c008
-STEP = dict(neftune_noise_alpha="noise on the embeddings depends on how rows are padded", label_smoothing_factor="smoothed labels need all logits", loss_type="another loss",
-            fp16="float16 is scaled by the trainer", torch_compile="a compiled model is not rewritten", use_liger_kernel="Liger rewrites the same layers",
-            activation_offloading="activations are moved by hooks on the plain layers", deepspeed="DeepSpeed owns the model", fsdp="FSDP owns the model")
+STEP = dict(
+    neftune_noise_alpha="noise on the embeddings depends on how rows are padded",
+    label_smoothing_factor="smoothed labels need all logits",
+    loss_type="another loss",
+    fp16="float16 is scaled by the trainer",
+    torch_compile="a compiled model is not rewritten",
+    use_liger_kernel="Liger rewrites the same layers",
+    activation_offloading="activations are moved by hooks on the plain layers",
+    deepspeed="DeepSpeed owns the model",
+    fsdp="FSDP owns the model",
+)
+
 
 def kept_plain(training) -> str | None:
     "Why the whole step stays the library's under these training keys; None where it is replaced."
-    given = {k: v for k, v in training.given().items() if k in STEP and v and v not in ("nll", "no")}
+    given = {
+        k: v for k, v in training.given().items() if k in STEP and v and v not in ("nll", "no")
+    }
     return next((f"training.{k}: {STEP[k]}" for k in given), None)
 
 # %% ../../nbs/core/engines.ipynb #c011
 def auto_engine(
     r: Recipe,
-    device,         # cuda, mps or cpu
-    unsloth,        # whether Unsloth is installed
-) -> tuple[str, str]:   # the engine, and why
+    device,  # cuda, mps or cpu
+    unsloth,  # whether Unsloth is installed
+) -> tuple[str, str]:  # the engine, and why
     "The engine for a recipe on a machine."
     plain, fits = kept_plain(r.training), unsloth and unsloth_fits(r)
-    if device == "cuda" and fits: return "unsloth", "on a GPU, installed, and it trains this task and adapter"
-    if plain: return "trl", f"engine fast would leave the whole step to it ({plain})"
-    if device == "cpu": return "fast", "on a CPU the fastest at the same loss, by medft bench"
-    if device == "cuda": return "fast", f"Unsloth {'cannot train this recipe' if unsloth else 'is not installed'}, and padding and logits are saved on a GPU too (never measured there by medft)"
+    if device == "cuda" and fits:
+        return "unsloth", "on a GPU, installed, and it trains this task and adapter"
+    if plain:
+        return "trl", f"engine fast would leave the whole step to it ({plain})"
+    if device == "cpu":
+        return "fast", "on a CPU the fastest at the same loss, by medft bench"
+    if device == "cuda":
+        return (
+            "fast",
+            f"Unsloth {'cannot train this recipe' if unsloth else 'is not installed'}, and padding and logits are saved on a GPU too (never measured there by medft)",
+        )
     return "trl", f"no other engine was tried on {device}"
 
 # %% ../../nbs/core/engines.ipynb #c015
 def settled(r: Recipe, device, unsloth) -> Recipe:
     "The recipe with its engine chosen, where it says `auto`."
-    if r.engine != ["auto"]: return r
+    if r.engine != ["auto"]:
+        return r
     engine, why = auto_engine(r, device, unsloth)
     return r.model_copy(update=dict(engine=[engine], engine_chosen=f"{engine}: {why}"))

@@ -10,19 +10,34 @@ __all__ = ['QUIET', 'NO_FOREIGN_CODE', 'PACKAGE', 'is_private', 'new_private_fol
            'recipe_folders', 'find_recipe', 'model_path', 'atomic_write', 'write_json', 'read_json', 'sha256']
 
 # %% ../../nbs/core/files.ipynb #p002
-import atexit, difflib, hashlib, importlib.util, io, json, logging, os, secrets, shutil, stat, tempfile, warnings
-from pathlib import Path
-
 from .secrets import redacted_json
+
+import atexit
+import difflib
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import warnings
+from pathlib import Path
 
 # %% ../../nbs/core/files.ipynb #c005
 def is_private(
-    folder: Path,   # that exists
+    folder: Path,  # that exists
 ) -> bool:
     "Whether a path is a folder, not a link to one, that belongs to this user and that nobody else can write into."
     info = folder.lstat()
     is_mine = not hasattr(os, "getuid") or info.st_uid == os.getuid()
-    return stat.S_ISDIR(info.st_mode) and is_mine and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return (
+        stat.S_ISDIR(info.st_mode) and is_mine and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    )
+
 
 def new_private_folder() -> Path:
     "A new folder that only this user can open; it is deleted when the process ends."
@@ -30,17 +45,20 @@ def new_private_folder() -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
+
 def compiled_code() -> Path:
     "The folder for code that libraries compile now and run in later processes."
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"medft-compiled"
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medft-compiled"
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Unsloth falls back to this name below the shared temp folder, so nobody should be able to guess it.
-        folder = next(iter(sorted(home.glob("unsloth-*"))), home/f"unsloth-{secrets.token_hex(8)}")
+        folder = next(
+            iter(sorted(home.glob("unsloth-*"))), home / f"unsloth-{secrets.token_hex(8)}"
+        )
         folder.mkdir(mode=0o700, exist_ok=True)
         if is_private(home) and is_private(folder) and os.access(folder, os.W_OK):
             return folder
-    except (OSError, RuntimeError):     # no home, or one that cannot be written
+    except (OSError, RuntimeError):  # no home, or one that cannot be written
         pass
     return new_private_folder()
 
@@ -65,27 +83,33 @@ os.environ.update(NO_FOREIGN_CODE)
 if not {"UNSLOTH_COMPILE_LOCATION", "TORCHINDUCTOR_CACHE_DIR"} <= os.environ.keys():
     _compiled = compiled_code()
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(_compiled))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_compiled/"inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_compiled / "inductor"))
 
 # %% ../../nbs/core/files.ipynb #c007
-for _name in ("torchao", "torch.utils._pytree", "bitsandbytes", "bitsandbytes.cextension"): logging.getLogger(_name).setLevel(logging.ERROR)
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes", "bitsandbytes.cextension"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 # %% ../../nbs/core/files.ipynb #c009
-class MedftError(Exception): "Something the user can mend: what was found, where, and what to do."
-class Refused(Exception): "A gate said no: the result exists, but must not be used as it is."
+class MedftError(Exception):
+    "Something the user can mend: what was found, where, and what to do."
+
+
+class Refused(Exception):
+    "A gate said no: the result exists, but must not be used as it is."
+
 
 def nearest(
-    word,       # what was typed
-    words,      # what would have been understood
-) -> str:       # " (did you mean X?)", or "" when nothing is close
+    word,  # what was typed
+    words,  # what would have been understood
+) -> str:  # " (did you mean X?)", or "" when nothing is close
     "The closest known word, as the end of an error message."
     close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 # %% ../../nbs/core/files.ipynb #p011
 def aligned(
-    rows,   # list of lists; cells of any type
+    rows,  # list of lists; cells of any type
 ) -> list[str]:
     "Rows of cells as lines whose columns stand under each other."
     from rich.console import Console
@@ -96,74 +120,100 @@ def aligned(
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     plain = dict(color_system=None, force_terminal=False, force_jupyter=False)
-    console = Console(file=io.StringIO(), width=10_000, **plain)    # wide: a terminal wraps better than a cell
+    console = Console(
+        file=io.StringIO(), width=10_000, **plain
+    )  # wide: a terminal wraps better than a cell
     console.print(table)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 # %% ../../nbs/core/files.ipynb #c013
-PACKAGE = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path(importlib.util.find_spec("medft").origin).parent
+PACKAGE = (
+    Path(__file__).resolve().parents[1]
+    if "__file__" in globals()
+    else Path(importlib.util.find_spec("medft").origin).parent
+)
+
 
 def checkout() -> Path | None:
     "The top of the source checkout; None for an installed wheel."
     top = PACKAGE.parent
-    return top if (top/"settings.ini").exists() and (top/"nbs").is_dir() else None
+    return top if (top / "settings.ini").exists() and (top / "nbs").is_dir() else None
+
 
 def assets() -> Path:
     "The folder of the shipped tiny base and starter data."
-    return PACKAGE/"assets"
+    return PACKAGE / "assets"
+
 
 def notebooks() -> Path:
     "The folder of the stage notebooks. `MEDFT_NOTEBOOKS` names another one (a fork's own stages, our tests)."
-    if os.environ.get("MEDFT_NOTEBOOKS"): return Path(os.environ["MEDFT_NOTEBOOKS"]).resolve()
-    return checkout()/"nbs" if checkout() else PACKAGE/"nbs"
+    if os.environ.get("MEDFT_NOTEBOOKS"):
+        return Path(os.environ["MEDFT_NOTEBOOKS"]).resolve()
+    return checkout() / "nbs" if checkout() else PACKAGE / "nbs"
 
 # %% ../../nbs/core/files.ipynb #c015
 def runs_root() -> Path:
     "Where runs are written: `$MEDFT_RUNS`, else the checkout's `runs/` when we stand in it, else `./runs`."
-    if os.environ.get("MEDFT_RUNS"): return Path(os.environ["MEDFT_RUNS"]).resolve()
+    if os.environ.get("MEDFT_RUNS"):
+        return Path(os.environ["MEDFT_RUNS"]).resolve()
     top, here = checkout(), Path.cwd().resolve()
-    return (top if top and (here == top or top in here.parents) else here)/"runs"
+    return (top if top and (here == top or top in here.parents) else here) / "runs"
 
 # %% ../../nbs/core/files.ipynb #c015s1
 def shipped_recipes() -> Path:
     "The folder of the recipes that come with medft."
-    return checkout()/"runs" if checkout() else PACKAGE/"recipes"
+    return checkout() / "runs" if checkout() else PACKAGE / "recipes"
+
 
 def locate(
-    path,           # as a recipe writes it
-) -> Path | None:   # None: nowhere
+    path,  # as a recipe writes it
+) -> Path | None:  # None: nowhere
     "A local file or folder of a recipe: from where we stand, beside `runs/`, or among the shipped assets."
     for base in (Path.cwd(), runs_root().parent, assets()):
-        if (base/Path(path).expanduser()).exists(): return (base/Path(path).expanduser()).resolve()
+        if (base / Path(path).expanduser()).exists():
+            return (base / Path(path).expanduser()).resolve()
+
 
 def recipe_folders() -> list[Path]:
     "Where a recipe's name is looked up, in this order."
-    return [p for p in dict.fromkeys([Path.cwd()/"runs", runs_root(), shipped_recipes()]) if p.is_dir()]
+    return [
+        p
+        for p in dict.fromkeys([Path.cwd() / "runs", runs_root(), shipped_recipes()])
+        if p.is_dir()
+    ]
+
 
 def find_recipe(
-    name,   # a recipe's name, or a path to a YAML file
+    name,  # a recipe's name, or a path to a YAML file
 ) -> Path:
     "The recipe's file. Raises `MedftError` when there is none, naming the nearest."
-    if str(name).endswith((".yaml", ".yml")) and Path(name).is_file(): return Path(name).resolve()
+    if str(name).endswith((".yaml", ".yml")) and Path(name).is_file():
+        return Path(name).resolve()
     known = {p.stem: p for d in reversed(recipe_folders()) for p in sorted(d.glob("*.yaml"))}
-    if name in known: return known[name]
-    raise MedftError(f"no recipe {str(name)!r}{nearest(name, known)}; known: {', '.join(known)}; or give the path of a .yaml file")
+    if name in known:
+        return known[name]
+    raise MedftError(
+        f"no recipe {str(name)!r}{nearest(name, known)}; known: {', '.join(known)}; or give the path of a .yaml file"
+    )
 
 # %% ../../nbs/core/files.ipynb #p004
 def model_path(name) -> str:
     "What a library loads for a recipe's model name: the shipped tiny base, a local folder, or a hub id."
-    return str(assets()/"tiny_base") if name == "tiny-base" else str(locate(name) or name)
+    return str(assets() / "tiny_base") if name == "tiny-base" else str(locate(name) or name)
 
 # %% ../../nbs/core/files.ipynb #c019
 def _permissions() -> int:
     "What the umask leaves of rw-rw-rw-."
     try:
         status = Path("/proc/self/status").read_text()
-        mask = int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask")), 8)
+        mask = int(
+            next(line.split()[1] for line in status.splitlines() if line.startswith("Umask")), 8
+        )
     except (OSError, StopIteration, ValueError):
-        mask = os.umask(0o077)      # there is no way to ask without setting it
+        mask = os.umask(0o077)  # there is no way to ask without setting it
         os.umask(mask)
     return 0o666 & ~mask
+
 
 def atomic_write(path, data):
     "Write text or bytes so that a reader sees all of it or none. The umask decides who may read it."
@@ -182,21 +232,27 @@ def atomic_write(path, data):
         Path(tmp).unlink(missing_ok=True)
         raise
 
+
 def write_json(path, obj):
     "Write an object as readable JSON, atomically and without secrets."
     text = json.dumps(obj, indent=1, ensure_ascii=False, default=str) + "\n"
     atomic_write(path, redacted_json(text))
 
+
 def read_json(path, default=None):
     "Read a JSON file; `default` when it is not there."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: return default
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
 
 # %% ../../nbs/core/files.ipynb #c021
 def sha256(path) -> str:
     "SHA-256 of a file, or of a folder's file names and contents."
     path, h = Path(path), hashlib.sha256()
-    for p in ([path] if path.is_file() else sorted(q for q in path.rglob("*") if q.is_file())):
-        if p is not path: h.update(str(p.relative_to(path)).encode())
-        with open(p, "rb") as f: h.update(hashlib.file_digest(f, "sha256").digest())
+    for p in [path] if path.is_file() else sorted(q for q in path.rglob("*") if q.is_file()):
+        if p is not path:
+            h.update(str(p.relative_to(path)).encode())
+        with open(p, "rb") as f:
+            h.update(hashlib.file_digest(f, "sha256").digest())
     return h.hexdigest()

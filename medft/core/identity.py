@@ -19,9 +19,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 # %% ../../nbs/core/identity.ipynb #n004
-KINDS = {   # kind: names of columns, letters and digits only; wide kinds first
+KINDS = {  # kind: names of columns, letters and digits only; wide kinds first
     "patient_id": "patient patientid patid ptid pid patientno patientnr patientnum patientnumber patientkey patientcode patientuid patientuuid "
-                  "patientidentifier patientname patientsk uniquepid idpatient patientenid patientennr patientennummer pacienteid idpaciente",
+    "patientidentifier patientname patientsk uniquepid idpatient patientenid patientennr patientennummer pacienteid idpaciente",
     "subject_id": "subjectid subjid usubjid subjectkey subjectno subjectnr subjectnumber subjectcode subjectidentifier idsubject",
     "person_id": "personid personkey personidentifier individualid memberid beneficiaryid beneid desynpufid enrolid empi",
     "participant_id": "participant participantid participantno participantnumber participantkey volunteerid respondentid",
@@ -32,7 +32,7 @@ KINDS = {   # kind: names of columns, letters and digits only; wide kinds first
     "record_id": "recordid recordno recordnumber",
     "admission_id": "hadmid admissionid admissionno admissionnumber hospitalizationid hospitalisationid hospitaladmissionid patienthealthsystemstayid",
     "encounter_id": "encounterid encounterno encounterkey encounternumber visitid visitoccurrenceid visitno visitnumber episodeid csn contactid "
-                    "appointmentid consultationid",
+    "appointmentid consultationid",
     "stay_id": "stayid icustayid icustay edstayid patientunitstayid",
     "study_id": "studyid studyinstanceuid studyuid accession accessionno accessionnumber examid examinationid scanid",
     "series_id": "seriesid seriesinstanceuid seriesuid",
@@ -40,27 +40,40 @@ KINDS = {   # kind: names of columns, letters and digits only; wide kinds first
     "note_id": "noteid reportid reportno textid letterid passageid",
 }
 PEOPLE = ("patient_id", "subject_id", "person_id", "participant_id", "mrn")
-WITHIN = ("record_id", "admission_id", "encounter_id", "stay_id", "study_id", "series_id", "specimen_id", "note_id")   # may be numbered anew for each patient
+WITHIN = (
+    "record_id",
+    "admission_id",
+    "encounter_id",
+    "stay_id",
+    "study_id",
+    "series_id",
+    "specimen_id",
+    "note_id",
+)  # may be numbered anew for each patient
 
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 _ADDED = "(?:anon|anonymi[sz]ed|deid|deidentified|pseudo|pseudonymi[sz]ed|hashed|hash|masked|encrypted|surrogate|synthetic|random|original|source|dicom)"
 
+
 def kind_of_column(
     name: str,
-) -> str | None:    # a key of KINDS
+) -> str | None:  # a key of KINDS
     "What a column of this name identifies: the same for `PatientID`, `patient id`, `Patient-ID` and `patient.id`."
     plain = re.sub(r"[^a-z0-9]", "", text_key(str(name)))
     bare = re.sub(rf"^{_ADDED}|{_ADDED}$", "", plain)
     return _KIND_OF.get(plain) or _KIND_OF.get(bare)
 
 # %% ../../nbs/core/identity.ipynb #n007
-MISSING = frozenset("nan none null na n/a nat <na> nil missing unknown unbekannt not_available anonymous anonymized anonymised deidentified - -- --- . ? "
-                    "-1 -9 -99 -999 #n/a ___ xxx xxxx".split()) | {"", "not available", "not known"}
-LONGEST = 200   # characters of an identity; what is longer is a text
+MISSING = frozenset(
+    "nan none null na n/a nat <na> nil missing unknown unbekannt not_available anonymous anonymized anonymised deidentified - -- --- . ? "
+    "-1 -9 -99 -999 #n/a ___ xxx xxxx".split()
+) | {"", "not available", "not known"}
+LONGEST = 200  # characters of an identity; what is longer is a text
+
 
 def identity(
-    value,          # a cell
-) -> str | None:    # None: it names nobody
+    value,  # a cell
+) -> str | None:  # None: it names nobody
     "A cell as an identity: 101, 101.0 and ' 101 ' are one, '0101' is another, gaps are none."
     if value is None or isinstance(value, (bool, np.bool_, dict, list, tuple, set, bytes)):
         return None
@@ -79,9 +92,9 @@ def identity(
 
 # %% ../../nbs/core/identity.ipynb #n010
 def identity_columns(
-    columns,        # of a file
-    taken=(),       # those that its schema reads as content
-) -> dict:          # kind -> column
+    columns,  # of a file
+    taken=(),  # those that its schema reads as content
+) -> dict:  # kind -> column
     "The columns of a file that say whose rows these are."
     found = {}
     for column in columns:
@@ -93,24 +106,28 @@ def identity_columns(
         found["patient_id"] = found.pop(people[0])
     return {kind: found[kind] for kind in KINDS if kind in found}
 
+
 def identities(
     row: dict,
     columns: dict,  # kind -> column
-) -> list[str]:     # "kind value"
+) -> list[str]:  # "kind value"
     "Whose row it is, by every column that tells."
     found = ((kind, identity(row.get(column))) for kind, column in columns.items())
     return [f"{kind} {value}" for kind, value in found if value is not None]
 
 # %% ../../nbs/core/identity.ipynb #n013
-LARGEST = 0.5   # share of the rows that a further column may chain into one group
-FEW = 20        # rows of which any share is chance
-SHARED = 0.1    # share of a narrow column's values that may stand with several patients
+LARGEST = 0.5  # share of the rows that a further column may chain into one group
+FEW = 20  # rows of which any share is chance
+SHARED = 0.1  # share of a narrow column's values that may stand with several patients
+
 
 @dataclass
 class Groups:
     "Groups of rows by identity."
-    keys: list                                  # per row the key of its group, or None
-    kinds: list = field(default_factory=list)   # which kinds were used
+
+    keys: list  # per row the key of its group, or None
+    kinds: list = field(default_factory=list)  # which kinds were used
+
 
 def _components(owner, value, rows):
     "A label for each row; rows that share a value share it."
@@ -118,6 +135,7 @@ def _components(owner, value, rows):
     count = sum(shape)
     graph = coo_array((np.ones(len(owner), np.int8), (owner, value + rows)), shape=(count, count))
     return connected_components(graph, directed=False)[1][:rows]
+
 
 def _numbered_anew(owner, value, wide):
     "Whether values of a narrow column stand with several values of a wide one (an array over rows; -1: none)."
@@ -127,6 +145,7 @@ def _numbered_anew(owner, value, wide):
         return False
     wide_of_value = np.unique(pairs[:, 0], return_counts=True)[1]
     return (wide_of_value > 1).mean() > SHARED
+
 
 def group_rows(
     told: list[list[str]],  # per row what `identities` gives
@@ -149,7 +168,7 @@ def group_rows(
             continue
         joined = np.r_[all_owners, owner], np.r_[all_values, value]
         now = np.bincount(_components(*joined, rows)).max()
-        if used and rows >= FEW and now > max(LARGEST*rows, 1.5*largest):
+        if used and rows >= FEW and now > max(LARGEST * rows, 1.5 * largest):
             continue
         largest = now
         all_owners, all_values = joined
@@ -157,8 +176,9 @@ def group_rows(
         if kind in PEOPLE:
             wide[owner] = value
     if not used:
-        return Groups([None]*rows)
+        return Groups([None] * rows)
     return Groups(_keys(told, _components(all_owners, all_values, rows), used), used)
+
 
 def _keys(told, label, used):
     "The same key for every row of a group: the first of its widest kind."

@@ -13,14 +13,15 @@ __all__ = ['LARGEST', 'Whole', 'Count', 'CountOrNone', 'Finite', 'Positive', 'No
            'bounds', 'range_of']
 
 # %% ../../nbs/core/ranges.ipynb #n002
-import re, typing
+import re
+import typing
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Field
 
 # %% ../../nbs/core/ranges.ipynb #n004
-LARGEST = 2**31 - 1     # of any whole number of a recipe: the libraries hold them in 32 bits somewhere
+LARGEST = 2**31 - 1  # of any whole number of a recipe: the libraries hold them in 32 bits somewhere
 
 Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -34,19 +35,19 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 def up_to(
-    largest,    # the largest value that is meant
-    least=1,    # the smallest
-):              # a type
+    largest,  # the largest value that is meant
+    least=1,  # the smallest
+):  # a type
     "A whole number within bounds."
     return Annotated[int, Field(ge=least, le=largest)]
 
 
 def number(
-    above=None, # the value must be larger than this
-    least=None, # ... or at least this
-    below=None, # ... smaller than this
+    above=None,  # the value must be larger than this
+    least=None,  # ... or at least this
+    below=None,  # ... smaller than this
     most=None,  # ... or at most this
-):              # a type
+):  # a type
     "A finite number within bounds."
     return Annotated[float, Field(gt=above, ge=least, lt=below, le=most, allow_inf_nan=False)]
 
@@ -78,13 +79,15 @@ TextOrTexts = Text | Annotated[list[Text], AfterValidator(not_empty)]
 Texts = Annotated[list[Text], AfterValidator(not_empty)]
 
 # %% ../../nbs/core/ranges.ipynb #n008
-LONGEST = 100   # characters of a name; a file name holds 255 bytes, and names are joined to others
+LONGEST = 100  # characters of a name; a file name holds 255 bytes, and names are joined to others
 
 
 def checked_name(name):
     "A name of a recipe. Raises `ValueError` if it could be anything but one folder's name."
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name.endswith("."):
-        raise ValueError("is no name: use letters, digits, '.', '_' and '-', a letter or digit first")
+        raise ValueError(
+            "is no name: use letters, digits, '.', '_' and '-', a letter or digit first"
+        )
     if len(name) > LONGEST:
         raise ValueError(f"is too long for a name: {len(name)} characters, {LONGEST} at most")
     return name
@@ -141,7 +144,9 @@ def checked_pattern(text):
 def checked_steps(steps):
     "A number of steps: whole from 1 on, or a share of all steps below 1. Raises `ValueError`."
     if steps <= 0 or steps > LARGEST or (steps > 1 and steps != int(steps)):
-        raise ValueError("is no number of steps: a whole number from 1 on, or a share below 1 of all")
+        raise ValueError(
+            "is no number of steps: a whole number from 1 on, or a share below 1 of all"
+        )
     return steps
 
 
@@ -161,13 +166,13 @@ Warmup = Annotated[float, Field(allow_inf_nan=False), AfterValidator(checked_war
 Words = typing.Literal
 
 TRAINING = dict(
-    learning_rate=number(above=0, most=1e38),       # more has no place in 32 bits
+    learning_rate=number(above=0, most=1e38),  # more has no place in 32 bits
     num_train_epochs=number(above=0, most=1e6),
-    max_steps=up_to(LARGEST, least=-1),             # -1: num_train_epochs decides
+    max_steps=up_to(LARGEST, least=-1),  # -1: num_train_epochs decides
     per_device_train_batch_size=up_to(65536),
     per_device_eval_batch_size=up_to(65536),
     gradient_accumulation_steps=up_to(65536),
-    max_length=up_to(LARGEST, least=2),             # one token that asks and one that answers
+    max_length=up_to(LARGEST, least=2),  # one token that asks and one that answers
     warmup_steps=Warmup,
     logging_steps=Steps,
     eval_steps=Steps,
@@ -178,11 +183,11 @@ TRAINING = dict(
     adam_beta1=ShareBelowOne,
     adam_beta2=ShareBelowOne,
     adam_epsilon=number(above=0, most=1),
-    max_grad_norm=number(least=0, most=1e38),       # 0: gradients are not clipped
+    max_grad_norm=number(least=0, most=1e38),  # 0: gradients are not clipped
     label_smoothing_factor=ShareBelowOne,
     neftune_noise_alpha=number(least=0, most=1000),
     router_aux_loss_coef=number(least=0, most=1000),
-    seed=up_to(2**32 - 1, least=0),                 # what NumPy takes
+    seed=up_to(2**32 - 1, least=0),  # what NumPy takes
     data_seed=up_to(2**32 - 1, least=0),
     dataset_num_proc=up_to(1024),
     dataloader_num_workers=up_to(1024, least=0),
@@ -191,7 +196,7 @@ TRAINING = dict(
     eval_accumulation_steps=Count,
     pad_to_multiple_of=up_to(65536) | Words["auto"],
     ddp_bucket_cap_mb=up_to(65536),
-    ddp_timeout=up_to(10**7),                       # seconds
+    ddp_timeout=up_to(10**7),  # seconds
     local_rank=up_to(LARGEST, least=-1),
 )
 
@@ -229,7 +234,7 @@ TRAINING |= dict(
         typing.Any,
     ],
     optim_target_modules=Text | Texts,
-)   # fmt: skip
+)  # fmt: skip
 
 # %% ../../nbs/core/ranges.ipynb #n017
 INITS = ("gaussian", "orthogonal", "pissa", "pissa_niter_[n]", "olora", "mica")
@@ -258,7 +263,8 @@ LORA = dict(
     exclude_modules=Patterns,
     modules_to_save=Texts,
     target_parameters=Texts,
-    layers_to_transform=up_to(65536, 0) | Annotated[list[up_to(65536, 0)], AfterValidator(not_empty)],
+    layers_to_transform=up_to(65536, 0)
+    | Annotated[list[up_to(65536, 0)], AfterValidator(not_empty)],
     layers_pattern=TextOrTexts,
     rank_pattern=dict[Pattern, up_to(65536)],
     alpha_pattern=dict[Pattern, number(above=0, most=2**20)],
@@ -271,8 +277,8 @@ LIBRARIES = dict(training=TRAINING, lora=LORA)
 
 # %% ../../nbs/core/ranges.ipynb #n020
 def bounds(
-    metadata,   # of a pydantic field, or of an `Annotated` type
-) -> str:       # e.g. "> 0, ≤ 100"; "" when there are none
+    metadata,  # of a pydantic field, or of an `Annotated` type
+) -> str:  # e.g. "> 0, ≤ 100"; "" when there are none
     "The bounds that a field's metadata holds."
     signs = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}
     found = []
@@ -300,9 +306,9 @@ CHECKED = {
 
 
 def range_of(
-    annotation,     # a field's type
-    metadata=(),    # what pydantic took off it
-) -> str:           # "" when every value of the type will do
+    annotation,  # a field's type
+    metadata=(),  # what pydantic took off it
+) -> str:  # "" when every value of the type will do
     "What a key may be, in words."
     said = [bounds(metadata)]
     said += [CHECKED[m.func] for m in metadata if getattr(m, "func", None) in CHECKED]

@@ -18,7 +18,12 @@ from .secrets import public_url, redacted, remember_url, urls_in
 from .sections import ENGINES, SECTIONS, Checks, Recipe, library_default, library_enums
 
 # %% ../../nbs/core/recipe.ipynb #r003
-import copy, hashlib, io, math, re, reprlib
+import copy
+import hashlib
+import io
+import math
+import re
+import reprlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,18 +35,27 @@ def _dump(recipe):
     "Everything that a recipe sets, as it may be written down: without tokens, passwords and signatures."
     d = recipe.model_dump(exclude_none=False)
     for k in ("training", "lora"):
-        if d[k] is not None: d[k] = getattr(recipe, k).given()
+        if d[k] is not None:
+            d[k] = getattr(recipe, k).given()
     return redacted(d)
+
 
 def to_yaml(recipe) -> str:
     "The resolved recipe as YAML, without secrets."
-    y, out = YAML(), io.StringIO(); y.default_flow_style, y.width = False, 120
+    y, out = YAML(), io.StringIO()
+    y.default_flow_style, y.width = False, 120
     y.dump(_dump(recipe), out)
     return out.getvalue()
 
+
 def flat(recipe) -> dict:
     "Dotted key -> value, for tables and trackers, without secrets."
-    return {f"{s}.{k}" if k else s: x for s, v in _dump(recipe).items() for k, x in (v.items() if isinstance(v, dict) else [("", v)])}
+    return {
+        f"{s}.{k}" if k else s: x
+        for s, v in _dump(recipe).items()
+        for k, x in (v.items() if isinstance(v, dict) else [("", v)])
+    }
+
 
 def remember_urls(recipe) -> list[str]:
     "Keep the credentials of a recipe's addresses in memory; the addresses without them."
@@ -49,6 +63,7 @@ def remember_urls(recipe) -> list[str]:
     for url in found:
         remember_url(url)
     return sorted({public_url(url) for url in found})
+
 
 Recipe.to_yaml, Recipe.flat = to_yaml, flat
 Recipe.digest = lambda self: hashlib.sha256(self.to_yaml().encode()).hexdigest()
@@ -58,11 +73,14 @@ def _plain(node, at=(), lines=None):
     "A ruamel tree as plain dicts and lists; `lines` receives the line of every key."
     if isinstance(node, dict):
         for k in node:
-            if lines is not None and hasattr(node, "lc"): lines[at + (str(k),)] = node.lc.key(k)[0] + 1
+            if lines is not None and hasattr(node, "lc"):
+                lines[at + (str(k),)] = node.lc.key(k)[0] + 1
         return {str(k): _plain(v, at + (str(k),), lines) for k, v in node.items()}
-    if isinstance(node, list): return [_plain(v, at, lines) for v in node]
+    if isinstance(node, list):
+        return [_plain(v, at, lines) for v in node]
     for t in (bool, int, float, str):
-        if isinstance(node, t): return t(node)
+        if isinstance(node, t):
+            return t(node)
     return node
 
 # %% ../../nbs/core/recipe.ipynb #c038s1
@@ -74,19 +92,25 @@ def _parsed(text, name):
     except YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         problem = str(getattr(e, "problem", None) or e).split("\n")[0]
-        raise MedftError(f"{name}:{mark.line + 1 if mark else 1}: not readable as YAML: {problem}") from None
+        raise MedftError(
+            f"{name}:{mark.line + 1 if mark else 1}: not readable as YAML: {problem}"
+        ) from None
     if not isinstance(node, dict):
         kind = type(node).__name__
-        raise MedftError(f"{name}:1: a recipe is a list of sections (model:, training:, ...), not {kind}")
+        raise MedftError(
+            f"{name}:1: a recipe is a list of sections (model:, training:, ...), not {kind}"
+        )
     try:
         return _plain(node, (), lines), lines
     except RecursionError:
-        raise MedftError(f"{name}:1: not readable as YAML: an alias (*) that holds itself") from None
+        raise MedftError(
+            f"{name}:1: not readable as YAML: an alias (*) that holds itself"
+        ) from None
 
 
 def read_yaml(
-    path,   # a recipe file
-) -> tuple[dict, dict]:   # its content, and (section, key) -> line
+    path,  # a recipe file
+) -> tuple[dict, dict]:  # its content, and (section, key) -> line
     "Read a recipe's YAML. Raises `MedftError` naming the line."
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -119,11 +143,15 @@ def _override(raw, text):
     "Apply one key=value to a recipe's dict."
     key, eq, value = text.partition("=")
     if not eq or not all(part.strip() for part in key.split(".")):
-        raise MedftError(f"{text!r} is no override: write section.key=value, as in training.learning_rate=1e-4")
+        raise MedftError(
+            f"{text!r} is no override: write section.key=value, as in training.learning_rate=1e-4"
+        )
     try:
         value = _plain(YAML(typ="rt").load(value)) if value.strip() else None
     except (YAMLError, ValueError, RecursionError):
-        raise MedftError(f"{text!r}: the value is not readable as YAML; quote it if it holds special characters") from None
+        raise MedftError(
+            f"{text!r}: the value is not readable as YAML; quote it if it holds special characters"
+        ) from None
     *path, last = key.strip().split(".")
     for p in path:
         if not isinstance(raw.get(p), dict):
@@ -131,24 +159,32 @@ def _override(raw, text):
         raw = raw[p]
     raw[last] = value
 
+
 def _one_source(raw, overrides):
     "A file named on the command line replaces the recipe's hub data set, and the other way round."
     keys, d = {o.partition("=")[0] for o in overrides}, raw.get("dataset")
-    gone = ("name", "config_name", "split", "revision") if "dataset.path" in keys else ("path",) if "dataset.name" in keys else ()
+    gone = (
+        ("name", "config_name", "split", "revision")
+        if "dataset.path" in keys
+        else ("path",)
+        if "dataset.name" in keys
+        else ()
+    )
     for k in gone:
-        if isinstance(d, dict) and f"dataset.{k}" not in keys: d.pop(k, None)
+        if isinstance(d, dict) and f"dataset.{k}" not in keys:
+            d.pop(k, None)
 
 # %% ../../nbs/core/recipe.ipynb #c040s2
 STARTER = dict(
     classification=dict(path="starter/er_pairs.jsonl", pairs="aligned", holdout=0.2),
     pretraining=dict(path="starter/pretrain.jsonl.gz", test_path="starter/test.jsonl", holdout=0.0),
-)   # task -> the shipped data that a recipe without a dataset section trains on
+)  # task -> the shipped data that a recipe without a dataset section trains on
 
 
 def written_keys(
-    raw,        # the recipe's file, as read
+    raw,  # the recipe's file, as read
     overrides,  # "section.key=value", ...
-) -> set:       # of (section,) and (section, key)
+) -> set:  # of (section,) and (section, key)
     "What the user wrote, in the file or on the command line."
     keys = {(section,) for section in raw}
     keys |= {(s, k) for s, d in raw.items() if isinstance(d, dict) for k in d}
@@ -159,9 +195,9 @@ def written_keys(
 
 
 def lent_sections(
-    raw,        # the recipe's file, as read
-    written,    # as from `written_keys`
-    model,      # the model section, with what the command line says of it
+    raw,  # the recipe's file, as read
+    written,  # as from `written_keys`
+    model,  # the model section, with what the command line says of it
 ) -> dict:
     "The quickstart's sections that the recipe leaves out, fitted to what it says."
     lent, _ = read_yaml(shipped_recipes() / "quickstart.yaml")
@@ -198,11 +234,11 @@ def follow_evaluations(raw, written):
 
 # %% ../../nbs/core/recipe.ipynb #c041
 def place_of(
-    loc,            # (section, key, ...) that is complained of
-    where,          # the recipe's file
-    lines,          # (section, key) -> line
-    overrides=(),   # "section.key=value", ...
-) -> str:           # e.g. "mine.yaml:12"
+    loc,  # (section, key, ...) that is complained of
+    where,  # the recipe's file
+    lines,  # (section, key) -> line
+    overrides=(),  # "section.key=value", ...
+) -> str:  # e.g. "mine.yaml:12"
     "Where a key was written: the command line, or a line of the file."
     for text in overrides:
         given = tuple(text.partition("=")[0].strip().split("."))
@@ -213,7 +249,7 @@ def place_of(
 
 
 def key_of(
-    loc,    # where pydantic found something: keys, and names of types that it tried
+    loc,  # where pydantic found something: keys, and names of types that it tried
 ) -> tuple:
     "The keys alone."
     known, found = Recipe.model_fields, []
@@ -250,8 +286,8 @@ def _explain(error, where, lines, overrides=()):
 
 
 def not_finite(
-    raw,        # a recipe's dict, or a part of it
-    at=(),      # where that part is
+    raw,  # a recipe's dict, or a part of it
+    at=(),  # where that part is
 ):
     "Yield the keys, however deep, whose number is NaN or infinite."
     for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw):
@@ -261,16 +297,31 @@ def not_finite(
             yield (*at, str(key)), value
 
 # %% ../../nbs/core/recipe.ipynb #c043
-OURS = dict(output_dir="the run folder decides it", report_to="use tracking.mlflow", push_to_hub="use export.push_to_hub",
-            hub_token="tokens belong in the environment (HF_TOKEN), never in a file", hub_model_id="use output.hub_model_id",
-            trust_remote_code="medft never runs code that comes with a model", resume_from_checkpoint="use `medft resume RUN`",
-            dataset_kwargs="the data room prepares the rows", dataset_text_field="the data room prepares the rows",
-            dataset_num_proc="the data room prepares the rows", truncation_mode="the data room cuts rows on the right")
-OURS |= dict.fromkeys(("hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"), "use export and output.hub_model_id")
+OURS = dict(
+    output_dir="the run folder decides it",
+    report_to="use tracking.mlflow",
+    push_to_hub="use export.push_to_hub",
+    hub_token="tokens belong in the environment (HF_TOKEN), never in a file",
+    hub_model_id="use output.hub_model_id",
+    trust_remote_code="medft never runs code that comes with a model",
+    resume_from_checkpoint="use `medft resume RUN`",
+    dataset_kwargs="the data room prepares the rows",
+    dataset_text_field="the data room prepares the rows",
+    dataset_num_proc="the data room prepares the rows",
+    truncation_mode="the data room cuts rows on the right",
+)
+OURS |= dict.fromkeys(
+    ("hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+    "use export and output.hub_model_id",
+)
 OURS |= dict.fromkeys(("run_name", "project"), "use tracking.experiment")
-OURS |= dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "use tracking.mlflow")
+OURS |= dict.fromkeys(
+    ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "use tracking.mlflow"
+)
 OURS |= dict.fromkeys(("label_names", "remove_unused_columns"), "the data room prepares the rows")
-OURS |= dict.fromkeys(("include_for_metrics", "batch_eval_metrics"), "models are scored by evaluation")
+OURS |= dict.fromkeys(
+    ("include_for_metrics", "batch_eval_metrics"), "models are scored by evaluation"
+)
 OURS |= dict(
     model_init_kwargs="the model section says how the model is loaded",
     use_cpu="medft takes the best device; CUDA_VISIBLE_DEVICES= hides the GPUs",
@@ -278,16 +329,22 @@ OURS |= dict(
     parallelism_config="medft shards by training.fsdp or training.deepspeed",
 )
 
-ONLY_CLASSES = dict(model=("num_labels", "class_weights"), evaluation=("threshold", "baselines"), export=("onnx",))
+ONLY_CLASSES = dict(
+    model=("num_labels", "class_weights"), evaluation=("threshold", "baselines"), export=("onnx",)
+)
+
 
 def of_task(r):
     "Keys that this task cannot use."
-    if r.task == "classification": return
+    if r.task == "classification":
+        return
     for section, k in ((s, k) for s, keys in ONLY_CLASSES.items() for k in keys):
-        if getattr(getattr(r, section), k) not in (None, [], False): yield section, k, f"only task classification can use it; this task is {r.task}"
+        if getattr(getattr(r, section), k) not in (None, [], False):
+            yield section, k, f"only task classification can use it; this task is {r.task}"
 
 # %% ../../nbs/core/recipe.ipynb #c043t2
-HANDED_ON = frozenset("""
+HANDED_ON = frozenset(
+    """
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio num_train_epochs max_steps
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps average_tokens_across_devices
     auto_find_batch_size max_grad_norm weight_decay optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon
@@ -304,12 +361,17 @@ HANDED_ON = frozenset("""
     fsdp fsdp_config deepspeed accelerator_config
     max_length packing packing_strategy padding_free pad_to_multiple_of completion_only_loss assistant_only_loss
     chat_template_path eos_token pad_token
-""".split())    # the last line: honoured by the tokenizer of the whole run, not by the trainer
+""".split()
+)  # the last line: honoured by the tokenizer of the whole run, not by the trainer
+
 
 def plain_default(key):
     "The library's default of a training key, where that is a plain value."
-    try: return library_default("training", key)
-    except ValueError: return None      # a list, made anew each time
+    try:
+        return library_default("training", key)
+    except ValueError:
+        return None  # a list, made anew each time
+
 
 def of_trainer(r):
     "Keys of the trainer that medft sets itself or does not hand on, and those of the tokenizer where no conversation is written."
@@ -319,21 +381,34 @@ def of_trainer(r):
             yield "training", k, OURS.get(k, "not used by medft; leave it out")
     if r.task != "generative":
         for k in ("chat_template_path", "eos_token"):
-            if k in given: yield "training", k, f"only task generative can use it; this task is {r.task}"
+            if k in given:
+                yield "training", k, f"only task generative can use it; this task is {r.task}"
 
 # %% ../../nbs/core/recipe.ipynb #c043s1
 def of_engine(r):
     "Engines that cannot train what the recipe asks."
     q, unsloth = r.quantization, "unsloth" in r.engine
     if "auto" in r.engine and len(r.engine) > 1:
-        yield "engine", "", "auto chooses by itself: leave the others out, or name the engines you want without it"
+        yield (
+            "engine",
+            "",
+            "auto chooses by itself: leave the others out, or name the engines you want without it",
+        )
     if unsloth and q and q.load_in_8bit:
-        yield "engine", "", "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl, fast]"
+        yield (
+            "engine",
+            "",
+            "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl, fast]",
+        )
     if unsloth and r.task == "classification":
         yield "engine", "", "unsloth has no sequence classifier; use engine: [trl, fast]"
     if unsloth and moves_base(r):
         init = r.lora.init_lora_weights
-        yield "engine", "", f"lora.init_lora_weights={init} changes the base, which is followed through trl and fast only; use engine: [trl, fast]"
+        yield (
+            "engine",
+            "",
+            f"lora.init_lora_weights={init} changes the base, which is followed through trl and fast only; use engine: [trl, fast]",
+        )
 
 
 def of_model(r):
@@ -346,7 +421,11 @@ def of_model(r):
         key = "load_in_4bit" if q.load_in_4bit else "load_in_8bit"
         yield "quantization", key, "quantised weights cannot be trained; add a lora section"
     if bits and m.from_config:
-        yield "model", "from_config", "random weights are not worth quantising; drop the quantization section"
+        yield (
+            "model",
+            "from_config",
+            "random weights are not worth quantising; drop the quantization section",
+        )
     if r.lora is not None and m.from_config:
         yield "model", "from_config", "an adapter on random weights learns nothing; set lora: null"
     labels = r.dataset.labels or []
@@ -354,7 +433,9 @@ def of_model(r):
         yield "dataset", "labels", f"names a label twice: {', '.join(labels)}"
 
 # %% ../../nbs/core/recipe.ipynb #c043s5
-NOT_LORA = dict.fromkeys(("megatron_config", "megatron_core"), "models of Megatron are not trained here")
+NOT_LORA = dict.fromkeys(
+    ("megatron_config", "megatron_core"), "models of Megatron are not trained here"
+)
 NOT_LORA |= dict.fromkeys(
     ("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     "belongs to an init_lora_weights that looks at data before training, which no stage does here",
@@ -363,9 +444,10 @@ NOT_LORA |= dict.fromkeys(
     ("velora_config", "monteclora_config", "kasa_config", "arrow_config", "use_bdlora",
      "use_qalora", "alora_invocation_tokens", "layer_replication"),
     "merging and serving of such adapters is not checked by medft; leave it out",
-)   # fmt: skip
+)  # fmt: skip
 NOT_LORA |= dict(
-    qalora_group_size="belongs to use_qalora", runtime_config="is no part of an adapter; leave it out"
+    qalora_group_size="belongs to use_qalora",
+    runtime_config="is no part of an adapter; leave it out",
 )
 
 
@@ -387,7 +469,11 @@ def of_adapter(r):
     init = lora.init_lora_weights
     for key in ("layers_to_transform", "layers_pattern"):
         if isinstance(lora.target_modules, str) and getattr(lora, key) is not None:
-            yield "lora", key, f"name the modules in a list: lora.target_modules={lora.target_modules} is a pattern"
+            yield (
+                "lora",
+                key,
+                f"name the modules in a list: lora.target_modules={lora.target_modules} is a pattern",
+            )
     if lora.layers_pattern is not None and lora.layers_to_transform is None:
         yield "lora", "layers_pattern", "say which layers: lora.layers_to_transform"
     if lora.lora_bias and (lora.use_dora or isinstance(init, str)):
@@ -396,23 +482,48 @@ def of_adapter(r):
         yield "lora", "r", f"init_lora_weights=orthogonal needs an even rank; found {lora.r}"
     if not (moves_base(r) or init == "mica"):
         return
-    also = dict(use_dora=lora.use_dora, rank_pattern=lora.rank_pattern, alpha_pattern=lora.alpha_pattern)
+    also = dict(
+        use_dora=lora.use_dora, rank_pattern=lora.rank_pattern, alpha_pattern=lora.alpha_pattern
+    )
     also |= dict(target_parameters=lora.target_parameters, bias=lora.bias not in (None, "none"))
     clash = next((k for k, v in also.items() if v), None)
     if clash:
-        yield "lora", "init_lora_weights", f"{init} and lora.{clash} do not go together; leave one out"
+        yield (
+            "lora",
+            "init_lora_weights",
+            f"{init} and lora.{clash} do not go together; leave one out",
+        )
     if q and (q.load_in_4bit or q.load_in_8bit):
-        yield "lora", "init_lora_weights", f"{init} decomposes the base's weights, which are quantised; use true or gaussian"
+        yield (
+            "lora",
+            "init_lora_weights",
+            f"{init} decomposes the base's weights, which are quantised; use true or gaussian",
+        )
 
 # %% ../../nbs/core/recipe.ipynb #c043s2
 def of_outcome(r):
     "Choices that need an evaluation during training, and an upload that needs an address."
     t, e, out = r.training, r.evaluation, r.output
     if e.early_stopping_patience is not None and not t.load_best_model_at_end:
-        yield "evaluation", "early_stopping_patience", "it watches the best checkpoint: set training.load_best_model_at_end, eval_strategy and save_strategy"
-    if out.keep_best and (t.eval_strategy or "no") == "no": yield "output", "keep_best", "checkpoints are told apart by their evaluation loss: set training.eval_strategy"
-    if out.keep_best and t.save_strategy == "no": yield "output", "keep_best", f"it needs checkpoints: set training.save_strategy to {t.eval_strategy}"
-    if r.export.push_to_hub and not out.hub_model_id: yield "export", "push_to_hub", "say where to: output.hub_model_id: org/name"
+        yield (
+            "evaluation",
+            "early_stopping_patience",
+            "it watches the best checkpoint: set training.load_best_model_at_end, eval_strategy and save_strategy",
+        )
+    if out.keep_best and (t.eval_strategy or "no") == "no":
+        yield (
+            "output",
+            "keep_best",
+            "checkpoints are told apart by their evaluation loss: set training.eval_strategy",
+        )
+    if out.keep_best and t.save_strategy == "no":
+        yield (
+            "output",
+            "keep_best",
+            f"it needs checkpoints: set training.save_strategy to {t.eval_strategy}",
+        )
+    if r.export.push_to_hub and not out.hub_model_id:
+        yield "export", "push_to_hub", "say where to: output.hub_model_id: org/name"
 
 
 def of_best(r):
@@ -420,26 +531,46 @@ def of_best(r):
     t, evaluated = r.training, r.training.eval_strategy or "no"
     saved = t.save_strategy or "steps"
     if t.metric_for_best_model not in (None, "loss", "eval_loss"):
-        yield "training", "metric_for_best_model", f"an evaluation during training gives the loss and nothing else; use loss (found {t.metric_for_best_model!r}; other scores are the evaluation stage's)"
+        yield (
+            "training",
+            "metric_for_best_model",
+            f"an evaluation during training gives the loss and nothing else; use loss (found {t.metric_for_best_model!r}; other scores are the evaluation stage's)",
+        )
     if t.greater_is_better:
-        yield "training", "greater_is_better", "the best checkpoint has the lowest loss; leave it out"
+        yield (
+            "training",
+            "greater_is_better",
+            "the best checkpoint has the lowest loss; leave it out",
+        )
     needs = dict(
         load_best_model_at_end=t.load_best_model_at_end, save_strategy=saved == "best", eval_on_start=t.eval_on_start,
         lr_scheduler_type=t.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
-    )   # fmt: skip
+    )  # fmt: skip
     for key, asked in needs.items():
         if asked and evaluated == "no":
-            yield "training", key, f"{getattr(t, key)} requires an eval strategy: it needs evaluations during training; set training.eval_strategy to steps or epoch"
+            yield (
+                "training",
+                key,
+                f"{getattr(t, key)} requires an eval strategy: it needs evaluations during training; set training.eval_strategy to steps or epoch",
+            )
     if not t.load_best_model_at_end or saved == "best":
         return
     if saved != evaluated:
-        yield "training", "save_strategy", f"load_best_model_at_end needs a checkpoint at every evaluation: set it to {evaluated}, as training.eval_strategy; found {saved}"
+        yield (
+            "training",
+            "save_strategy",
+            f"load_best_model_at_end needs a checkpoint at every evaluation: set it to {evaluated}, as training.eval_strategy; found {saved}",
+        )
     every = t.eval_steps or t.logging_steps or 10
     kept = t.save_steps or 500
     ratios = (every < 1) + (kept < 1)
     multiple = round(kept * 10**6) % round(every * 10**6) == 0
     if evaluated == "steps" and (ratios == 1 or not multiple):
-        yield "training", "save_steps", f"load_best_model_at_end needs it to be a multiple of training.eval_steps ({every:g}); found {kept:g}"
+        yield (
+            "training",
+            "save_steps",
+            f"load_best_model_at_end needs it to be a multiple of training.eval_steps ({every:g}); found {kept:g}",
+        )
 
 # %% ../../nbs/core/recipe.ipynb #c043s6
 def of_loading(r):
@@ -447,38 +578,72 @@ def of_loading(r):
     t = r.training
     if t.dataloader_num_workers:
         return
-    for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+    for key in (
+        "dataloader_prefetch_factor",
+        "dataloader_persistent_workers",
+        "dataloader_multiprocessing_context",
+    ):
         if getattr(t, key):
-            yield "training", key, "batches are loaded by processes of their own only with training.dataloader_num_workers=1 or more"
+            yield (
+                "training",
+                key,
+                "batches are loaded by processes of their own only with training.dataloader_num_workers=1 or more",
+            )
 
 
 def of_numbers(r):
     "Types, optimizers, schedules and checkpointing that contradict each other."
     t = r.training
     if t.max_steps == 0:
-        yield "training", "max_steps", "at least one step, or leave it out: then num_train_epochs decides; found 0"
+        yield (
+            "training",
+            "max_steps",
+            "at least one step, or leave it out: then num_train_epochs decides; found 0",
+        )
     for kind in ("", "_full_eval"):
         if getattr(t, f"fp16{kind}") and getattr(t, f"bf16{kind}"):
             yield "training", f"bf16{kind}", f"choose fp16{kind} or bf16{kind}, not both"
     if t.optim and t.optim.startswith(("galore", "apollo")) and not t.optim_target_modules:
-        yield "training", "optim", f"{t.optim} needs training.optim_target_modules, as in [q_proj, v_proj]"
-    if t.optim_args and not all(re.fullmatch(r"\s*\w+\s*=[^,=]+", part) for part in t.optim_args.split(",")):
-        yield "training", "optim_args", f"write key=value, several with commas; found {t.optim_args!r}"
+        yield (
+            "training",
+            "optim",
+            f"{t.optim} needs training.optim_target_modules, as in [q_proj, v_proj]",
+        )
+    if t.optim_args and not all(
+        re.fullmatch(r"\s*\w+\s*=[^,=]+", part) for part in t.optim_args.split(",")
+    ):
+        yield (
+            "training",
+            "optim_args",
+            f"write key=value, several with commas; found {t.optim_args!r}",
+        )
     words = library_enums()["FSDPOption"]
     for word in (t.fsdp or "").split():
         if word not in words:
-            yield "training", "fsdp", f"{word!r} is no way to shard{nearest(word, words)}; known: {', '.join(words)}"
+            yield (
+                "training",
+                "fsdp",
+                f"{word!r} is no way to shard{nearest(word, words)}; known: {', '.join(words)}",
+            )
     selective = (t.gradient_checkpointing_kwargs or {}).get("selective")
     if selective and not t.gradient_checkpointing:
-        yield "training", "gradient_checkpointing_kwargs", "selective needs training.gradient_checkpointing: true"
+        yield (
+            "training",
+            "gradient_checkpointing_kwargs",
+            "selective needs training.gradient_checkpointing: true",
+        )
     if (t.liger_kernel_config or {}).get("fused_linear_cross_entropy"):
-        yield "training", "liger_kernel_config", "fused_linear_cross_entropy replaces the model's forward, which TRL replaces too; leave it out"
+        yield (
+            "training",
+            "liger_kernel_config",
+            "fused_linear_cross_entropy replaces the model's forward, which TRL replaces too; leave it out",
+        )
 
 # %% ../../nbs/core/recipe.ipynb #v001
 BASELINES = (
     "majority", "prior", "all_positive", "equal_ssn", "equal_name_and_birth_date", "exact_rule",
     "logistic_regression",
-)   # fmt: skip
+)  # fmt: skip
 
 
 def of_scored(r):
@@ -486,13 +651,21 @@ def of_scored(r):
     e, taken = r.evaluation, ("base", *(ENGINES if r.engine else ()))
     for k in e.models:
         if k in taken:
-            yield "evaluation", "models", f"{k!r} names no further model: use letters, digits, - and _, and none of {', '.join(taken)}"
+            yield (
+                "evaluation",
+                "models",
+                f"{k!r} names no further model: use letters, digits, - and _, and none of {', '.join(taken)}",
+            )
     for k in e.benchmarks:
         if k in ("train", "validation", "test", *r.dataset.sets):
             yield "evaluation", "benchmarks", f"{k!r} is also the name of a set; rename that one"
     for k in e.baselines:
         if k not in BASELINES:
-            yield "evaluation", "baselines", f"no baseline {k!r}{nearest(k, BASELINES)}; known: {', '.join(BASELINES)}"
+            yield (
+                "evaluation",
+                "baselines",
+                f"no baseline {k!r}{nearest(k, BASELINES)}; known: {', '.join(BASELINES)}",
+            )
     if e.benchmarks and r.task == "classification":
         yield "evaluation", "benchmarks", "a classifier answers no questions; leave the key out"
 
@@ -501,30 +674,66 @@ def of_retention(r):
     "What may be forgotten, and where it would show; written answers that nobody writes."
     e, d = r.evaluation, r.dataset
     for k in e.retention:
-        if k not in (*d.sets, *e.benchmarks): yield "evaluation", "retention", f"{k!r} is none of dataset.sets{nearest(k, d.sets)}: name its file there, dataset.sets: {{{k}: FILE}}"
-    if e.retention and not (d.test_path or d.test_split or d.holdout): yield "evaluation", "retention", "what was learned needs a set of its own beside them: give dataset.test_path, or dataset.holdout"
-    if e.forgetting is not None and not e.retention: yield "evaluation", "forgetting", "say on which sets: evaluation.retention: [name of one of dataset.sets]"
+        if k not in (*d.sets, *e.benchmarks):
+            yield (
+                "evaluation",
+                "retention",
+                f"{k!r} is none of dataset.sets{nearest(k, d.sets)}: name its file there, dataset.sets: {{{k}: FILE}}",
+            )
+    if e.retention and not (d.test_path or d.test_split or d.holdout):
+        yield (
+            "evaluation",
+            "retention",
+            "what was learned needs a set of its own beside them: give dataset.test_path, or dataset.holdout",
+        )
+    if e.forgetting is not None and not e.retention:
+        yield (
+            "evaluation",
+            "forgetting",
+            "say on which sets: evaluation.retention: [name of one of dataset.sets]",
+        )
     for k in ("max_new_tokens", "bertscore"):
-        if getattr(e, k) is not None and not e.generate: yield "evaluation", k, "no answer is written; set evaluation.generate: true"
-    if e.generate and r.task == "classification": yield "evaluation", "generate", "a classifier writes nothing; leave the key out"
+        if getattr(e, k) is not None and not e.generate:
+            yield "evaluation", k, "no answer is written; set evaluation.generate: true"
+    if e.generate and r.task == "classification":
+        yield "evaluation", "generate", "a classifier writes nothing; leave the key out"
 
 # %% ../../nbs/core/recipe.ipynb #c043s3
 def of_data(r):
     "Sources and sets that cannot be."
     d = r.dataset
-    if d.name and d.path: yield "dataset", "path", "a data set comes from the hub (name) or from a file (path), not both"
-    if d.canaries and r.task == "classification": yield "dataset", "canaries", "a classifier writes nothing, so it cannot give a secret away; leave the key out"
+    if d.name and d.path:
+        yield (
+            "dataset",
+            "path",
+            "a data set comes from the hub (name) or from a file (path), not both",
+        )
+    if d.canaries and r.task == "classification":
+        yield (
+            "dataset",
+            "canaries",
+            "a classifier writes nothing, so it cannot give a secret away; leave the key out",
+        )
     for k in d.sets:
         if k in ("train", "validation", "test"):
-            yield "dataset", "sets", f"{k!r} names no further set: use letters, digits, - and _, and none of train, validation, test"
+            yield (
+                "dataset",
+                "sets",
+                f"{k!r} names no further set: use letters, digits, - and _, and none of train, validation, test",
+            )
     for k in d.drop:
-        if k not in Checks.model_fields or k == "label_balance": yield "dataset", "drop", f"{k!r} is no check that finds rows{nearest(k, Checks.model_fields)}"
+        if k not in Checks.model_fields or k == "label_balance":
+            yield (
+                "dataset",
+                "drop",
+                f"{k!r} is no check that finds rows{nearest(k, Checks.model_fields)}",
+            )
 
 
 LOOKS = (
     of_trainer, of_task, of_engine, of_model, of_adapter, of_outcome, of_best, of_loading, of_numbers, of_data,
     of_scored, of_retention,
-)   # fmt: skip
+)  # fmt: skip
 
 
 def contradictions(r: Recipe):
@@ -550,7 +759,7 @@ def engines_that_can(r: Recipe) -> list[str]:
 # %% ../../nbs/core/recipe.ipynb #c044
 def load_recipe(
     name="quickstart",  # a recipe's name or file
-    overrides=(),       # "section.key=value", ...
+    overrides=(),  # "section.key=value", ...
 ) -> Recipe:
     "Read, complete and check a recipe. Raises `MedftError` for anything a run could not honour."
     path = find_recipe(name)

@@ -9,101 +9,196 @@ __all__ = ['PACKAGES', 'REHEARSED', 'cpu_name', 'environment', 'device', 'settle
            'Run', 'injected_parameters', 'open_run', 'list_runs']
 
 # %% ../../nbs/00_core.ipynb #k001
-from .files import *
-from .sections import *
-from .recipe import *
 from .engines import *
+from .files import *
+from .recipe import *
+from .sections import *
 
 # %% ../../nbs/00_core.ipynb #c002
-import ast, importlib.metadata, importlib.util, os, platform, resource, subprocess, sys, time
-from contextlib import contextmanager
+from .secrets import redact
+
+import ast
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
-from .secrets import redact
-
 # %% ../../nbs/00_core.ipynb #c050
 PACKAGES = "medft torch transformers trl peft datasets accelerate bitsandbytes unsloth unsloth_zoo mlflow papermill scikit-learn numpy".split()
 
+
 def _command(*args, cwd=None):
-    try: return subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired): return ""
+    try:
+        return subprocess.run(
+            args, cwd=cwd, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
 
 def _version(package):
-    try: return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError: return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
 
 def cpu_name() -> str:
     "The processor's name, as the system gives it."
     info = Path("/proc/cpuinfo")
-    names = [l.split(":", 1)[1].strip() for l in info.read_text().splitlines() if l.startswith("model name")] if info.exists() else []
+    names = (
+        [
+            l.split(":", 1)[1].strip()
+            for l in info.read_text().splitlines()
+            if l.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     return (names or [platform.processor() or platform.machine()])[0]
 
 # %% ../../nbs/00_core.ipynb #c051
 def environment() -> dict:
     "Package versions, hardware and git state: what a reader needs to repeat the run."
     top = checkout() or Path.cwd()
-    gpus = _command("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader").splitlines()
-    return dict(packages={p: v for p in PACKAGES if (v := _version(p))},
-                hardware=dict(system=platform.platform(), python=platform.python_version(), cpu=cpu_name(), cores=os.cpu_count(),
-                              memory_bytes=psutil.virtual_memory().total, gpus=gpus),
-                git=dict(commit=_command("git", "rev-parse", "HEAD", cwd=top) or None,
-                         dirty=bool(_command("git", "status", "--porcelain", cwd=top))))
+    gpus = _command(
+        "nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"
+    ).splitlines()
+    return dict(
+        packages={p: v for p in PACKAGES if (v := _version(p))},
+        hardware=dict(
+            system=platform.platform(),
+            python=platform.python_version(),
+            cpu=cpu_name(),
+            cores=os.cpu_count(),
+            memory_bytes=psutil.virtual_memory().total,
+            gpus=gpus,
+        ),
+        git=dict(
+            commit=_command("git", "rev-parse", "HEAD", cwd=top) or None,
+            dirty=bool(_command("git", "status", "--porcelain", cwd=top)),
+        ),
+    )
 
 # %% ../../nbs/00_core.ipynb #c053
 def device() -> str:
     "cuda, mps or cpu: the best there is."
     import torch
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+    return (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
+
 
 def settle(recipe) -> Recipe:
     "A recipe whose engine is chosen for this machine, where it says `auto`."
-    return settled(recipe, device(), bool(importlib.util.find_spec("unsloth"))) if "auto" in recipe.engine else recipe
+    return (
+        settled(recipe, device(), bool(importlib.util.find_spec("unsloth")))
+        if "auto" in recipe.engine
+        else recipe
+    )
 
 # %% ../../nbs/00_core.ipynb #cx05
 def peak_rss() -> int:
     "The largest resident memory of this process so far (on Linux: since it was last forgotten), in bytes."
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmHWM"): return int(line.split()[1])*1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
 
 def forget_peak():
     "Begin anew to note the largest resident memory, where the system lets one."
-    try: Path("/proc/self/clear_refs").write_text("5")
-    except OSError: pass
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
 
 def seed_everything(seed):
     "Seed Python, NumPy and torch, through transformers, so that every engine starts alike."
     from transformers import set_seed
+
     set_seed(seed)
 
 # %% ../../nbs/00_core.ipynb #c055
-def _merge(a, b): return {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
+def _merge(a, b):
+    return {
+        **a,
+        **{
+            k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v
+            for k, v in b.items()
+        },
+    }
+
 
 class Run:
     "One execution of a recipe: a folder that says what ran, with what, and how it ended."
-    def __init__(self, path, recipe): self.path, self.recipe = Path(path), recipe
-    def __repr__(self): return f"Run({self.recipe.name}/{self.path.name}: {self.status})"
+
+    def __init__(self, path, recipe):
+        self.path, self.recipe = Path(path), recipe
+
+    def __repr__(self):
+        return f"Run({self.recipe.name}/{self.path.name}: {self.status})"
 
 # %% ../../nbs/00_core.ipynb #c056
 @patch(cls_method=True)
 def create(cls: Run, recipe, root=None, run_id=None, command=None):
     "Make the folder, freeze the recipe, write the first manifest. Never touches an existing run."
     root, recipe = Path(root or recipe.output.dir or runs_root()), settle(recipe)
-    path = root.resolve()/recipe.name/(run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
-    placed = dict(placed_by_hand=True) if Path(run_id or "").is_absolute() else {}     # --run-dir: not in a folder of runs
-    try: (path/"logs").mkdir(parents=True)
-    except OSError as e: raise MedftError(f"cannot make the run folder {path}: {e.strerror}; choose another place with --run-dir") from None
-    without = remember_urls(recipe)     # no file holds their credentials
-    for name in ("recipe.yaml", ".recipe.yaml"): atomic_write(path/name, recipe.to_yaml())     # the second is what a resumed run is compared with
+    path = (
+        root.resolve()
+        / recipe.name
+        / (run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
+    )
+    placed = (
+        dict(placed_by_hand=True) if Path(run_id or "").is_absolute() else {}
+    )  # --run-dir: not in a folder of runs
+    try:
+        (path / "logs").mkdir(parents=True)
+    except OSError as e:
+        raise MedftError(
+            f"cannot make the run folder {path}: {e.strerror}; choose another place with --run-dir"
+        ) from None
+    without = remember_urls(recipe)  # no file holds their credentials
+    for name in ("recipe.yaml", ".recipe.yaml"):
+        atomic_write(
+            path / name, recipe.to_yaml()
+        )  # the second is what a resumed run is compared with
     chosen = dict(engine_chosen=recipe.engine_chosen) if recipe.engine_chosen else {}
-    if without: chosen["without_credentials"] = without
-    write_json(path/"manifest.json", dict(status="running", recipe=recipe.name, digest=recipe.digest(), seed=recipe.seed, command=command, **chosen, **placed,
-               created=time.strftime("%Y-%m-%dT%H:%M:%S%z"), stages={}, hashes={}, **environment()))
+    if without:
+        chosen["without_credentials"] = without
+    write_json(
+        path / "manifest.json",
+        dict(
+            status="running",
+            recipe=recipe.name,
+            digest=recipe.digest(),
+            seed=recipe.seed,
+            command=command,
+            **chosen,
+            **placed,
+            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            stages={},
+            hashes={},
+            **environment(),
+        ),
+    )
     return cls(path, recipe)
 
 # %% ../../nbs/00_core.ipynb #c056s1
@@ -111,18 +206,28 @@ def create(cls: Run, recipe, root=None, run_id=None, command=None):
 def open(cls: Run, path):
     "Open a run folder, with the recipe that was frozen in it."
     path = Path(path).resolve()
-    if not (path/"manifest.json").exists() or not (path/"recipe.yaml").exists():
-        raise MedftError(f"{path} is no run folder (it lacks manifest.json or recipe.yaml); `medft list` shows the runs")
-    try: whole = isinstance(read_json(path/"manifest.json")["stages"], dict)
-    except (ValueError, TypeError, KeyError): whole = False
-    if not whole: raise MedftError(f"{path/'manifest.json'} is damaged: not the JSON that a run writes; start this run anew")
-    return cls(path, load_recipe(path/"recipe.yaml"))
+    if not (path / "manifest.json").exists() or not (path / "recipe.yaml").exists():
+        raise MedftError(
+            f"{path} is no run folder (it lacks manifest.json or recipe.yaml); `medft list` shows the runs"
+        )
+    try:
+        whole = isinstance(read_json(path / "manifest.json")["stages"], dict)
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise MedftError(
+            f"{path / 'manifest.json'} is damaged: not the JSON that a run writes; start this run anew"
+        )
+    return cls(path, load_recipe(path / "recipe.yaml"))
 
 # %% ../../nbs/00_core.ipynb #c057
 REHEARSED = "rehearsal: random weights, the figures mean nothing"
 
+
 @patch(as_prop=True)
-def manifest(self: Run) -> dict: return read_json(self.path/"manifest.json", {})
+def manifest(self: Run) -> dict:
+    return read_json(self.path / "manifest.json", {})
+
 
 @patch(as_prop=True)
 def root(self: Run) -> Path:
@@ -131,41 +236,57 @@ def root(self: Run) -> Path:
         return Path(self.recipe.output.dir or runs_root())
     return self.path.parent.parent
 
+
 @patch
 def update(self: Run, changes):
     "Merge changes into the manifest, deeply and atomically."
-    write_json(self.path/"manifest.json", _merge(self.manifest, changes))
+    write_json(self.path / "manifest.json", _merge(self.manifest, changes))
+
 
 @patch
 @contextmanager
 def hold(self: Run):
     "Hold the lock that says this run is alive. Raises `MedftError` when another process holds it."
-    lock = FileLock(self.path/".alive")
-    try: lock.acquire(timeout=0)
-    except Timeout: raise MedftError(f"{self.path} is being worked on by another process; wait for it, or stop it first") from None
-    try: yield self
-    finally: lock.release()
+    lock = FileLock(self.path / ".alive")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise MedftError(
+            f"{self.path} is being worked on by another process; wait for it, or stop it first"
+        ) from None
+    try:
+        yield self
+    finally:
+        lock.release()
 
 # %% ../../nbs/00_core.ipynb #c058
 @patch(as_prop=True)
 def status(self: Run) -> str:
     "finished, failed, interrupted, or running (which means: somebody holds the lock)."
     said = self.manifest.get("status", "interrupted")
-    if said != "running": return said
+    if said != "running":
+        return said
     try:
-        with FileLock(self.path/".alive").acquire(timeout=0): return "interrupted"
-    except Timeout: return "running"
+        with FileLock(self.path / ".alive").acquire(timeout=0):
+            return "interrupted"
+    except Timeout:
+        return "running"
+
 
 @patch
-def done(self: Run, stage) -> bool: return self.manifest["stages"].get(stage, {}).get("status") == "finished"
+def done(self: Run, stage) -> bool:
+    return self.manifest["stages"].get(stage, {}).get("status") == "finished"
+
 
 @patch
 def log(self: Run, message, show=True):
     "Add a line to logs/finetune.log, without secrets, and show it here too."
     message = redact(str(message))
-    (self.path/"logs").mkdir(exist_ok=True)
-    with (self.path/"logs"/"finetune.log").open("a", encoding="utf-8") as f: f.write(f"{time.strftime('%H:%M:%S')} {message}\n")
-    if show: print(message)
+    (self.path / "logs").mkdir(exist_ok=True)
+    with (self.path / "logs" / "finetune.log").open("a", encoding="utf-8") as f:
+        f.write(f"{time.strftime('%H:%M:%S')} {message}\n")
+    if show:
+        print(message)
 
 # %% ../../nbs/00_core.ipynb #c060
 @patch
@@ -173,37 +294,61 @@ def log(self: Run, message, show=True):
 def stage(self: Run, name):
     "Record a stage's status and seconds in the manifest."
     start = time.time()
-    note = lambda status: self.update({"stages": {name: dict(status=status, seconds=round(time.time() - start, 2))}})
+
+    def note(status):
+        return self.update(
+            {"stages": {name: dict(status=status, seconds=round(time.time() - start, 2))}}
+        )
+
     note("running")
-    try: yield self
-    except BaseException: note("failed"); raise
+    try:
+        yield self
+    except BaseException:
+        note("failed")
+        raise
     note("finished")
 
 # %% ../../nbs/00_core.ipynb #c065
 def injected_parameters(cells) -> set:
     "The names that papermill set, read from the cell it injects."
     sources = [c for c in cells if c.startswith("# Parameters\n")]
-    return {t.id for c in sources for s in ast.parse(c).body if isinstance(s, ast.Assign) for t in s.targets}
+    return {
+        t.id
+        for c in sources
+        for s in ast.parse(c).body
+        if isinstance(s, ast.Assign)
+        for t in s.targets
+    }
 
 # %% ../../nbs/00_core.ipynb #c065s1
 def open_run(
-    recipe="quickstart",    # a recipe's name or file
-    run="",                 # a run folder; "": one for working by hand
+    recipe="quickstart",  # a recipe's name or file
+    run="",  # a run folder; "": one for working by hand
 ) -> Run:
     "The run that a stage notebook works on."
     from IPython import get_ipython
+
     shell = get_ipython()
-    for name in injected_parameters(shell.user_ns.get("In", []) if shell else []) - {"recipe", "run"}:
-        raise MedftError(f"unknown papermill parameter {name!r}{nearest(name, ['recipe', 'run'])}; a stage takes recipe and run, all else is in the recipe")
-    if run: return Run.open(run)
+    for name in injected_parameters(shell.user_ns.get("In", []) if shell else []) - {
+        "recipe",
+        "run",
+    }:
+        raise MedftError(
+            f"unknown papermill parameter {name!r}{nearest(name, ['recipe', 'run'])}; a stage takes recipe and run, all else is in the recipe"
+        )
+    if run:
+        return Run.open(run)
     r = settle(load_recipe(recipe))
-    path = Path(r.output.dir or runs_root())/r.name/f"notebook-{r.digest()[:8]}"
-    return Run.open(path) if (path/"manifest.json").exists() else Run.create(r, run_id=path.name)
+    path = Path(r.output.dir or runs_root()) / r.name / f"notebook-{r.digest()[:8]}"
+    return Run.open(path) if (path / "manifest.json").exists() else Run.create(r, run_id=path.name)
+
 
 def list_runs(root=None) -> list[Run]:
     "All runs below a folder, newest first. A folder that cannot be read is passed over."
     found = []
     for p in Path(root or runs_root()).glob("*/*/manifest.json"):
-        try: found.append(Run.open(p.parent))
-        except MedftError: continue
+        try:
+            found.append(Run.open(p.parent))
+        except MedftError:
+            continue
     return sorted(found, key=lambda r: r.manifest.get("created") or "", reverse=True)

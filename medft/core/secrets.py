@@ -10,7 +10,14 @@ __all__ = ['SECRET', 'HIDDEN', 'PLUGINS', 'OWN', 'SETTINGS', 'is_secret_name', '
            'redacted_json', 'redact_file', 'load_env']
 
 # %% ../../nbs/core/secrets.ipynb #r002
-import base64, functools, html, importlib, json, os, re, sys
+import base64
+import functools
+import html
+import importlib
+import json
+import os
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +30,10 @@ _WORDS = r"""(?:tokens?_?secret | (?<!max_)(?<!num_)token | secrets? | password 
 _SHORT = r"(?:(?<![^_.\-]))(?:keys? | pat | pass | pwd | pw | auth | sas | jwt | cookie | bearer | signature | conn(?:ection)?_?str(?:ing)?)"
 _ENDS = r"(?:[_.-]?(?:id|value|json|text|b64|base64|prod|dev|staging|\d+))*_*$"
 _NO_SECRETS = r"^(?!(?:old)?pwd$ | .*public | .*(?:eos|bos|pad|unk|sep|cls|mask|image|audio|video|stop|end|start|boi|eoi)_token$)"
-SECRET = re.compile(rf"(?ix) {_NO_SECRETS} .*? (?:{_WORDS}|{_SHORT}) {_ENDS}", re.S)     # search it for a name
+SECRET = re.compile(
+    rf"(?ix) {_NO_SECRETS} .*? (?:{_WORDS}|{_SHORT}) {_ENDS}", re.S
+)  # search it for a name
+
 
 @functools.lru_cache(4096)
 def is_secret_name(
@@ -41,29 +51,43 @@ _BESIDE_A_SIGNATURE = set(
     "expires expiry exp se st sv sp sr spr sip si ss srt skoid sktid skt ske sks skv saoid suoid scid sdd ses policy keypairid algorithm googleaccessid ossaccesskeyid".split()
 )
 
+
 def _is_secret_parameter(name):
     "Whether a parameter of a query holds a secret; `name` as the address spells it."
     return bool(_PARAMETER.search(re.sub(r"[-.]", "", unquote(name).lower())))
+
 
 def _public_parameters(text):
     "A query without its secrets."
     parts = re.split(r"(&amp;|[&;])", text)
     values = parts[::2]
     names = [v.partition("=")[0] for v in values]
-    secret = [_is_secret_parameter(n) or "://" in unquote(v) and _URL.sub(_public_match, unquote(v)) != unquote(v) for n, v in zip(names, values)]
+    secret = [
+        _is_secret_parameter(n)
+        or "://" in unquote(v)
+        and _URL.sub(_public_match, unquote(v)) != unquote(v)
+        for n, v in zip(names, values)
+    ]
     if not any(secret):
         return text
-    kept = [v for n, v, s in zip(names, values, secret) if not s and re.sub(r"[-_.]", "", n.lower()) not in _BESIDE_A_SIGNATURE]
+    kept = [
+        v
+        for n, v, s in zip(names, values, secret)
+        if not s and re.sub(r"[-_.]", "", n.lower()) not in _BESIDE_A_SIGNATURE
+    ]
     return "&".join(kept)
+
 
 def _public_rest(rest):
     "What follows `://`, without secrets."
     head = re.match(r"[^/?#]*", rest)[0]
-    tail = rest[len(head):]
+    tail = rest[len(head) :]
     if "@" in head:
         user, _, host = head.rpartition("@")
         head = head if re.match(r"[^:]*[{$<]", user) or ":{" in user or ":$" in user else host
-    elif "@" in tail and re.match(r"[^:\[\]]+:(?!\d{0,5}$)", head):   # a slash, ? or # inside a password
+    elif "@" in tail and re.match(
+        r"[^:\[\]]+:(?!\d{0,5}$)", head
+    ):  # a slash, ? or # inside a password
         return _public_rest(tail.partition("@")[2])
     path, mark, query = tail.partition("?")
     query, hashmark, fragment = query.partition("#") if mark else ("", *path.partition("#")[1:])
@@ -72,21 +96,23 @@ def _public_rest(rest):
     fragment = _public_parameters(fragment) if "=" in fragment else fragment
     return head + path + (mark if query else "") + query + (hashmark if fragment else "") + fragment
 
+
 _URL = re.compile(r"://((?:[^\s\"'<>`\\:]|:(?!//))+)")
+
 
 def _public_match(found):
     return "://" + _public_rest(found[1])
 
 # %% ../../nbs/core/secrets.ipynb #r008
 def public_url(
-    url: str,   # an address as a recipe writes it; chained ones (`zip://a.csv::https://…`) too
+    url: str,  # an address as a recipe writes it; chained ones (`zip://a.csv::https://…`) too
 ) -> str:
     "The address without user, password, token and signature. What is no address stays as it is."
     scheme, mark, rest = url.partition("://")
     if not mark:
         return url
     first, inner, more = rest.partition("://")
-    if inner:                                   # ...::https://user:password@host
+    if inner:  # ...::https://user:password@host
         head, _, last = first.rpartition("::")
         if head and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", last):
             return f"{scheme}://{_public_rest(head)}::{public_url(last + inner + more)}"
@@ -94,7 +120,7 @@ def public_url(
 
 # %% ../../nbs/core/secrets.ipynb #r011
 def remember_url(
-    url,    # an address, perhaps with credentials
+    url,  # an address, perhaps with credentials
 ) -> bool:  # whether there was something to remember
     "Keep an address with credentials for this process and those that it starts."
     if not isinstance(url, str) or public_url(url) == url:
@@ -104,9 +130,10 @@ def remember_url(
         os.environ[f"MEDFT_URL_{taken + 1}"] = url
     return True
 
+
 def full_url(
-    url,    # an address as a file holds it
-) -> str:   # with the credentials that this process has for it; unchanged where it has none
+    url,  # an address as a file holds it
+) -> str:  # with the credentials that this process has for it; unchanged where it has none
     "The address to fetch from. The one that was remembered last counts."
     if not isinstance(url, str) or "://" not in url or public_url(url) != url:
         return url
@@ -118,43 +145,67 @@ def full_url(
             return value
     return url
 
+
 def urls_in(
-    obj,    # nested dicts and lists, e.g. a recipe's
+    obj,  # nested dicts and lists, e.g. a recipe's
 ) -> list[str]:
     "Every text in it that is an address with credentials."
     if isinstance(obj, Mapping):
         return [u for v in obj.values() for u in urls_in(v)]
     if isinstance(obj, (list, tuple)):
         return [u for v in obj for u in urls_in(v)]
-    return [obj] if isinstance(obj, str) and not re.search(r"\s", obj.strip()) and public_url(obj) != obj else []
+    return (
+        [obj]
+        if isinstance(obj, str) and not re.search(r"\s", obj.strip()) and public_url(obj) != obj
+        else []
+    )
 
 # %% ../../nbs/core/secrets.ipynb #r014
-_PLAIN = {"password", "changeme", "localhost", "disabled", "required", "undefined", "anonymous", "username"}
+_PLAIN = {
+    "password",
+    "changeme",
+    "localhost",
+    "disabled",
+    "required",
+    "undefined",
+    "anonymous",
+    "username",
+}
+
 
 def _worth(value):
     "Whether a value is long and odd enough to be looked for in a text."
     value = value.strip()
-    return (len(value) >= 8 or len(value) >= 6 and not value.isalpha() and not value.isdigit()) and value.lower() not in _PLAIN
+    return (
+        len(value) >= 8 or len(value) >= 6 and not value.isalpha() and not value.isdigit()
+    ) and value.lower() not in _PLAIN
+
 
 def _is_path(value):
     try:
-        return os.path.isabs(os.path.expanduser(value)) and os.path.exists(os.path.expanduser(value))
+        return os.path.isabs(os.path.expanduser(value)) and os.path.exists(
+            os.path.expanduser(value)
+        )
     except (OSError, ValueError):
         return False
+
 
 def _inside_url(url):
     "The password (or the user, where that is all there is) and the secret parameters of an address."
     rest = url.partition("://")[2]
     public = _public_rest(rest)
     head = re.match(r"[^/?#]*", public)[0]
-    before = rest[:rest.find("@" + head)] if "@" + head in rest else ""
+    before = rest[: rest.find("@" + head)] if "@" + head in rest else ""
     user, colon, password = before.partition(":")
     found = [password if colon else user]
     for part in re.split(r"[?&;#]", rest.partition("?")[2]):
         name, _, value = part.partition("=")
-        if _is_secret_parameter(name) and not re.match(r"(?i)x-(?:amz|goog|oss|obs|ms)-(?:date|expires|algorithm|signedheaders)", name):
+        if _is_secret_parameter(name) and not re.match(
+            r"(?i)x-(?:amz|goog|oss|obs|ms)-(?:date|expires|algorithm|signedheaders)", name
+        ):
             found.append(value)
     return [v for raw in found if raw for v in {raw, unquote(raw)}]
+
 
 def _inside_json(obj):
     "What stands under secret names in nested JSON."
@@ -164,6 +215,7 @@ def _inside_json(obj):
         return []
     own = [v for k, v in obj.items() if isinstance(v, str) and is_secret_name(str(k))]
     return own + [v for x in obj.values() for v in _inside_json(x)]
+
 
 @functools.lru_cache(4096)
 def _parts_of(name, value):
@@ -175,7 +227,11 @@ def _parts_of(name, value):
             pass
     found = [v for u in re.findall(r"\S+://\S+", value) for v in _inside_url(u)]
     pairs = [p.partition("=") for p in re.split(r"[;\n]", value)]
-    found += [v.strip() for k, eq, v in pairs if eq and is_secret_name(k.strip()) and not _is_path(v.strip())]
+    found += [
+        v.strip()
+        for k, eq, v in pairs
+        if eq and is_secret_name(k.strip()) and not _is_path(v.strip())
+    ]
     if is_secret_name(name) and "://" not in value and not _is_path(value):
         found += [value, *(part for part in value.split(",") if "," in value)]
     return found
@@ -185,20 +241,37 @@ _FILES = """~/.cache/huggingface/token ~/.cache/huggingface/stored_tokens ~/.hug
 ~/.kaggle/access_token ~/.config/kaggle/kaggle.json ~/.aws/credentials ~/.pgpass ~/.pypirc ~/.npmrc ~/.git-credentials
 ~/.config/git/credentials ~/.docker/config.json ~/.mlflow/credentials ~/.config/gcloud/application_default_credentials.json
 ~/.config/gh/hosts.yml ~/.config/wandb/settings ~/.ngc/config ~/.runpod/config.toml ~/.my.cnf ~/.boto ~/.s3cfg ~/.cdsapirc .env""".split()
-_SAID_BY = dict(HF_HOME="token stored_tokens", KAGGLE_CONFIG_DIR="kaggle.json", NETRC="", PGPASSFILE="", AWS_SHARED_CREDENTIALS_FILE="",
-                GOOGLE_APPLICATION_CREDENTIALS="", HF_TOKEN_PATH="", NPM_CONFIG_USERCONFIG="", DOCKER_CONFIG="config.json")
+_SAID_BY = dict(
+    HF_HOME="token stored_tokens",
+    KAGGLE_CONFIG_DIR="kaggle.json",
+    NETRC="",
+    PGPASSFILE="",
+    AWS_SHARED_CREDENTIALS_FILE="",
+    GOOGLE_APPLICATION_CREDENTIALS="",
+    HF_TOKEN_PATH="",
+    NPM_CONFIG_USERCONFIG="",
+    DOCKER_CONFIG="config.json",
+)
+
 
 def _secret_files(variables):
     "The files that may hold secrets, as far as they exist."
     home = variables.get("HOME") or os.path.expanduser("~")
-    paths = [p.replace("~", home, 1) if p.startswith("~") else os.path.join(os.getcwd(), p) for p in _FILES]
+    paths = [
+        p.replace("~", home, 1) if p.startswith("~") else os.path.join(os.getcwd(), p)
+        for p in _FILES
+    ]
     for name, inside in _SAID_BY.items():
         if variables.get(name):
-            paths += [os.path.join(variables[name], f) if f else variables[name] for f in inside.split() or [""]]
+            paths += [
+                os.path.join(variables[name], f) if f else variables[name]
+                for f in inside.split() or [""]
+            ]
     for name, value in variables.items():
         if name.endswith(("_FILE", "_PATH")) and is_secret_name(name[:-5]):
             paths.append(value)
     return list(dict.fromkeys(paths))
+
 
 def _inside_file(path, text):
     "Every secret in a file: JSON, lines of `name = value`, a netrc, or a bare token."
@@ -207,7 +280,13 @@ def _inside_file(path, text):
             found = json.loads(text)
         except ValueError:
             return []
-        return _inside_json(found) + [v for a in (found.get("auths") or {}).values() if isinstance(a, dict) for v in [a.get("auth")] if v]
+        return _inside_json(found) + [
+            v
+            for a in (found.get("auths") or {}).values()
+            if isinstance(a, dict)
+            for v in [a.get("auth")]
+            if v
+        ]
     found = re.findall(r"\bpassword\s+(\S+)", text) if "netrc" in path else []
     if path.endswith(".pgpass") or "PGPASS" in path:
         found += [line.rpartition(":")[2] for line in text.splitlines()]
@@ -220,6 +299,7 @@ def _inside_file(path, text):
     bare = text.strip()
     return found + ([bare] if not re.search(r"\s|[=:]\s", bare) and "://" not in bare else [])
 
+
 @functools.lru_cache(256)
 def _read_secrets(path, stamp):
     "The secrets of a file; `stamp` (time and size) makes a changed file be read again."
@@ -230,11 +310,16 @@ def _read_secrets(path, stamp):
 
 # %% ../../nbs/core/secrets.ipynb #r016
 def known_secrets(
-    environment=None,   # variables to look at; None: those of this process, and the token files of this machine
-) -> dict[str, str]:    # secret -> where it is kept
+    environment=None,  # variables to look at; None: those of this process, and the token files of this machine
+) -> dict[str, str]:  # secret -> where it is kept
     "The secrets that this process could give away, the longest first."
     variables = os.environ if environment is None else environment
-    found = {v.strip(): f"${name}" for name, value in variables.items() if value for v in _parts_of(name, value)}
+    found = {
+        v.strip(): f"${name}"
+        for name, value in variables.items()
+        if value
+        for v in _parts_of(name, value)
+    }
     for path in _secret_files(variables) if environment is None else ():
         try:
             status = os.stat(path)
@@ -248,14 +333,25 @@ def known_secrets(
 # %% ../../nbs/core/secrets.ipynb #r019
 HIDDEN = "***"
 
+
 def _spellings(secret):
     "How a secret may be written in text, JSON, Python, HTML, an address or a header."
-    plain = [secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], repr(secret)[1:-1]]
-    plain += [html.escape(secret), html.escape(secret, quote=False), json.dumps(json.dumps(secret))[3:-3]]
+    plain = [
+        secret,
+        json.dumps(secret)[1:-1],
+        json.dumps(secret, ensure_ascii=False)[1:-1],
+        repr(secret)[1:-1],
+    ]
+    plain += [
+        html.escape(secret),
+        html.escape(secret, quote=False),
+        json.dumps(json.dumps(secret))[3:-3],
+    ]
     coded = [quote(secret, safe=""), quote(secret), quote_plus(secret)]
     coded += [re.sub("%..", lambda m: m[0].lower(), c) for c in coded]
     raw = secret.encode("utf-8", "surrogateescape")
     return list(dict.fromkeys([*plain, *coded, base64.b64encode(raw).decode()]))
+
 
 @functools.lru_cache(16)
 def _finders(secrets):
@@ -264,12 +360,13 @@ def _finders(secrets):
     for secret in secrets:
         for spelling in _spellings(secret):
             regex = None
-            if secret.isdigit():                    # inside a longer number it is that number
+            if secret.isdigit():  # inside a longer number it is that number
                 regex = re.compile(rf"(?<![\w.]){re.escape(spelling)}(?![\w.])")
-            elif re.search(r"\s", spelling):        # YAML and terminals break lines at blanks
+            elif re.search(r"\s", spelling):  # YAML and terminals break lines at blanks
                 regex = re.compile(r"(?:\s|\\n)+".join(map(re.escape, spelling.split())))
             found[spelling] = regex
     return tuple(sorted(found.items(), key=lambda item: -len(item[0])))
+
 
 def _without_known(text, secrets):
     for spelling, regex in _finders(secrets):
@@ -281,17 +378,32 @@ def _without_known(text, secrets):
 
 # %% ../../nbs/core/secrets.ipynb #r021
 PLUGINS = dict(
-    aws="AWSKeyDetector", azure_storage_key="AzureStorageKeyDetector", discord="DiscordBotTokenDetector", github_token="GitHubTokenDetector",
-    gitlab_token="GitLabTokenDetector", jwt="JwtTokenDetector", mailchimp="MailchimpDetector", npm="NpmDetector", openai="OpenAIDetector",
-    pypi_token="PypiTokenDetector", sendgrid="SendGridDetector", slack="SlackDetector", square_oauth="SquareOAuthDetector",
-    stripe="StripeDetector", telegram_token="TelegramBotTokenDetector", twilio="TwilioKeyDetector",
-)   # module of detect_secrets.plugins -> its class
+    aws="AWSKeyDetector",
+    azure_storage_key="AzureStorageKeyDetector",
+    discord="DiscordBotTokenDetector",
+    github_token="GitHubTokenDetector",
+    gitlab_token="GitLabTokenDetector",
+    jwt="JwtTokenDetector",
+    mailchimp="MailchimpDetector",
+    npm="NpmDetector",
+    openai="OpenAIDetector",
+    pypi_token="PypiTokenDetector",
+    sendgrid="SendGridDetector",
+    slack="SlackDetector",
+    square_oauth="SquareOAuthDetector",
+    stripe="StripeDetector",
+    telegram_token="TelegramBotTokenDetector",
+    twilio="TwilioKeyDetector",
+)  # module of detect_secrets.plugins -> its class
+
 
 class OwnShape(NamedTuple):
     "A secret that detect-secrets does not know, or knows too narrowly."
-    kind: str       # as a message names it
-    starts: str     # words; one of them is in every text that holds such a secret
-    pattern: str    # a group in it, where there is one, is the secret
+
+    kind: str  # as a message names it
+    starts: str  # words; one of them is in every text that holds such a secret
+    pattern: str  # a group in it, where there is one, is the secret
+
 
 _AUTHORIZATION = "uthorization UTHORIZATION earer EARER asic BASIC"
 _AUTHORIZATION_HEADER = (
@@ -384,8 +496,13 @@ _ASSIGNED = re.compile(
     r"|(?:auth|access|refresh|hub|id|bearer|user|session)[_-]?token|client[_-]?secret|_auth)|(?<![A-Za-z0-9_])(?:token|secret|pwd)))"
     r"(?P<sep>(?:\\?[\"'])?\]?\s{0,3}(?:=>|=|:)\s{0,3})(?P<quote>\\?[\"'])?(?P<value>[^\s\"'\\,;&<>(){}\[\]|*$][^\s\"'\\,;&<>(){}\[\]|]{5,200}+)(?![(\[])"
 )
-_OPTION = re.compile(r"(?<![\w-])--?(?:password|passwd|token|api-key|apikey|secret|auth-token|hf-token|access-key|secret-key)[ =](?P<value>[^\s\"'\\]{6,})")
-_NO_VALUE = re.compile(r"(?i)none|null|true|false|undefined|os\.environ.*|getenv.*|self\..*|.*_(?:token|key|secret|password)|[-\d.e+]+|(?:your|my)[-_].*|\.+|-+|/.*/.*token")
+_OPTION = re.compile(
+    r"(?<![\w-])--?(?:password|passwd|token|api-key|apikey|secret|auth-token|hf-token|access-key|secret-key)[ =](?P<value>[^\s\"'\\]{6,})"
+)
+_NO_VALUE = re.compile(
+    r"(?i)none|null|true|false|undefined|os\.environ.*|getenv.*|self\..*|.*_(?:token|key|secret|password)|[-\d.e+]+|(?:your|my)[-_].*|\.+|-+|/.*/.*token"
+)
+
 
 def _is_value(found):
     "Whether what stands behind `password=` is one."
@@ -395,16 +512,17 @@ def _is_value(found):
     odd = bool(re.search(r"\d", value)) and bool(re.search(r"[A-Za-z]", value))
     if name in ("token", "secret", "pwd"):
         return odd and len(value) >= 8
-    return True if found["upper"] else odd or bool(quoted) and not value[-1] in ".:"
+    return True if found["upper"] else odd or bool(quoted) and value[-1] not in ".:"
 
 # %% ../../nbs/core/secrets.ipynb #r023
 @functools.lru_cache(1)
-def own_shapes() -> list[tuple]:    # (kind, beginnings, pattern)
+def own_shapes() -> list[tuple]:  # (kind, beginnings, pattern)
     "Our shapes, compiled."
     return [(shape.kind, shape.starts.split(), re.compile(shape.pattern)) for shape in OWN]
 
+
 @functools.lru_cache(1)
-def plugin_shapes() -> list[tuple]:     # (kind, pattern)
+def plugin_shapes() -> list[tuple]:  # (kind, pattern)
     "The shapes of detect-secrets. Imported at the first text that could hold one: it brings an HTTP client along."
     found = []
     for module, name in PLUGINS.items():
@@ -413,13 +531,18 @@ def plugin_shapes() -> list[tuple]:     # (kind, pattern)
         found += [(kind, pattern) for pattern in plugin.denylist]
     return found
 
-_COULD_BE = re.compile(r"(?<![A-Za-z0-9])(?=[A-Za-z0-9_-]{16})(?=[A-Za-z_-]*[0-9])(?=[a-z0-9_-]*[A-Z])|AccountKey=|[Aa][Ww][Ss]_?|-us\d|xox")
+
+_COULD_BE = re.compile(
+    r"(?<![A-Za-z0-9])(?=[A-Za-z0-9_-]{16})(?=[A-Za-z_-]*[0-9])(?=[a-z0-9_-]*[A-Z])|AccountKey=|[Aa][Ww][Ss]_?|-us\d|xox"
+)
+
 
 def _spans(pattern, text):
     "Where the secrets of a shape are: the first group that matched, or all of it."
     for found in pattern.finditer(text):
         groups = [i for i in range(1, (pattern.groups or 0) + 1) if found[i] and len(found[i]) >= 8]
         yield found.span(groups[0] if groups else 0)
+
 
 def _shape_spans(text):
     "(kind, start, end) of everything in a text that looks like a secret."
@@ -432,9 +555,12 @@ def _shape_spans(text):
         for kind, pattern in plugin_shapes():
             yield from ((kind, *span) for span in _spans(pattern, text))
     if "=" in text or ":" in text:
-        yield from (("password or key", *m.span("value")) for m in _ASSIGNED.finditer(text) if _is_value(m))
+        yield from (
+            ("password or key", *m.span("value")) for m in _ASSIGNED.finditer(text) if _is_value(m)
+        )
     if "-" in text:
         yield from (("password or key", *m.span("value")) for m in _OPTION.finditer(text))
+
 
 def _without_shapes(text):
     spans = sorted((start, end) for _, start, end in _shape_spans(text))
@@ -442,7 +568,7 @@ def _without_shapes(text):
     for start, end in spans:
         if end <= at:
             continue
-        pieces += [text[at:max(at, start)], HIDDEN] if start >= at else []
+        pieces += [text[at : max(at, start)], HIDDEN] if start >= at else []
         at = end
     return "".join(pieces) + text[at:] if spans else text
 
@@ -456,20 +582,25 @@ def _redact(text, known):
         text = _URL.sub(_public_match, text)
     return _without_shapes(text)
 
+
 def redact(
-    text: str,          # anything about to be stored, shown or sent
-    environment=None,   # variables whose values are secret; None: this process's, and the token files of this machine
-) -> str:               # the same with secrets as ***, addresses without credentials
+    text: str,  # anything about to be stored, shown or sent
+    environment=None,  # variables whose values are secret; None: this process's, and the token files of this machine
+) -> str:  # the same with secrets as ***, addresses without credentials
     "Take secrets out of a text."
     return _redact(text, tuple(known_secrets(environment)))
 
+
 def secrets_in(
-    text: str,          # what would be written or sent
-    environment=None,   # as for `redact`
-) -> list[str]:         # "the value of $HF_TOKEN", "something shaped like a hub token"
+    text: str,  # what would be written or sent
+    environment=None,  # as for `redact`
+) -> list[str]:  # "the value of $HF_TOKEN", "something shaped like a hub token"
     "What a text gives away, named and not shown."
     known = [w for v, w in known_secrets(environment).items() if _without_known(text, (v,)) != text]
-    found = [f"the value of {where}" if where.startswith("$") else f"a secret of {Path(where).name}" for where in known]
+    found = [
+        f"the value of {where}" if where.startswith("$") else f"a secret of {Path(where).name}"
+        for where in known
+    ]
     kinds = [kind for kind, *_ in _shape_spans(text)]
     if "://" in text and _URL.sub(_public_match, text) != text:
         kinds.append("login")
@@ -478,25 +609,37 @@ def secrets_in(
 # %% ../../nbs/core/secrets.ipynb #r031
 _PICTURES = ("image/png", "image/jpeg", "image/gif", "application/pdf")
 
+
 def redacted(
-    obj,                # nested dicts and lists
-    environment=None,   # as for `redact`
+    obj,  # nested dicts and lists
+    environment=None,  # as for `redact`
 ):
     "The same without secrets; what stands under a secret name is hidden whatever it looks like."
     return _redacted(obj, tuple(known_secrets(environment)))
 
+
 def _redacted(obj, known):
     if isinstance(obj, str):
-        return _redact(public_url(obj) if "://" in obj and not re.search(r"\s", obj) else obj, known)
+        return _redact(
+            public_url(obj) if "://" in obj and not re.search(r"\s", obj) else obj, known
+        )
     if isinstance(obj, Mapping):
-        return {_redact(k, known) if isinstance(k, str) else k: _entry(k, v, known) for k, v in obj.items()}
+        return {
+            _redact(k, known) if isinstance(k, str) else k: _entry(k, v, known)
+            for k, v in obj.items()
+        }
     if isinstance(obj, (list, tuple)):
-        if len(obj) > 1 and all(isinstance(x, str) for x in obj) and all(x.endswith("\n") for x in obj[:-1]):
+        if (
+            len(obj) > 1
+            and all(isinstance(x, str) for x in obj)
+            and all(x.endswith("\n") for x in obj[:-1])
+        ):
             whole = "".join(obj)
             safe = _redact(whole, known)
             return obj if safe == whole else safe.splitlines(keepends=True)
         return [_redacted(x, known) for x in obj]
     return obj
+
 
 def _entry(key, value, known):
     "What stands under a key."
@@ -506,8 +649,9 @@ def _entry(key, value, known):
         return HIDDEN
     return _redacted(value, known)
 
+
 def redacted_json(
-    text,   # a JSON file's text
+    text,  # a JSON file's text
     **how,  # for json.dumps
 ) -> str:
     "JSON without secrets, unchanged where there are none. What is not JSON is treated as text."
@@ -519,11 +663,15 @@ def redacted_json(
     except ValueError:
         return _redact(text, known)
     safe = _redacted(found, known)
-    return text if safe == found else json.dumps(safe, **dict(dict(indent=1, ensure_ascii=False), **how)) + "\n"
+    return (
+        text
+        if safe == found
+        else json.dumps(safe, **dict(dict(indent=1, ensure_ascii=False), **how)) + "\n"
+    )
 
 # %% ../../nbs/core/secrets.ipynb #r033
 def redact_file(
-    path,   # a text file or notebook; one that is missing is passed over
+    path,  # a text file or notebook; one that is missing is passed over
 ):
     "Take secrets out of a file that a library or another process has written."
     path = Path(path)
@@ -546,15 +694,17 @@ SETTINGS = re.compile(
     r"|(?:DATABASE|DATA|DATASET)_URL|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|TQDM_DISABLE|TZ"
 )
 
+
 def load_env(
-    path=".env",    # a file of NAME=value lines
-    warn=None,      # called with one line that says what was left out; None: it goes to stderr
-) -> list[str]:     # the names that were left out
+    path=".env",  # a file of NAME=value lines
+    warn=None,  # called with one line that says what was left out; None: it goes to stderr
+) -> list[str]:  # the names that were left out
     "Take credentials and known settings from `.env`; a variable that is set already wins."
     path = Path(path)
     if not path.is_file():
         return []
     from dotenv import dotenv_values
+
     found = dotenv_values(path)
     left_out = [name for name in found if not (SETTINGS.fullmatch(name) or is_secret_name(name))]
     for name, value in found.items():

@@ -11,51 +11,111 @@ __all__ = ['SOURCES', 'CLASSES', 'Weights', 'Action', 'Labels', 'STAGES', 'ENGIN
            'Output', 'Recipe']
 
 # %% ../../nbs/core/sections.ipynb #s002
-import ast, importlib.util, typing, warnings
+from medft.core.ranges import (
+    LIBRARIES,
+    Count,
+    Finite,
+    HubId,
+    Label,
+    Name,
+    NotNegative,
+    OpenShare,
+    Positive,
+    Share,
+    Size,
+    Text,
+    TextOrTexts,
+    Whole,
+    Word,
+    not_empty,
+    up_to,
+)  # fmt: skip
+
+import ast
+import importlib.util
+import typing
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
-from medft.core.ranges import (
-    LIBRARIES, Count, Finite, HubId, Label, Name, NotNegative, OpenShare, Positive, Share,
-    Size, Text, TextOrTexts, Whole, Word, not_empty, up_to,
-)   # fmt: skip
-
 # %% ../../nbs/core/sections.ipynb #c024
-SOURCES = {"training": [("trl", "trainer/sft_config.py"), ("trl", "trainer/base_config.py"), ("transformers", "training_args.py")],
-           "lora": [("peft", "tuners/lora/config.py")]}
+SOURCES = {
+    "training": [
+        ("trl", "trainer/sft_config.py"),
+        ("trl", "trainer/base_config.py"),
+        ("transformers", "training_args.py"),
+    ],
+    "lora": [("peft", "tuners/lora/config.py")],
+}
 CLASSES = {"training": ("SFTConfig", "_BaseConfig", "TrainingArguments"), "lora": ("LoraConfig",)}
 
-def _trees(files): return [ast.parse((Path(importlib.util.find_spec(m).origin).parent/f).read_text(encoding="utf-8")) for m, f in files
-                           if (Path(importlib.util.find_spec(m).origin).parent/f).exists()]
+
+def _trees(files):
+    return [
+        ast.parse((Path(importlib.util.find_spec(m).origin).parent / f).read_text(encoding="utf-8"))
+        for m, f in files
+        if (Path(importlib.util.find_spec(m).origin).parent / f).exists()
+    ]
+
 
 def library_fields(
-    section,    # "training" or "lora"
-) -> dict:      # key -> the annotation as the library wrote it
+    section,  # "training" or "lora"
+) -> dict:  # key -> the annotation as the library wrote it
     "The keys a library accepts, read from its source without importing it."
-    classes = [n for t in _trees(SOURCES[section]) for n in ast.walk(t) if isinstance(n, ast.ClassDef) and n.name in CLASSES[section]]
-    return {s.target.id: ast.unparse(s.annotation) for c in classes for s in c.body if isinstance(s, ast.AnnAssign)}
+    classes = [
+        n
+        for t in _trees(SOURCES[section])
+        for n in ast.walk(t)
+        if isinstance(n, ast.ClassDef) and n.name in CLASSES[section]
+    ]
+    return {
+        s.target.id: ast.unparse(s.annotation)
+        for c in classes
+        for s in c.body
+        if isinstance(s, ast.AnnAssign)
+    }
+
 
 def library_default(section, key):
     "The default that the library's source gives a key."
-    for c in (n for t in _trees(SOURCES[section]) for n in ast.walk(t) if isinstance(n, ast.ClassDef) and n.name in CLASSES[section]):
+    for c in (
+        n
+        for t in _trees(SOURCES[section])
+        for n in ast.walk(t)
+        if isinstance(n, ast.ClassDef) and n.name in CLASSES[section]
+    ):
         for s in c.body:
-            if isinstance(s, ast.AnnAssign) and s.target.id == key: return ast.literal_eval(next((k.value for k in getattr(s.value, "keywords", []) if k.arg == "default"), s.value))
+            if isinstance(s, ast.AnnAssign) and s.target.id == key:
+                return ast.literal_eval(
+                    next(
+                        (k.value for k in getattr(s.value, "keywords", []) if k.arg == "default"),
+                        s.value,
+                    )
+                )
 
 # %% ../../nbs/core/sections.ipynb #c027
 @lru_cache(maxsize=1)
 def library_enums() -> dict:
     "Enumerations that transformers' training arguments use: class name -> its words."
     trees = _trees([("transformers", "trainer_utils.py"), ("transformers", "training_args.py")])
-    return {c.name: [s.value.value for s in c.body if isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant)]
-            for t in trees for c in ast.walk(t) if isinstance(c, ast.ClassDef) and any("Enum" in ast.unparse(b) for b in c.bases)}
+    return {
+        c.name: [
+            s.value.value
+            for s in c.body
+            if isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant)
+        ]
+        for t in trees
+        for c in ast.walk(t)
+        if isinstance(c, ast.ClassDef) and any("Enum" in ast.unparse(b) for b in c.bases)
+    }
 
 
 def library_type(
-    annotation,     # as the library wrote it
-    enums,          # class name -> words, as from `library_enums`
+    annotation,  # as the library wrote it
+    enums,  # class name -> words, as from `library_enums`
 ):
     "The type that an annotation means: words for an enumeration, else finite numbers and texts."
     words = {name: typing.Literal[tuple(values)] for name, values in enums.items() if values}
@@ -69,7 +129,7 @@ def library_type(
 
 
 def library_section(
-    section,    # "training" or "lora"
+    section,  # "training" or "lora"
 ) -> type[BaseModel]:
     "A strict model with the library's own keys and types; nothing is set unless the recipe sets it."
     enums, ranges = library_enums(), LIBRARIES[section]
@@ -82,6 +142,7 @@ def library_section(
 # %% ../../nbs/core/sections.ipynb #c029
 class Section(BaseModel):
     "A part of a recipe: frozen, strict, no unknown keys."
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False
     )
@@ -96,159 +157,243 @@ Weights = Annotated[list[Positive], AfterValidator(not_empty)]
 
 class Model(Section):
     "What is tuned."
-    name: Text = "tiny-base"                    # hub id, folder, or "tiny-base" (shipped, offline)
-    revision: Word | None = None                # hub commit
-    task: typing.Literal["generative", "classification", "pretraining"] = "generative"   # what is learned: answers, labels, or running text
-    num_labels: up_to(65536, 2) | None = None   # classification only; None: as many as the data have
+
+    name: Text = "tiny-base"  # hub id, folder, or "tiny-base" (shipped, offline)
+    revision: Word | None = None  # hub commit
+    task: typing.Literal["generative", "classification", "pretraining"] = (
+        "generative"  # what is learned: answers, labels, or running text
+    )
+    num_labels: up_to(65536, 2) | None = None  # classification only; None: as many as the data have
     # classification only: weight of each label in the loss; balanced: the rare count more
     class_weights: typing.Literal["balanced"] | Weights | None = None
-    dtype: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # auto: bfloat16 on a GPU, float32 weights on a CPU
-    attn_implementation: Text | None = None     # flash_attention_2, sdpa, eager; None: the library chooses
-    from_config: bool = False                   # random weights from the config alone (pre-training from scratch)
+    dtype: typing.Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: bfloat16 on a GPU, float32 weights on a CPU
+    )
+    attn_implementation: Text | None = (
+        None  # flash_attention_2, sdpa, eager; None: the library chooses
+    )
+    from_config: bool = False  # random weights from the config alone (pre-training from scratch)
 
 # %% ../../nbs/core/sections.ipynb #c030
 class Quantization(Section):
     "Keys of transformers.BitsAndBytesConfig that fine-tuning uses."
-    load_in_4bit: bool = False                  # hold the base in 4 bits (QLoRA)
-    load_in_8bit: bool = False                  # hold the base in 8 bits
-    bnb_4bit_quant_type: typing.Literal["nf4", "fp4"] = "nf4"       # the 4-bit number format
-    bnb_4bit_use_double_quant: bool = False     # also quantise the scales: 0.4 bits a weight less
+
+    load_in_4bit: bool = False  # hold the base in 4 bits (QLoRA)
+    load_in_8bit: bool = False  # hold the base in 8 bits
+    bnb_4bit_quant_type: typing.Literal["nf4", "fp4"] = "nf4"  # the 4-bit number format
+    bnb_4bit_use_double_quant: bool = False  # also quantise the scales: 0.4 bits a weight less
     # the type that 4-bit weights are multiplied in
     bnb_4bit_compute_dtype: typing.Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
 # %% ../../nbs/core/sections.ipynb #c030a
 Action = typing.Literal["refuse", "warn", "off"]
 
+
 class Checks(Section):
     "What the data room does when it finds something: refuse the run, warn, or not look."
-    untrainable: Action = "refuse"              # a row of which nothing would be trained on
-    truncated: Action = "refuse"                # more than truncated_share of the rows longer than max_length
-    overlap: Action = "refuse"                  # a held-out item that is also trained on
-    group_overlap: Action = "warn"              # a held-out row that shares a patient, document or question with a training row
-    chat_markers: Action = "refuse"             # a user's text that holds the model's own special tokens
-    contradictions: Action = "warn"             # same question, another answer
-    duplicates: Action = "warn"                 # the same row again
-    same_options: Action = "warn"               # two options that read the same
 
+    untrainable: Action = "refuse"  # a row of which nothing would be trained on
+    truncated: Action = "refuse"  # more than truncated_share of the rows longer than max_length
+    overlap: Action = "refuse"  # a held-out item that is also trained on
+    group_overlap: Action = (
+        "warn"  # a held-out row that shares a patient, document or question with a training row
+    )
+    chat_markers: Action = "refuse"  # a user's text that holds the model's own special tokens
+    contradictions: Action = "warn"  # same question, another answer
+    duplicates: Action = "warn"  # the same row again
+    same_options: Action = "warn"  # two options that read the same
 
 # %% ../../nbs/core/sections.ipynb #c030b
 class Checks(Checks):
     "All checks: the exact ones above, and those that look for likeness, people and damage."
-    near_duplicates: Action = "warn"            # almost the same row again
-    near_overlap: Action = "warn"               # a held-out item almost like one that is trained on
-    contamination: Action = "warn"              # a training row that holds an item of dataset.benchmarks
-    identifiers: Action = "warn"                # what may identify a real person (HIPAA Safe Harbor)
-    encoding: Action = "warn"                   # text decoded wrongly somewhere before
-    control_characters: Action = "warn"         # invisible characters
-    markup: Action = "warn"                     # remains of HTML, of a word processor, of de-identification
-    label_balance: Action = "warn"              # a label or answer position that is rare
 
+    near_duplicates: Action = "warn"  # almost the same row again
+    near_overlap: Action = "warn"  # a held-out item almost like one that is trained on
+    contamination: Action = "warn"  # a training row that holds an item of dataset.benchmarks
+    identifiers: Action = "warn"  # what may identify a real person (HIPAA Safe Harbor)
+    encoding: Action = "warn"  # text decoded wrongly somewhere before
+    control_characters: Action = "warn"  # invisible characters
+    markup: Action = "warn"  # remains of HTML, of a word processor, of de-identification
+    label_balance: Action = "warn"  # a label or answer position that is rare
 
 # %% ../../nbs/core/sections.ipynb #c031
 class Source(Section):
     "Where the rows come from, and what they are."
-    name: Text | None = None                    # hub id ...
-    config_name: Word | None = None             # of a hub data set that has several
-    split: Text | None = None                   # split to train on, of a hub data set or a saved one (default: train)
-    validation_split: Text | None = None        # ... to validate on; None: held out of the training rows
-    test_split: Text | None = None              # ... to be scored on; None: held out of the training rows
-    revision: Word | None = None                # hub commit; null: resolved, and recorded
-    path: TextOrTexts | None = None             # ... or files, folders, globs, URLs to train on
-    validation_path: TextOrTexts | None = None  # ... to validate on; None: held out of the training rows
-    test_path: TextOrTexts | None = None        # scored, never trained on; absent: held out of the training rows
-    sets: dict[Label, TextOrTexts] = {}         # further scored sets: name -> file
-    streaming: bool = False                     # read a remote source as it comes instead of fetching it first
-    columns: dict[Text, Text] = {}              # our column -> the file's: {question: q, answer: a}
+
+    name: Text | None = None  # hub id ...
+    config_name: Word | None = None  # of a hub data set that has several
+    split: Text | None = (
+        None  # split to train on, of a hub data set or a saved one (default: train)
+    )
+    validation_split: Text | None = None  # ... to validate on; None: held out of the training rows
+    test_split: Text | None = None  # ... to be scored on; None: held out of the training rows
+    revision: Word | None = None  # hub commit; null: resolved, and recorded
+    path: TextOrTexts | None = None  # ... or files, folders, globs, URLs to train on
+    validation_path: TextOrTexts | None = (
+        None  # ... to validate on; None: held out of the training rows
+    )
+    test_path: TextOrTexts | None = (
+        None  # scored, never trained on; absent: held out of the training rows
+    )
+    sets: dict[Label, TextOrTexts] = {}  # further scored sets: name -> file
+    streaming: bool = False  # read a remote source as it comes instead of fetching it first
+    columns: dict[Text, Text] = {}  # our column -> the file's: {question: q, answer: a}
 
 # %% ../../nbs/core/sections.ipynb #c031a
-warnings.filterwarnings("ignore", message='Field name "schema" in')   # the field's word for it; pydantic's own .schema is unused
+warnings.filterwarnings(
+    "ignore", message='Field name "schema" in'
+)  # the field's word for it; pydantic's own .schema is unused
 
 Labels = Annotated[list[Word], AfterValidator(not_empty)]
 
 
 class Dataset(Source):
     "What is made of the rows."
-    schema: Text | None = None                  # None: recognised by the columns
-    labels: Labels | None = None                # names of the labels, in order; None: as found
-    first_option: typing.Literal[0, 1] | None = None    # what a MedMCQA file calls its first option; None: read off the file
-    answer: typing.Literal["text", "letter"] = "text"   # what a four-option question is answered with
-    system: str | None = None                   # a system message before every conversation
-    reasoning: typing.Literal["drop", "prepend"] = "drop"    # a column or key that holds the reasoning beside an answer: not read, or written before the answer
-    repair: bool = False                        # broken text (wrong decoding, HTML remains, invisible characters) is repaired with ftfy, and recorded
-    holdout: float = Field(0.1, ge=0, lt=0.5)   # share held out for validation, and for test, where no file is given
-    max_samples: Count | None = None            # of the training rows; None or 0: all
-    similarity: float = Field(0.8, gt=0, le=1)  # Jaccard similarity from which two texts are near-duplicates
-    truncated_share: Share = 0.01               # share of cut rows from which check `truncated` acts
-    pairs: typing.Literal["text", "aligned"] = "text"   # pairs of records: written out one after the other, or field by field with their characters side by side
-    benchmarks: dict[Label, Text | None] = {}   # benchmark -> its file (null: from the hub), for check `contamination`
-    canaries: int = Field(0, ge=0, le=1000)     # made-up secrets to plant among the training rows; how well they are remembered is measured
-    drop: list[Text] = []                       # checks whose rows are left out instead
-    cache: bool = True                          # keep prepared rows, and use them again for the same recipe and files
-    checks: Checks = Checks()                   # what is done about what is found: refuse, warn or off, for each check
+
+    schema: Text | None = None  # None: recognised by the columns
+    labels: Labels | None = None  # names of the labels, in order; None: as found
+    first_option: typing.Literal[0, 1] | None = (
+        None  # what a MedMCQA file calls its first option; None: read off the file
+    )
+    answer: typing.Literal["text", "letter"] = (
+        "text"  # what a four-option question is answered with
+    )
+    system: str | None = None  # a system message before every conversation
+    reasoning: typing.Literal["drop", "prepend"] = (
+        "drop"  # a column or key that holds the reasoning beside an answer: not read, or written before the answer
+    )
+    repair: bool = False  # broken text (wrong decoding, HTML remains, invisible characters) is repaired with ftfy, and recorded
+    holdout: float = Field(
+        0.1, ge=0, lt=0.5
+    )  # share held out for validation, and for test, where no file is given
+    max_samples: Count | None = None  # of the training rows; None or 0: all
+    similarity: float = Field(
+        0.8, gt=0, le=1
+    )  # Jaccard similarity from which two texts are near-duplicates
+    truncated_share: Share = 0.01  # share of cut rows from which check `truncated` acts
+    pairs: typing.Literal["text", "aligned"] = (
+        "text"  # pairs of records: written out one after the other, or field by field with their characters side by side
+    )
+    benchmarks: dict[
+        Label, Text | None
+    ] = {}  # benchmark -> its file (null: from the hub), for check `contamination`
+    canaries: int = Field(
+        0, ge=0, le=1000
+    )  # made-up secrets to plant among the training rows; how well they are remembered is measured
+    drop: list[Text] = []  # checks whose rows are left out instead
+    cache: bool = True  # keep prepared rows, and use them again for the same recipe and files
+    checks: Checks = (
+        Checks()
+    )  # what is done about what is found: refuse, warn or off, for each check
 
     @property
-    def actions(self) -> dict: return self.checks.model_dump()
+    def actions(self) -> dict:
+        return self.checks.model_dump()
 
 # %% ../../nbs/core/sections.ipynb #c032
 class Evaluation(Section):
     "How models are scored."
-    batch_size: up_to(65536) = 64               # sequences a forward pass
-    max_items: Count | None = None              # first n items of every scored set; None: all
-    confidence: OpenShare = 0.95                # of the intervals: a share, as in 0.95
-    generate: bool = False                      # open answers: also write them out (slow)
-    show_items: bool | None = None              # show single items in the report and in notebooks; None: not where identifiers were found or the data are records
-    score: typing.Literal["letters", "texts", "both"] | None = None     # listed options: also score them as letters, as their texts, or as both; None: both, where that costs little
-    threshold: OpenShare | None = None          # two labels: the probability from which the second is said; None: the best F1 on validation
-    baselines: list[Text] = []                  # classification: simple rules to show beside the models, by name
-    shuffles: up_to(1000, 0) = 1                # listed options: score again in so many other orders; 0: do not
-    max_new_tokens: up_to(65536) | None = None  # open answers: at most so many; None: twice the reference and a few
-    bertscore: Text | None = None               # open answers: folder of a local encoder to compute BERTScore with
-    models: dict[Label, Text] = {}              # further models or adapters to score on the same items: name -> folder or hub id
-    benchmarks: dict[Label, Text | None] = {}   # benchmarks of lm-evaluation-harness, by its name -> a file of its rows (null: from the hub)
-    retention: list[Text] = []                  # names of scored sets that the tuning is not about: what may be forgotten
-    forgetting: NotNegative | None = None       # how much worse a model may get on them: a share of right answers, nats per token of text
-    seeds: up_to(1000) = 1                      # train every engine with so many seeds; the verdict is over them
-    early_stopping_patience: Count | None = None    # stop training after so many evaluations without a better one; needs training.load_best_model_at_end
+
+    batch_size: up_to(65536) = 64  # sequences a forward pass
+    max_items: Count | None = None  # first n items of every scored set; None: all
+    confidence: OpenShare = 0.95  # of the intervals: a share, as in 0.95
+    generate: bool = False  # open answers: also write them out (slow)
+    show_items: bool | None = (
+        None  # show single items in the report and in notebooks; None: not where identifiers were found or the data are records
+    )
+    score: typing.Literal["letters", "texts", "both"] | None = (
+        None  # listed options: also score them as letters, as their texts, or as both; None: both, where that costs little
+    )
+    threshold: OpenShare | None = (
+        None  # two labels: the probability from which the second is said; None: the best F1 on validation
+    )
+    baselines: list[Text] = []  # classification: simple rules to show beside the models, by name
+    shuffles: up_to(1000, 0) = 1  # listed options: score again in so many other orders; 0: do not
+    max_new_tokens: up_to(65536) | None = (
+        None  # open answers: at most so many; None: twice the reference and a few
+    )
+    bertscore: Text | None = (
+        None  # open answers: folder of a local encoder to compute BERTScore with
+    )
+    models: dict[
+        Label, Text
+    ] = {}  # further models or adapters to score on the same items: name -> folder or hub id
+    benchmarks: dict[
+        Label, Text | None
+    ] = {}  # benchmarks of lm-evaluation-harness, by its name -> a file of its rows (null: from the hub)
+    retention: list[
+        Text
+    ] = []  # names of scored sets that the tuning is not about: what may be forgotten
+    forgetting: NotNegative | None = (
+        None  # how much worse a model may get on them: a share of right answers, nats per token of text
+    )
+    seeds: up_to(1000) = 1  # train every engine with so many seeds; the verdict is over them
+    early_stopping_patience: Count | None = (
+        None  # stop training after so many evaluations without a better one; needs training.load_best_model_at_end
+    )
 
 # %% ../../nbs/core/sections.ipynb #c032s1
 class Export(Section):
     "What is handed over."
-    merge: bool = True                          # also write the adapter merged into full weights
-    merged_save_format: typing.Literal["safetensors", "bin"] = "safetensors"    # of merged weights
-    max_shard_size: Size = "5GB"                # of one file of merged weights
-    merge_base: typing.Literal["dequantized", "original"] = "dequantized"    # QLoRA: merge into the quantised weights written out in 16 bits, or into the 16-bit weights they were made from
-    adapter_save_format: typing.Literal["safetensors", "bin"] = "safetensors"   # of the adapter
-    onnx: bool = False                          # classification: also write an ONNX file
-    push_to_hub: bool = False                   # upload to output.hub_model_id; never unasked
-    private: bool = True                        # a repository that is made for it is private
+
+    merge: bool = True  # also write the adapter merged into full weights
+    merged_save_format: typing.Literal["safetensors", "bin"] = "safetensors"  # of merged weights
+    max_shard_size: Size = "5GB"  # of one file of merged weights
+    merge_base: typing.Literal["dequantized", "original"] = (
+        "dequantized"  # QLoRA: merge into the quantised weights written out in 16 bits, or into the 16-bit weights they were made from
+    )
+    adapter_save_format: typing.Literal["safetensors", "bin"] = "safetensors"  # of the adapter
+    onnx: bool = False  # classification: also write an ONNX file
+    push_to_hub: bool = False  # upload to output.hub_model_id; never unasked
+    private: bool = True  # a repository that is made for it is private
+
 
 class Tracking(Section):
     "MLflow, in a process of its own."
-    mlflow: bool = True                         # record the run there
-    uri: Text | None = None                     # None: $MLFLOW_TRACKING_URI, else SQLite in the runs folder
-    experiment: Text | None = None              # None: the task's name
+
+    mlflow: bool = True  # record the run there
+    uri: Text | None = None  # None: $MLFLOW_TRACKING_URI, else SQLite in the runs folder
+    experiment: Text | None = None  # None: the task's name
+
 
 class Output(Section):
     "Where it goes."
-    dir: Text | None = None                     # the folder for runs; None: ./runs
-    hub_model_id: HubId | None = None           # org/name
-    keep_best: Count | None = None              # checkpoints of lowest evaluation loss to keep, beside the newest; None: training.save_total_limit decides
+
+    dir: Text | None = None  # the folder for runs; None: ./runs
+    hub_model_id: HubId | None = None  # org/name
+    keep_best: Count | None = (
+        None  # checkpoints of lowest evaluation loss to keep, beside the newest; None: training.save_total_limit decides
+    )
 
 # %% ../../nbs/core/sections.ipynb #c034
-STAGES = dict(data="01_data", model="02_model", train="03_train", unsloth="03_unsloth", fast="04_fast", evaluate="05_evaluate", export="06_export")
-ENGINES, TRAINING_STAGES = ("trl", "unsloth", "fast"), dict(train="trl", unsloth="unsloth", fast="fast")   # the second: stage -> the engine that trains there
+STAGES = dict(
+    data="01_data",
+    model="02_model",
+    train="03_train",
+    unsloth="03_unsloth",
+    fast="04_fast",
+    evaluate="05_evaluate",
+    export="06_export",
+)
+ENGINES, TRAINING_STAGES = (
+    ("trl", "unsloth", "fast"),
+    dict(train="trl", unsloth="unsloth", fast="fast"),
+)  # the second: stage -> the engine that trains there
 Training, Lora = library_section("training"), library_section("lora")
 
 # %% ../../nbs/core/sections.ipynb #c034s1
 class Recipe(Section):
     "Everything that decides what a run does."
-    name: Name                                  # what its runs are called: letters, digits, . _ -
-    description: str = ""                       # in a sentence, for the report
-    engine: list[typing.Literal[(*ENGINES, "auto")]] = list(ENGINES)    # what trains
-    engine_chosen: str | None = None            # why `engine: auto` came to the engine above; written by medft
+
+    name: Name  # what its runs are called: letters, digits, . _ -
+    description: str = ""  # in a sentence, for the report
+    engine: list[typing.Literal[(*ENGINES, "auto")]] = list(ENGINES)  # what trains
+    engine_chosen: str | None = (
+        None  # why `engine: auto` came to the engine above; written by medft
+    )
     model: Model = Model()
-    quantization: Quantization | None = None    # None: not quantised
-    lora: Lora | None = None                    # None: every weight is trained
+    quantization: Quantization | None = None  # None: not quantised
+    lora: Lora | None = None  # None: every weight is trained
     training: Training = Training()
     dataset: Dataset = Dataset()
     evaluation: Evaluation = Evaluation()
@@ -257,12 +402,26 @@ class Recipe(Section):
     output: Output = Output()
 
     @property
-    def task(self): return self.model.task
+    def task(self):
+        return self.model.task
+
     @property
-    def seed(self): return self.training.seed if self.training.seed is not None else 42
+    def seed(self):
+        return self.training.seed if self.training.seed is not None else 42
+
     @property
-    def max_length(self): return self.training.max_length or library_default("training", "max_length")
+    def max_length(self):
+        return self.training.max_length or library_default("training", "max_length")
 
 # %% ../../nbs/core/sections.ipynb #s006
-SECTIONS = dict(model=Model, quantization=Quantization, lora=Lora, training=Training, dataset=Dataset, evaluation=Evaluation,
-                export=Export, tracking=Tracking, output=Output)
+SECTIONS = dict(
+    model=Model,
+    quantization=Quantization,
+    lora=Lora,
+    training=Training,
+    dataset=Dataset,
+    evaluation=Evaluation,
+    export=Export,
+    tracking=Tracking,
+    output=Output,
+)

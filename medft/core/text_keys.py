@@ -16,13 +16,20 @@ _SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
 _RAISED = frozenset("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻")
 _OUTSIDE_ASCII = re.compile("[^\x00-\x7f]")
 _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cn", "Co", "Cs")
-_INVISIBLE_MARKS = {"\u034f", "\u3164", *map(chr, range(0xFE00, 0xFE10))}   # a joiner, a filler, variation selectors: letters or marks by category
-_PRINT_SIGNS = {    # what stands for it: the signs of print that say the same
+_INVISIBLE_MARKS = {
+    "\u034f",
+    "\u3164",
+    *map(chr, range(0xFE00, 0xFE10)),
+}  # a joiner, a filler, variation selectors: letters or marks by category
+_PRINT_SIGNS = {  # what stands for it: the signs of print that say the same
     "'": "\u2018\u2019\u201a\u201b\u02b9\u02bc\u2032\u00b4",
     '"': "\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033",
     "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63",
 }
-_UNIFIED = {sign: plain for plain, signs in _PRINT_SIGNS.items() for sign in signs} | dict.fromkeys(_INVISIBLE_MARKS, "")
+_UNIFIED = {sign: plain for plain, signs in _PRINT_SIGNS.items() for sign in signs} | dict.fromkeys(
+    _INVISIBLE_MARKS, ""
+)
+
 
 def visible(
     text: str,
@@ -30,14 +37,18 @@ def visible(
     "A text without the characters that nobody sees: zero-width marks, soft hyphens, direction marks, control characters."
     if text.isprintable():
         return text
-    return "".join(c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE_CATEGORIES)
+    return "".join(
+        c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE_CATEGORIES
+    )
+
 
 def _single_blanks(text):
     return " ".join(text.split())
 
+
 def text_key(
     text: str,
-) -> str:   # not for showing
+) -> str:  # not for showing
     "The form in which texts are compared: NFKC, no case, plain quotes and dashes, no invisible characters, single blanks."
     text = _single_blanks(text)
     if not text.isprintable():

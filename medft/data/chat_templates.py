@@ -10,9 +10,11 @@ __all__ = ['REASONS', 'PADS', 'PLAIN', 'DAY', 'DIFFERS', 'Q', 'A', 'S', 'STRING'
            'template', 'render', 'looked_for', 'marked_template']
 
 # %% ../../nbs/data/chat_templates.ipynb #c002
-from ..core.run import MedftError, locate, model_path  # first: it sets switches that the libraries read
+from ..core.run import MedftError, locate, model_path
 
-import hashlib, json, re
+import hashlib
+import json
+import re
 from datetime import datetime
 from functools import lru_cache
 
@@ -30,220 +32,395 @@ REASONS = {
     "instantiate the backend": "nothing there can be read as a tokenizer (tokenizer.json, or a SentencePiece or tiktoken file)",
     "HFValidationError": "there is no such folder, and it is no hub id either",
     "LocalEntryNotFound": "it is not in the local cache, and the hub cannot be reached, or HF_HUB_OFFLINE forbids it",
-    "OfflineMode": "it is not in the local cache, and HF_HUB_OFFLINE forbids fetching it"}
+    "OfflineMode": "it is not in the local cache, and HF_HUB_OFFLINE forbids fetching it",
+}
+
 
 def why(e) -> str:
     "The reason behind an exception of transformers or of the hub, in one line."
     said, first = "", (str(e).strip() or type(e).__name__).split("\n")[0]
-    while e: said += f" {type(e).__name__} {e}"; e = e.__cause__ or e.__context__
-    return next((r for k, r in REASONS.items() if k in said), f"{first}; is the name right, the licence accepted, HF_TOKEN set?")
+    while e:
+        said += f" {type(e).__name__} {e}"
+        e = e.__cause__ or e.__context__
+    return next(
+        (r for k, r in REASONS.items() if k in said),
+        f"{first}; is the name right, the licence accepted, HF_TOKEN set?",
+    )
 
 # %% ../../nbs/data/chat_templates.ipynb #c007
-PADS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]")   # Llama 3.1 and later, Llama 3, and the rest
+PADS = (
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<pad>",
+    "[PAD]",
+)  # Llama 3.1 and later, Llama 3, and the rest
+
 
 def read_template(path: str) -> str:
     "A chat template from a recipe's file. Raises `MedftError` when there is none."
     found = locate(path)
     if found is None or not found.is_file():
-        raise MedftError(f"training.chat_template_path: {path!r} is no file; name a file with a Jinja template (.jinja), as seen from here")
+        raise MedftError(
+            f"training.chat_template_path: {path!r} is no file; name a file with a Jinja template (.jinja), as seen from here"
+        )
     try:
         return found.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise MedftError(f"training.chat_template_path: {path!r} cannot be read as text (UTF-8): {e}") from None
+        raise MedftError(
+            f"training.chat_template_path: {path!r} cannot be read as text (UTF-8): {e}"
+        ) from None
+
 
 def special_token(tok, key: str, token: str) -> str:
     "A token that a recipe names. Raises `MedftError` unless the tokenizer holds it as a token apart from ordinary text."
-    special = sorted({*tok.all_special_tokens, *(str(t) for t in tok.added_tokens_decoder.values() if t.special)})
+    special = sorted(
+        {*tok.all_special_tokens, *(str(t) for t in tok.added_tokens_decoder.values() if t.special)}
+    )
     if token not in special:
         shown = ", ".join(special[:12]) + (", ..." if len(special) > 12 else "")
-        raise MedftError(f"training.{key}: {token!r} is no special token of this tokenizer, so that text could hold it; it has: {shown}")
+        raise MedftError(
+            f"training.{key}: {token!r} is no special token of this tokenizer, so that text could hold it; it has: {shown}"
+        )
     return token
+
 
 def with_keys(tok, recipe):
     "The tokenizer with the template and the tokens that a recipe's training section names."
     t = recipe.training
-    if t.chat_template_path is not None: tok.chat_template = read_template(t.chat_template_path)
+    if t.chat_template_path is not None:
+        tok.chat_template = read_template(t.chat_template_path)
     for key in ("eos_token", "pad_token"):
         token = getattr(t, key)
-        if token is not None: setattr(tok, key, special_token(tok, key, token))
+        if token is not None:
+            setattr(tok, key, special_token(tok, key, token))
     if t.eos_token is not None and t.pad_token is None and t.eos_token in PADS:
-        raise MedftError(f"training.eos_token: {t.eos_token!r} is kept for padding; what pads is not trained on, so the model would never learn to stop")
+        raise MedftError(
+            f"training.eos_token: {t.eos_token!r} is kept for padding; what pads is not trained on, so the model would never learn to stop"
+        )
     if t.pad_token is not None and tok.pad_token == tok.eos_token:
-        raise MedftError(f"training.pad_token: {tok.pad_token!r} is the end token, too; what pads is not trained on, so the model would never learn to stop")
+        raise MedftError(
+            f"training.pad_token: {tok.pad_token!r} is the end token, too; what pads is not trained on, so the model would never learn to stop"
+        )
     return tok
+
 
 def check_keys(tok, recipe):
     "Raise `MedftError` when the template of a recipe cannot be trained through, or ends answers with another token than it names."
     t = recipe.training
-    if recipe.task != "generative" or (t.chat_template_path is None and t.eos_token is None): return
+    if recipe.task != "generative" or (t.chat_template_path is None and t.eos_token is None):
+        return
     key = "chat_template_path" if t.chat_template_path is not None else "eos_token"
-    try: stop = template(tok).stop
+    try:
+        stop = template(tok).stop
     except (MedftError, TemplateError) as e:
-        raise MedftError(f"training.{key}: {str(e).splitlines()[0].removeprefix('model.name: ')}") from None
+        raise MedftError(
+            f"training.{key}: {str(e).splitlines()[0].removeprefix('model.name: ')}"
+        ) from None
     if t.eos_token is not None and stop != tok.eos_token:
-        raise MedftError(f"training.eos_token: the chat template ends an answer with {stop!r}, not with {tok.eos_token!r}; name {stop!r}, or give a template of your own (training.chat_template_path)")
+        raise MedftError(
+            f"training.eos_token: the chat template ends an answer with {stop!r}, not with {tok.eos_token!r}; name {stop!r}, or give a template of your own (training.chat_template_path)"
+        )
+
 
 def load_tokenizer(recipe):
     "The base model's tokenizer, with what the recipe says of it. Raises `MedftError` when it cannot be had, or has no padding token of its own."
     name = recipe.model.name
-    try: tok = AutoTokenizer.from_pretrained(model_path(name), revision=recipe.model.revision, trust_remote_code=False)
-    except Exception as e: raise MedftError(f"model.name: no tokenizer for {name!r}: {why(e)}") from None
+    try:
+        tok = AutoTokenizer.from_pretrained(
+            model_path(name), revision=recipe.model.revision, trust_remote_code=False
+        )
+    except Exception as e:
+        raise MedftError(f"model.name: no tokenizer for {name!r}: {why(e)}") from None
     tok = with_keys(tok, recipe)
     if tok.pad_token_id is None or tok.pad_token_id == tok.eos_token_id:
-        tok.pad_token = next((t for t in (*PADS, tok.unk_token) if t and t != tok.eos_token and t in tok.get_vocab()), None)
+        tok.pad_token = next(
+            (
+                t
+                for t in (*PADS, tok.unk_token)
+                if t and t != tok.eos_token and t in tok.get_vocab()
+            ),
+            None,
+        )
     if tok.pad_token_id is None:
-        raise MedftError(f"model.name: the tokenizer of {name!r} has no padding token apart from its end token; "
-                         "padding with the end token would train the model never to stop")
+        raise MedftError(
+            f"model.name: the tokenizer of {name!r} has no padding token apart from its end token; "
+            "padding with the end token would train the model never to stop"
+        )
     check_keys(tok, recipe)
     return tok
 
+
 def rendering(tok) -> str:
     "SHA-256 of what decides how a tokenizer writes conversations: its template and its special tokens."
-    said = [tok.get_chat_template() if tok.chat_template else None, tok.bos_token, tok.eos_token, tok.pad_token]
+    said = [
+        tok.get_chat_template() if tok.chat_template else None,
+        tok.bos_token,
+        tok.eos_token,
+        tok.pad_token,
+    ]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 # %% ../../nbs/data/chat_templates.ipynb #c010
-PLAIN = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content ~ '\n' }}{% elif m.role == 'user' %}"
-         "{{ ('\n' if not loop.first and messages[loop.index0 - 1].role == 'assistant' else '') ~ 'Question: ' ~ m.content ~ '\nAnswer:' }}"
-         "{% else %}{% generation %}{{ ' ' ~ m.content ~ eos_token }}{% endgeneration %}{% endif %}{% endfor %}")
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content ~ '\n' }}{% elif m.role == 'user' %}"
+    "{{ ('\n' if not loop.first and messages[loop.index0 - 1].role == 'assistant' else '') ~ 'Question: ' ~ m.content ~ '\nAnswer:' }}"
+    "{% else %}{% generation %}{{ ' ' ~ m.content ~ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
 
-def user(text) -> dict: return dict(role="user", content=text)
-def assistant(text) -> dict: return dict(role="assistant", content=text)
-def system(text) -> list: return [dict(role="system", content=text)]*bool(text)
+
+def user(text) -> dict:
+    return dict(role="user", content=text)
+
+
+def assistant(text) -> dict:
+    return dict(role="assistant", content=text)
+
+
+def system(text) -> list:
+    return [dict(role="system", content=text)] * bool(text)
 
 # %% ../../nbs/data/chat_templates.ipynb #c012
-DAY = datetime(2024, 7, 26)   # the date that Llama 3's templates fall back to
+DAY = datetime(2024, 7, 26)  # the date that Llama 3's templates fall back to
+
 
 class Template:
     "How conversations are written for one tokenizer; `notes` says what a user should know of it."
-    def __init__(self, tok, source):
-        self.tok, self.source, self.notes, self.frames, self.compared, self.put_together = tok, source, [], {}, set(), True
-        self.options, self.system, self.end = dict(strftime_now=DAY.strftime), True, ""
-        self.probe(); self.find_end()
 
-    def note(self, text): self.notes += [text]*(text not in self.notes)
+    def __init__(self, tok, source):
+        self.tok, self.source, self.notes, self.frames, self.compared, self.put_together = (
+            tok,
+            source,
+            [],
+            {},
+            set(),
+            True,
+        )
+        self.options, self.system, self.end = dict(strftime_now=DAY.strftime), True, ""
+        self.probe()
+        self.find_end()
+
+    def note(self, text):
+        self.notes += [text] * (text not in self.notes)
 
     def write(self, messages, open=False) -> str:
         "Messages as text; open: up to where the assistant's next turn would begin. Raises `ValueError`."
         how = dict(tokenize=False, add_generation_prompt=open, **self.options)
-        try: return self.tok.apply_chat_template(messages, chat_template=self.source, **how)
-        except (TemplateError, TypeError) as e: raise ValueError(f"the chat template refuses it: {str(e).splitlines()[0]}") from None
+        try:
+            return self.tok.apply_chat_template(messages, chat_template=self.source, **how)
+        except (TemplateError, TypeError) as e:
+            raise ValueError(f"the chat template refuses it: {str(e).splitlines()[0]}") from None
 
 # %% ../../nbs/data/chat_templates.ipynb #c014
 DIFFERS = "the chat template writes a finished exchange differently from an open one; its answers cannot be told from its prompts"
 
+
 @patch
 def fold(self: Template, messages) -> list:
     "The messages, their system text moved into the first user turn when the template has no place for it."
-    if self.system or messages[0]["role"] != "system": return messages
-    if [m["role"] for m in messages[1:2]] != ["user"]: raise ValueError("the template has no system role, and no user turn follows the system text")
-    self.note("the chat template has no system role; a system message is put before the first user message")
+    if self.system or messages[0]["role"] != "system":
+        return messages
+    if [m["role"] for m in messages[1:2]] != ["user"]:
+        raise ValueError(
+            "the template has no system role, and no user turn follows the system text"
+        )
+    self.note(
+        "the chat template has no system role; a system message is put before the first user message"
+    )
     return [user(f"{messages[0]['content']}\n\n{messages[1]['content']}"), *messages[2:]]
+
 
 @patch
 def exchange(self: Template, messages) -> tuple[str, str]:
     "Prompt and completion of a conversation whose last turn is the assistant's. Raises `ValueError`."
     messages = self.fold(messages)
     prompt, whole = self.write(messages[:-1], open=True), self.write(messages)
-    if not whole.startswith(prompt): raise ValueError(DIFFERS)
-    return prompt, whole[len(prompt):] + self.end
+    if not whole.startswith(prompt):
+        raise ValueError(DIFFERS)
+    return prompt, whole[len(prompt) :] + self.end
 
 # %% ../../nbs/data/chat_templates.ipynb #c016
 Q, A, S = "medftquestion", "medftanswer", "medftsystem"
 
+
 @patch
 def probe(self: Template):
     "Find out how this template treats thoughts and system messages."
-    try: prompt, said = self.exchange([user(Q), assistant(A)])
+    try:
+        prompt, said = self.exchange([user(Q), assistant(A)])
     except ValueError:
         self.options |= dict(enable_thinking=False)
         prompt, said = self.exchange([user(Q), assistant(A)])
-        self.note("prompts are written with enable_thinking=False (else this template opens a turn with a thought); serve the tuned model so too")
-    if Q not in prompt or A not in said: raise ValueError("the chat template leaves out what the user or the assistant says")
+        self.note(
+            "prompts are written with enable_thinking=False (else this template opens a turn with a thought); serve the tuned model so too"
+        )
+    if Q not in prompt or A not in said:
+        raise ValueError("the chat template leaves out what the user or the assistant says")
     self.after = said.rpartition(A)[2]
-    try: self.system = S in self.write([*system(S), user(Q)], open=True)
-    except ValueError: self.system = False
+    try:
+        self.system = S in self.write([*system(S), user(Q)], open=True)
+    except ValueError:
+        self.system = False
 
 # %% ../../nbs/data/chat_templates.ipynb #c018
 @patch
 def stop_in(self: Template, text):
     "The first token of a text that is no ordinary text, or None: where an answer ends."
-    known = {i: str(t) for i, t in self.tok.added_tokens_decoder.items() if str(t).strip() and i != self.tok.unk_token_id}
-    return next((known[i] for i in self.tok(text, add_special_tokens=False)["input_ids"] if i in known), None)
+    known = {
+        i: str(t)
+        for i, t in self.tok.added_tokens_decoder.items()
+        if str(t).strip() and i != self.tok.unk_token_id
+    }
+    return next(
+        (known[i] for i in self.tok(text, add_special_tokens=False)["input_ids"] if i in known),
+        None,
+    )
+
 
 @patch
 def find_end(self: Template):
     "Find the token that ends an answer; add one where the template writes none."
     self.stop = self.stop_in(self.after)
     if not self.stop:
-        if not self.tok.eos_token: raise ValueError("neither chat template nor tokenizer has a token that ends an answer: the model would never stop")
+        if not self.tok.eos_token:
+            raise ValueError(
+                "neither chat template nor tokenizer has a token that ends an answer: the model would never stop"
+            )
         self.stop = self.end = self.tok.eos_token
         self.note(f"the chat template writes no stop token after an answer; {self.end} is added")
-    if self.stop == self.tok.pad_token: raise ValueError(f"{self.stop} ends an answer and is the padding token too: the model would never stop")
+    if self.stop == self.tok.pad_token:
+        raise ValueError(
+            f"{self.stop} ends an answer and is the padding token too: the model would never stop"
+        )
     self.after += self.end
 
 # %% ../../nbs/data/chat_templates.ipynb #c019
 @lru_cache(maxsize=8)
-def _template(tok, source): return Template(tok, source)
+def _template(tok, source):
+    return Template(tok, source)
+
 
 def template(tok, source=None) -> Template:
     "The template of a tokenizer: its own, or the plain one. Raises `MedftError` when nothing could be trained through it."
-    try: return _template(tok, source or (tok.get_chat_template() if tok.chat_template else PLAIN))
-    except ValueError as e: raise MedftError(f"model.name: {e}; choose another model, or mend chat_template.jinja in a folder of your own") from None
+    try:
+        return _template(tok, source or (tok.get_chat_template() if tok.chat_template else PLAIN))
+    except ValueError as e:
+        raise MedftError(
+            f"model.name: {e}; choose another model, or mend chat_template.jinja in a folder of your own"
+        ) from None
+
 
 def render(
-    tok,        # the tokenizer
-    messages,   # role and content each; the last is the assistant's
-) -> tuple[str, str]:   # what the model reads, what it is trained to add
+    tok,  # the tokenizer
+    messages,  # role and content each; the last is the assistant's
+) -> tuple[str, str]:  # what the model reads, what it is trained to add
     "A conversation as prompt and completion. Raises `MedftError` when the template cannot write it."
-    try: return template(tok).exchange(messages)
-    except ValueError as e: raise MedftError(f"model.name: {e}") from None
+    try:
+        return template(tok).exchange(messages)
+    except ValueError as e:
+        raise MedftError(f"model.name: {e}") from None
 
 # %% ../../nbs/data/chat_templates.ipynb #c025
-STRING = {"split", "rsplit", "partition", "rpartition", "startswith", "endswith", "replace", "strip", "lstrip", "rstrip", "find", "index", "count"}
+STRING = {
+    "split",
+    "rsplit",
+    "partition",
+    "rpartition",
+    "startswith",
+    "endswith",
+    "replace",
+    "strip",
+    "lstrip",
+    "rstrip",
+    "find",
+    "index",
+    "count",
+}
 
-def _strings(found): return {c.value for c in found if isinstance(c, nodes.Const) and isinstance(c.value, str)}
+
+def _strings(found):
+    return {c.value for c in found if isinstance(c, nodes.Const) and isinstance(c.value, str)}
+
 
 def looked_for(source) -> tuple[set, set]:
     "What a template searches a text for, takes out of it or splits it at; and every string in it."
-    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", source))
-    keyed = {g.node.name for g in tree.find_all(nodes.Getitem) if isinstance(g.node, nodes.Name) and _strings([g.arg])}
-    keyed |= {g.node.name for g in tree.find_all(nodes.Getattr) if isinstance(g.node, nodes.Name) and g.attr not in STRING}
-    maps = lambda x: isinstance(x, nodes.Name) and x.name in keyed   # `'content' in message` asks for a key, not for text
-    found = [c.expr for c in tree.find_all(nodes.Compare) if any(o.op in ("in", "notin") and not maps(o.expr) for o in c.ops)]
-    found += [a for c in tree.find_all(nodes.Call) if isinstance(c.node, nodes.Getattr) and c.node.attr in STRING for a in c.args]
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+        re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", source)
+    )
+    keyed = {
+        g.node.name
+        for g in tree.find_all(nodes.Getitem)
+        if isinstance(g.node, nodes.Name) and _strings([g.arg])
+    }
+    keyed |= {
+        g.node.name
+        for g in tree.find_all(nodes.Getattr)
+        if isinstance(g.node, nodes.Name) and g.attr not in STRING
+    }
+
+    def maps(x):
+        return (
+            isinstance(x, nodes.Name) and x.name in keyed
+        )  # `'content' in message` asks for a key, not for text
+
+    found = [
+        c.expr
+        for c in tree.find_all(nodes.Compare)
+        if any(o.op in ("in", "notin") and not maps(o.expr) for o in c.ops)
+    ]
+    found += [
+        a
+        for c in tree.find_all(nodes.Call)
+        if isinstance(c.node, nodes.Getattr) and c.node.attr in STRING
+        for a in c.args
+    ]
     found += [a for f in tree.find_all(nodes.Filter) if f.name == "replace" for a in f.args]
     return {s for s in _strings(found) if s.strip()}, _strings(tree.find_all(nodes.Const))
 
 # %% ../../nbs/data/chat_templates.ipynb #c027
-ODD = ("a", "two\nlines\n\nand more", "50 % {{ x }} {% if %} {# no #}", "<b>&amp;</b> \\n 'quoted' \"twice\"",
-       "β-blocker, 37 °C, 中文 \U0001f600 e\u0301")
+ODD = (
+    "a",
+    "two\nlines\n\nand more",
+    "50 % {{ x }} {% if %} {# no #}",
+    "<b>&amp;</b> \\n 'quoted' \"twice\"",
+    "β-blocker, 37 °C, 中文 \U0001f600 e\u0301",
+)
+
 
 @patch
 def pieces(self: Template, before=""):
     "The four texts around a question and its answer, after a system message; None when this template cannot be cut so."
     self.searched, self.strings = looked_for(self.source)
-    told = lambda q, a: self.exchange([*system(before), user(q), assistant(a)])
+
+    def told(q, a):
+        return self.exchange([*system(before), user(q), assistant(a)])
+
     prompt, completion = told(Q, A)
-    if prompt.count(Q) != 1 or completion.count(A) != 1: return None
+    if prompt.count(Q) != 1 or completion.count(A) != 1:
+        return None
     p = (*prompt.split(Q), *completion.split(A))
-    return p if all(told(q, a) == (p[0] + q + p[1], p[2] + a + p[3]) for q, a in zip(ODD, ODD[::-1])) else None
+    return (
+        p
+        if all(told(q, a) == (p[0] + q + p[1], p[2] + a + p[3]) for q, a in zip(ODD, ODD[::-1]))
+        else None
+    )
 
 # %% ../../nbs/data/chat_templates.ipynb #c028
 @patch
 def frame(self: Template, before=""):
     "`pieces`, remembered; None where rows are not put together."
-    if len(self.frames) > 999: self.frames.clear()
-    if before not in self.frames: self.frames[before] = self.pieces(before) if self.put_together else None
+    if len(self.frames) > 999:
+        self.frames.clear()
+    if before not in self.frames:
+        self.frames[before] = self.pieces(before) if self.put_together else None
     return self.frames[before]
+
 
 @patch
 def as_is(self: Template, text) -> bool:
     "Whether this template surely writes a text as it is (after `frame`)."
-    if not text or text.strip() != text or text in self.strings: return False
-    for s in self.searched:
-        if s in text: return False
-    return True
+    if not text or text.strip() != text or text in self.strings:
+        return False
+    return all(s not in text for s in self.searched)
 
 # %% ../../nbs/data/chat_templates.ipynb #c031
 @patch
@@ -251,21 +428,35 @@ def check_marks(self: Template, marked, said):
     "Raise `ValueError` unless each marked text is one answer and its stop token."
     if len(said) != len(marked) or any(s not in m for s, m in zip(said, marked)):
         raise ValueError("its marks do not enclose just what the assistant says")
-    ends = [self.stop_in(m[m.rindex(s) + len(s):]) for s, m in zip(said, marked)]
-    if not all(ends[:-1] if self.end else ends): raise ValueError("it does not mark the token that ends an answer: the model would never stop")
+    ends = [self.stop_in(m[m.rindex(s) + len(s) :]) for s, m in zip(said, marked)]
+    if not all(ends[:-1] if self.end else ends):
+        raise ValueError(
+            "it does not mark the token that ends an answer: the model would never stop"
+        )
 
 # %% ../../nbs/data/chat_templates.ipynb #c032
 @patch
 def turns(self: Template, messages) -> list:
     "A conversation cut where the template's marks are: [[text, 0 read or 1 trained on], ...]. Raises `ValueError`."
-    (text,), (spans,) = render_jinja_template(conversations=[self.fold(messages)], chat_template=self.source, return_assistant_tokens_mask=True,
-                                              **{**self.tok.special_tokens_map, **self.options})
+    (text,), (spans,) = render_jinja_template(
+        conversations=[self.fold(messages)],
+        chat_template=self.source,
+        return_assistant_tokens_mask=True,
+        **{**self.tok.special_tokens_map, **self.options},
+    )
     joined = []
-    for a, b in spans: joined[-1:] = [(joined[-1][0], b)] if joined and joined[-1][1] == a else [*joined[-1:], (a, b)]   # spans that touch are one
-    self.check_marks([text[a:b] for a, b in joined], [m["content"].strip() for m in messages if m["role"] == "assistant"])
+    for a, b in spans:
+        joined[-1:] = (
+            [(joined[-1][0], b)] if joined and joined[-1][1] == a else [*joined[-1:], (a, b)]
+        )  # spans that touch are one
+    self.check_marks(
+        [text[a:b] for a, b in joined],
+        [m["content"].strip() for m in messages if m["role"] == "assistant"],
+    )
     cuts = [0, *(x for span in joined for x in span), len(text)]
     parts = [[text[a:b], i % 2] for i, (a, b) in enumerate(zip(cuts, cuts[1:]))]
-    if self.end: parts[-2][0] += self.end
+    if self.end:
+        parts[-2][0] += self.end
     return [p for p in parts if p[0]]
 
 # %% ../../nbs/data/chat_templates.ipynb #c033
@@ -274,9 +465,18 @@ def marked_template(tok) -> Template:
     t, key = template(tok), "training.assistant_only_loss: the chat template"
     if not re.search(r"{%[-+]?\s*generation\s*[-+]?%}", t.source):
         from trl.chat_template_utils import get_training_chat_template
-        try: t = template(tok, get_training_chat_template(tok))
-        except ValueError: raise MedftError(f"{key} does not mark what the assistant says ({{% generation %}}), and TRL has no marked copy of it; "
-            "leave the key out (the last answer is trained on), or use a model folder whose chat_template.jinja has the marks") from None
-    try: t.turns([user(Q), assistant(A), user(Q), assistant(A)])
-    except ValueError as e: raise MedftError(f"{key}: {e}; leave the key out, so that the last answer is trained on") from None
+
+        try:
+            t = template(tok, get_training_chat_template(tok))
+        except ValueError:
+            raise MedftError(
+                f"{key} does not mark what the assistant says ({{% generation %}}), and TRL has no marked copy of it; "
+                "leave the key out (the last answer is trained on), or use a model folder whose chat_template.jinja has the marks"
+            ) from None
+    try:
+        t.turns([user(Q), assistant(A), user(Q), assistant(A)])
+    except ValueError as e:
+        raise MedftError(
+            f"{key}: {e}; leave the key out, so that the last answer is trained on"
+        ) from None
     return t

@@ -11,16 +11,31 @@ __all__ = ['say_sources', 'with_not_read', 'benchmark_sections', 'open_benchmark
            'load_split', 'scored_sets', 'ensure_data']
 
 # %% ../../nbs/01_data.ipynb #c003
-from ..core.run import MedftError, atomic_write, open_run, peak_rss, read_json, sha256, write_json  # first: it sets switches that the libraries read
-from .quality import canaries, checks, leakage as leaks, near_duplicates as neighbours
-from .reading import patients as documents, recipe_sources, schemas, sources
-from . import prompts, staging, splits as storing
-from .reading.recipe_sources import open_entry
+from medft.core.run import (
+    MedftError,
+    atomic_write,
+    open_run,
+    peak_rss,
+    read_json,
+    sha256,
+    write_json,
+)
+from . import prompts, staging
+from . import splits as storing
 from .chat_templates import rendering
 from .prepare.cleaning import tokenizer_hash
 from .prompts import LETTERS, encode, load_tokenizer, sample_text, show_sample
+from .quality import canaries, checks
+from .quality import leakage as leaks
+from .quality import near_duplicates as neighbours
+from .reading import patients as documents
+from .reading import recipe_sources, schemas, sources
+from .reading.recipe_sources import open_entry
 
-import gc, json, shutil, time
+import gc
+import json
+import shutil
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -33,6 +48,7 @@ def say_sources(run, found):
     for note in found.notes:
         run.log(f"data: {note}")
 
+
 def with_not_read(report, found) -> dict:
     "The report with the files that nothing reads, under `not_read`."
     named = report.setdefault("not_read", dict(files=[], columns={}, turn_keys=[]))
@@ -43,27 +59,54 @@ def with_not_read(report, found) -> dict:
 def benchmark_sections(d, name, path) -> list:
     "Where a benchmark is read, as dataset sections. Raises `MedftError` for a name that stands for none."
     bare = dict(columns={}, schema=None, first_option=None)
-    if path: return [d.model_copy(update=bare | dict(path=path, split=None))]
+    if path:
+        return [d.model_copy(update=bare | dict(path=path, split=None))]
     if name not in neighbours.BENCHMARKS:
-        raise MedftError(f"dataset.benchmarks: {name!r} is none of {', '.join(neighbours.BENCHMARKS)}; name its file: {{{name}: FILE}}")
-    return [d.model_copy(update=bare | dict(path=None, name=hub, config_name=config, split=split, revision=None)) for hub, config, split in neighbours.BENCHMARKS[name]]
+        raise MedftError(
+            f"dataset.benchmarks: {name!r} is none of {', '.join(neighbours.BENCHMARKS)}; name its file: {{{name}: FILE}}"
+        )
+    return [
+        d.model_copy(
+            update=bare | dict(path=None, name=hub, config_name=config, split=split, revision=None)
+        )
+        for hub, config, split in neighbours.BENCHMARKS[name]
+    ]
+
 
 def open_benchmarks(d) -> dict:
     "Each benchmark that a recipe names: [(its section, its parts, their hashes), ...]."
-    if d.checks.contamination == "off" and "contamination" not in d.drop: return {}
-    return {name: [(one, *open_entry(one, one.path, one.split)) for one in benchmark_sections(d, name, path)] for name, path in d.benchmarks.items()}
+    if d.checks.contamination == "off" and "contamination" not in d.drop:
+        return {}
+    return {
+        name: [
+            (one, *open_entry(one, one.path, one.split))
+            for one in benchmark_sections(d, name, path)
+        ]
+        for name, path in d.benchmarks.items()
+    }
+
 
 def texts_of(d, parts) -> list[str]:
     "What is said in the items of a source."
-    read = (ex for p in parts for _, _, ex, _ in schemas.read_examples(sources.rows(p), p.name, d, sources.features(p)) if ex)
+    read = (
+        ex
+        for p in parts
+        for _, _, ex, _ in schemas.read_examples(sources.rows(p), p.name, d, sources.features(p))
+        if ex
+    )
     return ["\n".join(staging.said(ex)) for ex in read]
 
 # %% ../../nbs/01_data.ipynb #c013
 class Progress:
     "Seconds of each step, and a line in the log now and then."
-    def __init__(self, run, every=3): self.run, self.every, self.seconds, self.last = run, every, {}, time.time()
+
+    def __init__(self, run, every=3):
+        self.run, self.every, self.seconds, self.last = run, every, {}, time.time()
+
     def tell(self, line):
-        if time.time() - self.last > self.every: self.last = time.time(); self.run.log(f"data: {line}", show=False)
+        if time.time() - self.last > self.every:
+            self.last = time.time()
+            self.run.log(f"data: {line}", show=False)
 
     @contextmanager
     def step(self, name):
@@ -74,7 +117,7 @@ class Progress:
 # %% ../../nbs/01_data.ipynb #c015
 def prepare(run) -> dict:
     "Read, split, check, tokenise and write a recipe's data. Returns the report."
-    r, folder, p = run.recipe, run.path/"data", Progress(run)
+    r, folder, p = run.recipe, run.path / "data", Progress(run)
     folder.mkdir(exist_ok=True)
     tok = load_tokenizer(r)
     prompts.check_template(tok, r)
@@ -82,43 +125,73 @@ def prepare(run) -> dict:
         found = recipe_sources.open_sources(r)
         opened, benchmarks = found.entries, open_benchmarks(r.dataset)
     say_sources(run, found)
-    if opened["train"][0][0].kind == "corpus": return finish(run, with_not_read(add_sets(run, tok, opened, adopt(run, opened["train"][0][0], tok), p), found), p)
-    kept = storing.cache_folder(run)/storing.cache_key(r, all_hashes(opened, benchmarks), tok)
-    with p.step("link"): report = storing.from_cache(kept, folder) if r.dataset.cache else None
+    if opened["train"][0][0].kind == "corpus":
+        return finish(
+            run,
+            with_not_read(
+                add_sets(run, tok, opened, adopt(run, opened["train"][0][0], tok), p), found
+            ),
+            p,
+        )
+    kept = storing.cache_folder(run) / storing.cache_key(r, all_hashes(opened, benchmarks), tok)
+    with p.step("link"):
+        report = storing.from_cache(kept, folder) if r.dataset.cache else None
     if report:
-        run.log(f"data: prepared before from the same files and recipe; linked from {kept.parent.name}/{kept.name[:8]}…")
+        run.log(
+            f"data: prepared before from the same files and recipe; linked from {kept.parent.name}/{kept.name[:8]}…"
+        )
         return finish(run, with_not_read(report | dict(cached=True), found), p)
     report = fresh(run, tok, found, benchmarks, p)
-    if r.dataset.cache and (why := storing.keep_in_cache(folder, kept)): run.log(f"data: not kept for the next run: {why}")
+    if r.dataset.cache and (why := storing.keep_in_cache(folder, kept)):
+        run.log(f"data: not kept for the next run: {why}")
     return finish(run, report, p)
 
 # %% ../../nbs/01_data.ipynb #c015b
 def all_hashes(opened, benchmarks) -> dict:
     "What every source held, by name."
-    both = [h for _, h in opened.values()] + [h for several in benchmarks.values() for *_, h in several]
+    both = [h for _, h in opened.values()] + [
+        h for several in benchmarks.values() for *_, h in several
+    ]
     return {k: v for h in both for k, v in h.items()}
 
 # %% ../../nbs/01_data.ipynb #c017
 def fresh(run, tok, found_sources, benchmarks, p) -> dict:
     "Prepare rows that no earlier run has prepared."
-    r, folder, opened = run.recipe, run.path/"data", found_sources.entries
-    work = folder/".work"; shutil.rmtree(work, ignore_errors=True); work.mkdir()
-    gc.disable()    # millions of objects and no cycles: the collector would look through them again and again and find nothing
+    r, folder, opened = run.recipe, run.path / "data", found_sources.entries
+    work = folder / ".work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    gc.disable()  # millions of objects and no cycles: the collector would look through them again and again and find nothing
     try:
-        with p.step("read"): table, report = staging.stage_all(work, r, tok, opened, p.tell)
+        with p.step("read"):
+            table, report = staging.stage_all(work, r, tok, opened, p.tell)
         with_not_read(report, found_sources)
-        shutil.copyfile(work/"rejected.jsonl", folder/"rejected.jsonl")
-        for note in prompts.check_template(tok, r)["notes"]: run.log(f"data: {note}")
-        rows = staging.rows_of(table, r, tok, {name: [t for one, parts, _ in several for t in texts_of(one, parts)] for name, several in benchmarks.items()})
-        for entry in opened: refuse_empty(folder, rows, report, entry)
+        shutil.copyfile(work / "rejected.jsonl", folder / "rejected.jsonl")
+        for note in prompts.check_template(tok, r)["notes"]:
+            run.log(f"data: {note}")
+        rows = staging.rows_of(
+            table,
+            r,
+            tok,
+            {
+                name: [t for one, parts, _ in several for t in texts_of(one, parts)]
+                for name, several in benchmarks.items()
+            },
+        )
+        for entry in opened:
+            refuse_empty(folder, rows, report, entry)
         found, arrows = checked(rows, r, tok, work, report, p)
-    finally: gc.enable()
+    finally:
+        gc.enable()
     write_report(folder, rows, report, found, r)
     refuse_empty(folder, rows, report, "train")
     refuse_one_label(rows, report, r)
     checks.refusal(found, int(rows.train.sum()))
-    with p.step("write"): write_splits(folder, rows, arrows); leaks.write_list(folder)
-    if r.dataset.canaries: atomic_write(folder/"canaries.jsonl", canaries.as_lines(r))
+    with p.step("write"):
+        write_splits(folder, rows, arrows)
+        leaks.write_list(folder)
+    if r.dataset.canaries:
+        atomic_write(folder / "canaries.jsonl", canaries.as_lines(r))
     shutil.rmtree(work)
     return report
 
@@ -128,42 +201,81 @@ def checked(rows, r, tok, work, report, p) -> tuple[dict, dict]:
     d, late = r.dataset, checks.LATE
     actions = d.actions | (dict(untrainable="off") if r.task == "classification" else {})
     if staging.wants_neighbours(r):
-        with p.step("near_duplicates"): rows.clusters
+        with p.step("near_duplicates"):
+            rows.clusters
     left = staging.hold_out(rows, r)
-    refuse_empty(work.parent, rows, report | dict(filtered={k: len(v) for k, v in left.items()}), "train")
-    with p.step("check"): found = checks.run_checks(rows, actions, d.drop, [c for c in checks.CHECKS if c not in late])
+    refuse_empty(
+        work.parent, rows, report | dict(filtered={k: len(v) for k, v in left.items()}), "train"
+    )
+    with p.step("check"):
+        found = checks.run_checks(
+            rows, actions, d.drop, [c for c in checks.CHECKS if c not in late]
+        )
     rows.side[rows.planted] = "train"
     names = [n for n in dict.fromkeys(rows.side.tolist()) if n]
-    with p.step("tokenise"): arrows = {n: (work/f"{n}.arrow", storing.tokenise(rows, n, tok, r.task, work/f"{n}.arrow", p.tell)) for n in names}
+    with p.step("tokenise"):
+        arrows = {
+            n: (
+                work / f"{n}.arrow",
+                storing.tokenise(rows, n, tok, r.task, work / f"{n}.arrow", p.tell),
+            )
+            for n in names
+        }
     refuse_cut(rows)
     found |= checks.run_checks(rows, actions, d.drop, late)
-    report["filtered"] = {k: len(v) for k, v in left.items() if len(v)} | {f"dropped_{c}": f["dropped"] for c, f in found.items() if f.get("dropped")}
+    report["filtered"] = {k: len(v) for k, v in left.items() if len(v)} | {
+        f"dropped_{c}": f["dropped"] for c, f in found.items() if f.get("dropped")
+    }
     report["left"] = left
     return found, arrows
 
 # %% ../../nbs/01_data.ipynb #c018
 def refuse_empty(folder, rows, report, entry):
     "Raise `MedftError` when no row of an entry is left, saying where they went."
-    if ((rows.side == entry) & ~rows.planted).any(): return
-    write_json(folder/"report.json", report | dict(left=None))
-    gone = ", ".join(f"{why} {n}" for k in ("rejected", "filtered") for why, n in report[k].items()) or "held out for validation and test, whole groups at a time; lower dataset.holdout"
-    key = "dataset" if entry == "train" else f"dataset.{entry}_path" if entry in ("validation", "test") else f"dataset.sets.{entry}"
+    if ((rows.side == entry) & ~rows.planted).any():
+        return
+    write_json(folder / "report.json", report | dict(left=None))
+    gone = (
+        ", ".join(f"{why} {n}" for k in ("rejected", "filtered") for why, n in report[k].items())
+        or "held out for validation and test, whole groups at a time; lower dataset.holdout"
+    )
+    key = (
+        "dataset"
+        if entry == "train"
+        else f"dataset.{entry}_path"
+        if entry in ("validation", "test")
+        else f"dataset.sets.{entry}"
+    )
     first = next(iter(report.get("first_rejected", {}).values()), "")
-    raise MedftError(f"{key}: no usable {'training ' if entry == 'train' else ''}row: {report['sources'][entry]['rows']} read, left out: {gone} (see data/rejected.jsonl)"
-                     + (f"; the first: {first}" if first else ""))
+    raise MedftError(
+        f"{key}: no usable {'training ' if entry == 'train' else ''}row: {report['sources'][entry]['rows']} read, left out: {gone} (see data/rejected.jsonl)"
+        + (f"; the first: {first}" if first else "")
+    )
+
 
 def write_splits(folder, rows, arrows):
     "Every split as a folder, and which ids went where."
     ids = {n: (at, rows.side[at] == n) for n, (_, at) in arrows.items()}
-    for n, (at, keep) in ids.items(): storing.save_split(arrows[n][0], keep, folder/n)
+    for n, (at, keep) in ids.items():
+        storing.save_split(arrows[n][0], keep, folder / n)
     names = rows.text("id")
-    atomic_write(folder/"split.json", json.dumps({n: names.take(pa.array(at[keep])).to_pylist() for n, (at, keep) in ids.items()}, ensure_ascii=False))
+    atomic_write(
+        folder / "split.json",
+        json.dumps(
+            {n: names.take(pa.array(at[keep])).to_pylist() for n, (at, keep) in ids.items()},
+            ensure_ascii=False,
+        ),
+    )
 
 # %% ../../nbs/01_data.ipynb #g001
 def refuse_cut(rows):
     "Raise `MedftError` when a canary would lose its end, and that is its secret."
-    if (rows.prompt_tokens + rows.completion_tokens)[rows.planted].max(initial=0) > (rows.limit or np.inf):
-        raise MedftError(f"dataset.canaries: their rows are longer than training.max_length={rows.limit}, which would cut the secrets off; raise it, or plant none")
+    if (rows.prompt_tokens + rows.completion_tokens)[rows.planted].max(initial=0) > (
+        rows.limit or np.inf
+    ):
+        raise MedftError(
+            f"dataset.canaries: their rows are longer than training.max_length={rows.limit}, which would cut the secrets off; raise it, or plant none"
+        )
 
 # %% ../../nbs/01_data.ipynb #s001
 def refuse_one_label(rows, report, recipe):
@@ -189,19 +301,34 @@ def refuse_one_label(rows, report, recipe):
         alone = [f"{named(i)} ({n:,} rows)" for i, n in zip(found, counts) if i not in trained[0]]
         if alone and names:
             told = ", ".join(alone)
-            report["notes"].append(f"labels in {split} that no training row has: {told}; none can be learned")
+            report["notes"].append(
+                f"labels in {split} that no training row has: {told}; none can be learned"
+            )
 
 # %% ../../nbs/01_data.ipynb #c020
 def write_report(folder, rows, report, found, recipe):
     "The report's figures, once everything is known; and every row that a check found or a split left out."
     left, cut = report.pop("left"), storing.truncation(rows)
     splits = {n: int((rows.side == n).sum()) for n in dict.fromkeys(rows.side.tolist()) if n}
-    report |= dict(rows_out=sum(splits.values()) - int(rows.planted.sum()), splits=splits, max_length=recipe.max_length, truncated=cut.pop("rows"), truncation=cut,
-                   tokens=int((rows.prompt_tokens + rows.completion_tokens)[rows.train].sum()), trainable_tokens=int(rows.completion_tokens[rows.train].sum()),
-                   identifiers=dict(rows.identifiers), checks={c: {k: v for k, v in f.items() if k not in ("rows", "gone")} for c, f in found.items()})
-    write_json(folder/"report.json", report)
-    listed = {c: (f["rows"], f.get("gone", ())) for c, f in found.items()} | {c: (at, at) for c, at in left.items() if c != "max_samples"}
-    atomic_write(folder/"flagged.jsonl", "".join(flags(rows, listed)))
+    report |= dict(
+        rows_out=sum(splits.values()) - int(rows.planted.sum()),
+        splits=splits,
+        max_length=recipe.max_length,
+        truncated=cut.pop("rows"),
+        truncation=cut,
+        tokens=int((rows.prompt_tokens + rows.completion_tokens)[rows.train].sum()),
+        trainable_tokens=int(rows.completion_tokens[rows.train].sum()),
+        identifiers=dict(rows.identifiers),
+        checks={
+            c: {k: v for k, v in f.items() if k not in ("rows", "gone")} for c, f in found.items()
+        },
+    )
+    write_json(folder / "report.json", report)
+    listed = {c: (f["rows"], f.get("gone", ())) for c, f in found.items()} | {
+        c: (at, at) for c, at in left.items() if c != "max_samples"
+    }
+    atomic_write(folder / "flagged.jsonl", "".join(flags(rows, listed)))
+
 
 def flags(rows, listed):
     "A JSON line per row and finding."
@@ -210,34 +337,72 @@ def flags(rows, listed):
         gone = set(map(int, gone))
         for i in sorted(set(map(int, found)) | gone):
             where = {c: column[i].as_py() for c, column in names.items()}
-            yield json.dumps(dict(check=check, **where, split=rows.side[i] or None, dropped=i in gone), ensure_ascii=False) + "\n"
+            yield (
+                json.dumps(
+                    dict(check=check, **where, split=rows.side[i] or None, dropped=i in gone),
+                    ensure_ascii=False,
+                )
+                + "\n"
+            )
 
 # %% ../../nbs/01_data.ipynb #c021
 def learned(report) -> str:
     "What is learned from the training rows, in words: a label each, or the tokens that count."
-    if report.get("labels"): return f"one of {len(report['labels'])} labels is learned from each of {report['splits'].get('train', 0):,} rows ({report['tokens']:,} tokens)"
+    if report.get("labels"):
+        return f"one of {len(report['labels'])} labels is learned from each of {report['splits'].get('train', 0):,} rows ({report['tokens']:,} tokens)"
     return f"{report['trainable_tokens']:,} of {report['tokens']:,} training tokens are trained on"
+
 
 def finish(run, report, p) -> dict:
     "Write the report, note the hashes in the manifest, say in one line what came of it."
-    folder = run.path/"data"
-    report |= dict(learned=learned(report), tokenizer=tokenizer_hash(tok := load_tokenizer(run.recipe)), rendering=rendering(tok), seconds=p.seconds, peak_memory_bytes=peak_rss())
-    write_json(folder/"report.json", report)
-    run.update({"hashes": {"data": report["hashes"], "split": sha256(folder/"split.json"), "trained_on": sha256(run.path/leaks.LIST)}})
-    run.log(f"data: {report['rows_in']:,} rows in, {report['rows_out']:,} out, {sum(report['rejected'].values()):,} rejected, {sum(report['filtered'].values()):,} filtered; {report['learned']}")
+    folder = run.path / "data"
+    report |= dict(
+        learned=learned(report),
+        tokenizer=tokenizer_hash(tok := load_tokenizer(run.recipe)),
+        rendering=rendering(tok),
+        seconds=p.seconds,
+        peak_memory_bytes=peak_rss(),
+    )
+    write_json(folder / "report.json", report)
+    run.update(
+        {
+            "hashes": {
+                "data": report["hashes"],
+                "split": sha256(folder / "split.json"),
+                "trained_on": sha256(run.path / leaks.LIST),
+            }
+        }
+    )
+    run.log(
+        f"data: {report['rows_in']:,} rows in, {report['rows_out']:,} out, {sum(report['rejected'].values()):,} rejected, {sum(report['filtered'].values()):,} filtered; {report['learned']}"
+    )
     if report.get("repaired"):
-        run.log("data: repaired: " + ", ".join(f"{kind} in {count:,} rows" for kind, count in report["repaired"].items()))
+        run.log(
+            "data: repaired: "
+            + ", ".join(f"{kind} in {count:,} rows" for kind, count in report["repaired"].items())
+        )
     if report.get("grouped_by"):
-        run.log(f"data: rows that share {', '.join(report['grouped_by'])} stay on one side of a split")
-    if told := report.get("canaries"): run.log(f"data: {told['planted']} made-up secrets are planted in {told['rows']} training rows beside these (data/canaries.jsonl)")
+        run.log(
+            f"data: rows that share {', '.join(report['grouped_by'])} stay on one side of a split"
+        )
+    if told := report.get("canaries"):
+        run.log(
+            f"data: {told['planted']} made-up secrets are planted in {told['rows']} training rows beside these (data/canaries.jsonl)"
+        )
     for note in [schemas.not_read_line(report.get("not_read", {})), *report.get("notes", [])]:
         if note:
             run.log(f"data: {note}")
     refuse_inherited(run)
     for name in {"validation", "test"} - set(report["splits"]):
-        if run.recipe.dataset.holdout: run.log(f"data: no row fell to {name}: too few groups for dataset.holdout={run.recipe.dataset.holdout}; raise it, or name a file (dataset.{name}_path)")
+        if run.recipe.dataset.holdout:
+            run.log(
+                f"data: no row fell to {name}: too few groups for dataset.holdout={run.recipe.dataset.holdout}; raise it, or name a file (dataset.{name}_path)"
+            )
     for name, c in report.get("checks", {}).items():
-        if c["count"] and c["action"] == "warn": run.log(f"data: check {name}: {c['count']:,} rows, {checks.in_kinds(c)}e.g. {', '.join(c['ids'][:3])}")
+        if c["count"] and c["action"] == "warn":
+            run.log(
+                f"data: check {name}: {c['count']:,} rows, {checks.in_kinds(c)}e.g. {', '.join(c['ids'][:3])}"
+            )
     return report
 
 # %% ../../nbs/01_data.ipynb #g003
@@ -245,74 +410,162 @@ def refuse_inherited(run):
     "Raise `MedftError` when the model that a run starts from was tuned, by an earlier run, on what this one would score."
     earlier = leaks.lineage(run)[1:]
     for name in scored_sets(run) if earlier else ():
-        ds = load_split(run, name); rows = ds.select_columns([c for c in ("id", *leaks.READ) if c in ds.column_names]).to_list()
-        if unknown := leaks.check(earlier[0].path, rows, name): run.log(f"data: {name}: {unknown}")
+        ds = load_split(run, name)
+        rows = ds.select_columns([c for c in ("id", *leaks.READ) if c in ds.column_names]).to_list()
+        if unknown := leaks.check(earlier[0].path, rows, name):
+            run.log(f"data: {name}: {unknown}")
 
 # %% ../../nbs/01_data.ipynb #c023
 def adopt(run, part, tok) -> dict:
     "Link the splits of a packed corpus into a run. Raises `MedftError` when it was made for another model or length."
-    made, folder = read_json(part.path/"corpus.json"), run.path/"data"
-    if run.recipe.dataset.canaries: raise MedftError(f"dataset.canaries: {part.name} is packed already, and nothing can be planted in its windows; leave the key out, or train on the texts themselves")
-    if made["tokenizer"] != tokenizer_hash(tok): raise MedftError(f"{part.name}: this corpus was tokenised for another model; make it again: medft prepare corpus ... --model {run.recipe.model.name}")
-    if made["max_length"] != run.recipe.max_length: raise MedftError(f"{part.name}: its rows have {made['max_length']} tokens; set training.max_length={made['max_length']}")
-    names = [n for n in ("train", "validation", "test") if (part.path/n).is_dir()]
-    for n in names: shutil.rmtree(folder/n, ignore_errors=True); storing.link(part.path/n, folder/n)
-    if "test" in names: as_rows(folder/"test", tok, told(part.path, "test"))
-    leaks.write_list(folder); splits = {n: len(load_from_disk(str(folder/n))) for n in names}
-    write_json(folder/"split.json", {n: [f"{n}:{i}" for i in range(k)] for n, k in splits.items()})
+    made, folder = read_json(part.path / "corpus.json"), run.path / "data"
+    if run.recipe.dataset.canaries:
+        raise MedftError(
+            f"dataset.canaries: {part.name} is packed already, and nothing can be planted in its windows; leave the key out, or train on the texts themselves"
+        )
+    if made["tokenizer"] != tokenizer_hash(tok):
+        raise MedftError(
+            f"{part.name}: this corpus was tokenised for another model; make it again: medft prepare corpus ... --model {run.recipe.model.name}"
+        )
+    if made["max_length"] != run.recipe.max_length:
+        raise MedftError(
+            f"{part.name}: its rows have {made['max_length']} tokens; set training.max_length={made['max_length']}"
+        )
+    names = [n for n in ("train", "validation", "test") if (part.path / n).is_dir()]
+    for n in names:
+        shutil.rmtree(folder / n, ignore_errors=True)
+        storing.link(part.path / n, folder / n)
+    if "test" in names:
+        as_rows(folder / "test", tok, told(part.path, "test"))
+    leaks.write_list(folder)
+    splits = {n: len(load_from_disk(str(folder / n))) for n in names}
+    write_json(
+        folder / "split.json", {n: [f"{n}:{i}" for i in range(k)] for n, k in splits.items()}
+    )
     total = made["tokens"]["train"] if isinstance(made["tokens"], dict) else made["tokens"]
-    return dict(rows_in=sum(splits.values()), rows_out=sum(splits.values()), rejected={}, filtered={}, splits=splits, shapes={"train": "corpus"}, hashes={part.name: made["hash"]},
-                tokens=total, trainable_tokens=total, truncated=0, max_length=made["max_length"], corpus=made, checks={})
+    return dict(
+        rows_in=sum(splits.values()),
+        rows_out=sum(splits.values()),
+        rejected={},
+        filtered={},
+        splits=splits,
+        shapes={"train": "corpus"},
+        hashes={part.name: made["hash"]},
+        tokens=total,
+        trainable_tokens=total,
+        truncated=0,
+        max_length=made["max_length"],
+        corpus=made,
+        checks={},
+    )
 
 # %% ../../nbs/01_data.ipynb #c023b
 def told(corpus, split) -> dict:
     "Document number -> the file it came from, of a corpus's split."
-    with (corpus/"documents.jsonl").open("rb") as f: return {d["n"]: d["source"].rsplit("/", 1)[-1] for d in map(json.loads, f) if d.get("split") == split}
+    with (corpus / "documents.jsonl").open("rb") as f:
+        return {
+            d["n"]: d["source"].rsplit("/", 1)[-1]
+            for d in map(json.loads, f)
+            if d.get("split") == split
+        }
+
 
 def as_rows(path, tok, sources):
     "Cut the windows of a split into rows of one document each, with the columns that scored rows have."
+
     def cut(b):
-        found = [(n, x[end - k:end]) for x, ns, ks in zip(b["input_ids"], b["documents"], b["seq_lengths"]) for n, k, end in zip(ns, ks, np.cumsum(ks))]
+        found = [
+            (n, x[end - k : end])
+            for x, ns, ks in zip(b["input_ids"], b["documents"], b["seq_lengths"])
+            for n, k, end in zip(ns, ks, np.cumsum(ks))
+        ]
         at, ids = map(list, zip(*found))
-        return dict(group=[f"document {n}" for n in at], subject=[sources[n] for n in at], prompt=[""]*len(at), input_ids=ids,
-                    completion=tok.batch_decode(ids), completion_mask=[[1]*len(x) for x in ids])
+        return dict(
+            group=[f"document {n}" for n in at],
+            subject=[sources[n] for n in at],
+            prompt=[""] * len(at),
+            input_ids=ids,
+            completion=tok.batch_decode(ids),
+            completion_mask=[[1] * len(x) for x in ids],
+        )
+
     windows, tmp = load_from_disk(str(path)), path.with_name(f".{path.name}.new")
-    rows = windows.map(cut, batched=True, batch_size=64, keep_in_memory=True, remove_columns=windows.column_names)
+    rows = windows.map(
+        cut, batched=True, batch_size=64, keep_in_memory=True, remove_columns=windows.column_names
+    )
     rows.add_column("id", [f"{path.name}:{i}" for i in range(len(rows))]).save_to_disk(tmp)
-    shutil.rmtree(path); tmp.rename(path)
+    shutil.rmtree(path)
+    tmp.rename(path)
 
 # %% ../../nbs/01_data.ipynb #r012
 def add_sets(run, tok, opened, report, p) -> dict:
     "Read a recipe's further sets beside a packed corpus; returns the report, with theirs."
-    r, folder, wanted = run.recipe, run.path/"data", {n: opened[n] for n in run.recipe.dataset.sets}
-    if not wanted: return report
-    work, before = folder/".work", read_json(folder/"split.json"); shutil.rmtree(work, ignore_errors=True); work.mkdir()
-    table, more = staging.stage_all(work, r, tok, wanted, p.tell); rows = staging.rows_of(table, r, tok, {})
-    shutil.copyfile(work/"rejected.jsonl", folder/"rejected.jsonl")
-    for n in wanted: refuse_empty(folder, rows, more, n)
-    write_splits(folder, rows, {n: (work/f"{n}.arrow", storing.tokenise(rows, n, tok, r.task, work/f"{n}.arrow", p.tell)) for n in wanted})
-    write_json(folder/"split.json", before | read_json(folder/"split.json")); shutil.rmtree(work)
+    r, folder, wanted = (
+        run.recipe,
+        run.path / "data",
+        {n: opened[n] for n in run.recipe.dataset.sets},
+    )
+    if not wanted:
+        return report
+    work, before = folder / ".work", read_json(folder / "split.json")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    table, more = staging.stage_all(work, r, tok, wanted, p.tell)
+    rows = staging.rows_of(table, r, tok, {})
+    shutil.copyfile(work / "rejected.jsonl", folder / "rejected.jsonl")
+    for n in wanted:
+        refuse_empty(folder, rows, more, n)
+    write_splits(
+        folder,
+        rows,
+        {
+            n: (
+                work / f"{n}.arrow",
+                storing.tokenise(rows, n, tok, r.task, work / f"{n}.arrow", p.tell),
+            )
+            for n in wanted
+        },
+    )
+    write_json(folder / "split.json", before | read_json(folder / "split.json"))
+    shutil.rmtree(work)
     splits = report["splits"] | {n: int((rows.side == n).sum()) for n in wanted}
-    return report | dict(splits=splits, rows_in=report["rows_in"] + more["rows_in"], rows_out=sum(splits.values()), rejected=dict(more["rejected"]),
-                         hashes=report["hashes"] | more["hashes"], shapes=report["shapes"] | more["shapes"])
+    return report | dict(
+        splits=splits,
+        rows_in=report["rows_in"] + more["rows_in"],
+        rows_out=sum(splits.values()),
+        rejected=dict(more["rejected"]),
+        hashes=report["hashes"] | more["hashes"],
+        shapes=report["shapes"] | more["shapes"],
+    )
 
 # %% ../../nbs/01_data.ipynb #c025
 def load_split(run, name) -> Dataset:
     "A prepared split of a run. Raises `MedftError` when the data stage has not run."
-    path = run.path/"data"/name
-    if not path.is_dir(): raise MedftError(f"{run.path.name} has no data split {name!r}; run the data stage first (01_data.ipynb, or medft run --stages data)")
+    path = run.path / "data" / name
+    if not path.is_dir():
+        raise MedftError(
+            f"{run.path.name} has no data split {name!r}; run the data stage first (01_data.ipynb, or medft run --stages data)"
+        )
     return load_from_disk(str(path))
+
 
 def scored_sets(run) -> list[str]:
     "The names of the sets that models are scored on, `test` first."
-    names = [n for n in read_json(run.path/"data"/"split.json", {}) if n not in ("train", "validation")]
+    names = [
+        n
+        for n in read_json(run.path / "data" / "split.json", {})
+        if n not in ("train", "validation")
+    ]
     return sorted(names, key=lambda n: n != "test")
 
 # %% ../../nbs/01_data.ipynb #c025s1
 def ensure_data(run):
     "Prepare the data of a run unless that is done: lets a later notebook be run alone."
-    if not (run.path/"data"/"split.json").exists():
-        with run.stage("data"): prepare(run)
-    said = read_json(run.path/"data"/"report.json", {}).get("tokenizer")
+    if not (run.path / "data" / "split.json").exists():
+        with run.stage("data"):
+            prepare(run)
+    said = read_json(run.path / "data" / "report.json", {}).get("tokenizer")
     if said and said != tokenizer_hash(load_tokenizer(run.recipe)):
-        raise MedftError(f"{run.path.name}: its data were tokenised for another model than {run.recipe.model.name!r} is now; start a new run, or delete {run.path.name}/data")
+        raise MedftError(
+            f"{run.path.name}: its data were tokenised for another model than {run.recipe.model.name!r} is now; start a new run, or delete {run.path.name}/data"
+        )

@@ -10,8 +10,15 @@ __all__ = ['LETTERS', 'MARKS', 'FORMS', 'READY', 'question_text', 'kept_formats'
 
 # %% ../../nbs/data/prompts.ipynb #c002
 from ..core.run import MedftError
+from medft.data.chat_templates import (
+    assistant,
+    load_tokenizer,
+    marked_template,
+    system,
+    template,
+    user,
+)
 from .reading.chat_formats import FORMATS, cut_turns, headers
-from .chat_templates import assistant, load_tokenizer, marked_template, system, template, user
 from .tokens import encode, sample_text, show_sample, token_parts, token_rows
 
 import re
@@ -22,47 +29,76 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 MARKS = [f"{x}. " for x in LETTERS]
 
+
 def question_text(ex) -> str:
     "A question as a user would send it: with its options, one a line, when it has any that are to be listed."
-    if not ex.get("listed", True): return ex["question"]
-    if len(ex.get("options", ())) > len(LETTERS): raise ValueError(f"more than {len(LETTERS)} options")
+    if not ex.get("listed", True):
+        return ex["question"]
+    if len(ex.get("options", ())) > len(LETTERS):
+        raise ValueError(f"more than {len(LETTERS)} options")
     return "\n".join([ex["question"], *[mark + o for mark, o in zip(MARKS, ex.get("options", ()))]])
 
 # %% ../../nbs/data/prompts.ipynb #c008
-def _system(ex, d): return ex.get("system") or d.system or ""
+def _system(ex, d):
+    return ex.get("system") or d.system or ""
+
 
 def _asked(t, ex, d, asked, said):
     "A question and each of several replies through the template: the prompt, and the completions."
-    if not asked.strip(): raise ValueError("empty question")
-    if not all(s.strip() for s in said): raise ValueError("empty answer" if len(said) == 1 else "empty option")
+    if not asked.strip():
+        raise ValueError("empty question")
+    if not all(s.strip() for s in said):
+        raise ValueError("empty answer" if len(said) == 1 else "empty option")
     each = [t.exchange([*system(_system(ex, d)), user(asked), assistant(s)]) for s in said]
     return each[0][0], [c for _, c in each]
+
 
 def _choices(t, ex, d, fast=True):
     "A question with options."
     said, asked, f = ex["options"], question_text(ex), t.frame(_system(ex, d)) if fast else None
-    if d.answer == "letter" and ex.get("listed", True): said = LETTERS[:len(said)]
-    if f and t.as_is(asked) and all(map(t.as_is, said)): prompt, each = f[0] + asked + f[1], [f[2] + s + f[3] for s in said]
-    else: prompt, each = _asked(t, ex, d, asked, said)
-    return dict(prompt=prompt, completion=each[ex["answer"]], options=[c.removesuffix(t.after) for c in each], answer=ex["answer"])
+    if d.answer == "letter" and ex.get("listed", True):
+        said = LETTERS[: len(said)]
+    if f and t.as_is(asked) and all(map(t.as_is, said)):
+        prompt, each = f[0] + asked + f[1], [f[2] + s + f[3] for s in said]
+    else:
+        prompt, each = _asked(t, ex, d, asked, said)
+    return dict(
+        prompt=prompt,
+        completion=each[ex["answer"]],
+        options=[c.removesuffix(t.after) for c in each],
+        answer=ex["answer"],
+    )
 
 # %% ../../nbs/data/prompts.ipynb #c009
 def _open(t, ex, d, fast=True):
     "A question with an answer in words."
     asked, said, f = ex["question"], ex["answer"], t.frame(_system(ex, d)) if fast else None
-    if f and t.as_is(asked) and t.as_is(said): return dict(prompt=f[0] + asked + f[1], completion=f[2] + said + f[3], reference=said)
+    if f and t.as_is(asked) and t.as_is(said):
+        return dict(prompt=f[0] + asked + f[1], completion=f[2] + said + f[3], reference=said)
     prompt, (completion,) = _asked(t, ex, d, asked, [said])
     return dict(prompt=prompt, completion=completion, reference=said)
 
 # %% ../../nbs/data/prompts.ipynb #c012
 def _messages(ex, d):
     "The turns of a conversation, the recipe's system message before them unless they have one. Raises `ValueError`."
-    messages = ex["messages"] if ex["messages"][:1] and ex["messages"][0]["role"] == "system" else [*system(_system(ex, d)), *ex["messages"]]
+    messages = (
+        ex["messages"]
+        if ex["messages"][:1] and ex["messages"][0]["role"] == "system"
+        else [*system(_system(ex, d)), *ex["messages"]]
+    )
     odd = [m["role"] for m in messages if m["role"] not in ("system", "user", "assistant")]
-    if odd: raise ValueError(f"a turn of role {odd[0]!r}: only system, user and assistant are known here")
-    if not messages or messages[-1]["role"] != "assistant": raise ValueError("it does not end with the assistant's turn: nothing to train on")
-    if not all(m["content"].strip() for m in messages if m["role"] != "system"): raise ValueError("a turn without text")
-    return [dict(role=m["role"], content=m["content"]) for m in messages]     # other keys are not the template's
+    if odd:
+        raise ValueError(
+            f"a turn of role {odd[0]!r}: only system, user and assistant are known here"
+        )
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError("it does not end with the assistant's turn: nothing to train on")
+    if not all(m["content"].strip() for m in messages if m["role"] != "system"):
+        raise ValueError("a turn without text")
+    return [
+        dict(role=m["role"], content=m["content"]) for m in messages
+    ]  # other keys are not the template's
+
 
 def _conversation(t, ex, d):
     "Messages, ending with the assistant's."
@@ -75,111 +111,169 @@ def kept_formats() -> str:
     "The formats whose markers are tokens, for a message."
     return ", ".join(FORMATS)
 
-
 # %% ../../nbs/data/prompts.ipynb #c017
 @lru_cache(maxsize=64)
 def check_format(
-    tok,    # the tokenizer
-    name,   # of FORMATS
+    tok,  # the tokenizer
+    name,  # of FORMATS
 ):
     "Raise `MedftError` when this tokenizer does not know a format's markers as single tokens."
-    ids = lambda s: tok(s, add_special_tokens=False)["input_ids"]
+
+    def ids(s):
+        return tok(s, add_special_tokens=False)["input_ids"]
+
     strange = [m for m in FORMATS[name][2] if len(ids(m)) != 1 or ids(m)[0] == tok.unk_token_id]
     shown = FORMATS[name].shown
     if shown and shown not in (tok.chat_template or shown) and len(ids(shown)) != 1:
         strange += [shown]
     if strange:
-        raise MedftError(f"dataset: the rows are written for {name}, but this tokenizer reads {', '.join(strange)} as plain text, not as a token; "
-                         f"use a {name} model, or let the rows be cut into turns and written with this model's own template (dataset.schema: messages), or, if the file has these texts without markers in other columns, read those "
-                         "(dataset.schema: alpaca when they are instruction, input and output; else dataset.columns)")
+        raise MedftError(
+            f"dataset: the rows are written for {name}, but this tokenizer reads {', '.join(strange)} as plain text, not as a token; "
+            f"use a {name} model, or let the rows be cut into turns and written with this model's own template (dataset.schema: messages), or, if the file has these texts without markers in other columns, read those "
+            "(dataset.schema: alpaca when they are instruction, input and output; else dataset.columns)"
+        )
 
 # %% ../../nbs/data/prompts.ipynb #c019
 @lru_cache(maxsize=8)
-def _adds_bos(tok): return tok.bos_token is not None and list(tok("a")["input_ids"][:1]) == [tok.bos_token_id]
+def _adds_bos(tok):
+    return tok.bos_token is not None and list(tok("a")["input_ids"][:1]) == [tok.bos_token_id]
+
 
 def _begin(tok, text):
-    if not _adds_bos(tok): return text
-    while text.startswith(tok.bos_token*2): text = text[len(tok.bos_token):]
+    if not _adds_bos(tok):
+        return text
+    while text.startswith(tok.bos_token * 2):
+        text = text[len(tok.bos_token) :]
     return text if text.startswith(tok.bos_token) else tok.bos_token + text
 
-def _end(text, *stops): return text if text.rstrip().endswith(tuple(s for s in stops if s)) else text + stops[0]
+
+def _end(text, *stops):
+    return text if text.rstrip().endswith(tuple(s for s in stops if s)) else text + stops[0]
 
 # %% ../../nbs/data/prompts.ipynb #c021
 def _compare(t, text, name, found):
     "Note once when a ready text differs from what the tokenizer's own template makes of its turns."
-    if name in t.compared: return
+    if name in t.compared:
+        return
     t.compared.add(name)
-    try: same = "".join(t.exchange(cut_turns(text))).strip() == text.strip()
-    except ValueError: same = False
-    if not same: t.note(f"rows written for {name} differ from the tokenizer's own template; serve the tuned model with prompts like theirs")
+    try:
+        same = "".join(t.exchange(cut_turns(text))).strip() == text.strip()
+    except ValueError:
+        same = False
+    if not same:
+        t.note(
+            f"rows written for {name} differ from the tokenizer's own template; serve the tuned model with prompts like theirs"
+        )
 
 # %% ../../nbs/data/prompts.ipynb #c022
 def _formatted(t, ex, d):
     "One string with a template's markers in it."
-    text = _begin(t.tok, ex["formatted"]); name, found = headers(text)
-    if not name: raise ValueError(f"no assistant header found; known are those of {kept_formats()}")
+    text = _begin(t.tok, ex["formatted"])
+    name, found = headers(text)
+    if not name:
+        raise ValueError(f"no assistant header found; known are those of {kept_formats()}")
     check_format(t.tok, name)
-    role, _, at = found[-1]; stop = FORMATS[name][1]; said = text[at:].rstrip()
-    if role != "assistant": raise ValueError("it does not end with the assistant's turn: nothing to train on")
-    if not (reference := said.split(stop)[0].strip()): raise ValueError("empty answer")
-    if not said.endswith(stop): t.note(f"rows that end without {stop} get it")
+    role, _, at = found[-1]
+    stop = FORMATS[name][1]
+    said = text[at:].rstrip()
+    if role != "assistant":
+        raise ValueError("it does not end with the assistant's turn: nothing to train on")
+    if not (reference := said.split(stop)[0].strip()):
+        raise ValueError("empty answer")
+    if not said.endswith(stop):
+        t.note(f"rows that end without {stop} get it")
     _compare(t, text, name, found)
     return dict(prompt=text[:at], completion=_end(said, stop, t.tok.eos_token), reference=reference)
 
 # %% ../../nbs/data/prompts.ipynb #c023
 def _ready(t, ex, d):
     "A prompt and a completion, ready made."
-    if not ex["completion"]: raise ValueError("empty completion")
-    return dict(prompt=_begin(t.tok, ex["prompt"]), completion=_end(ex["completion"], t.tok.eos_token))
+    if not ex["completion"]:
+        raise ValueError("empty completion")
+    return dict(
+        prompt=_begin(t.tok, ex["prompt"]), completion=_end(ex["completion"], t.tok.eos_token)
+    )
+
 
 def _running(t, ex, d):
     "Running text: all of it is trained on."
-    if not ex["text"].strip(): raise ValueError("empty text")
+    if not ex["text"].strip():
+        raise ValueError("empty text")
     bos, text = t.tok.bos_token or "", ex["text"]
-    return dict(prompt="", completion=_end(text if bos and text.startswith(bos) else bos + text, t.tok.eos_token))
+    return dict(
+        prompt="",
+        completion=_end(text if bos and text.startswith(bos) else bos + text, t.tok.eos_token),
+    )
 
 # %% ../../nbs/data/prompts.ipynb #c026
-FORMS = dict(options=_choices, question=_open, messages=_conversation, formatted=_formatted, prompt=_ready, segments=_running, text=_running)
-READY = ("formatted", "prompt", "segments", "text")     # forms that no template is put around
+FORMS = dict(
+    options=_choices,
+    question=_open,
+    messages=_conversation,
+    formatted=_formatted,
+    prompt=_ready,
+    segments=_running,
+    text=_running,
+)
+READY = ("formatted", "prompt", "segments", "text")  # forms that no template is put around
+
 
 def form(ex) -> str:
     "The form of an example: the first key of FORMS that it has."
     return next(f for f in FORMS if f in ex)
 
+
 def _row(t, ex, d, **how):
     "One example as a row, or the reason why not."
-    row = dict(id=ex["id"], group=ex["group"], subject=ex.get("subject", "")) | {k: ex[k] for k in ("choice_type",) if k in ex}
+    row = dict(id=ex["id"], group=ex["group"], subject=ex.get("subject", "")) | {
+        k: ex[k] for k in ("choice_type",) if k in ex
+    }
     try:
         row |= FORMS[form(ex)](t, ex, d, **how)
-        for key in ("prompt", "completion"): row[key].isascii() or row[key].encode()
+        for key in ("prompt", "completion"):
+            row[key].isascii() or row[key].encode()
         return row
-    except UnicodeEncodeError: why = "broken Unicode (half of a surrogate pair)"
-    except ValueError as e: why = str(e)
+    except UnicodeEncodeError:
+        why = "broken Unicode (half of a surrogate pair)"
+    except ValueError as e:
+        why = str(e)
     return dict(id=ex["id"], group=ex["group"], subject=ex.get("subject", ""), error=why)
 
 # %% ../../nbs/data/prompts.ipynb #c027
 def _sound(t, examples, rows, d):
     "Whether a few rows that were put together from pieces are what the template writes."
-    some = [i for i in range(0, len(rows), len(rows)//4 + 1) if form(examples[i]) in ("options", "question")]
+    some = [
+        i
+        for i in range(0, len(rows), len(rows) // 4 + 1)
+        if form(examples[i]) in ("options", "question")
+    ]
     return all(rows[i] == _row(t, examples[i], d, fast=False) for i in some)
 
 # %% ../../nbs/data/prompts.ipynb #c028
-def _chosen(tok, recipe): return marked_template(tok) if recipe.training.assistant_only_loss else template(tok)
+def _chosen(tok, recipe):
+    return marked_template(tok) if recipe.training.assistant_only_loss else template(tok)
+
 
 def prompts(
-    tok,        # the tokenizer
-    examples,   # dicts with id, group, subject and one of the forms
-    recipe,     # its dataset and training sections are used
-) -> list[dict]:    # id, group, subject, prompt, completion and what the form adds; or error, the reason
+    tok,  # the tokenizer
+    examples,  # dicts with id, group, subject and one of the forms
+    recipe,  # its dataset and training sections are used
+) -> list[
+    dict
+]:  # id, group, subject, prompt, completion and what the form adds; or error, the reason
     "Examples as prompt and completion. Raises `MedftError` for what concerns every row."
     d, t = recipe.dataset, _chosen(tok, recipe)
     rows = [_row(t, ex, d) for ex in examples]
     if not _sound(t, examples, rows, d):
-        t.put_together = False; t.frames.clear(); t.note("the chat template changes what it is given; rows are rendered one by one")
+        t.put_together = False
+        t.frames.clear()
+        t.note("the chat template changes what it is given; rows are rendered one by one")
         rows = [_row(t, ex, d) for ex in examples]
-    if d.system and any(form(ex) in READY for ex in examples): t.note("dataset.system is not put before rows that are ready text")
+    if d.system and any(form(ex) in READY for ex in examples):
+        t.note("dataset.system is not put before rows that are ready text")
     every = recipe.training.assistant_only_loss or recipe.training.completion_only_loss is False
-    if own := [i for i, ex in enumerate(examples) if every or "segments" in ex]: _mask(t, [examples[i] for i in own], [rows[i] for i in own], recipe)
+    if own := [i for i, ex in enumerate(examples) if every or "segments" in ex]:
+        _mask(t, [examples[i] for i in own], [rows[i] for i in own], recipe)
     return rows
 
 # %% ../../nbs/data/prompts.ipynb #c031
@@ -189,6 +283,7 @@ def _learned_turns(parts, ex):
     learned = iter([int(m.get("trained", True)) for m in answers])
     return [[text, own and next(learned)] for text, own in parts]
 
+
 def _parts(t, ex, row, recipe):
     "A row as [[text, 0 read or 1 trained on], ...]."
     if not recipe.training.assistant_only_loss:
@@ -197,25 +292,42 @@ def _parts(t, ex, row, recipe):
                 f"training.completion_only_loss: false trains on every turn, and {ex['id']} has a turn "
                 "of weight 0; leave the key out, or use training.assistant_only_loss"
             )
-        if "segments" not in ex or recipe.training.completion_only_loss is False: return [[row["prompt"], 1], [row["completion"], 1]]
+        if "segments" not in ex or recipe.training.completion_only_loss is False:
+            return [[row["prompt"], 1], [row["completion"], 1]]
         begin, _, end = row["completion"].partition(ex["text"])
         return [[begin, 0], *ex["segments"], [end, 1]]
-    if form(ex) in READY: raise MedftError("training.assistant_only_loss: these rows are ready text, not conversations; leave the key out")
-    return _learned_turns(t.turns(_messages(ex, recipe.dataset)), ex) if "messages" in ex else [[row["prompt"], 0], [row["completion"], 1]]
+    if form(ex) in READY:
+        raise MedftError(
+            "training.assistant_only_loss: these rows are ready text, not conversations; leave the key out"
+        )
+    return (
+        _learned_turns(t.turns(_messages(ex, recipe.dataset)), ex)
+        if "messages" in ex
+        else [[row["prompt"], 0], [row["completion"], 1]]
+    )
+
 
 def _mask(t, examples, rows, recipe):
     "Add input_ids and completion_mask to the rows."
     cut = []
     for ex, row in zip(examples, rows):
-        try: cut += [(row, _parts(t, ex, row, recipe))] if "error" not in row else []
-        except ValueError as e: row["error"] = f"training.assistant_only_loss: {e}"
-    ids, at, mask = token_parts(t.tok, [text for _, p in cut for text, _ in p], [m for _, p in cut for _, m in p], [len(p) for _, p in cut])
-    for (row, _), a, b in zip(cut, at, at[1:]): row |= dict(input_ids=ids[a:b].tolist(), completion_mask=mask[a:b].tolist())
+        try:
+            cut += [(row, _parts(t, ex, row, recipe))] if "error" not in row else []
+        except ValueError as e:
+            row["error"] = f"training.assistant_only_loss: {e}"
+    ids, at, mask = token_parts(
+        t.tok,
+        [text for _, p in cut for text, _ in p],
+        [m for _, p in cut for _, m in p],
+        [len(p) for _, p in cut],
+    )
+    for (row, _), a, b in zip(cut, at, at[1:]):
+        row |= dict(input_ids=ids[a:b].tolist(), completion_mask=mask[a:b].tolist())
 
 # %% ../../nbs/data/prompts.ipynb #c035
 def check_template(
     tok,
-    recipe,     # its dataset and training sections are used
+    recipe,  # its dataset and training sections are used
 ) -> dict:  # template (chat or plain), stop (the token that ends an answer), notes (list of str)
     "Try the template out. Raises `MedftError` when nothing could be trained through it."
     t = _chosen(tok, recipe)
@@ -226,28 +338,50 @@ def check_template(
 @lru_cache(maxsize=8)
 def specials(tok) -> tuple:
     "The strings that this tokenizer, or its template, takes for structure; longest first."
-    found = {str(t) for t in tok.added_tokens_decoder.values() if t.special} | set(tok.all_special_tokens)
-    if "[INST]" in (tok.chat_template or ""): found |= {"[INST]", "[/INST]"}
+    found = {str(t) for t in tok.added_tokens_decoder.values() if t.special} | set(
+        tok.all_special_tokens
+    )
+    if "[INST]" in (tok.chat_template or ""):
+        found |= {"[INST]", "[/INST]"}
     return tuple(sorted((t for t in found if t.strip()), key=lambda t: (-len(t), t)))
 
+
 @lru_cache(maxsize=8)
-def _pattern(tok): return re.compile("|".join(map(re.escape, specials(tok))) or "(?!)")
+def _pattern(tok):
+    return re.compile("|".join(map(re.escape, specials(tok))) or "(?!)")
 
 # %% ../../nbs/data/prompts.ipynb #c039
 def _inside(tok, text):
     "A ready text without the headers and ends of its turns; headers stay that stand where none should."
     (name, turns), bos, eos = headers(text), tok.bos_token or "\0", tok.eos_token or "\0"
-    if not name or not re.fullmatch(rf"(?:\s|<s>|<bos>|<\|begin_of_text\|>|{re.escape(bos)})*", text[:turns[0][1]]):
+    if not name or not re.fullmatch(
+        rf"(?:\s|<s>|<bos>|<\|begin_of_text\|>|{re.escape(bos)})*", text[: turns[0][1]]
+    ):
         return text.removeprefix(bos).rstrip().removesuffix(eos)
-    stray = [text[a:b] for (role, a, b), (before, *_) in zip(turns[1:], turns) if role in (before, "system")]
-    clean = lambda s: s.strip().removesuffix(bos).strip().removesuffix(eos).removesuffix(FORMATS[name][1])
-    return "\n".join([*stray, *(clean(text[a:b]) for (*_, a), (_, b, _) in zip(turns, [*turns[1:], (0, len(text), 0)]))])
+    stray = [
+        text[a:b]
+        for (role, a, b), (before, *_) in zip(turns[1:], turns)
+        if role in (before, "system")
+    ]
+
+    def clean(s):
+        return s.strip().removesuffix(bos).strip().removesuffix(eos).removesuffix(FORMATS[name][1])
+
+    return "\n".join(
+        [
+            *stray,
+            *(
+                clean(text[a:b])
+                for (*_, a), (_, b, _) in zip(turns, [*turns[1:], (0, len(text), 0)])
+            ),
+        ]
+    )
 
 # %% ../../nbs/data/prompts.ipynb #c040
 def injected(
     tok,
-    text,           # what a user, or a row, says
-    ready=False,    # whether it is ready text, with a template's markers in their place
-) -> list[str]:     # the special tokens in it
+    text,  # what a user, or a row, says
+    ready=False,  # whether it is ready text, with a template's markers in their place
+) -> list[str]:  # the special tokens in it
     "Chat markers inside a text."
     return list(dict.fromkeys(_pattern(tok).findall(_inside(tok, text) if ready else text)))

@@ -10,9 +10,10 @@ __all__ = ['KEPT', 'ROOMS', 'LIBRARIES', 'CACHED', 'KEY', 'UNFINISHED', 'STALE',
            'keep_in_cache', 'prune']
 
 # %% ../../nbs/data/splits.ipynb #c002
-from ..core.run import PACKAGE, read_json, sha256  # first: it sets switches that the libraries read
-from .quality import checks, leakage as leaks
+from ..core.run import PACKAGE, read_json, sha256
 from . import prompts
+from .quality import checks
+from .quality import leakage as leaks
 from .staging import CHUNK, STAGED
 
 import hashlib
@@ -32,11 +33,14 @@ from datasets import Dataset
 def tokenised(tok, table) -> pa.Table:
     "A chunk of staged rows with input_ids and completion_mask."
     bare = table["input_ids"].is_null().to_numpy(zero_copy_only=False)
-    if not bare.any(): return table
+    if not bare.any():
+        return table
     if not bare.all():
         both = [table.filter(pa.array(~bare)), tokenised(tok, table.filter(pa.array(bare)))]
         return pa.concat_tables(both).take(pa.array(np.argsort(np.argsort(bare, kind="stable"))))
-    ids, at, mask = prompts.token_rows(tok, table["prompt"].to_pylist(), table["completion"].to_pylist())
+    ids, at, mask = prompts.token_rows(
+        tok, table["prompt"].to_pylist(), table["completion"].to_pylist()
+    )
     for name, values in (("input_ids", ids), ("completion_mask", mask)):
         made = pa.LargeListArray.from_arrays(pa.array(at), pa.array(values))
         table = table.set_column(table.column_names.index(name), STAGED.field(name), made)
@@ -44,73 +48,107 @@ def tokenised(tok, table) -> pa.Table:
 
 # %% ../../nbs/data/splits.ipynb #c007
 def count_tokens(
-    rows,   # checks.Rows; receives the counts
-    at,     # numbers of the rows
-    mask,   # their masks: Arrow list array of 0 (read) and 1 (trained on)
+    rows,  # checks.Rows; receives the counts
+    at,  # numbers of the rows
+    mask,  # their masks: Arrow list array of 0 (read) and 1 (trained on)
 ):
     "Note how many tokens of rows are read, trained on, and trained on before the cut."
     total, done = np.diff(mask.offsets), np.append(0, np.cumsum(mask.flatten(), dtype=np.int64))
-    ends = np.cumsum(total); begins = ends - total
+    ends = np.cumsum(total)
+    begins = ends - total
     rows.completion_tokens[at] = done[ends] - done[begins]
     rows.prompt_tokens[at] = total - rows.completion_tokens[at]
-    rows.trained_tokens[at] = done[np.minimum(ends, begins + (rows.limit or np.iinfo(np.int64).max//2))] - done[begins]
+    rows.trained_tokens[at] = (
+        done[np.minimum(ends, begins + (rows.limit or np.iinfo(np.int64).max // 2))] - done[begins]
+    )
 
 # %% ../../nbs/data/splits.ipynb #c010
-KEPT = [f.name for f in STAGED if f.name not in ("groups", "owners", "said", "reply", "asks", "ready", "entry", "file", "row")]
+KEPT = [
+    f.name
+    for f in STAGED
+    if f.name not in ("groups", "owners", "said", "reply", "asks", "ready", "entry", "file", "row")
+]
+
 
 def final(table, task) -> pa.Table:
     "The columns that other rooms read. A classifier's rows have a label and no completion."
     table = table.select(KEPT).append_column("content", pa.array(leaks.contents(table["asks"])))
-    if task == "classification": table = table.drop_columns(["completion", "completion_mask"]).rename_columns(dict(answer="label"))
-    small = {pa.large_string(): pa.string(), STAGED.field("options").type: pa.list_(pa.string()),
-             STAGED.field("input_ids").type: pa.list_(pa.int32()), STAGED.field("completion_mask").type: pa.list_(pa.int8())}
+    if task == "classification":
+        table = table.drop_columns(["completion", "completion_mask"]).rename_columns(
+            dict(answer="label")
+        )
+    small = {
+        pa.large_string(): pa.string(),
+        STAGED.field("options").type: pa.list_(pa.string()),
+        STAGED.field("input_ids").type: pa.list_(pa.int32()),
+        STAGED.field("completion_mask").type: pa.list_(pa.int8()),
+    }
     return table.cast(pa.schema([(f.name, small.get(f.type, f.type)) for f in table.schema]))
 
 # %% ../../nbs/data/splits.ipynb #c011
 def tokenise(
-    rows,       # checks.Rows; receives the token counts
-    name,       # a split
-    tok,        # the tokenizer
-    task,       # the recipe's
-    path,       # the Arrow file to write
-    tell,       # called with a line that says how far it is
-) -> np.ndarray:    # row numbers, in the file's order
+    rows,  # checks.Rows; receives the token counts
+    name,  # a split
+    tok,  # the tokenizer
+    task,  # the recipe's
+    path,  # the Arrow file to write
+    tell,  # called with a line that says how far it is
+) -> np.ndarray:  # row numbers, in the file's order
     "Tokenise the rows of a split into an Arrow file."
     everything, sink = rows.at[rows.side == name], None
     with pa.OSFile(str(path), "wb") as f:
         for at in np.array_split(everything, range(CHUNK, len(everything), CHUNK)):
-            near = rows.table.slice(at[0], at[-1] - at[0] + 1)      # a take from the whole mapped table would visit all of its chunks
+            near = rows.table.slice(
+                at[0], at[-1] - at[0] + 1
+            )  # a take from the whole mapped table would visit all of its chunks
             coded = tokenised(tok, near.take(pa.array(at - at[0])).combine_chunks())
             count_tokens(rows, at, coded["completion_mask"].combine_chunks())
             part = final(coded, task)
             sink = sink or pa.ipc.new_stream(f, part.schema)
-            sink.write_table(part); tell(f"{name}: row {at[-1]:,} tokenised")
+            sink.write_table(part)
+            tell(f"{name}: row {at[-1]:,} tokenised")
         sink.close()
     return everything
 
 # %% ../../nbs/data/splits.ipynb #c012
 def save_split(
-    arrow,      # the Arrow file
-    keep,       # (rows,) bool; those that stay
-    path,       # the folder to write
+    arrow,  # the Arrow file
+    keep,  # (rows,) bool; those that stay
+    path,  # the folder to write
 ):
     "Write a split as `datasets` reads it, replacing an older one only when the new one is whole."
     ds, tmp = Dataset.from_file(str(arrow)), path.with_name(f".{path.name}.new")
-    if not keep.all(): ds = ds.select(np.flatnonzero(keep))
+    if not keep.all():
+        ds = ds.select(np.flatnonzero(keep))
     empty = [c for c in ds.column_names if ds.data.column(c).null_count == len(ds.data)]
     shutil.rmtree(tmp, ignore_errors=True)
     ds.remove_columns(empty).save_to_disk(tmp)
-    shutil.rmtree(path, ignore_errors=True); os.replace(tmp, path)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(tmp, path)
 
 # %% ../../nbs/data/splits.ipynb #c014
 def truncation(
-    rows,       # checks.Rows, tokenised
-) -> dict:      # per column: rows cut, tokens lost, their share
+    rows,  # checks.Rows, tokenised
+) -> dict:  # per column: rows cut, tokens lost, their share
     "Training rows that are cut, and what is lost, by column. The end of a row is what goes (the side is right)."
-    read, trained, kept = (n[rows.train] for n in (rows.prompt_tokens, rows.completion_tokens, rows.trained_tokens))
+    read, trained, kept = (
+        n[rows.train] for n in (rows.prompt_tokens, rows.completion_tokens, rows.trained_tokens)
+    )
     lost = np.clip(read + trained - (rows.limit or np.inf), 0, None).astype(int)
-    column = lambda n, gone: dict(rows=int((gone > 0).sum()), tokens_lost=int(gone.sum()), share_of_tokens=round(float(gone.sum()/max(n.sum(), 1)), 4))
-    return dict(side="right", rows=int((lost > 0).sum()), prompt=column(read, lost - (trained - kept)), completion=column(trained, trained - kept))
+
+    def column(n, gone):
+        return dict(
+            rows=int((gone > 0).sum()),
+            tokens_lost=int(gone.sum()),
+            share_of_tokens=round(float(gone.sum() / max(n.sum(), 1)), 4),
+        )
+
+    return dict(
+        side="right",
+        rows=int((lost > 0).sum()),
+        prompt=column(read, lost - (trained - kept)),
+        completion=column(trained, trained - kept),
+    )
 
 # %% ../../nbs/data/splits.ipynb #c017
 ROOMS = (
@@ -124,26 +162,33 @@ ROOMS = (
     " data/quality/leakage data/quality/canaries data/staging data/splits"
     " data/prepare/cleaning data/pipeline"
 ).split()
-LIBRARIES = "datasets pyarrow numpy pandas transformers tokenizers lxml ftfy rensa phonenumbers".split()
-CACHED = 10     # prepared data sets that are kept
+LIBRARIES = (
+    "datasets pyarrow numpy pandas transformers tokenizers lxml ftfy rensa phonenumbers".split()
+)
+CACHED = 10  # prepared data sets that are kept
+
 
 def tokenizer_state(
     tok,
-) -> list:      # JSON
+) -> list:  # JSON
     "Everything of a tokenizer that decides how a row is written: vocabulary, template, special tokens and their rules."
     if getattr(tok, "is_fast", False):
         vocabulary = tok.backend_tokenizer.to_str()
     else:
         vocabulary = sorted(tok.get_vocab().items())
     special_tokens = {name: str(token) for name, token in tok.special_tokens_map.items()}
-    rules = {name: getattr(tok, name, None) for name in ("add_bos_token", "add_eos_token", "padding_side")}
+    rules = {
+        name: getattr(tok, name, None)
+        for name in ("add_bos_token", "add_eos_token", "padding_side")
+    }
     return [vocabulary, tok.chat_template, special_tokens, rules]
 
+
 def cache_key(
-    recipe,     # its sections dataset, training and evaluation, its task and seed
-    hashes,     # name of a source -> hash of what it holds
-    tok,        # the tokenizer
-) -> str:       # 32 hex digits
+    recipe,  # its sections dataset, training and evaluation, its task and seed
+    hashes,  # name of a source -> hash of what it holds
+    tok,  # the tokenizer
+) -> str:  # 32 hex digits
     "What decides the prepared rows, as one hash."
     decides = dict(
         dataset=recipe.dataset.model_dump(),
@@ -156,22 +201,29 @@ def cache_key(
         rooms=[sha256(PACKAGE / f"{room}.py") for room in ROOMS],
         libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
     )
-    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[
+        :32
+    ]
 
 # %% ../../nbs/data/splits.ipynb #c018
 def link(old, new):
     "A folder's files a second time; what is big is not copied where the disk can link."
+
     def one(a, b):
         try:
-            if a.endswith((".json", ".jsonl")): raise OSError("copied, so that a change to one is none to the other")
+            if a.endswith((".json", ".jsonl")):
+                raise OSError("copied, so that a change to one is none to the other")
             os.link(a, b)
-        except OSError: shutil.copy2(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+
     shutil.copytree(old, new, copy_function=one, dirs_exist_ok=True)
 
 # %% ../../nbs/data/splits.ipynb #c019
-KEY = re.compile("[0-9a-f]{32}")                    # the name of a kept data set, ...
-UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.\d+")     # ... and of one that a process was still writing
-STALE = 24*3600                                     # seconds after which a process that wrote one has died
+KEY = re.compile("[0-9a-f]{32}")  # the name of a kept data set, ...
+UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.\d+")  # ... and of one that a process was still writing
+STALE = 24 * 3600  # seconds after which a process that wrote one has died
+
 
 def cache_folder(
     run,
@@ -179,10 +231,11 @@ def cache_folder(
     "Where the prepared rows of all runs beside this one are kept."
     return run.root / ".data"
 
+
 def from_cache(
-    kept: Path,     # a kept data set
-    folder: Path,   # the run's data folder
-) -> dict | None:   # its report; None: there is none, or it cannot be read
+    kept: Path,  # a kept data set
+    folder: Path,  # the run's data folder
+) -> dict | None:  # its report; None: there is none, or it cannot be read
     "Link kept rows into a run."
     if not (kept / "report.json").exists():
         return None
@@ -193,10 +246,11 @@ def from_cache(
     except (OSError, ValueError):
         return None
 
+
 def keep_in_cache(
-    folder: Path,   # the run's data folder
-    kept: Path,     # the place for it: a cache folder and a key
-) -> str | None:    # why it was not kept; None: it was
+    folder: Path,  # the run's data folder
+    kept: Path,  # the place for it: a cache folder and a key
+) -> str | None:  # why it was not kept; None: it was
     "Put prepared rows aside for the next run. A cache is a convenience, so nothing that goes wrong here ends a run."
     unfinished = kept.with_name(f".{kept.name}.{os.getpid()}")
     try:
@@ -210,14 +264,22 @@ def keep_in_cache(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
+
 def prune(
-    folder: Path,       # the cache folder
+    folder: Path,  # the cache folder
     keep: int = CACHED,
 ):
     "Forget the data sets used longest ago, and what dead processes left. What this room did not name stays."
-    age = lambda path: path.stat().st_mtime
-    data_sets = [p for p in folder.iterdir() if KEY.fullmatch(p.name) and (p / "report.json").is_file()]
+
+    def age(path):
+        return path.stat().st_mtime
+
+    data_sets = [
+        p for p in folder.iterdir() if KEY.fullmatch(p.name) and (p / "report.json").is_file()
+    ]
     oldest = sorted(data_sets, key=age)[:-keep]
-    dead = [p for p in folder.iterdir() if UNFINISHED.fullmatch(p.name) and time.time() - age(p) > STALE]
+    dead = [
+        p for p in folder.iterdir() if UNFINISHED.fullmatch(p.name) and time.time() - age(p) > STALE
+    ]
     for path in oldest + dead:
         shutil.rmtree(path, ignore_errors=True)

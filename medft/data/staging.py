@@ -10,15 +10,17 @@ __all__ = ['text', 'texts', 'STAGED', 'CHUNK', 'PLANTED', 'BOUND', 'Staging', 's
            'stage_all', 'rows_of', 'side', 'wants_neighbours', 'chains', 'sides_of', 'hold_out', 'sampled']
 
 # %% ../../nbs/data/staging.ipynb #c002
-from ..core.run import MedftError  # first: it sets switches that the libraries read
-from .quality import canaries, checks, leakage as leaks, near_duplicates as neighbours
-from . import prompts
-from .reading import schemas, sources
-from .reading.list_cells import missing_kind
-from .reading.group_names import join_group_names
 from ..core.identity import group_rows
+from ..core.run import MedftError
+from . import prompts
 from .prompts import question_text
+from .quality import canaries, checks
+from .quality import leakage as leaks
+from .quality import near_duplicates as neighbours
+from .reading import schemas, sources
 from .reading.free_text import among, fold_labels
+from .reading.group_names import join_group_names
+from .reading.list_cells import missing_kind
 
 import json
 from collections import Counter
@@ -31,26 +33,64 @@ from fastcore.basics import chunked, patch
 
 # %% ../../nbs/data/staging.ipynb #c004
 text, texts = pa.large_string(), pa.large_list(pa.large_string())
-STAGED = pa.schema(dict(id=text, group=text, groups=texts, owners=texts, subject=text, choice_type=text, said=text, reply=text, asks=text, prompt=text, completion=text, options=texts, answer=pa.int32(),
-                        reference=text, ready=pa.bool_(), input_ids=pa.large_list(pa.int32()), completion_mask=pa.large_list(pa.int8()), entry=text, file=text, row=pa.int64()))
+STAGED = pa.schema(
+    dict(
+        id=text,
+        group=text,
+        groups=texts,
+        owners=texts,
+        subject=text,
+        choice_type=text,
+        said=text,
+        reply=text,
+        asks=text,
+        prompt=text,
+        completion=text,
+        options=texts,
+        answer=pa.int32(),
+        reference=text,
+        ready=pa.bool_(),
+        input_ids=pa.large_list(pa.int32()),
+        completion_mask=pa.large_list(pa.int8()),
+        entry=text,
+        file=text,
+        row=pa.int64(),
+    )
+)
 CHUNK = 4096
+
 
 class Staging:
     "Rows on their way: an Arrow file of what is usable, a JSON Lines file of what is not, and the counts."
+
     def __init__(self, folder):
-        self.path = folder/"rows.arrow"
+        self.path = folder / "rows.arrow"
         self.report = dict(
-            rows_in=0, rejected=Counter(), first_rejected={}, filtered=Counter(), repaired=Counter(), shapes={}, sources={}, hashes={}
+            rows_in=0,
+            rejected=Counter(),
+            first_rejected={},
+            filtered=Counter(),
+            repaired=Counter(),
+            shapes={},
+            sources={},
+            hashes={},
         )
-        self.sink, self.bad = pa.ipc.new_file(str(self.path), STAGED), (folder/"rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
+        self.sink, self.bad = (
+            pa.ipc.new_file(str(self.path), STAGED),
+            (folder / "rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace"),
+        )
 
 # %% ../../nbs/data/staging.ipynb #c005
 @patch
 def keep(self: Staging, rows, entry, file):
     "Append rows; what they lack is null."
     same = dict(entry=entry, file=file)
-    columns = [pa.array([same[c]]*len(rows) if c in same else [x.get(c) for x in rows], t) for c, t in zip(STAGED.names, STAGED.types)]
+    columns = [
+        pa.array([same[c]] * len(rows) if c in same else [x.get(c) for x in rows], t)
+        for c, t in zip(STAGED.names, STAGED.types)
+    ]
     self.sink.write_batch(pa.RecordBatch.from_arrays(columns, schema=STAGED))
+
 
 @patch
 def reject(self: Staging, file, row, reason, content):
@@ -59,84 +99,139 @@ def reject(self: Staging, file, row, reason, content):
     self.report["rejected"][kind] += 1
     if len(self.report["first_rejected"]) < 50:
         self.report["first_rejected"].setdefault(kind, f"{file}: row {row}: {reason}"[:400])
-    self.bad.write(json.dumps(dict(file=file, row=row, reason=reason, content=content), ensure_ascii=False, default=str) + "\n")
+    self.bad.write(
+        json.dumps(
+            dict(file=file, row=row, reason=reason, content=content),
+            ensure_ascii=False,
+            default=str,
+        )
+        + "\n"
+    )
+
 
 @patch
 def close(self: Staging):
     "The table, mapped from disk."
-    self.sink.close(); self.bad.close()
+    self.sink.close()
+    self.bad.close()
     return pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
 
 # %% ../../nbs/data/staging.ipynb #c007
 def said(ex, row=None) -> tuple[str, str]:
     "What the user says in an example, and what is replied; a ready text is cut where its rendered `row` is."
-    if "messages" in ex: return "\n".join(m["content"] for m in ex["messages"][:-1]), ex["messages"][-1]["content"]
-    if "question" in ex: return question_text(ex), ex["options"][ex["answer"]] if "options" in ex else ex["answer"]
-    if "formatted" in ex: return (row["prompt"], row["completion"]) if row else (ex["formatted"], "")
+    if "messages" in ex:
+        return "\n".join(m["content"] for m in ex["messages"][:-1]), ex["messages"][-1]["content"]
+    if "question" in ex:
+        return question_text(ex), ex["options"][ex["answer"]] if "options" in ex else ex["answer"]
+    if "formatted" in ex:
+        return (row["prompt"], row["completion"]) if row else (ex["formatted"], "")
     return (ex["prompt"], ex["completion"]) if "prompt" in ex else (ex["text"], "")
+
 
 def turns_in(text) -> str:
     "What is said in a ready text, without the markers of its turns."
     name, turns = prompts.headers(text)
     ends = [*(start for _, start, _ in turns[1:]), len(text)]
-    said = [text[a:b].strip().removesuffix(prompts.FORMATS[name].stop).strip() for (_, _, a), b in zip(turns, ends)]
+    said = [
+        text[a:b].strip().removesuffix(prompts.FORMATS[name].stop).strip()
+        for (_, _, a), b in zip(turns, ends)
+    ]
     return "\n".join(filter(None, said)) or text
+
 
 def asks(ex, words) -> str:
     "What an example asks, whatever the order of its options and the template around it; of running text, the text."
-    if "options" in ex and ex.get("listed", True): return leaks.question(ex["question"], ex["options"])
+    if "options" in ex and ex.get("listed", True):
+        return leaks.question(ex["question"], ex["options"])
     return turns_in(words) if "formatted" in ex or "prompt" in ex else words
 
 # %% ../../nbs/data/staging.ipynb #c010
 def labelled(ex, labels):
     "A text with a label, as a question whose options are the labels."
-    if "label" not in ex: return ex
+    if "label" not in ex:
+        return ex
     label = among(ex["label"], labels)
     if label is None and missing_kind(ex["label"]):
         raise ValueError(f"no label: {ex['label']!r} stands for a missing value")
     if label is None:
         raise ValueError(f"unknown label: {ex['label']!r}; the labels are {', '.join(labels)}")
     rest = {k: v for k, v in ex.items() if k != "label"}
-    return rest | dict(question=ex["text"], options=labels, answer=labels.index(label), listed=False)
+    return rest | dict(
+        question=ex["text"], options=labels, answer=labels.index(label), listed=False
+    )
+
 
 def classified(tok, ex) -> dict:
     "An example as a classifier reads it."
     out = {k: ex[k] for k in ("id", "group", "subject")}
-    if "answer" not in ex or "options" not in ex: return out | dict(error="no label: a classifier needs a text and a label, or a question with options")
-    return out | dict(prompt=(tok.bos_token or "") + (ex.get("text") or question_text(ex)), completion="", answer=ex["answer"])
+    if "answer" not in ex or "options" not in ex:
+        return out | dict(
+            error="no label: a classifier needs a text and a label, or a question with options"
+        )
+    return out | dict(
+        prompt=(tok.bos_token or "") + (ex.get("text") or question_text(ex)),
+        completion="",
+        answer=ex["answer"],
+    )
+
 
 def to_prompts(tok, examples, recipe) -> list[dict]:
     "Examples as the recipe's task wants them."
-    return [classified(tok, ex) for ex in examples] if recipe.task == "classification" else prompts.prompts(tok, examples, recipe)
+    return (
+        [classified(tok, ex) for ex in examples]
+        if recipe.task == "classification"
+        else prompts.prompts(tok, examples, recipe)
+    )
 
 # %% ../../nbs/data/staging.ipynb #c013
 def usable(sink, part, chunk, labels) -> list:
     "(number, row, example) of a chunk's rows that have one; the others are rejected."
     good = []
     for n, row, ex, reason in chunk:
-        try: ex = ex and labelled(ex, labels)
-        except ValueError as e: ex, reason = None, str(e)
-        if ex is None: sink.reject(part.name, n, reason, row)
-        else: good.append((n, row, ex))
+        try:
+            ex = ex and labelled(ex, labels)
+        except ValueError as e:
+            ex, reason = None, str(e)
+        if ex is None:
+            sink.reject(part.name, n, reason, row)
+        else:
+            good.append((n, row, ex))
     return good
+
 
 def staged(ex, row, n) -> dict:
     "A rendered row with what the checks need to know of it."
     words, reply = said(ex, row)
-    group = ex.get("asked_group", ex["group"])      # until all rows are read: then `grouped` knows which owners make groups
+    group = ex.get(
+        "asked_group", ex["group"]
+    )  # until all rows are read: then `grouped` knows which owners make groups
     keys = [group] if isinstance(group, str) else group
-    return row | dict(group=join_group_names(keys), groups=keys, owners=ex.get("owners"), said=words, reply=reply, asks=asks(ex, words), ready="formatted" in ex or "prompt" in ex, row=n)
+    return row | dict(
+        group=join_group_names(keys),
+        groups=keys,
+        owners=ex.get("owners"),
+        said=words,
+        reply=reply,
+        asks=asks(ex, words),
+        ready="formatted" in ex or "prompt" in ex,
+        row=n,
+    )
 
 # %% ../../nbs/data/staging.ipynb #c014
 def stage_part(sink, part, entry, recipe, tok, labels, seen, tell):
     "Read one part into the table; returns its Reading."
-    reading = schemas.read_examples(sources.rows(part), part.name, recipe.dataset, sources.features(part), seen, recipe.task)
+    reading = schemas.read_examples(
+        sources.rows(part), part.name, recipe.dataset, sources.features(part), seen, recipe.task
+    )
     for chunk in chunked(reading, CHUNK):
-        sink.report["rows_in"] += len(chunk); tell(f"{sink.report['rows_in']:,} rows read")
+        sink.report["rows_in"] += len(chunk)
+        tell(f"{sink.report['rows_in']:,} rows read")
         good, kept = usable(sink, part, chunk, labels), []
         for (n, row, ex), made in zip(good, to_prompts(tok, [ex for *_, ex in good], recipe)):
-            if "error" in made: sink.reject(part.name, n, made["error"], row)
-            else: kept.append(staged(ex, made, n))
+            if "error" in made:
+                sink.reject(part.name, n, made["error"], row)
+            else:
+                kept.append(staged(ex, made, n))
         sink.keep(kept, entry, part.name)
     sink.report["repaired"].update(reading.repaired)
     return reading
@@ -145,17 +240,24 @@ def stage_part(sink, part, entry, recipe, tok, labels, seen, tell):
 def label_names(
     recipe,
     parts,
-    notes=None,     # a list that receives what a user has to know of them
+    notes=None,  # a list that receives what a user has to know of them
 ) -> list[str]:
     "The labels of a labelled training set, in order; empty when the rows have none. Spellings of one label are one."
     if recipe.dataset.labels:
         return recipe.dataset.labels
     counts, known = Counter(), []
     for part in parts:
-        reading = schemas.read_examples(sources.rows(part), part.name, recipe.dataset, sources.features(part), task=recipe.task)
+        reading = schemas.read_examples(
+            sources.rows(part), part.name, recipe.dataset, sources.features(part), task=recipe.task
+        )
         known = known or sources.features(part).get(reading.renames.get("label", "label"), [])
         for ex in (ex for *_, ex, _ in reading if ex):
-            if "label" not in ex: return ex["options"] if recipe.task == "classification" and not ex.get("listed", True) else []
+            if "label" not in ex:
+                return (
+                    ex["options"]
+                    if recipe.task == "classification" and not ex.get("listed", True)
+                    else []
+                )
             if known:
                 return known
             counts[ex["label"]] += 1
@@ -165,23 +267,34 @@ def label_names(
         raise MedftError(f"{parts[0].name}: {e}") from None
     if notes is not None:
         notes += told
-    return sorted({label for label in kept.values() if label is not None}, key=lambda s: (not s.lstrip("-").isdigit(), int(s) if s.lstrip("-").isdigit() else 0, s))
+    return sorted(
+        {label for label in kept.values() if label is not None},
+        key=lambda s: (not s.lstrip("-").isdigit(), int(s) if s.lstrip("-").isdigit() else 0, s),
+    )
 
 # %% ../../nbs/data/staging.ipynb #r002
 def as_read(recipe, entry):
     "The recipe by which an entry is read: a set of evaluation.retention tells its schema and its labels by itself."
-    if entry not in recipe.evaluation.retention or recipe.task == "classification": return recipe
-    return recipe.model_copy(update=dict(dataset=recipe.dataset.model_copy(update=dict(schema=None, labels=None))))
+    if entry not in recipe.evaluation.retention or recipe.task == "classification":
+        return recipe
+    return recipe.model_copy(
+        update=dict(dataset=recipe.dataset.model_copy(update=dict(schema=None, labels=None)))
+    )
 
 # %% ../../nbs/data/staging.ipynb #g002
-PLANTED = ".canaries"   # no entry of a recipe can be called so
+PLANTED = ".canaries"  # no entry of a recipe can be called so
+
 
 def plant(sink, recipe, tok):
     "Stage the recipe's canaries, under an entry of their own. Raises `MedftError` when the template refuses them."
-    examples = canaries.planted(recipe); made = to_prompts(tok, examples, recipe)
+    examples = canaries.planted(recipe)
+    made = to_prompts(tok, examples, recipe)
     for row in made:
-        if "error" in row: raise MedftError(f"dataset.canaries: {row['error']}; leave the key out")
-    sink.keep([staged(ex, row, i) for i, (ex, row) in enumerate(zip(examples, made), 1)], PLANTED, PLANTED)
+        if "error" in row:
+            raise MedftError(f"dataset.canaries: {row['error']}; leave the key out")
+    sink.keep(
+        [staged(ex, row, i) for i, (ex, row) in enumerate(zip(examples, made), 1)], PLANTED, PLANTED
+    )
     sink.report["canaries"] = dict(planted=recipe.dataset.canaries, rows=len(made))
 
 # %% ../../nbs/data/staging.ipynb #c017
@@ -201,6 +314,7 @@ def grouped(table) -> tuple:
         table = table.set_column(table.column_names.index(name), STAGED.field(name), column)
     return table, found.kinds
 
+
 def stage_all(folder, recipe, tok, opened, tell) -> tuple:
     "Read every entry of a recipe into one table; returns it, and the beginnings of the report."
     sink, notes, columns = Staging(folder), [], {}
@@ -208,98 +322,157 @@ def stage_all(folder, recipe, tok, opened, tell) -> tuple:
     not_read = sink.report["not_read"] = dict(columns={}, turn_keys=[])
     for entry, (parts, hashes) in opened.items():
         before, seen, r = sink.report["rows_in"], set(), as_read(recipe, entry)
-        read = [stage_part(sink, p, entry, r, tok, labels if r is recipe else label_names(r, parts), seen, tell) for p in parts]
+        read = [
+            stage_part(
+                sink, p, entry, r, tok, labels if r is recipe else label_names(r, parts), seen, tell
+            )
+            for p in parts
+        ]
         if entry == "train" and recipe.dataset.columns and not any(r.columns for r in read):
-            raise MedftError(f"dataset.columns: {parts[0].name} has none of the columns {', '.join(recipe.dataset.columns.values())}; mend the mapping, or leave it out")
-        sink.report["shapes"][entry] = ", ".join(dict.fromkeys(r.schema for r in read)); sink.report["hashes"] |= hashes
-        not_read["columns"][entry] = list(dict.fromkeys(c for r in read for c in r.not_read["columns"]))
-        not_read["turn_keys"] = sorted({*not_read["turn_keys"], *(k for r in read for k in r.not_read["turn_keys"])})
+            raise MedftError(
+                f"dataset.columns: {parts[0].name} has none of the columns {', '.join(recipe.dataset.columns.values())}; mend the mapping, or leave it out"
+            )
+        sink.report["shapes"][entry] = ", ".join(dict.fromkeys(r.schema for r in read))
+        sink.report["hashes"] |= hashes
+        not_read["columns"][entry] = list(
+            dict.fromkeys(c for r in read for c in r.not_read["columns"])
+        )
+        not_read["turn_keys"] = sorted(
+            {*not_read["turn_keys"], *(k for r in read for k in r.not_read["turn_keys"])}
+        )
         notes += [note for r in read for note in r.notes]
         sink.report["sources"][entry] = dict(files=len(parts), rows=sink.report["rows_in"] - before)
         for reading in read:
             for kind, column in reading.owner_columns.items():
                 columns.setdefault(kind, []).append(column)
-    if labels: sink.report["labels"] = labels
+    if labels:
+        sink.report["labels"] = labels
     sink.report["notes"] = list(dict.fromkeys(notes))
-    if recipe.dataset.canaries: plant(sink, recipe, tok)
+    if recipe.dataset.canaries:
+        plant(sink, recipe, tok)
     table, used = grouped(sink.close())
     used += [kind for kind in ("group", "patient") if kind in columns]
-    sink.report["grouped_by"] = list(dict.fromkeys(c for kind in used for c in columns.get(kind, [kind])))
+    sink.report["grouped_by"] = list(
+        dict.fromkeys(c for kind in used for c in columns.get(kind, [kind]))
+    )
     return table, sink.report
+
 
 def rows_of(table, recipe, tok, benchmarks) -> checks.Rows:
     "The table with what the checks need to know."
     d = recipe.dataset
     entry = table["entry"].to_numpy().astype(object)
-    return checks.Rows(table, np.where(entry == PLANTED, "", entry), d.similarity, benchmarks, prompts.specials(tok), lambda text: prompts.injected(tok, text, ready=True),
-                       planted=entry == PLANTED, truncated_share=d.truncated_share, limit=0 if recipe.training.packing else recipe.max_length)
+    return checks.Rows(
+        table,
+        np.where(entry == PLANTED, "", entry),
+        d.similarity,
+        benchmarks,
+        prompts.specials(tok),
+        lambda text: prompts.injected(tok, text, ready=True),
+        planted=entry == PLANTED,
+        truncated_share=d.truncated_share,
+        limit=0 if recipe.training.packing else recipe.max_length,
+    )
 
 # %% ../../nbs/data/staging.ipynb #c019
 def side(
-    groups,     # (n,) keys
-    seed,       # the recipe's
-    holdout,    # share held out for validation, and as much for test
+    groups,  # (n,) keys
+    seed,  # the recipe's
+    holdout,  # share held out for validation, and as much for test
 ) -> np.ndarray:
     "train, validation or test for each key: the same whatever other keys there are."
-    u = pd.util.hash_array(np.asarray(groups, object), hash_key=str(seed).zfill(16)[-16:], categorize=False)/2**64
-    return np.where(u < holdout, "test", np.where(u < 2*holdout, "validation", "train")).astype(object)
+    u = (
+        pd.util.hash_array(
+            np.asarray(groups, object), hash_key=str(seed).zfill(16)[-16:], categorize=False
+        )
+        / 2**64
+    )
+    return np.where(u < holdout, "test", np.where(u < 2 * holdout, "validation", "train")).astype(
+        object
+    )
 
 # %% ../../nbs/data/staging.ipynb #c022
 def wants_neighbours(recipe) -> bool:
     "Whether near-duplicates matter to this recipe: to a check, or to a split."
     c = recipe.dataset.checks
-    return {c.near_duplicates, c.near_overlap} != {"off"} or bool({"near_duplicates", "near_overlap"} & set(recipe.dataset.drop))
+    return {c.near_duplicates, c.near_overlap} != {"off"} or bool(
+        {"near_duplicates", "near_overlap"} & set(recipe.dataset.drop)
+    )
+
 
 def chains(
-    label,      # (n,) cluster of each row; -1: none
-) -> np.ndarray:    # (pairs, 2) row numbers
+    label,  # (n,) cluster of each row; -1: none
+) -> np.ndarray:  # (pairs, 2) row numbers
     "Each row of a cluster with the next one of it: what binds the cluster together."
     at = np.flatnonzero(label >= 0)
     at = at[np.argsort(label[at], kind="stable")]
     return np.stack([at[:-1], at[1:]], 1)[label[at[:-1]] == label[at[1:]]]
 
 # %% ../../nbs/data/staging.ipynb #c025
-BOUND = 0.5     # share of the rows
+BOUND = 0.5  # share of the rows
+
 
 def sides_of(
-    groups,     # (n,) Arrow array of lists of keys
-    pairs,      # (pairs, 2) rows that near-duplicates bind
-    seed,       # the recipe's
-    holdout,    # share held out for validation, and as much for test
+    groups,  # (n,) Arrow array of lists of keys
+    pairs,  # (pairs, 2) rows that near-duplicates bind
+    seed,  # the recipe's
+    holdout,  # share held out for validation, and as much for test
 ) -> np.ndarray:
     "The side of each row; '' where its keys part."
     keys = pc.list_flatten(groups).dictionary_encode()
-    names, code, starts = keys.dictionary, keys.indices.to_numpy(), np.asarray(groups.offsets)[:-1] - groups.offsets[0].as_py()
+    names, code, starts = (
+        keys.dictionary,
+        keys.indices.to_numpy(),
+        np.asarray(groups.offsets)[:-1] - groups.offsets[0].as_py(),
+    )
     order = pc.sort_indices(names).to_numpy()
-    rank = np.empty(len(order), int); rank[order] = np.arange(len(order))
-    label = neighbours.groups([c.tolist() for c in np.split(code, starts[1:])] if len(code) > len(groups) else code.tolist(), pairs)
+    rank = np.empty(len(order), int)
+    rank[order] = np.arange(len(order))
+    label = neighbours.groups(
+        [c.tolist() for c in np.split(code, starts[1:])]
+        if len(code) > len(groups)
+        else code.tolist(),
+        pairs,
+    )
     size, own = np.bincount(label), side(names.take(pa.array(order)).to_pylist(), seed, holdout)
-    if len(code) > len(groups) and size.max() > BOUND*len(groups) >= np.bincount(code).max():
+    if len(code) > len(groups) and size.max() > BOUND * len(groups) >= np.bincount(code).max():
         kinds = np.unique(own, return_inverse=True)[1][rank[code]]
         low, high = np.minimum.reduceat(kinds, starts), np.maximum.reduceat(kinds, starts)
         return np.where(low == high, np.unique(own)[low], "")
-    first = pd.Series(np.minimum.reduceat(rank[code], starts)).groupby(label).transform("min").to_numpy()
-    return np.where(size[label] > BOUND*len(groups), "train", own[first])
+    first = (
+        pd.Series(np.minimum.reduceat(rank[code], starts))
+        .groupby(label)
+        .transform("min")
+        .to_numpy()
+    )
+    return np.where(size[label] > BOUND * len(groups), "train", own[first])
 
 # %% ../../nbs/data/staging.ipynb #c027
 def hold_out(
-    rows,       # checks.Rows, of which side says from which entry each row came
-    recipe,     # its holdout, seed and max_samples
-) -> dict:      # reason -> numbers of the rows that were left out
+    rows,  # checks.Rows, of which side says from which entry each row came
+    recipe,  # its holdout, seed and max_samples
+) -> dict:  # reason -> numbers of the rows that were left out
     "Cut what the recipe gave no source for out of the training rows; then keep at most max_samples of the rest."
     d, missing, left = recipe.dataset, [s for s in ("validation", "test") if s not in rows.side], {}
     if missing and d.holdout:
         at = rows.at[rows.train]
         groups = rows.text("groups").take(pa.array(at))
-        sides = sides_of(groups, chains(rows.clusters[at]) if wants_neighbours(recipe) else (), recipe.seed, d.holdout)
+        sides = sides_of(
+            groups,
+            chains(rows.clusters[at]) if wants_neighbours(recipe) else (),
+            recipe.seed,
+            d.holdout,
+        )
         rows.side[at] = np.where(np.isin(sides, missing) | (sides == ""), sides, "train")
         left["crosses_split"] = at[sides == ""]
     return left | sampled(rows, d.max_samples, recipe.seed)
 
+
 def sampled(rows, most, seed) -> dict:
     "Leave out training rows beyond `most`, by a seeded draw."
     at = rows.at[rows.train]
-    if not most or len(at) <= most: return {}
+    if not most or len(at) <= most:
+        return {}
     gone = np.setdiff1d(at, np.random.default_rng(seed).choice(at, most, replace=False))
     rows.side[gone] = ""
     return dict(max_samples=gone)

@@ -8,9 +8,10 @@ Docs: https://medft.github.io/medft/data/tokens.html.md"""
 __all__ = ['CHUNK', 'LONG', 'token_arrays', 'marks_starts', 'token_parts', 'token_rows', 'encode', 'show_sample', 'sample_text']
 
 # %% ../../nbs/data/tokens.ipynb #c002
-from .chat_templates import load_tokenizer, render, user, assistant
+from .chat_templates import assistant, load_tokenizer, render, user
 
-import html, os
+import html
+import os
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, groupby
@@ -18,13 +19,15 @@ from itertools import chain, groupby
 import numpy as np
 
 # %% ../../nbs/data/tokens.ipynb #c005
-_process_with_threads = None     # the first process that tokenised on all cores
+_process_with_threads = None  # the first process that tokenised on all cores
+
 
 def _may_use_threads() -> bool:
     "Whether the tokenizer's threads are this process's own. A forked child has none of them and would wait forever."
     global _process_with_threads
     _process_with_threads = _process_with_threads or os.getpid()
     return _process_with_threads == os.getpid()
+
 
 @contextmanager
 def _all_cores():
@@ -35,56 +38,83 @@ def _all_cores():
     finally:
         os.environ["TOKENIZERS_PARALLELISM"] = before
 
+
 def _coder(tok, texts):
     "Texts to lists of ids: the native batch call where there is one that agrees with the tokenizer's own."
-    own = lambda t: tok(t, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def own(t):
+        return tok(t, add_special_tokens=False, verbose=False)["input_ids"]
+
     core = getattr(tok, "backend_tokenizer", None)
-    if not hasattr(core, "encode_batch_fast"): return own
-    fast = lambda t: [e.ids for e in core.encode_batch_fast(t, add_special_tokens=False)]
+    if not hasattr(core, "encode_batch_fast"):
+        return own
+
+    def fast(t):
+        return [e.ids for e in core.encode_batch_fast(t, add_special_tokens=False)]
+
     some = [t[:2000] for t in texts[:4]]
-    return fast if own(some) == fast(some) else own    # calling `own` first switches padding and truncation off
+    return (
+        fast if own(some) == fast(some) else own
+    )  # calling `own` first switches padding and truncation off
 
 # %% ../../nbs/data/tokens.ipynb #c006
-CHUNK = 4096    # texts a native call: more gains nothing and costs memory
+CHUNK = 4096  # texts a native call: more gains nothing and costs memory
+
 
 def token_arrays(
-    tok,    # the tokenizer
+    tok,  # the tokenizer
     texts,  # list of str
-) -> tuple[np.ndarray, np.ndarray]:     # all ids (int32), and where each text begins (n + 1, int64)
+) -> tuple[np.ndarray, np.ndarray]:  # all ids (int32), and where each text begins (n + 1, int64)
     "Token ids of texts, without any special token that is not in them."
-    if not len(texts): return np.empty(0, np.int32), np.zeros(1, np.int64)
-    texts = list(texts); code, values, lengths = _coder(tok, texts), [], [0]
+    if not len(texts):
+        return np.empty(0, np.int32), np.zeros(1, np.int64)
+    texts = list(texts)
+    code, values, lengths = _coder(tok, texts), [], [0]
     with _all_cores():
         for i in range(0, len(texts), CHUNK):
-            ids = code(texts[i:i + CHUNK]); n = list(map(len, ids))
-            lengths += n; values.append(np.fromiter(chain.from_iterable(ids), np.int32, sum(n)))
+            ids = code(texts[i : i + CHUNK])
+            n = list(map(len, ids))
+            lengths += n
+            values.append(np.fromiter(chain.from_iterable(ids), np.int32, sum(n)))
     return np.concatenate(values), np.cumsum(lengths)
 
 # %% ../../nbs/data/tokens.ipynb #c009
 @lru_cache(maxsize=8)
 def marks_starts(tok) -> bool:
     "Whether the tokenizer writes the beginning of a text otherwise than the same letters further on."
-    ids = lambda s: list(tok(s, add_special_tokens=False)["input_ids"])
+
+    def ids(s):
+        return list(tok(s, add_special_tokens=False)["input_ids"])
+
     return ids("\nb") != ids("\n") + ids("b")
+
 
 def _continued(tok, texts, counts):
     "`token_arrays` of texts that continue each other, counts[i] of them in row i."
     first = np.repeat(np.cumsum([0, *counts])[:-1], counts)
-    ids, at = token_arrays(tok, ["".join(texts[s:i + 1]) for i, s in enumerate(first)])
+    ids, at = token_arrays(tok, ["".join(texts[s : i + 1]) for i, s in enumerate(first)])
     whole = [ids[a:b] for a, b in zip(at, at[1:])]
+
     def added(i):
         before = whole[i - 1] if i > first[i] else whole[i][:0]
-        return whole[i][len(before):] if np.array_equal(whole[i][:len(before)], before) else token_arrays(tok, [texts[i]])[0]
+        return (
+            whole[i][len(before) :]
+            if np.array_equal(whole[i][: len(before)], before)
+            else token_arrays(tok, [texts[i]])[0]
+        )
+
     cut = [added(i) for i in range(len(texts))]
     return np.concatenate([np.empty(0, np.int32), *cut]), np.cumsum([0, *map(len, cut)])
 
 # %% ../../nbs/data/tokens.ipynb #c010
 def token_parts(
-    tok,    # the tokenizer
+    tok,  # the tokenizer
     texts,  # the parts of all rows, one row behind the other
     marks,  # for each part: 1 trained on, 0 only read
-    counts, # parts of each row
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:     # all ids (int32), where each row begins (n + 1), the ids' mask (int8)
+    counts,  # parts of each row
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # all ids (int32), where each row begins (n + 1), the ids' mask (int8)
     "Rows made of parts as tokens."
     ids, at = _continued(tok, texts, counts) if marks_starts(tok) else token_arrays(tok, texts)
     return ids, at[np.cumsum([0, *counts])], np.repeat(np.asarray(marks, np.int8), np.diff(at))
@@ -93,36 +123,59 @@ def token_parts(
 def token_rows(tok, prompts, completions):
     "`token_parts` for prompts (read) and completions (trained on)."
     n = len(prompts)
-    return token_parts(tok, list(chain.from_iterable(zip(prompts, completions))), np.tile([0, 1], n), [2]*n)
+    return token_parts(
+        tok, list(chain.from_iterable(zip(prompts, completions))), np.tile([0, 1], n), [2] * n
+    )
+
 
 def encode(tok, prompts, completions) -> dict:
     "Token ids and the mask of what is trained on (1) or only read (0), for lists of prompts and completions."
     ids, at, mask = token_rows(tok, list(prompts), list(completions))
-    rows = lambda values: [values[a:b].tolist() for a, b in zip(at, at[1:])]
+
+    def rows(values):
+        return [values[a:b].tolist() for a, b in zip(at, at[1:])]
+
     return dict(input_ids=rows(ids), completion_mask=rows(mask))
 
 # %% ../../nbs/data/tokens.ipynb #c018
-LONG = 600      # tokens of a sample that are shown
+LONG = 600  # tokens of a sample that are shown
+
 
 def _cut(items, limit):
     "The beginning and the end of a list, and how many items were left out between."
-    if len(items) <= limit: return items, [], 0
-    return items[:limit//2], items[len(items) - limit + limit//2:], len(items) - limit
+    if len(items) <= limit:
+        return items, [], 0
+    return items[: limit // 2], items[len(items) - limit + limit // 2 :], len(items) - limit
+
 
 def show_sample(tok, input_ids, completion_mask, limit=LONG) -> str:
     "HTML: what the model reads in grey, what it is trained on in green, one token a box; a long row without its middle."
     style = {0: "color:#666;background:#f2f2f2", 1: "color:#064;background:#c8f0d4;font-weight:600"}
-    seen = lambda i: html.escape(tok.decode([i])).replace("\n", "⏎<br>")
-    span = lambda i, m: f'<span style="{style[int(m)]};border-radius:2px;margin:1px;padding:0 1px">{seen(i)}</span>'
+
+    def seen(i):
+        return html.escape(tok.decode([i])).replace("\n", "⏎<br>")
+
+    def span(i, m):
+        return f'<span style="{style[int(m)]};border-radius:2px;margin:1px;padding:0 1px">{seen(i)}</span>'
+
     head, tail, left = _cut(list(zip(input_ids, completion_mask)), limit)
-    spans = [*(span(*x) for x in head), *[f"<i> … {left:,} tokens … </i>"]*bool(left), *(span(*x) for x in tail)]
+    spans = [
+        *(span(*x) for x in head),
+        *[f"<i> … {left:,} tokens … </i>"] * bool(left),
+        *(span(*x) for x in tail),
+    ]
     return f'<div style="font-family:monospace;white-space:pre-wrap;line-height:1.6">{"".join(spans)}</div>'
 
 # %% ../../nbs/data/tokens.ipynb #c019
 def sample_text(tok, input_ids, completion_mask, limit=LONG) -> str:
     "The same as plain text: what is trained on stands between ⟦ and ⟧."
+
     def said(pairs):
-        runs = [(int(m), tok.decode([int(i) for i, _ in run])) for m, run in groupby(pairs, key=lambda x: x[1])]
+        runs = [
+            (int(m), tok.decode([int(i) for i, _ in run]))
+            for m, run in groupby(pairs, key=lambda x: x[1])
+        ]
         return "".join(f"⟦{text}⟧" if m else text for m, text in runs)
+
     head, tail, left = _cut(list(zip(input_ids, completion_mask)), limit)
-    return said(head) + f" … {left:,} tokens … "*bool(left) + said(tail)
+    return said(head) + f" … {left:,} tokens … " * bool(left) + said(tail)

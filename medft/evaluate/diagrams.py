@@ -9,64 +9,150 @@ __all__ = ['of_main', 'reliability', 'plot_reliability', 'calibration_table', 'c
            'positions_table']
 
 # %% ../../nbs/evaluate/diagrams.ipynb #c002
-from .plots import WIDTH, STYLE, colors, legend, plot_text, whiskers, written
+from .plots import STYLE, WIDTH, colors, legend, plot_text, whiskers, written
 
-import matplotlib as mpl, numpy as np, pandas as pd
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/evaluate/diagrams.ipynb #c006
 def of_main(metrics, key) -> dict:
     "What a key of metrics.json tells of every model on the main set; seeds other than the first left out."
-    found = {w: sets.get(metrics["main"]) for w, sets in metrics.get(key, {}).items() if "@" not in w}
+    found = {
+        w: sets.get(metrics["main"]) for w, sets in metrics.get(key, {}).items() if "@" not in w
+    }
     return {w: x for w, x in found.items() if x}
+
 
 def reliability(ax, found, key, ink, names):
     "One panel: how often what was stated came true."
     ax.plot([0, 100], [0, 100], color="#999999", lw=1, ls="--")
     for w, x in found.items():
-        bins = [b for b in x[key] if b["n"]]; y, off = whiskers([dict(value=b["accuracy"], ci95=b["ci95"]) for b in bins], 100); n = sorted(b["n"] for b in bins)
-        ax.errorbar([100*b["confidence"] for b in bins], y, yerr=off, fmt="o-", ms=4, lw=1.2, capsize=2, color=ink.get(w), label=plot_text(names.get(w, w), 14) + f" ({n[0]}{f'–{n[-1]}'*(n[0] < n[-1])} a dot)")
+        bins = [b for b in x[key] if b["n"]]
+        y, off = whiskers([dict(value=b["accuracy"], ci95=b["ci95"]) for b in bins], 100)
+        n = sorted(b["n"] for b in bins)
+        ax.errorbar(
+            [100 * b["confidence"] for b in bins],
+            y,
+            yerr=off,
+            fmt="o-",
+            ms=4,
+            lw=1.2,
+            capsize=2,
+            color=ink.get(w),
+            label=plot_text(names.get(w, w), 14) + f" ({n[0]}{f'–{n[-1]}' * (n[0] < n[-1])} a dot)",
+        )
 
 # %% ../../nbs/evaluate/diagrams.ipynb #c006s
 def plot_reliability(metrics, most=4) -> Figure | None:
     "How often answers of a confidence are right, as they are and with a temperature; None without figures."
-    found = dict(list(of_main(metrics, "calibration").items())[:most]); ink, names = colors(metrics.get("models", {})), metrics.get("names", {})
-    panels = [(k, title, some) for k, title in (("bins", "as stated"), ("bins_scaled", "with temperature")) if (some := {w: x for w, x in found.items() if any(b["n"] for b in x.get(k) or [])})]
-    if not panels: return None
+    found = dict(list(of_main(metrics, "calibration").items())[:most])
+    ink, names = colors(metrics.get("models", {})), metrics.get("names", {})
+    panels = [
+        (k, title, some)
+        for k, title in (("bins", "as stated"), ("bins_scaled", "with temperature"))
+        if (some := {w: x for w, x in found.items() if any(b["n"] for b in x.get(k) or [])})
+    ]
+    if not panels:
+        return None
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, .7 + 2.3*len(panels)), layout="constrained"); axes = np.atleast_1d(fig.subplots(len(panels), 1, sharex=True))
-        for ax, (k, title, some) in zip(axes, panels): reliability(ax, some, k, ink, names); ax.set(ylabel=f"came true, %\n{title}", xlim=(0, 101), ylim=(0, 102))
-        axes[-1].set(xlabel="stated, %"); legend(fig)
+        fig = Figure(figsize=(WIDTH, 0.7 + 2.3 * len(panels)), layout="constrained")
+        axes = np.atleast_1d(fig.subplots(len(panels), 1, sharex=True))
+        for ax, (k, title, some) in zip(axes, panels):
+            reliability(ax, some, k, ink, names)
+            ax.set(ylabel=f"came true, %\n{title}", xlim=(0, 101), ylim=(0, 102))
+        axes[-1].set(xlabel="stated, %")
+        legend(fig)
     return fig
 
 # %% ../../nbs/evaluate/diagrams.ipynb #c008
 def calibration_table(metrics) -> pd.DataFrame:
     "Each model's calibration on the main set, before and after its temperature, which validation rows gave."
-    say = lambda f: "–" if f is None else written(f, False) if isinstance(f, dict) else f"{f:.3f}"
-    p = lambda f: chance(f["p"]) if isinstance(f, dict) and "p" in f else "–"
-    row = lambda x: {"ECE": say(x.get("ece")), "p": p(x.get("ece")), "Brier": say(x.get("brier")), "temperature": say(x.get("temperature")), "ECE with it": say(x.get("ece_scaled")), "Brier with it": say(x.get("brier_scaled"))}
-    return pd.DataFrame({metrics.get("names", {}).get(w, w): row(x) for w, x in of_main(metrics, "calibration").items()}).T.rename_axis(f"on {metrics['main']}")
 
-def chance(p) -> str: "p in words."; return "–" if p is None else "< 0.001" if p < .001 else f"{p:.3f}"
+    def say(f):
+        return "–" if f is None else written(f, False) if isinstance(f, dict) else f"{f:.3f}"
+
+    def p(f):
+        return chance(f["p"]) if isinstance(f, dict) and "p" in f else "–"
+
+    def row(x):
+        return {
+            "ECE": say(x.get("ece")),
+            "p": p(x.get("ece")),
+            "Brier": say(x.get("brier")),
+            "temperature": say(x.get("temperature")),
+            "ECE with it": say(x.get("ece_scaled")),
+            "Brier with it": say(x.get("brier_scaled")),
+        }
+
+    return pd.DataFrame(
+        {
+            metrics.get("names", {}).get(w, w): row(x)
+            for w, x in of_main(metrics, "calibration").items()
+        }
+    ).T.rename_axis(f"on {metrics['main']}")
+
+
+def chance(p) -> str:
+    "p in words."
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 # %% ../../nbs/evaluate/diagrams.ipynb #c011
 def plot_positions(metrics, most=4) -> Figure | None:
     "How often each model chooses each place among the options; the line is how often the truth stands there. None without figures."
     found = dict(list(of_main(metrics, "positions").items())[:most])
-    if not found: return None
-    truth, ink, names = next(iter(found.values()))["truth"], colors(metrics["models"]), metrics.get("names", {}); step = .6/len(found)
+    if not found:
+        return None
+    truth, ink, names = (
+        next(iter(found.values()))["truth"],
+        colors(metrics["models"]),
+        metrics.get("names", {}),
+    )
+    step = 0.6 / len(found)
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, .9 + .42*len(truth)), layout="constrained"); ax = fig.subplots()
-        ax.vlines([100*t for t in truth], [i - .38 for i in range(len(truth))], [i + .38 for i in range(len(truth))], color="#333333", lw=1.2, ls="--", label="truth")
-        for j, (w, x) in enumerate(found.items()): ax.plot([100*c for c in x["chosen"]], [i - .3 + (j + .5)*step for i in range(len(x["chosen"]))], "o", ms=5, color=ink.get(w), label=plot_text(names.get(w, w)))
-        ax.set(yticks=range(len(truth)), yticklabels=[letter(i) for i in range(len(truth))], ylim=(len(truth) - .5, -.5), xlim=(0, None), xlabel="chosen, % of the items"); legend(fig)
+        fig = Figure(figsize=(WIDTH, 0.9 + 0.42 * len(truth)), layout="constrained")
+        ax = fig.subplots()
+        ax.vlines(
+            [100 * t for t in truth],
+            [i - 0.38 for i in range(len(truth))],
+            [i + 0.38 for i in range(len(truth))],
+            color="#333333",
+            lw=1.2,
+            ls="--",
+            label="truth",
+        )
+        for j, (w, x) in enumerate(found.items()):
+            ax.plot(
+                [100 * c for c in x["chosen"]],
+                [i - 0.3 + (j + 0.5) * step for i in range(len(x["chosen"]))],
+                "o",
+                ms=5,
+                color=ink.get(w),
+                label=plot_text(names.get(w, w)),
+            )
+        ax.set(
+            yticks=range(len(truth)),
+            yticklabels=[letter(i) for i in range(len(truth))],
+            ylim=(len(truth) - 0.5, -0.5),
+            xlim=(0, None),
+            xlabel="chosen, % of the items",
+        )
+        legend(fig)
     return fig
 
-def letter(i) -> str: "The place of an option, as exams write it."; return chr(65 + i) if i < 26 else str(i + 1)
+
+def letter(i) -> str:
+    "The place of an option, as exams write it."
+    return chr(65 + i) if i < 26 else str(i + 1)
 
 # %% ../../nbs/evaluate/diagrams.ipynb #c013
 def positions_table(metrics) -> pd.DataFrame:
     "Right answers in percent by the place of the truth, how far these differ, and how likely so uneven a choice would be by chance."
-    names, say = metrics.get("names", {}), lambda x: "–" if x is None else f"{100*x:.1f}"
-    rows = {names.get(w, w): {letter(i): say(r) for i, r in enumerate(x["recall"])} | {"spread": say(x.get("recall_spread")), "p": chance(x.get("p"))} for w, x in of_main(metrics, "positions").items()}
+    names, say = metrics.get("names", {}), lambda x: "–" if x is None else f"{100 * x:.1f}"
+    rows = {
+        names.get(w, w): {letter(i): say(r) for i, r in enumerate(x["recall"])}
+        | {"spread": say(x.get("recall_spread")), "p": chance(x.get("p"))}
+        for w, x in of_main(metrics, "positions").items()
+    }
     return pd.DataFrame(rows).T.rename_axis(f"% right on {metrics['main']}")

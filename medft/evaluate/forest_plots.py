@@ -8,60 +8,147 @@ Docs: https://medft.github.io/medft/evaluate/forest_plots.html.md"""
 __all__ = ['of_subject', 'subject_gaps', 'forest_rows', 'spots', 'plot_forest', 'forest_table']
 
 # %% ../../nbs/evaluate/forest_plots.ipynb #c002
-from .plots import WIDTH, STYLE, called, colors, first_model, legend, plot_text, whiskers, written
+from medft.evaluate.plots import (
+    STYLE,
+    WIDTH,
+    called,
+    colors,
+    first_model,
+    legend,
+    plot_text,
+    whiskers,
+    written,
+)
 from .statistics.verdicts import compare_choices, compare_text, holm
 
-import matplotlib as mpl, numpy as np, pandas as pd
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/evaluate/forest_plots.ipynb #c006
-def of_subject(frame, x): return frame[frame.subject == x].reset_index(drop=True)
+def of_subject(frame, x):
+    return frame[frame.subject == x].reset_index(drop=True)
+
 
 def subject_gaps(run, frames, metrics) -> dict:
     "By subject of the main set, every engine's difference from the base: a part of metrics.json. Nothing where rows name fewer than two."
     s, base = metrics["main"], first_model(metrics)
-    alike = lambda a, b: "tokens" not in a or list(a.tokens) == list(b.tokens)     # losses per token in other tokens say nothing
-    engines, names = [e for e, sets in metrics["differences"].items() if s in sets and "@" not in e and alike(frames[base, s], frames[e, s])], sorted(x for x in set(frames[base, s].subject) if x)
-    if len(names) < 2 or not engines: return {}
-    gap = lambda a, b: compare_choices(a.correct, b.correct, metrics["confidence"], a.group) if "correct" in a else compare_text(a, b, metrics["confidence"])
+
+    def alike(a, b):
+        return "tokens" not in a or list(a.tokens) == list(
+            b.tokens
+        )  # losses per token in other tokens say nothing
+
+    engines, names = (
+        [
+            e
+            for e, sets in metrics["differences"].items()
+            if s in sets and "@" not in e and alike(frames[base, s], frames[e, s])
+        ],
+        sorted(x for x in set(frames[base, s].subject) if x),
+    )
+    if len(names) < 2 or not engines:
+        return {}
+
+    def gap(a, b):
+        return (
+            compare_choices(a.correct, b.correct, metrics["confidence"], a.group)
+            if "correct" in a
+            else compare_text(a, b, metrics["confidence"])
+        )
+
     asked = [(x, e) for x in names for e in engines]
-    found = dict(zip(asked, holm([gap(*(of_subject(frames[w, s], x) for w in (base, e))) for x, e in asked], metrics["confidence"])))
+    found = dict(
+        zip(
+            asked,
+            holm(
+                [gap(*(of_subject(frames[w, s], x) for w in (base, e))) for x, e in asked],
+                metrics["confidence"],
+            ),
+        )
+    )
     return dict(subject_differences={s: {x: {e: found[x, e] for e in engines} for x in names}})
 
 # %% ../../nbs/evaluate/forest_plots.ipynb #c009
 def forest_rows(gaps, most=40) -> list[str]:
     "The subjects to draw: those of most items, the largest mean gain first."
-    n = {x: next(iter(d.values()))["n"] for x, d in gaps.items()}; less = next(iter(next(iter(gaps.values())).values()))["metric"] != "accuracy"
-    return sorted(sorted(gaps, key=lambda x: -n[x])[:most], key=lambda x: (1 if less else -1)*np.mean([d["effect"] for d in gaps[x].values()]))
+    n = {x: next(iter(d.values()))["n"] for x, d in gaps.items()}
+    less = next(iter(next(iter(gaps.values())).values()))["metric"] != "accuracy"
+    return sorted(
+        sorted(gaps, key=lambda x: -n[x])[:most],
+        key=lambda x: (1 if less else -1) * np.mean([d["effect"] for d in gaps[x].values()]),
+    )
+
 
 def spots(ax, d, y, k, ink, filled):
     "One comparison as a dot with its interval."
     x, off = whiskers([dict(value=d["effect"], ci95=d["ci95"])], k)
-    ax.errorbar(x, [y], xerr=off, fmt="o", ms=4.5, capsize=2, lw=1.4, color=ink, mfc=ink if filled else "white")
+    ax.errorbar(
+        x,
+        [y],
+        xerr=off,
+        fmt="o",
+        ms=4.5,
+        capsize=2,
+        lw=1.4,
+        color=ink,
+        mfc=ink if filled else "white",
+    )
 
 # %% ../../nbs/evaluate/forest_plots.ipynb #c010
 def plot_forest(metrics, most=40, several=3) -> Figure | None:
     "Engine minus base by subject, with intervals; None when there is nothing to compare."
-    s = metrics["main"]; gaps = metrics.get("subject_differences", {}).get(s)
-    if not gaps: return None
-    rows, engines = forest_rows(gaps, most), list(next(iter(gaps.values())))[:several]; ink, step = colors(metrics["models"]), .7/len(engines)
-    one = gaps[rows[0]][engines[0]]; k = 100 if one["metric"] == "accuracy" else 1; total = {e: metrics["differences"][e][s] for e in engines}
+    s = metrics["main"]
+    gaps = metrics.get("subject_differences", {}).get(s)
+    if not gaps:
+        return None
+    rows, engines = forest_rows(gaps, most), list(next(iter(gaps.values())))[:several]
+    ink, step = colors(metrics["models"]), 0.7 / len(engines)
+    one = gaps[rows[0]][engines[0]]
+    k = 100 if one["metric"] == "accuracy" else 1
+    total = {e: metrics["differences"][e][s] for e in engines}
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 1 + (len(rows) + 1)*max(.24, .13*len(engines))), layout="constrained"); ax = fig.subplots(); ax.axvline(0, color="#555555", lw=1)
+        fig = Figure(
+            figsize=(WIDTH, 1 + (len(rows) + 1) * max(0.24, 0.13 * len(engines))),
+            layout="constrained",
+        )
+        ax = fig.subplots()
+        ax.axvline(0, color="#555555", lw=1)
         for i, d in enumerate([gaps[x] for x in rows] + [total]):
-            for j, e in enumerate(engines): spots(ax, d[e], i - .35 + (j + .5)*step, k, ink[e], d[e]["label"] != "tie")
-        for e in engines: ax.plot([], [], "o", color=ink[e], label=plot_text(e))
-        ax.axhspan(len(rows) - .5, len(rows) + .5, color="#f0f2f4", zorder=0)
+            for j, e in enumerate(engines):
+                spots(ax, d[e], i - 0.35 + (j + 0.5) * step, k, ink[e], d[e]["label"] != "tie")
+        for e in engines:
+            ax.plot([], [], "o", color=ink[e], label=plot_text(e))
+        ax.axhspan(len(rows) - 0.5, len(rows) + 0.5, color="#f0f2f4", zorder=0)
         n = [next(iter(gaps[x].values()))["n"] for x in rows] + [total[engines[0]]["n"]]
-        ax.set(yticks=range(len(rows) + 1), yticklabels=[f"{plot_text(x)} ({c})" for x, c in zip([*rows, "all"], n)], ylim=(len(rows) + .5, -.5), xlabel=f"minus {plot_text(metrics.get('names', {}).get(first_model(metrics), first_model(metrics)))}, " + ("points" if k == 100 else called(one["metric"])))
+        ax.set(
+            yticks=range(len(rows) + 1),
+            yticklabels=[f"{plot_text(x)} ({c})" for x, c in zip([*rows, "all"], n)],
+            ylim=(len(rows) + 0.5, -0.5),
+            xlabel=f"minus {plot_text(metrics.get('names', {}).get(first_model(metrics), first_model(metrics)))}, "
+            + ("points" if k == 100 else called(one["metric"])),
+        )
         legend(fig)
     return fig
 
 # %% ../../nbs/evaluate/forest_plots.ipynb #c012
 def forest_table(metrics) -> pd.DataFrame:
     "Every subject's items, and each engine's difference from the base there; what remains after the correction has a star."
-    s = metrics["main"]; gaps = metrics.get("subject_differences", {}).get(s)
-    if not gaps: return pd.DataFrame()
-    cell = lambda d: written(dict(d, value=d["effect"]), d["metric"] == "accuracy") + "*"*(d["label"] != "tie")
-    rows = {x: dict(n=next(iter(gaps[x].values()))["n"]) | {e: cell(d) for e, d in gaps[x].items()} for x in forest_rows(gaps, len(gaps))}
-    return pd.DataFrame(rows).T.rename_axis(f"on {s}, minus {metrics.get('names', {}).get(first_model(metrics), first_model(metrics))}")
+    s = metrics["main"]
+    gaps = metrics.get("subject_differences", {}).get(s)
+    if not gaps:
+        return pd.DataFrame()
+
+    def cell(d):
+        return written(dict(d, value=d["effect"]), d["metric"] == "accuracy") + "*" * (
+            d["label"] != "tie"
+        )
+
+    rows = {
+        x: dict(n=next(iter(gaps[x].values()))["n"]) | {e: cell(d) for e, d in gaps[x].items()}
+        for x in forest_rows(gaps, len(gaps))
+    }
+    return pd.DataFrame(rows).T.rename_axis(
+        f"on {s}, minus {metrics.get('names', {}).get(first_model(metrics), first_model(metrics))}"
+    )

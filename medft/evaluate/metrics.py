@@ -10,57 +10,109 @@ __all__ = ['KINDS', 'PARTS', 'compare_texts', 'kind', 'measure', 'items', 'compa
            'evaluate']
 
 # %% ../../nbs/05_evaluate.ipynb #c003
-from ..core.run import STAGES, TRAINING_STAGES, MedftError, open_run, write_json  # first: it sets switches that the libraries read
-from .measures import baselines as pair_baselines     # it registers the rules for pairs of records
-from .scoring.benchmarks import about_benchmarks
-from .measures.calibration import calibrated
-from .measures.classification import accuracy, compare_labels, confusion, measure_labels, threshold_of
-from ..model.fingerprints import refuse_stale
+from ..core.run import STAGES, TRAINING_STAGES, MedftError, open_run, write_json
 from ..data.pipeline import ensure_data
-from .measures.memorisation import memorised
-from ..model.families import load_config
-from .scoring.finite_scores import check_frame
 from .forest_plots import subject_gaps
-from ..model.load import labels_of
-from .plots import class_table, main_metric, plot_labels, plot_scores, plot_subjects, subject_table, table, written
-from .measures.forgetting import judged
-from .predictions import read_predictions, score_run    # and for those who look for them here
-from .scoring.predict import score_choices
-from .measures.multiple_choice import measure_choices, positions, types
-from .statistics.intervals import share
-from ..train.baseline import train, trained
-from .measures.contamination import without_doubles
+from medft.evaluate.measures import (
+    baselines as pair_baselines,
+)  # it registers the rules for pairs of records
+from .measures.calibration import calibrated
+from medft.evaluate.measures.classification import (
+    accuracy,
+    compare_labels,
+    confusion,
+    measure_labels,
+    threshold_of,
+)
 from .measures.comparisons import compared
+from .measures.contamination import without_doubles
+from .measures.forgetting import judged
+from .measures.memorisation import memorised
+from .measures.multiple_choice import measure_choices, positions, types
 from .measures.seeds import several
-from .statistics.verdicts import compare_choices, compare_sums, compare_text, holm, sentence
 from .measures.text import compare_answers, measure_text
+from medft.evaluate.plots import (
+    class_table,
+    main_metric,
+    plot_labels,
+    plot_scores,
+    plot_subjects,
+    subject_table,
+    table,
+    written,
+)
+from medft.evaluate.predictions import (
+    read_predictions,
+    score_run,
+)  # and for those who look for them here
+from .scoring.benchmarks import about_benchmarks
+from .scoring.finite_scores import check_frame
+from .scoring.predict import score_choices
+from .statistics.intervals import share
+from medft.evaluate.statistics.verdicts import (
+    compare_choices,
+    compare_sums,
+    compare_text,
+    holm,
+    sentence,
+)
+from ..model.families import load_config
+from ..model.fingerprints import refuse_stale
+from ..model.load import labels_of
+from ..train.baseline import train, trained
 
 import math
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 
 # %% ../../nbs/05_evaluate.ipynb #v000
 def compare_texts(a, b, confidence=0.95) -> dict:
     "Texts by their loss per token; where two models read them in other tokens, by their bits per byte."
-    if list(a.tokens) == list(b.tokens): return compare_text(a, b, confidence)
-    columns = lambda f: np.stack([f.nll, f.bytes*math.log(2)], 1).astype(float)
-    return compare_sums("bits_per_byte", lambda s: s[..., 0]/s[..., 1], columns(a), columns(b), a.group, confidence)
+    if list(a.tokens) == list(b.tokens):
+        return compare_text(a, b, confidence)
+
+    def columns(f):
+        return np.stack([f.nll, f.bytes * math.log(2)], 1).astype(float)
+
+    return compare_sums(
+        "bits_per_byte",
+        lambda s: s[..., 0] / s[..., 1],
+        columns(a),
+        columns(b),
+        a.group,
+        confidence,
+    )
 
 # %% ../../nbs/05_evaluate.ipynb #c007
-KINDS = dict(probabilities=(measure_labels, compare_labels), scores=(measure_choices, lambda a, b, confidence: compare_choices(a.correct, b.correct, confidence, a.group)),
-             nll=(measure_text, compare_texts))  # a column that only this kind has -> how it is measured and compared
+KINDS = dict(
+    probabilities=(measure_labels, compare_labels),
+    scores=(
+        measure_choices,
+        lambda a, b, confidence: compare_choices(a.correct, b.correct, confidence, a.group),
+    ),
+    nll=(measure_text, compare_texts),
+)  # a column that only this kind has -> how it is measured and compared
 
-def kind(frame): return next(k for column, k in KINDS.items() if column in frame)
+
+def kind(frame):
+    return next(k for column, k in KINDS.items() if column in frame)
+
 
 def measure(frame, confidence=0.95) -> dict:
     "All figures of one prediction file, the main one first."
     return kind(frame)[0](check_frame(frame), confidence)
 
-def items(frame): "What tells items: the prompt that the base reads."; return list(frame.get("item_sha256", frame.prompt_sha256))
+
+def items(frame):
+    "What tells items: the prompt that the base reads."
+    return list(frame.get("item_sha256", frame.prompt_sha256))
+
 
 def compare(a, b, confidence=0.95) -> dict:
     "Two prediction frames on the same items. Raises `MedftError` when the items differ."
-    if list(a.id) != list(b.id) or items(a) != items(b): raise MedftError("these predictions are about different items; score both models again")
+    if list(a.id) != list(b.id) or items(a) != items(b):
+        raise MedftError("these predictions are about different items; score both models again")
     return kind(a)[1](check_frame(a), check_frame(b), confidence)
 
 # %% ../../nbs/05_evaluate.ipynb #c022
@@ -68,47 +120,98 @@ def by_subject(frames, name, confidence=0.95) -> dict:
     "subject (of text: its source) -> model -> figures."
     sets = {who: f for (who, s), f in frames.items() if s == name}
     names = sorted({x for f in sets.values() for x in f.subject if x})
-    part = lambda f, x: f[f.subject == x].reset_index(drop=True)
-    figures = lambda f: dict(accuracy=accuracy(f, confidence)) if "correct" in f else measure(f, confidence)
+
+    def part(f, x):
+        return f[f.subject == x].reset_index(drop=True)
+
+    def figures(f):
+        return dict(accuracy=accuracy(f, confidence)) if "correct" in f else measure(f, confidence)
+
     return {x: {who: figures(part(f, x)) for who, f in sets.items()} for x in names}
 
 # %% ../../nbs/05_evaluate.ipynb #c024
 def family(
-    asked,              # (who, than whom, on what set): the predictions of the other, and its own
+    asked,  # (who, than whom, on what set): the predictions of the other, and its own
     confidence=0.95,
-) -> dict:              # the same keys: comparisons
+) -> dict:  # the same keys: comparisons
     "Comparisons that are looked at together, corrected for their number, each with its sentence."
     found = holm([compare(a, b, confidence) for a, b in asked.values()], confidence)
     return {words: d | dict(sentence=sentence(d, *words)) for words, d in zip(asked, found)}
 
 # %% ../../nbs/05_evaluate.ipynb #s001
 def summarise(
-    frames,                     # {(model, set): predictions}
+    frames,  # {(model, set): predictions}
     confidence=0.95,
-    baselines={}, names={},     # {(rule, set): predictions}; what a model is called in words
-    aside=(),                   # sets that the tuning is not about: never the main one
+    baselines={},
+    names={},  # {(rule, set): predictions}; what a model is called in words
+    aside=(),  # sets that the tuning is not about: never the main one
 ) -> dict:
     "metrics.json from prediction files alone."
     for (who, name), frame in [*frames.items(), *baselines.items()]:
         check_frame(frame, who, name)
-    frames = {k: f for k, f in frames.items() if "@" not in k[0]}      # further seeds speak through their engine's verdict
-    models, sets = (sorted(dict.fromkeys(x), key=lambda v: v != first) for x, first in zip(zip(*sorted(frames)), ("base", "test")))
-    sets = sorted(sets, key=lambda s: s in aside); engines, main = [m for m in models if m != "base"], sets[0]
-    base = names.get("base", "base"); simple, than = simple_figures(baselines, main, confidence), f"the {base}" if base.startswith("base") else base
-    first, further = (family({(e, than, s): (frames["base", s], frames[e, s]) for e in engines for s in some}, confidence) for some in (sets[:1], sets[1:]))
+    frames = {
+        k: f for k, f in frames.items() if "@" not in k[0]
+    }  # further seeds speak through their engine's verdict
+    models, sets = (
+        sorted(dict.fromkeys(x), key=lambda v: v != first)
+        for x, first in zip(zip(*sorted(frames)), ("base", "test"))
+    )
+    sets = sorted(sets, key=lambda s: s in aside)
+    engines, main = [m for m in models if m != "base"], sets[0]
+    base = names.get("base", "base")
+    simple, than = (
+        simple_figures(baselines, main, confidence),
+        f"the {base}" if base.startswith("base") else base,
+    )
+    first, further = (
+        family(
+            {(e, than, s): (frames["base", s], frames[e, s]) for e in engines for s in some},
+            confidence,
+        )
+        for some in (sets[:1], sets[1:])
+    )
     gaps = {e: {s: (first | further)[e, than, s] for s in sets} for e in engines}
-    beside = {f"{b} - {a}": (b, a, frames[a, main]) for i, a in enumerate(engines) for b in engines[i + 1:]}
-    beside |= {f"{e} - {rule}": (e, f"the baseline {rule}", baselines[rule, main]) for e in engines for rule in list(simple)[:1]}
-    pairs = dict(zip(beside, family({(e, other, main): (f, frames[e, main]) for e, other, f in beside.values()}, confidence).values()))
-    return dict(verdict={e: gaps[e][main] for e in engines}, models={m: {s: measure(frames[m, s], confidence) for s in sets} for m in models}, differences=gaps, between=pairs,
-                subjects={s: by_subject(frames, s, confidence) for s in sets}, main=main, confidence=confidence, names=names, baselines=simple)
+    beside = {
+        f"{b} - {a}": (b, a, frames[a, main])
+        for i, a in enumerate(engines)
+        for b in engines[i + 1 :]
+    }
+    beside |= {
+        f"{e} - {rule}": (e, f"the baseline {rule}", baselines[rule, main])
+        for e in engines
+        for rule in list(simple)[:1]
+    }
+    pairs = dict(
+        zip(
+            beside,
+            family(
+                {(e, other, main): (f, frames[e, main]) for e, other, f in beside.values()},
+                confidence,
+            ).values(),
+        )
+    )
+    return dict(
+        verdict={e: gaps[e][main] for e in engines},
+        models={m: {s: measure(frames[m, s], confidence) for s in sets} for m in models},
+        differences=gaps,
+        between=pairs,
+        subjects={s: by_subject(frames, s, confidence) for s in sets},
+        main=main,
+        confidence=confidence,
+        names=names,
+        baselines=simple,
+    )
 
 # %% ../../nbs/05_evaluate.ipynb #c025
 def simple_figures(baselines, main, confidence=0.95) -> dict:
     "rule -> set -> figures, the best on the main set first."
     found = {}
-    for (rule, s), frame in baselines.items(): found.setdefault(rule, {})[s] = measure(frame, confidence)
-    value = lambda rule: (f := found[rule][main])[main_metric(f)]["value"]
+    for (rule, s), frame in baselines.items():
+        found.setdefault(rule, {})[s] = measure(frame, confidence)
+
+    def value(rule):
+        return (f := found[rule][main])[main_metric(f)]["value"]
+
     return {rule: found[rule] for rule in sorted(found, key=lambda rule: -value(rule))}
 
 # %% ../../nbs/05_evaluate.ipynb #v002
@@ -116,59 +219,117 @@ def whole(frames) -> dict:
     "The predictions, if there are some of every model on every set. Raises `MedftError`."
     models, sets = map(set, zip(*frames))
     lacking = sorted(f"{m}.{s}" for m in models for s in sets if (m, s) not in frames)
-    if lacking: raise MedftError(f"predictions are missing: {', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}; score again: medft resume RUN --stages evaluate")
+    if lacking:
+        raise MedftError(
+            f"predictions are missing: {', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}; score again: medft resume RUN --stages evaluate"
+        )
     return frames
+
 
 def called(run) -> dict:
     "What models are called in words, where that is not their name."
     about, names = run.manifest.get("evaluated") or {}, run.manifest.get("called") or {}
-    if run.recipe.task != "classification": return names
-    bare = about["base"].get("untrained_head") if "base" in about else not any("SequenceClassification" in a for a in load_config(run.recipe).architectures or [])
+    if run.recipe.task != "classification":
+        return names
+    bare = (
+        about["base"].get("untrained_head")
+        if "base" in about
+        else not any(
+            "SequenceClassification" in a for a in load_config(run.recipe).architectures or []
+        )
+    )
     return dict(base="base (untrained head)") | names if bare else names
 
 # %% ../../nbs/05_evaluate.ipynb #c029
-PARTS = [several, compared, calibrated, positions, types, subject_gaps, compare_answers, about_benchmarks, judged]  # functions of (run, predictions, metrics.json so far) that add keys to it; judged turns verdicts, so it is last
+PARTS = [
+    several,
+    compared,
+    calibrated,
+    positions,
+    types,
+    subject_gaps,
+    compare_answers,
+    about_benchmarks,
+    judged,
+]  # functions of (run, predictions, metrics.json so far) that add keys to it; judged turns verdicts, so it is last
+
 
 def all_figures(run, frames, rules) -> dict:
     "What `summarise` and PARTS make of predictions: the models' and the simple rules'."
     r, labels = run.recipe, run.recipe.task == "classification"
     out = summarise(frames, r.evaluation.confidence, rules, called(run), r.evaluation.retention)
-    if labels: out |= dict(labels=labels_of(run), confusion={m: {s: confusion(frames[m, s]) for s in sets} for m, sets in out["models"].items()})
+    if labels:
+        out |= dict(
+            labels=labels_of(run),
+            confusion={
+                m: {s: confusion(frames[m, s]) for s in sets} for m, sets in out["models"].items()
+            },
+        )
     if labels and len(frames["base", out["main"]].probabilities.iloc[0]) == 2:
         out |= with_thresholds(run, out["models"])
-    for part in PARTS: out |= part(run, frames, out)
+    for part in PARTS:
+        out |= part(run, frames, out)
     return out
+
 
 def figures(run) -> dict:
     "metrics.json of a run, from its prediction files alone; where items are near-duplicates of training rows, made without them too."
     frames, rules = whole(read_predictions(run)), read_predictions(run, "baselines")
     out = all_figures(run, frames, rules)
-    among = lambda f, like: f[f.id.isin(like.id)].reset_index(drop=True)
-    again = lambda kept: all_figures(run, kept, {(rule, s): among(f, kept["base", s]) for (rule, s), f in rules.items()})
+
+    def among(f, like):
+        return f[f.id.isin(like.id)].reset_index(drop=True)
+
+    def again(kept):
+        return all_figures(
+            run, kept, {(rule, s): among(f, kept["base", s]) for (rule, s), f in rules.items()}
+        )
+
     return out | memorised(run, frames, out) | without_doubles(run, frames, out, again)
 
 # %% ../../nbs/05_evaluate.ipynb #c030
 def with_thresholds(run, models) -> dict:
     "Each model's threshold and where it comes from, and the same number among its figures."
-    chosen = {who: threshold_of(run.recipe, read_predictions(run, "validation").get((who, "validation"))) for who in models}
-    number = lambda t: dict(value=t["value"], ci95=[None, None], n=t.get("n", 0))
-    return dict(thresholds=chosen, models={who: {s: f | dict(threshold=number(chosen[who])) for s, f in sets.items()} for who, sets in models.items()})
+    chosen = {
+        who: threshold_of(run.recipe, read_predictions(run, "validation").get((who, "validation")))
+        for who in models
+    }
+
+    def number(t):
+        return dict(value=t["value"], ci95=[None, None], n=t.get("n", 0))
+
+    return dict(
+        thresholds=chosen,
+        models={
+            who: {s: f | dict(threshold=number(chosen[who])) for s, f in sets.items()}
+            for who, sets in models.items()
+        },
+    )
 
 # %% ../../nbs/05_evaluate.ipynb #v005
 def ensure_trained(run):
     "Train the baseline where nothing is trained. Raises `MedftError` where another stage must come first."
     engines, stage = run.recipe.engine, {e: s for s, e in TRAINING_STAGES.items()}
-    if not engines or trained(run): return
+    if not engines or trained(run):
+        return
     first = stage.get(engines[0], engines[0])
-    if "trl" not in engines: raise MedftError(f"{run.path.name}: nothing is trained yet; run stage {first} first ({STAGES[first]}.ipynb, or medft resume {run.path} --stages {first},evaluate)")
-    run.log("evaluate: nothing is trained yet; training with trl first"); train(run, "trl")
+    if "trl" not in engines:
+        raise MedftError(
+            f"{run.path.name}: nothing is trained yet; run stage {first} first ({STAGES[first]}.ipynb, or medft resume {run.path} --stages {first},evaluate)"
+        )
+    run.log("evaluate: nothing is trained yet; training with trl first")
+    train(run, "trl")
 
 # %% ../../nbs/05_evaluate.ipynb #c031
 def evaluate(run) -> dict:
     "Score a run's models and write metrics.json."
-    ensure_data(run); ensure_trained(run)
-    for engine in trained(run): refuse_stale(run, engine)
-    score_run(run); metrics = figures(run)
-    write_json(run.path/"metrics.json", metrics)
-    for d in [*metrics["verdict"].values(), *metrics["between"].values()]: run.log(d["sentence"])
+    ensure_data(run)
+    ensure_trained(run)
+    for engine in trained(run):
+        refuse_stale(run, engine)
+    score_run(run)
+    metrics = figures(run)
+    write_json(run.path / "metrics.json", metrics)
+    for d in [*metrics["verdict"].values(), *metrics["between"].values()]:
+        run.log(d["sentence"])
     return metrics

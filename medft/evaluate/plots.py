@@ -12,162 +12,368 @@ __all__ = ['METRICS', 'BY_SUBJECT', 'COLORS', 'RULE', 'SPARE', 'STYLE', 'WIDTH',
 # %% ../../nbs/evaluate/plots.ipynb #c002
 from .measures.classification import confusion
 
-import html, io, itertools, re
+import html
+import io
+import itertools
+import re
 
-import matplotlib as mpl, numpy as np, pandas as pd
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/evaluate/plots.ipynb #c007
-METRICS = dict(accuracy="accuracy, %", f1="F1", macro_f1="macro-F1", loss="loss, nats per token", bits_per_byte="bits per byte", token_f1="token F1", rouge_l="ROUGE-L", ece="ECE", mcc="MCC", auroc="AUROC", auprc="AUPRC")
+METRICS = dict(
+    accuracy="accuracy, %",
+    f1="F1",
+    macro_f1="macro-F1",
+    loss="loss, nats per token",
+    bits_per_byte="bits per byte",
+    token_f1="token F1",
+    rouge_l="ROUGE-L",
+    ece="ECE",
+    mcc="MCC",
+    auroc="AUROC",
+    auprc="AUPRC",
+)
+
 
 def main_metric(scores) -> str:
     "The figure of a set by which models are compared: F1 of two labels, accuracy of options and more labels, the loss of text."
     return next(iter(scores))
 
-def called(metric) -> str: "A figure's name in words."; return METRICS.get(metric, metric.replace("_", " "))
 
-def first_model(metrics) -> str: "Whom the others are compared with: the base, or what was scored in its place."; return "base" if "base" in metrics["models"] else next(iter(metrics["models"]))
+def called(metric) -> str:
+    "A figure's name in words."
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
+def first_model(metrics) -> str:
+    "Whom the others are compared with: the base, or what was scored in its place."
+    return "base" if "base" in metrics["models"] else next(iter(metrics["models"]))
+
 
 def written(f, percent) -> str:
     "A figure with its interval, in words of a table."
-    if f.get("value") is None: return "–"
+    if f.get("value") is None:
+        return "–"
     k, p = (100, 1) if percent else (1, 3)
-    if f["ci95"][0] is None: return f"{k*f['value']:.{p}f}"
-    return f"{k*f['value']:.{p}f} [{k*f['ci95'][0]:.{p}f}, {k*f['ci95'][1]:.{p}f}]"
+    if f["ci95"][0] is None:
+        return f"{k * f['value']:.{p}f}"
+    return f"{k * f['value']:.{p}f} [{k * f['ci95'][0]:.{p}f}, {k * f['ci95'][1]:.{p}f}]"
 
 # %% ../../nbs/evaluate/plots.ipynb #c010
 def table(metrics) -> pd.DataFrame:
     "One row a set: every model's main metric with its interval, each engine's difference from the base, and the simple rules."
     rows, names = {}, metrics.get("names", {})
     for s, scores in metrics["models"][first_model(metrics)].items():
-        m = main_metric(scores); percent = m == "accuracy"
-        rows[s] = {names.get(w, w): written(x.get(s, {}).get(m, {}), percent) for w, x in metrics["models"].items()}
-        rows[s] |= {f"{e} - base": written(dict(d[s], value=d[s]["effect"]), percent) for e, d in metrics["differences"].items() if s in d}
-        rows[s] |= {rule: written(x[s][m], percent) for rule, x in metrics.get("baselines", {}).items() if s in x}
-        rows[s] |= {"chance": f"{100*scores['chance']['value']:.0f}"} if "chance" in scores else {}
+        m = main_metric(scores)
+        percent = m == "accuracy"
+        rows[s] = {
+            names.get(w, w): written(x.get(s, {}).get(m, {}), percent)
+            for w, x in metrics["models"].items()
+        }
+        rows[s] |= {
+            f"{e} - base": written(dict(d[s], value=d[s]["effect"]), percent)
+            for e, d in metrics["differences"].items()
+            if s in d
+        }
+        rows[s] |= {
+            rule: written(x[s][m], percent)
+            for rule, x in metrics.get("baselines", {}).items()
+            if s in x
+        }
+        rows[s] |= (
+            {"chance": f"{100 * scores['chance']['value']:.0f}"} if "chance" in scores else {}
+        )
         rows[s] |= {"n": scores[m]["n"], "metric": called(m)}
     return pd.DataFrame(rows).T.rename_axis("set")
 
 # %% ../../nbs/evaluate/plots.ipynb #c013
 BY_SUBJECT = ("accuracy", "bits_per_byte", "loss")
 
+
 def subject_table(metrics, name=None) -> pd.DataFrame:
     "One row a subject (of text: a source) of a set, and one for all of them: every model's figures."
     s, names = name or metrics["main"], metrics.get("names", {})
-    rows = {x: v for x, v in metrics["subjects"].get(s, {}).items()} | {"all": {w: x[s] for w, x in metrics["models"].items() if s in x}}
-    cells = lambda v: {(called(m), names.get(w, w)): written(f[m], m == "accuracy") for m in BY_SUBJECT for w, f in v.items() if m in f}
+    rows = {x: v for x, v in metrics["subjects"].get(s, {}).items()} | {
+        "all": {w: x[s] for w, x in metrics["models"].items() if s in x}
+    }
+
+    def cells(v):
+        return {
+            (called(m), names.get(w, w)): written(f[m], m == "accuracy")
+            for m in BY_SUBJECT
+            for w, f in v.items()
+            if m in f
+        }
+
     return pd.DataFrame({x: cells(v) for x, v in rows.items()}).T.rename_axis(f"on {s}")
 
 # %% ../../nbs/evaluate/plots.ipynb #c016
 def class_table(metrics, name=None) -> pd.DataFrame:
     "One row a model or rule, one column a figure, on one set of labelled rows."
     s, names = name or metrics["main"], metrics.get("names", {})
-    who = {names.get(w, w): x[s] for w, x in metrics["models"].items()} | {rule: x[s] for rule, x in metrics["baselines"].items() if s in x}
-    shown = {w: {m: written(x.get(m, {}), False) for m in "f1 precision recall accuracy mcc auroc auprc brier ece threshold".split()} for w, x in who.items()}
+    who = {names.get(w, w): x[s] for w, x in metrics["models"].items()} | {
+        rule: x[s] for rule, x in metrics["baselines"].items() if s in x
+    }
+    shown = {
+        w: {
+            m: written(x.get(m, {}), False)
+            for m in "f1 precision recall accuracy mcc auroc auprc brier ece threshold".split()
+        }
+        for w, x in who.items()
+    }
     return pd.DataFrame(shown).T.rename_axis(f"on {s}")
 
 # %% ../../nbs/evaluate/plots.ipynb #c019
 COLORS, RULE = dict(base="#767676", trl="#3a6ea5", unsloth="#c4581b", fast="#2b8a4b"), "#8a6d1f"
 SPARE = ("#8e5ba6", "#0f8b8d", "#b5446e", "#6b7a1c", "#4f5bd5", "#7a4b2a")
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
-         "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "medft"}
-WIDTH = 4.2     # inches: on a telephone the text is then as large as the page's
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "medft",
+}
+WIDTH = 4.2  # inches: on a telephone the text is then as large as the page's
+
 
 def colors(names) -> dict:
     "A colour for every model: an engine's own, for its other seeds too; whoever else there is takes the next spare one."
-    spare = itertools.cycle(SPARE); return {w: COLORS.get(w.split("@")[0]) or next(spare) for w in names}
+    spare = itertools.cycle(SPARE)
+    return {w: COLORS.get(w.split("@")[0]) or next(spare) for w in names}
+
 
 def short(text, most=26) -> str:
     "A name that leaves room for the plot; the tables have it whole."
-    return text if len(text) <= most else text[:most - 1].rstrip() + "…"
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
 
 def plot_text(
-    text,       # of a subject, a set, a model: whatever the data hold
-    most=26,    # characters
+    text,  # of a subject, a set, a model: whatever the data hold
+    most=26,  # characters
 ) -> str:
     "A name that matplotlib shows as it is: in one line, shortened, with no formula in it, and not hidden from a legend."
     one_line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    shown = (short(one_line, most) or "(no name)").replace("$", r"\$")     # two dollar signs would begin a formula
-    return f" {shown}" if shown.startswith("_") else shown      # matplotlib leaves labels that begin with _ out of legends
+    shown = (short(one_line, most) or "(no name)").replace(
+        "$", r"\$"
+    )  # two dollar signs would begin a formula
+    return (
+        f" {shown}" if shown.startswith("_") else shown
+    )  # matplotlib leaves labels that begin with _ out of legends
+
 
 def legend(fig, most=52):
     "The legend above a figure, in as many columns as its names leave room for; the figure grows by its lines."
     found, seen = [], set()
     for ax in fig.axes:
         own = list(zip(*ax.get_legend_handles_labels()))
-        found += [(handle, name) for handle, name in own if name not in seen]     # two panels show the same models
+        found += [
+            (handle, name) for handle, name in own if name not in seen
+        ]  # two panels show the same models
         seen |= {name for _, name in own}
     if not found:
         return
-    columns = max(1, min(4, most//(max(len(name) for _, name in found) + 5)))
-    fig.set_figheight(fig.get_figheight() + .18*(-(-len(found)//columns) - 1))
+    columns = max(1, min(4, most // (max(len(name) for _, name in found) + 5)))
+    fig.set_figheight(fig.get_figheight() + 0.18 * (-(-len(found) // columns) - 1))
     handles, names = zip(*found)
     fig.legend(handles, names, loc="outside upper center", ncols=columns)
 
 # %% ../../nbs/evaluate/plots.ipynb #c021
 def whiskers(figures, k=1):
     "Values, and how far their intervals reach down and up (nan: there is none)."
-    y = [k*f["value"] for f in figures]
-    return y, np.abs([[np.nan if f["ci95"][e] is None else k*f["ci95"][e] - v for f, v in zip(figures, y)] for e in (0, 1)])
+    y = [k * f["value"] for f in figures]
+    return y, np.abs(
+        [
+            [np.nan if f["ci95"][e] is None else k * f["ci95"][e] - v for f, v in zip(figures, y)]
+            for e in (0, 1)
+        ]
+    )
 
 # %% ../../nbs/evaluate/plots.ipynb #c023
-def tenths(m): "A drawing's coordinates to a tenth of a point; text is left alone."; return re.sub(r"(\.\d)\d+", r"\1", m[0])
+def tenths(m):
+    "A drawing's coordinates to a tenth of a point; text is left alone."
+    return re.sub(r"(\.\d)\d+", r"\1", m[0])
+
 
 def thin(svg) -> str:
     "SVG without what no reader sees."
     used = set(re.findall(r"#([\w-]+)", svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S))
+    svg = re.sub(
+        r' id="([^"]*)"',
+        lambda m: m[0] if m[1] in used else "",
+        re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S),
+    )
     svg = re.sub(r' transform="rotate\(-0[^"]*"', "", re.sub(r"font-family: [^;\"]*;? ?", "", svg))
-    return re.sub(r"\s*\n\s*", " ", re.sub(r' (d|x|y|width|height|viewBox|transform)="[^"]*"', tenths, svg)).replace("> <", "><").replace(' "', '"')
+    return (
+        re.sub(
+            r"\s*\n\s*",
+            " ",
+            re.sub(r' (d|x|y|width|height|viewBox|transform)="[^"]*"', tenths, svg),
+        )
+        .replace("> <", "><")
+        .replace(' "', '"')
+    )
+
 
 def inline(fig, says="", paper="none") -> str:
     "A figure as SVG text to put into a page, with what it shows in words; the same figure always gives the same text."
-    if fig is None: return ""
-    with mpl.rc_context(STYLE): out = io.StringIO(); fig.savefig(out, format="svg", facecolor=paper, metadata=dict(Date=None, Creator=None))
-    return thin(out.getvalue()[out.getvalue().index("<svg"):]).replace("<svg ", f'<svg font-family="sans-serif" role="img" aria-label="{html.escape(says)}" ', 1)
+    if fig is None:
+        return ""
+    with mpl.rc_context(STYLE):
+        out = io.StringIO()
+        fig.savefig(out, format="svg", facecolor=paper, metadata=dict(Date=None, Creator=None))
+    return thin(out.getvalue()[out.getvalue().index("<svg") :]).replace(
+        "<svg ", f'<svg font-family="sans-serif" role="img" aria-label="{html.escape(says)}" ', 1
+    )
 
 # %% ../../nbs/evaluate/plots.ipynb #c027
 def plot_scores(metrics) -> Figure:
     "Every model's main metric on every set, with intervals; the dashed line is chance. Beside simple rules, on the main set alone."
-    if metrics.get("baselines"): return plot_rules(metrics)
-    who, first, names = metrics["models"], metrics["models"][first_model(metrics)], metrics.get("names", {})
-    sets, m = list(first), main_metric(first[metrics["main"]]); k, ink, step = 100 if m == "accuracy" else 1, colors(who), .7/len(who)
+    if metrics.get("baselines"):
+        return plot_rules(metrics)
+    who, first, names = (
+        metrics["models"],
+        metrics["models"][first_model(metrics)],
+        metrics.get("names", {}),
+    )
+    sets, m = list(first), main_metric(first[metrics["main"]])
+    k, ink, step = 100 if m == "accuracy" else 1, colors(who), 0.7 / len(who)
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, .9 + len(sets)*max(.45, .13*len(who))), layout="constrained"); ax = fig.subplots()
+        fig = Figure(
+            figsize=(WIDTH, 0.9 + len(sets) * max(0.45, 0.13 * len(who))), layout="constrained"
+        )
+        ax = fig.subplots()
         for j, (w, scores) in enumerate(who.items()):
-            has = [(i, scores[s][m]) for i, s in enumerate(sets) if scores.get(s, {}).get(m, {}).get("value") is not None]; x, off = whiskers([f for _, f in has], k)
-            ax.errorbar(x, [i - .35 + (j + .5)*step for i, _ in has], xerr=off, fmt="o", ms=4.5, capsize=2, lw=1.5, color=ink[w], label=plot_text(names.get(w, w)))
-        for i, s in [(i, s) for i, s in enumerate(sets) if "chance" in first[s]]: ax.vlines(k*first[s]["chance"]["value"], i - .4, i + .4, ls="--", color="#b33", lw=1, label=None if i else "chance")
-        ax.set(yticks=range(len(sets)), yticklabels=[plot_text(s.replace("_", " ")) for s in sets], ylim=(len(sets) - .5, -.5), xlabel=called(m), **({} if m == "loss" else dict(xlim=(0, 1.02*k))))
+            has = [
+                (i, scores[s][m])
+                for i, s in enumerate(sets)
+                if scores.get(s, {}).get(m, {}).get("value") is not None
+            ]
+            x, off = whiskers([f for _, f in has], k)
+            ax.errorbar(
+                x,
+                [i - 0.35 + (j + 0.5) * step for i, _ in has],
+                xerr=off,
+                fmt="o",
+                ms=4.5,
+                capsize=2,
+                lw=1.5,
+                color=ink[w],
+                label=plot_text(names.get(w, w)),
+            )
+        for i, s in [(i, s) for i, s in enumerate(sets) if "chance" in first[s]]:
+            ax.vlines(
+                k * first[s]["chance"]["value"],
+                i - 0.4,
+                i + 0.4,
+                ls="--",
+                color="#b33",
+                lw=1,
+                label=None if i else "chance",
+            )
+        ax.set(
+            yticks=range(len(sets)),
+            yticklabels=[plot_text(s.replace("_", " ")) for s in sets],
+            ylim=(len(sets) - 0.5, -0.5),
+            xlabel=called(m),
+            **({} if m == "loss" else dict(xlim=(0, 1.02 * k))),
+        )
         legend(fig)
     return fig
 
 # %% ../../nbs/evaluate/plots.ipynb #c030
 def plot_rules(metrics) -> Figure:
     "Models and simple rules on the main set, one below the other, with intervals."
-    s, names, ink = metrics["main"], metrics.get("names", {}), colors(metrics["models"]); m = main_metric(metrics["models"][first_model(metrics)][s]); k = 100 if m == "accuracy" else 1
-    who = {w: x[s][m] for w, x in (metrics["models"] | metrics["baselines"]).items() if x.get(s, {}).get(m, {}).get("value") is not None}
+    s, names, ink = metrics["main"], metrics.get("names", {}), colors(metrics["models"])
+    m = main_metric(metrics["models"][first_model(metrics)][s])
+    k = 100 if m == "accuracy" else 1
+    who = {
+        w: x[s][m]
+        for w, x in (metrics["models"] | metrics["baselines"]).items()
+        if x.get(s, {}).get(m, {}).get("value") is not None
+    }
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, .6 + .27*len(who)), layout="constrained"); ax = fig.subplots()
+        fig = Figure(figsize=(WIDTH, 0.6 + 0.27 * len(who)), layout="constrained")
+        ax = fig.subplots()
         for i, (w, f) in enumerate(who.items()):
             x, off = whiskers([f], k)
-            ax.errorbar(x, [-i], xerr=off, fmt="o" if w in ink else "s", ms=4.5, capsize=2, lw=1.5, color=ink.get(w, RULE))
-        ax.set(yticks=range(0, -len(who), -1), yticklabels=[plot_text(names.get(w, w).replace("_", " ")) for w in who], xlim=(0, 1.02*k), ylim=(.5 - len(who), .5), xlabel=f"{called(m)}, on {plot_text(s)}")
+            ax.errorbar(
+                x,
+                [-i],
+                xerr=off,
+                fmt="o" if w in ink else "s",
+                ms=4.5,
+                capsize=2,
+                lw=1.5,
+                color=ink.get(w, RULE),
+            )
+        ax.set(
+            yticks=range(0, -len(who), -1),
+            yticklabels=[plot_text(names.get(w, w).replace("_", " ")) for w in who],
+            xlim=(0, 1.02 * k),
+            ylim=(0.5 - len(who), 0.5),
+            xlabel=f"{called(m)}, on {plot_text(s)}",
+        )
     return fig
 
 # %% ../../nbs/evaluate/plots.ipynb #c033
 def plot_subjects(metrics, name=None, most=20) -> Figure | None:
     "The main figure by subject (accuracy; of text, bits per byte), a dot a model, the largest gain on top; None when rows name fewer than two."
-    subjects, names, base, ink = metrics["subjects"].get(name or metrics["main"], {}), metrics.get("names", {}), first_model(metrics), colors(metrics["models"])
-    if len(subjects) < 2: return None
-    best, one = list(metrics["models"])[-1], next(iter(subjects.values()))[base]; m = next(m for m in BY_SUBJECT if m in one)
-    k, sign = (100, 1) if m == "accuracy" else (1, -1); value = lambda x, w: k*subjects[x][w][m]["value"]; n = lambda x: subjects[x][base][m]["n"]
-    rows = sorted(sorted(subjects, key=lambda x: -n(x))[:most], key=lambda x: sign*(value(x, best) - value(x, base)))
+    subjects, names, base, ink = (
+        metrics["subjects"].get(name or metrics["main"], {}),
+        metrics.get("names", {}),
+        first_model(metrics),
+        colors(metrics["models"]),
+    )
+    if len(subjects) < 2:
+        return None
+    best, one = list(metrics["models"])[-1], next(iter(subjects.values()))[base]
+    m = next(m for m in BY_SUBJECT if m in one)
+    k, sign = (100, 1) if m == "accuracy" else (1, -1)
+
+    def value(x, w):
+        return k * subjects[x][w][m]["value"]
+
+    def n(x):
+        return subjects[x][base][m]["n"]
+
+    rows = sorted(
+        sorted(subjects, key=lambda x: -n(x))[:most],
+        key=lambda x: sign * (value(x, best) - value(x, base)),
+    )
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, .8 + .26*len(rows)), layout="constrained"); ax = fig.subplots()
-        for w in metrics["models"]: ax.plot([value(x, w) for x in rows], range(len(rows)), "o", ms=5.5 if w == base else 4.5, color=ink[w], alpha=.85, label=plot_text(names.get(w, w)))
-        ax.hlines(range(len(rows)), *([value(x, w) for x in rows] for w in (base, best)), color="#cccccc", lw=1.5, zorder=0)
-        ax.set(yticks=range(len(rows)), yticklabels=[f"{plot_text(x)} ({n(x)})" for x in rows], ylim=(-.6, len(rows) - .4), xlabel=called(m), **({"xlim": (-3, 103)} if k == 100 else {}))
+        fig = Figure(figsize=(WIDTH, 0.8 + 0.26 * len(rows)), layout="constrained")
+        ax = fig.subplots()
+        for w in metrics["models"]:
+            ax.plot(
+                [value(x, w) for x in rows],
+                range(len(rows)),
+                "o",
+                ms=5.5 if w == base else 4.5,
+                color=ink[w],
+                alpha=0.85,
+                label=plot_text(names.get(w, w)),
+            )
+        ax.hlines(
+            range(len(rows)),
+            *([value(x, w) for x in rows] for w in (base, best)),
+            color="#cccccc",
+            lw=1.5,
+            zorder=0,
+        )
+        ax.set(
+            yticks=range(len(rows)),
+            yticklabels=[f"{plot_text(x)} ({n(x)})" for x in rows],
+            ylim=(-0.6, len(rows) - 0.4),
+            xlabel=called(m),
+            **({"xlim": (-3, 103)} if k == 100 else {}),
+        )
         legend(fig)
     return fig
 
@@ -175,13 +381,35 @@ def plot_subjects(metrics, name=None, most=20) -> Figure | None:
 def plot_labels(frames, validation, metrics) -> Figure:
     "Two labels: the ROC curve on the main set, with the point where each model stands; and F1 by threshold on the validation rows."
     from sklearn.metrics import f1_score, roc_curve
-    main, tries, second, ink = metrics["main"], np.linspace(0.01, .99, 99), lambda x: np.stack(x.probabilities)[:, 1], colors(metrics["models"])
+
+    main, tries, second, ink = (
+        metrics["main"],
+        np.linspace(0.01, 0.99, 99),
+        lambda x: np.stack(x.probabilities)[:, 1],
+        colors(metrics["models"]),
+    )
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 4.6), layout="constrained"); top, low = fig.subplots(2, 1); top.plot([0, 1], [0, 1], color="#cccccc", lw=1)
+        fig = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+        top, low = fig.subplots(2, 1)
+        top.plot([0, 1], [0, 1], color="#cccccc", lw=1)
         for w in metrics["models"]:
-            f, v = frames[w, main], validation.get((w, "validation")); (tn, fp), (fn, tp) = confusion(f)
-            if f.truth.nunique() > 1: top.plot(*roc_curve(f.truth, second(f))[:2], color=ink[w], label=plot_text(metrics.get("names", {}).get(w, w))); top.plot(fp/(fp + tn), tp/(tp + fn), "o", color=ink[w])
-            if v is not None: low.plot(tries, [f1_score(v.truth, second(v) >= t, zero_division=0) for t in tries], color=ink[w]); low.axvline(metrics["models"][w][main]["threshold"]["value"], color=ink[w], ls=":")
-        top.set(xlabel=f"false positive rate, on {plot_text(main)}", ylabel="true positive rate"); low.set(xlabel="threshold", ylabel="F1 on validation", ylim=(0, 1.02))
+            f, v = frames[w, main], validation.get((w, "validation"))
+            (tn, fp), (fn, tp) = confusion(f)
+            if f.truth.nunique() > 1:
+                top.plot(
+                    *roc_curve(f.truth, second(f))[:2],
+                    color=ink[w],
+                    label=plot_text(metrics.get("names", {}).get(w, w)),
+                )
+                top.plot(fp / (fp + tn), tp / (tp + fn), "o", color=ink[w])
+            if v is not None:
+                low.plot(
+                    tries,
+                    [f1_score(v.truth, second(v) >= t, zero_division=0) for t in tries],
+                    color=ink[w],
+                )
+                low.axvline(metrics["models"][w][main]["threshold"]["value"], color=ink[w], ls=":")
+        top.set(xlabel=f"false positive rate, on {plot_text(main)}", ylabel="true positive rate")
+        low.set(xlabel="threshold", ylabel="F1 on validation", ylim=(0, 1.02))
         legend(fig)
     return fig

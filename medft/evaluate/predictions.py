@@ -11,20 +11,34 @@ __all__ = ['ROOMS', 'FIGURES', 'SECRETS', 'answerers', 'scored_rows', 'contender
            'score_benchmarks', 'note_evaluated', 'score_run']
 
 # %% ../../nbs/evaluate/predictions.ipynb #c002
-from ..core.run import PACKAGE, MedftError, atomic_write, read_json, sha256, write_json  # first: it sets switches that the libraries read
-from .scoring import benchmarks
-from .measures.classification import baseline_frames, threshold_of
+from ..core.run import PACKAGE, MedftError, atomic_write, read_json, sha256, write_json
 from ..data.pipeline import load_split, load_tokenizer, scored_sets
-from .measures.memorisation import score_canaries
-from .scoring.finite_scores import NonFiniteScores, check_frame
-from .scoring.external_models import check_further, described, fingerprint, for_reader, its_labels, its_recipe, load_further, own_run, same_items, writes
 from ..data.quality.leakage import check
-from ..model.load import labels_of, load_base, load_tuned
-from ..train.seeds import let_go, repeats
+from .measures.classification import baseline_frames, threshold_of
+from .measures.memorisation import score_canaries
+from .scoring import benchmarks
+from medft.evaluate.scoring.external_models import (
+    check_further,
+    described,
+    fingerprint,
+    for_reader,
+    its_labels,
+    its_recipe,
+    load_further,
+    own_run,
+    same_items,
+    writes,
+)
+from .scoring.finite_scores import NonFiniteScores, check_frame
 from .scoring.predict import predict
+from ..model.load import labels_of, load_base, load_tuned
 from ..train.baseline import trained
+from ..train.seeds import let_go, repeats
 
-import hashlib, json, shutil, time
+import hashlib
+import json
+import shutil
+import time
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -34,16 +48,31 @@ import pandas as pd
 # %% ../../nbs/evaluate/predictions.ipynb #c005
 def answerers(run) -> list:
     "All that will answer, as far as their training can be looked up."
-    return [run if run.recipe.engine else run.recipe.model.name, *run.recipe.evaluation.models.values()]
+    return [
+        run if run.recipe.engine else run.recipe.model.name,
+        *run.recipe.evaluation.models.values(),
+    ]
+
 
 def scored_rows(run) -> dict[str, list]:
     "The rows of every scored set, checked against what was trained on."
     most = run.recipe.evaluation.max_items
     sets = {name: load_split(run, name).to_list()[:most] for name in scored_sets(run)}
-    if not sets: raise MedftError(f"{run.path.name} has no set to score; give the recipe a dataset.test_path or dataset.holdout")
-    unchecked = list(dict.fromkeys(said for place in answerers(run) for name, rows in sets.items() if (said := check(place, rows, name))))
+    if not sets:
+        raise MedftError(
+            f"{run.path.name} has no set to score; give the recipe a dataset.test_path or dataset.holdout"
+        )
+    unchecked = list(
+        dict.fromkeys(
+            said
+            for place in answerers(run)
+            for name, rows in sets.items()
+            if (said := check(place, rows, name))
+        )
+    )
     run.update(dict(unchecked=unchecked))
-    for line in unchecked: run.log(f"evaluate: {line}")
+    for line in unchecked:
+        run.log(f"evaluate: {line}")
     return sets
 
 # %% ../../nbs/evaluate/predictions.ipynb #c007
@@ -53,29 +82,45 @@ def contenders(run) -> dict:
     found = {"base": (r.model.name, True, lambda base: base)}
     for one in (run, *repeats(run)):
         for e in trained(one):
-            at = one.path/e/("model" if (one.path/e/"model").is_dir() else "adapters")
-            found[e if one is run else f"{e}@{one.recipe.seed}"] = (at, at.name == "adapters", partial(load_tuned, one, e))
+            at = one.path / e / ("model" if (one.path / e / "model").is_dir() else "adapters")
+            found[e if one is run else f"{e}@{one.recipe.seed}"] = (
+                at,
+                at.name == "adapters",
+                partial(load_tuned, one, e),
+            )
     for who, what in r.evaluation.models.items():
-        found[who] = (what, described(what)["adapter"] and its_recipe(r, what) is r, partial(load_further, r, what, labels=labels))
+        found[who] = (
+            what,
+            described(what)["adapter"] and its_recipe(r, what) is r,
+            partial(load_further, r, what, labels=labels),
+        )
     return dict(sorted(found.items(), key=lambda x: not x[1][1]))
 
 # %% ../../nbs/evaluate/predictions.ipynb #c008
 def base_again(model):
     "The base below an adapter; None where it is not what it was."
-    if not hasattr(model, "peft_config"): return model
+    if not hasattr(model, "peft_config"):
+        return model
     changed = any(c.modules_to_save or c.task_type == "SEQ_CLS" for c in model.peft_config.values())
     return None if changed else model.unload()
+
 
 def each_model(run, wanted=None):
     "Yield (name, model), freshly read from disk, one at a time: let go of each before you ask for the next. `wanted`: only these."
     base = model = None
     for who, (_, on_base, load) in contenders(run).items():
-        if wanted is not None and who not in wanted: continue
-        if not on_base: base = None; let_go()
-        elif base is None: base = load_base(run.recipe, labels_of(run))
-        model = load(base); yield who, model
+        if wanted is not None and who not in wanted:
+            continue
+        if not on_base:
+            base = None
+            let_go()
+        elif base is None:
+            base = load_base(run.recipe, labels_of(run))
+        model = load(base)
+        yield who, model
         base = base_again(model) if on_base else None
-        model = None; let_go()
+        model = None
+        let_go()
 
 # %% ../../nbs/evaluate/predictions.ipynb #c010
 ROOMS = (
@@ -84,84 +129,164 @@ ROOMS = (
     " evaluate/scoring/generation evaluate/scoring/semantic_similarity data/chat_templates"
     " data/tokens evaluate/scoring/external_models"
 ).split()
-FIGURES = "models benchmarks baselines confidence retention forgetting seeds early_stopping_patience max_items".split()    # keys of evaluation that change no score
+FIGURES = "models benchmarks baselines confidence retention forgetting seeds early_stopping_patience max_items".split()  # keys of evaluation that change no score
 
-def digest(obj) -> str: return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()
+
+def digest(obj) -> str:
+    return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()
+
 
 def circumstances(run) -> list:
     "What all predictions of a run depend on."
     r = run.recipe
-    return [r.model.model_dump(), r.quantization and r.quantization.model_dump(), r.seed, r.max_length, r.evaluation.model_dump(exclude=set(FIGURES)),
-            [sha256(PACKAGE/f"{room}.py") for room in ROOMS], [version(p) for p in ("torch", "transformers", "peft")]]
+    return [
+        r.model.model_dump(),
+        r.quantization and r.quantization.model_dump(),
+        r.seed,
+        r.max_length,
+        r.evaluation.model_dump(exclude=set(FIGURES)),
+        [sha256(PACKAGE / f"{room}.py") for room in ROOMS],
+        [version(p) for p in ("torch", "transformers", "peft")],
+    ]
 
-def record_of(path): return path.parent/".made"/f"{path.stem}.json"
+
+def record_of(path):
+    return path.parent / ".made" / f"{path.stem}.json"
+
 
 def is_made(path, key) -> bool:
     "Is this prediction file there, whole, and made of this?"
-    return path.exists() and read_json(record_of(path), None) == dict(made_of=key, sha256=sha256(path))
+    return path.exists() and read_json(record_of(path), None) == dict(
+        made_of=key, sha256=sha256(path)
+    )
 
 # %% ../../nbs/evaluate/predictions.ipynb #c011
 def keep(path, frame, key=None):
     "Write predictions, all of them or none; then the record of what they were made of."
     atomic_write(path, frame.to_parquet(index=False))
-    if key: write_json(record_of(path), dict(made_of=key, sha256=sha256(path)))
+    if key:
+        write_json(record_of(path), dict(made_of=key, sha256=sha256(path)))
+
 
 def forget(folder, wanted):
     "Remove predictions that this evaluation will not make: half a table from before would still make a table, and a wrong one."
     for p in folder.rglob("*.parquet"):
-        if p not in wanted: p.unlink(); record_of(p).unlink(missing_ok=True)
+        if p not in wanted:
+            p.unlink()
+            record_of(p).unlink(missing_ok=True)
+
 
 def read_predictions(run, part="") -> dict:
     "{(model, set): frame} of a run's prediction files; `part`: validation or baselines. Raises `MedftError` when nothing is scored."
-    found = {tuple(p.stem.split(".", 1)): pd.read_parquet(p) for p in sorted((run.path/"predictions"/part).glob("*.parquet"))}
-    if not found and not part: raise MedftError(f"{run.path.name} has no predictions; run the evaluation stage first (05_evaluate.ipynb)")
+    found = {
+        tuple(p.stem.split(".", 1)): pd.read_parquet(p)
+        for p in sorted((run.path / "predictions" / part).glob("*.parquet"))
+    }
+    if not found and not part:
+        raise MedftError(
+            f"{run.path.name} has no predictions; run the evaluation stage first (05_evaluate.ipynb)"
+        )
     return found
 
 # %% ../../nbs/evaluate/predictions.ipynb #c014
 def validation_rows(run) -> list:
     "The validation rows with options or labels, as many as are scored of a set."
-    if not (run.path/"data"/"validation").is_dir(): return []
-    rows = load_split(run, "validation").to_list()[:run.recipe.evaluation.max_items]
+    if not (run.path / "data" / "validation").is_dir():
+        return []
+    rows = load_split(run, "validation").to_list()[: run.recipe.evaluation.max_items]
     return rows if rows and ("label" in rows[0] or "options" in rows[0]) else []
+
 
 def readings(run, who, sets) -> tuple:
     "A model's tokenizer, and its rows of every set: those of the run, or the same items in its own writing."
-    tok, what, sets = load_tokenizer(run.recipe), run.recipe.evaluation.models.get(who), sets | {"validation": validation_rows(run)}
+    tok, what, sets = (
+        load_tokenizer(run.recipe),
+        run.recipe.evaluation.models.get(who),
+        sets | {"validation": validation_rows(run)},
+    )
     sets = {name: rows for name, rows in sets.items() if rows}
-    if what is None or writes(load_tokenizer(for_reader(run.recipe, what))) == writes(tok): return tok, sets
+    if what is None or writes(load_tokenizer(for_reader(run.recipe, what))) == writes(tok):
+        return tok, sets
     own = own_run(run, who, what)
-    return load_tokenizer(own.recipe), {name: same_items(rows, load_split(own, name).to_list()[:len(rows)], who, name) for name, rows in sets.items()}
+    return load_tokenizer(own.recipe), {
+        name: same_items(rows, load_split(own, name).to_list()[: len(rows)], who, name)
+        for name, rows in sets.items()
+    }
 
 # %% ../../nbs/evaluate/predictions.ipynb #c016
-SECRETS = ".canaries"    # in the place of a set's name: the planted secrets
+SECRETS = ".canaries"  # in the place of a set's name: the planted secrets
 
-def place_of(run, who, name): return run.path/"predictions"/({"validation": f"validation/{who}.validation", SECRETS: f"canaries/{who}"}.get(name, f"{who}.{name}") + ".parquet")
+
+def place_of(run, who, name):
+    return (
+        run.path
+        / "predictions"
+        / (
+            {"validation": f"validation/{who}.validation", SECRETS: f"canaries/{who}"}.get(
+                name, f"{who}.{name}"
+            )
+            + ".parquet"
+        )
+    )
+
 
 def fingerprints(run) -> dict:
     "The fingerprint of everything that is loaded; a large base is read once for all its adapters."
     about = [described(files) | dict(files=files) for files, *_ in contenders(run).values()]
-    return {p: fingerprint(p) for p in dict.fromkeys(str(x) for a in about for x in (a["files"], a.get("base")) if x)}
+    return {
+        p: fingerprint(p)
+        for p in dict.fromkeys(str(x) for a in about for x in (a["files"], a.get("base")) if x)
+    }
+
 
 def files_of(run, files, sets, prints) -> dict:
     "set or benchmark -> what a model's predictions of it are made of."
     one, marks = [prints[str(files)], prints.get(described(files).get("base"))], circumstances(run)
-    made = {name: digest([one, marks, rows, name != "validation" and digest(sets.get("validation", []))]) for name, rows in sets.items()}
-    if run.recipe.engine and run.recipe.dataset.canaries: made[SECRETS] = digest([one, marks, run.recipe.dataset.canaries, sha256(PACKAGE/"canaries.py")])
-    return made | {name: digest([one, marks, benchmarks.fingerprint(name, file), *(sha256(PACKAGE/f"{room}.py") for room in ("harness", "benchmarks")), run.recipe.evaluation.max_items]) for name, file in run.recipe.evaluation.benchmarks.items()}
+    made = {
+        name: digest(
+            [one, marks, rows, name != "validation" and digest(sets.get("validation", []))]
+        )
+        for name, rows in sets.items()
+    }
+    if run.recipe.engine and run.recipe.dataset.canaries:
+        made[SECRETS] = digest(
+            [one, marks, run.recipe.dataset.canaries, sha256(PACKAGE / "canaries.py")]
+        )
+    return made | {
+        name: digest(
+            [
+                one,
+                marks,
+                benchmarks.fingerprint(name, file),
+                *(sha256(PACKAGE / f"{room}.py") for room in ("harness", "benchmarks")),
+                run.recipe.evaluation.max_items,
+            ]
+        )
+        for name, file in run.recipe.evaluation.benchmarks.items()
+    }
+
 
 def ask(model, tok, rows, recipe, *more) -> pd.DataFrame:
     "Predictions, with the hash of the base's prompt where this model reads another."
     frame = check_frame(predict(model, tok, rows, recipe, *more))
-    return frame.assign(item_sha256=[r["item_sha256"] for r in rows]) if "item_sha256" in rows[0] else frame
+    return (
+        frame.assign(item_sha256=[r["item_sha256"] for r in rows])
+        if "item_sha256" in rows[0]
+        else frame
+    )
 
 # %% ../../nbs/evaluate/predictions.ipynb #c017
 def threshold_for(run, who) -> float | None:
     "A model's threshold, from its predictions of the validation rows. None: there are not two labels."
-    if run.recipe.task != "classification" or len(labels_of(run) or ()) != 2: return None
+    if run.recipe.task != "classification" or len(labels_of(run) or ()) != 2:
+        return None
     file = place_of(run, who, "validation")
-    found = threshold_of(run.recipe, check_frame(pd.read_parquet(file), who, "validation") if file.exists() else None)
+    found = threshold_of(
+        run.recipe, check_frame(pd.read_parquet(file), who, "validation") if file.exists() else None
+    )
     run.log(f"evaluate: {who}: threshold {found['value']:.3f}, from {found['source']}")
     return found["value"]
+
 
 @contextmanager
 def naming(who, where):
@@ -170,6 +295,7 @@ def naming(who, where):
         yield
     except NonFiniteScores as e:
         raise NonFiniteScores(f"evaluate: {who} on {where}: {e}") from None
+
 
 def score_model(run, who, model, tok, sets, todo, asked={}):
     "One model's predictions of everything that is still to be made: the validation rows first."
@@ -182,7 +308,15 @@ def score_model(run, who, model, tok, sets, todo, asked={}):
     for name in (n for n in sets if n in todo and n != "validation"):
         start = time.time()
         with naming(who, name):
-            frame = ask(model, tok, sets[name], r, lambda t: run.log(f"evaluate: {who} on {name}: {t}"), threshold, True)
+            frame = ask(
+                model,
+                tok,
+                sets[name],
+                r,
+                lambda t: run.log(f"evaluate: {who} on {name}: {t}"),
+                threshold,
+                True,
+            )
         keep(place_of(run, who, name), frame, todo[name])
         run.log(f"evaluate: {who} on {name}: {len(frame)} rows in {time.time() - start:.1f} s")
     if SECRETS in todo:
@@ -197,39 +331,76 @@ def benchmark_rows(run) -> dict:
     wanted, most = run.recipe.evaluation.benchmarks, run.recipe.evaluation.max_items
     benchmarks.check_benchmarks(wanted, scored_sets(run), run.recipe.task)
     for name, lines in benchmarks.refuse_trained(answerers(run), wanted, most).items():
-        for line in dict.fromkeys(lines): run.log(f"evaluate: {name}: {line}")
-        run.update(dict(unchecked=[*(run.manifest.get("unchecked") or []), *(f"{name}: {line}" for line in dict.fromkeys(lines))]))
+        for line in dict.fromkeys(lines):
+            run.log(f"evaluate: {name}: {line}")
+        run.update(
+            dict(
+                unchecked=[
+                    *(run.manifest.get("unchecked") or []),
+                    *(f"{name}: {line}" for line in dict.fromkeys(lines)),
+                ]
+            )
+        )
     return benchmarks.opened(wanted, most)
+
 
 def score_benchmarks(run, who, model, tok, todo, asked):
     "One benchmark after the other; each is kept as soon as it is made."
     for name in (n for n in asked if n in todo):
         start = time.time()
         with naming(who, name):
-            say = lambda t: run.log(f"evaluate: {who} on {name}: {t}")
-            frame = benchmarks.score_benchmarks(model, tok, {name: asked[name]}, run.recipe.evaluation.batch_size, say=say)[name]
+
+            def say(t):
+                return run.log(f"evaluate: {who} on {name}: {t}")
+
+            frame = benchmarks.score_benchmarks(
+                model, tok, {name: asked[name]}, run.recipe.evaluation.batch_size, say=say
+            )[name]
         keep(place_of(run, who, name), frame, todo[name])
         run.log(f"evaluate: {who} on {name}: {len(frame)} rows in {time.time() - start:.1f} s")
 
 # %% ../../nbs/evaluate/predictions.ipynb #c020
 def note_evaluated(run, prints):
     "Write into the manifest what is scored: names, bases, hashes."
-    near = lambda p: str(p.relative_to(run.path)) if hasattr(p, "relative_to") else str(p)
-    about = {who: described(files) | dict(name=near(files), fingerprint=prints[str(files)]) for who, (files, *_) in contenders(run).items()}
-    if run.recipe.task == "classification": about["base"]["untrained_head"] = its_labels(run.recipe.model.name) is None
-    run.update(dict(evaluated=None)); run.update(dict(evaluated=about))
+
+    def near(p):
+        return str(p.relative_to(run.path)) if hasattr(p, "relative_to") else str(p)
+
+    about = {
+        who: described(files) | dict(name=near(files), fingerprint=prints[str(files)])
+        for who, (files, *_) in contenders(run).items()
+    }
+    if run.recipe.task == "classification":
+        about["base"]["untrained_head"] = its_labels(run.recipe.model.name) is None
+    run.update(dict(evaluated=None))
+    run.update(dict(evaluated=about))
+
 
 def score_run(run) -> dict:
     "Score every model and baseline on every set; predictions go to disk. Returns {(model, set): frame}."
-    r, folder = run.recipe, run.path/"predictions"
-    check_further(r, labels_of(run)); sets, asked = scored_rows(run), benchmark_rows(run) if r.evaluation.benchmarks else {}
-    prints = fingerprints(run); note_evaluated(run, prints)
-    shutil.rmtree(folder/"baselines", ignore_errors=True)
+    r, folder = run.recipe, run.path / "predictions"
+    check_further(r, labels_of(run))
+    sets, asked = scored_rows(run), benchmark_rows(run) if r.evaluation.benchmarks else {}
+    prints = fingerprints(run)
+    note_evaluated(run, prints)
+    shutil.rmtree(folder / "baselines", ignore_errors=True)
     reads = {who: readings(run, who, sets) for who in contenders(run)}
-    files = {who: files_of(run, found[0], reads[who][1], prints) for who, found in contenders(run).items()}
+    files = {
+        who: files_of(run, found[0], reads[who][1], prints)
+        for who, found in contenders(run).items()
+    }
     forget(folder, {place_of(run, who, name) for who in files for name in files[who]})
-    todo = {who: {name: key for name, key in made.items() if not is_made(place_of(run, who, name), key)} for who, made in files.items()}
-    for who in (w for w in todo if len(todo[w]) < len(files[w])): run.log(f"evaluate: {who}: {len(files[who]) - len(todo[who])} of {len(files[who])} prediction files are there already")
-    for who, model in each_model(run, {who for who in todo if todo[who]}): score_model(run, who, model, *reads[who], todo[who], asked); del model
-    for (who, name), frame in baseline_frames(run, sets).items(): keep(folder/"baselines"/f"{who}.{name}.parquet", frame)
+    todo = {
+        who: {name: key for name, key in made.items() if not is_made(place_of(run, who, name), key)}
+        for who, made in files.items()
+    }
+    for who in (w for w in todo if len(todo[w]) < len(files[w])):
+        run.log(
+            f"evaluate: {who}: {len(files[who]) - len(todo[who])} of {len(files[who])} prediction files are there already"
+        )
+    for who, model in each_model(run, {who for who in todo if todo[who]}):
+        score_model(run, who, model, *reads[who], todo[who], asked)
+        del model
+    for (who, name), frame in baseline_frames(run, sets).items():
+        keep(folder / "baselines" / f"{who}.{name}.parquet", frame)
     return read_predictions(run)

@@ -8,46 +8,78 @@ Docs: https://medft.github.io/medft/export.html.md"""
 __all__ = ['training_env', 'make_artefacts', 'artefacts', 'check_all', 'write_pages', 'export']
 
 # %% ../../nbs/06_export.ipynb #c003
-from ..core.run import Refused, atomic_write, open_run, read_json, sha256, write_json  # first: it sets switches that the libraries read
-
-import json, shlex, shutil
-
-from ..model.fingerprints import refuse_stale
-from .model_card import model_card, notice, parity_table
+from ..core.run import Refused, atomic_write, open_run, read_json, sha256, write_json
 from ..evaluate.metrics import evaluate
 from .merging import how_merged, merge, write_adapter
+from .model_card import model_card, notice, parity_table
 from .onnx_export import export_onnx
 from .parity import TOLERANCE, check_artefacts, in_words, parity
 from .publish import check_target, publish, refuse_secrets, write
 from .report import report
 from .serving import serve_lines
+from ..model.fingerprints import refuse_stale
 from ..train.baseline import trained
+
+import json
+import shlex
+import shutil
 
 # %% ../../nbs/06_export.ipynb #c010
 def training_env(recipe) -> str:
     "The resolved recipe as KEY=value lines that a shell can source."
-    text = lambda v: json.dumps(v) if isinstance(v, (list, dict, bool)) else str(v)
-    return "".join(f"{k.replace('.', '_').upper()}={shlex.quote(text(v))}\n" for k, v in recipe.flat().items() if v not in (None, "", [], {}))
+
+    def text(v):
+        return json.dumps(v) if isinstance(v, (list, dict, bool)) else str(v)
+
+    return "".join(
+        f"{k.replace('.', '_').upper()}={shlex.quote(text(v))}\n"
+        for k, v in recipe.flat().items()
+        if v not in (None, "", [], {})
+    )
 
 # %% ../../nbs/06_export.ipynb #c014
 def make_artefacts(run, engine):
     "Write what the recipe wants to hand over of an engine."
-    folder, e = run.path/engine, run.recipe.export
-    for f in ("merged", "onnx"): shutil.rmtree(folder/f, ignore_errors=True)
-    if (folder/"adapters").is_dir():
-        write_adapter(folder/"adapters", e.adapter_save_format)
-        if e.merge: run.log(f"export: {engine}: {how_merged(run.recipe)}"); merge(run, engine)
-    if e.onnx: run.log(f"export: {engine}: ONNX"); export_onnx(run, engine)
-    text = notice(run.recipe.model.name, read_json(run.path/"model.json", {}).get("architecture", ""))
+    folder, e = run.path / engine, run.recipe.export
+    for f in ("merged", "onnx"):
+        shutil.rmtree(folder / f, ignore_errors=True)
+    if (folder / "adapters").is_dir():
+        write_adapter(folder / "adapters", e.adapter_save_format)
+        if e.merge:
+            run.log(f"export: {engine}: {how_merged(run.recipe)}")
+            merge(run, engine)
+    if e.onnx:
+        run.log(f"export: {engine}: ONNX")
+        export_onnx(run, engine)
+    text = notice(
+        run.recipe.model.name, read_json(run.path / "model.json", {}).get("architecture", "")
+    )
     for f in ("adapters", "model", "merged", "onnx"):
-        if text and (folder/f).is_dir(): atomic_write(folder/f/"NOTICE", text + "\n")
+        if text and (folder / f).is_dir():
+            atomic_write(folder / f / "NOTICE", text + "\n")
 
 # %% ../../nbs/06_export.ipynb #c014s1
 def artefacts(run) -> dict:
     "What is handed over: path -> bytes and SHA-256."
-    paths = [p for e in trained(run) for f in ("adapters", "model", "merged", "onnx") if (p := run.path/e/f).is_dir()]
-    paths += [run.path/f for f in ("README.md", "report.html", "training.env", "metrics.json") if (run.path/f).exists()]
-    size = lambda p: p.stat().st_size if p.is_file() else sum(f.stat().st_size for f in p.rglob("*") if f.is_file())
+    paths = [
+        p
+        for e in trained(run)
+        for f in ("adapters", "model", "merged", "onnx")
+        if (p := run.path / e / f).is_dir()
+    ]
+    paths += [
+        run.path / f
+        for f in ("README.md", "report.html", "training.env", "metrics.json")
+        if (run.path / f).exists()
+    ]
+
+    def size(p):
+        return (
+            p.stat().st_size
+            if p.is_file()
+            else sum(f.stat().st_size for f in p.rglob("*") if f.is_file())
+        )
+
     return {str(p.relative_to(run.path)): dict(bytes=size(p), sha256=sha256(p)) for p in paths}
 
 # %% ../../nbs/06_export.ipynb #c016
@@ -55,33 +87,60 @@ def check_all(run) -> dict:
     "Every artefact's parity, and into what it was merged."
     found = check_artefacts(run)
     for p in found.values():
-        if "merged" in p: p["merged"]["how"] = how_merged(run.recipe)
+        if "merged" in p:
+            p["merged"]["how"] = how_merged(run.recipe)
     return found
+
 
 def write_pages(run, metrics, parities) -> dict:
     "training.env, card, report and export.json; what the last one says."
-    pages = {"README.md": model_card(run, metrics, parities), "report.html": report(run, metrics, parities), "training.env": training_env(run.recipe)}
+    pages = {
+        "README.md": model_card(run, metrics, parities),
+        "report.html": report(run, metrics, parities),
+        "training.env": training_env(run.recipe),
+    }
     for name, text in pages.items():
-        refuse_secrets(text, name)      # all of them, before the first is written
+        refuse_secrets(text, name)  # all of them, before the first is written
     for name, text in pages.items():
-        write(run.path/name, text)
-    out = dict(artefacts=artefacts(run), parity=parities, tolerance=TOLERANCE, serve={e: serve_lines(run, e) for e in parities})
-    write_json(run.path/"export.json", out)
+        write(run.path / name, text)
+    out = dict(
+        artefacts=artefacts(run),
+        parity=parities,
+        tolerance=TOLERANCE,
+        serve={e: serve_lines(run, e) for e in parities},
+    )
+    write_json(run.path / "export.json", out)
     return out
 
 # %% ../../nbs/06_export.ipynb #c017
 def export(run) -> dict:
     "Make every artefact, check it, write card, report and export.json, push if asked. Raises `Refused` when an artefact answers otherwise."
-    for engine in trained(run): refuse_stale(run, engine)
-    if run.recipe.export.push_to_hub: check_target(run.recipe)
-    if not (run.path/"metrics.json").exists(): run.log("export: nothing is scored yet; evaluating first"); evaluate(run)
-    metrics = read_json(run.path/"metrics.json")
-    for e in trained(run): make_artefacts(run, e)      # models from elsewhere are scored, and not ours to hand over
-    parities = check_all(run); out = write_pages(run, metrics, parities)
-    wrong = [f"{e}/{what}: {in_words(p)}" for e, found in parities.items() for what, p in found.items() if p["label"] == "different"]
-    if wrong: raise Refused(f"not the model that was scored: {'; '.join(wrong)} (all are listed in {run.path.name}/export.json)")
+    for engine in trained(run):
+        refuse_stale(run, engine)
+    if run.recipe.export.push_to_hub:
+        check_target(run.recipe)
+    if not (run.path / "metrics.json").exists():
+        run.log("export: nothing is scored yet; evaluating first")
+        evaluate(run)
+    metrics = read_json(run.path / "metrics.json")
+    for e in trained(run):
+        make_artefacts(run, e)  # models from elsewhere are scored, and not ours to hand over
+    parities = check_all(run)
+    out = write_pages(run, metrics, parities)
+    wrong = [
+        f"{e}/{what}: {in_words(p)}"
+        for e, found in parities.items()
+        for what, p in found.items()
+        if p["label"] == "different"
+    ]
+    if wrong:
+        raise Refused(
+            f"not the model that was scored: {'; '.join(wrong)} (all are listed in {run.path.name}/export.json)"
+        )
     for e, lines in out["serve"].items():
-        for what, line in lines.items(): run.log(f"export: {e}: {what.replace('not_', 'no vLLM line for ')}: {line}")
-    if run.recipe.export.push_to_hub: write_json(run.path/"export.json", out := out | dict(hub=publish(run, metrics, parities)))
+        for what, line in lines.items():
+            run.log(f"export: {e}: {what.replace('not_', 'no vLLM line for ')}: {line}")
+    if run.recipe.export.push_to_hub:
+        write_json(run.path / "export.json", out := out | dict(hub=publish(run, metrics, parities)))
     run.log(f"export: {len(out['artefacts'])} artefacts, report in {run.path.name}/report.html")
     return out

@@ -9,9 +9,9 @@ __all__ = ['WORDS', 'some', 'what_it_holds', 'aligned_to', 'truths', 'refuse_oth
            'compared', 'in_words', 'leaves', 'changed', 'pages', 'write_page', 'rebuilt', 'told']
 
 # %% ../../nbs/export/compare_runs.ipynb #c002
-from ..core.run import MedftError, Refused, read_json, sha256  # first: it sets switches that the libraries read
-from .model_card import model_card
+from ..core.run import MedftError, Refused, read_json, sha256
 from ..evaluate.metrics import family, figures, items, kind, read_predictions
+from .model_card import model_card
 from .publish import write
 from .report import report
 
@@ -20,119 +20,256 @@ import json
 # %% ../../nbs/export/compare_runs.ipynb #c005
 WORDS = dict(probabilities="labels", scores="options", nll="text")
 
-def some(ids) -> str: ids = list(map(str, ids)); return f"{len(ids)} ({', '.join(ids[:3])}{', …'*(len(ids) > 3)})" if ids else "none"
 
-def what_it_holds(frame) -> str: return next(w for c, w in WORDS.items() if c in frame)
+def some(ids) -> str:
+    ids = list(map(str, ids))
+    return f"{len(ids)} ({', '.join(ids[:3])}{', …' * (len(ids) > 3)})" if ids else "none"
+
+
+def what_it_holds(frame) -> str:
+    return next(w for c, w in WORDS.items() if c in frame)
 
 # %% ../../nbs/export/compare_runs.ipynb #c007
 def aligned_to(a, b, name):
     "b's predictions in a's order. Raises `Refused` when they are about other items."
-    if what_it_holds(a) != what_it_holds(b) or kind(a) is not kind(b): raise Refused(f"{name}: A holds {what_it_holds(a)}, B {what_it_holds(b)}; they cannot be compared")
+    if what_it_holds(a) != what_it_holds(b) or kind(a) is not kind(b):
+        raise Refused(
+            f"{name}: A holds {what_it_holds(a)}, B {what_it_holds(b)}; they cannot be compared"
+        )
     only_a, only_b = list(a.id[~a.id.isin(b.id)]), list(b.id[~b.id.isin(a.id)])
-    if only_a or only_b or len(a) != len(b): raise Refused(f"{name}: not the same items: A has {len(a)}, B {len(b)}; only in A: {some(only_a)}, only in B: {some(only_b)}")
-    return b if list(a.id) == list(b.id) or not b.id.is_unique else b.set_index("id", drop=False).loc[list(a.id)].reset_index(drop=True)
+    if only_a or only_b or len(a) != len(b):
+        raise Refused(
+            f"{name}: not the same items: A has {len(a)}, B {len(b)}; only in A: {some(only_a)}, only in B: {some(only_b)}"
+        )
+    return (
+        b
+        if list(a.id) == list(b.id) or not b.id.is_unique
+        else b.set_index("id", drop=False).loc[list(a.id)].reset_index(drop=True)
+    )
 
 # %% ../../nbs/export/compare_runs.ipynb #c009
-def truths(frame) -> list: return list(frame.truth) if "truth" in frame else list(frame.get("reference", [""]*len(frame)))
+def truths(frame) -> list:
+    return (
+        list(frame.truth) if "truth" in frame else list(frame.get("reference", [""] * len(frame)))
+    )
+
 
 def refuse_others(a, b, name, same_file) -> bool:
     "Whether items that are the same are read otherwise by B. Raises `Refused` when they are not the same. `same_file`: both runs took them from it."
-    reads, told = lambda f: list(zip(items(f), f.tokens if "tokens" in f else [0]*len(f))), lambda f: list(zip(f.group, truths(f)))
+    reads, told = (
+        lambda f: list(zip(items(f), f.tokens if "tokens" in f else [0] * len(f))),
+        lambda f: list(zip(f.group, truths(f))),
+    )
     for look, what in ((told, "group or truth"), (reads, "prompt")):
         other = [i for i, x, y in zip(a.id, look(a), look(b)) if x != y]
-        if other and (look is told or not same_file): raise Refused(f"{name}: {len(other)} of {len(a)} items have the same id and another {what}: {some(other)}")
+        if other and (look is told or not same_file):
+            raise Refused(
+                f"{name}: {len(other)} of {len(a)} items have the same id and another {what}: {some(other)}"
+            )
     return bool(other)
+
 
 def origin(run, name) -> set:
     "The hashes of what a set was made from: its own file, or everything that the run read."
     d, hashes = run.recipe.dataset, run.manifest["hashes"].get("data") or {}
     own = d.test_path if name == "test" else d.sets.get(name)
-    return {hashes[own]} if isinstance(own, str) and own in hashes else {*hashes.values(), run.recipe.seed, d.holdout}
+    return (
+        {hashes[own]}
+        if isinstance(own, str) and own in hashes
+        else {*hashes.values(), run.recipe.seed, d.holdout}
+    )
 
 # %% ../../nbs/export/compare_runs.ipynb #c012
 def finished(run) -> dict:
     "A run's metrics. Raises `MedftError` unless it is finished and scored."
-    if run.status != "finished": raise MedftError(f"{run.path} is {run.status}; only finished runs are compared")
-    found = read_json(run.path/"metrics.json")
-    if not found: raise MedftError(f"{run.path} has no metrics.json: nothing was scored in it")
+    if run.status != "finished":
+        raise MedftError(f"{run.path} is {run.status}; only finished runs are compared")
+    found = read_json(run.path / "metrics.json")
+    if not found:
+        raise MedftError(f"{run.path} has no metrics.json: nothing was scored in it")
     return found
 
 # %% ../../nbs/export/compare_runs.ipynb #c014
 def both(a, b) -> tuple[dict, list]:
     "set -> (A's predictions by model, B's in the same order), and the sets that B reads otherwise. Raises `Refused`."
-    sets, other = list(finished(a)["models"]["base"]), finished(b)["models"]["base"]; common = [s for s in sets if s in other]
-    if not common: raise Refused(f"no set in common: A has {', '.join(sets)}, B {', '.join(other)}")
-    part = lambda frames, s: {who: f for (who, x), f in frames.items() if x == s}
+    sets, other = list(finished(a)["models"]["base"]), finished(b)["models"]["base"]
+    common = [s for s in sets if s in other]
+    if not common:
+        raise Refused(f"no set in common: A has {', '.join(sets)}, B {', '.join(other)}")
+
+    def part(frames, s):
+        return {who: f for (who, x), f in frames.items() if x == s}
+
     fa, fb = read_predictions(a), read_predictions(b)
-    found = {s: (part(fa, s), {w: aligned_to(fa["base", s], f, s) for w, f in part(fb, s).items()}) for s in common}
-    return found, [s for s, (x, y) in found.items() if refuse_others(x["base"], y["base"], s, origin(a, s) == origin(b, s))]
+    found = {
+        s: (part(fa, s), {w: aligned_to(fa["base", s], f, s) for w, f in part(fb, s).items()})
+        for s in common
+    }
+    return found, [
+        s
+        for s, (x, y) in found.items()
+        if refuse_others(x["base"], y["base"], s, origin(a, s) == origin(b, s))
+    ]
 
 # %% ../../nbs/export/compare_runs.ipynb #c015
 def pairs_of(a, b) -> list:
     "Which model of A and which of B are compared: the tuned ones each with each, and the bases unless they answer alike."
-    tuned = lambda models: [m for m in models if m != "base"] or ["base"]
-    said = lambda f: (f.choice if "choice" in f else f.nll.round(3)).tolist()
+
+    def tuned(models):
+        return [m for m in models if m != "base"] or ["base"]
+
+    def said(f):
+        return (f.choice if "choice" in f else f.nll.round(3)).tolist()
+
     alike = said(a["base"]) == said(b["base"])
-    return list(dict.fromkeys([(x, y) for y in tuned(b) for x in tuned(a) if (x, y) != ("base", "base") or not alike] + [("base", "base")]*(not alike)))
+    return list(
+        dict.fromkeys(
+            [(x, y) for y in tuned(b) for x in tuned(a) if (x, y) != ("base", "base") or not alike]
+            + [("base", "base")] * (not alike)
+        )
+    )
 
 # %% ../../nbs/export/compare_runs.ipynb #c017
 def compared(a, b) -> dict:
     "Two finished runs, from their prediction files. Raises `MedftError` and `Refused`."
-    if a.path == b.path: raise MedftError("--compare: the same run twice")
+    if a.path == b.path:
+        raise MedftError("--compare: the same run twice")
     (found, otherwise), confidence = both(a, b), a.recipe.evaluation.confidence
     first, rest = list(found)[:1], list(found)[1:]
-    asked = lambda sets: {(f"{y} of B", f"{x} of A", s): (found[s][0][x], found[s][1][y]) for s in sets for x, y in pairs_of(*found[s])}
+
+    def asked(sets):
+        return {
+            (f"{y} of B", f"{x} of A", s): (found[s][0][x], found[s][1][y])
+            for s in sets
+            for x, y in pairs_of(*found[s])
+        }
+
     made = family(asked(first), confidence) | family(asked(rest), confidence)
-    rows = [dict(a=than.removesuffix(" of A"), b=who.removesuffix(" of B"), set=s) | d for (who, than, s), d in made.items()]
-    scores = {f"{w} of {letter}": {s: m["models"][w][s] for s in found} for letter, r, m in (("A", a, finished(a)), ("B", b, finished(b))) for w in m["models"]}
-    return dict(A=str(a.path), B=str(b.path), main=first[0], confidence=confidence, comparisons=rows, models=scores, read_otherwise=otherwise,
-                bases_alike=[s for s in found if not any(r["a"] == r["b"] == "base" for r in rows if r["set"] == s)])
+    rows = [
+        dict(a=than.removesuffix(" of A"), b=who.removesuffix(" of B"), set=s) | d
+        for (who, than, s), d in made.items()
+    ]
+    scores = {
+        f"{w} of {letter}": {s: m["models"][w][s] for s in found}
+        for letter, r, m in (("A", a, finished(a)), ("B", b, finished(b)))
+        for w in m["models"]
+    }
+    return dict(
+        A=str(a.path),
+        B=str(b.path),
+        main=first[0],
+        confidence=confidence,
+        comparisons=rows,
+        models=scores,
+        read_otherwise=otherwise,
+        bases_alike=[
+            s for s in found if not any(r["a"] == r["b"] == "base" for r in rows if r["set"] == s)
+        ],
+    )
 
 # %% ../../nbs/export/compare_runs.ipynb #c018
 def in_words(
-    found,      # what `compared` gives
+    found,  # what `compared` gives
     scores=(),  # lines of a table of every score, to stand between
 ) -> list[str]:
     "A comparison of two runs for people: the verdicts on the main set, every score, the verdicts on further sets."
-    main, rest = ([d for d in found["comparisons"] if (d["set"] == found["main"]) == first] for first in (True, False))
-    apart = [d["sentence"] for d in rest if d["label"] != "tie"]; ties = [f"{len(rest) - len(apart)} of {len(rest)} comparisons on further sets are ties (--json has them all)"]*(len(rest) > len(apart))
-    notes = [f"the bases answer alike on {', '.join(found['bases_alike'])}"]*bool(found["bases_alike"]) + [f"A and B read {', '.join(found['read_otherwise'])} in different prompts: the same items, by id, truth and file"]*bool(found["read_otherwise"])
-    return [f"A: {found['A']}", f"B: {found['B']}", *notes, "", *(d["sentence"] for d in main), "", *scores, *([""] if rest and scores else []), *apart, *ties]
+    main, rest = (
+        [d for d in found["comparisons"] if (d["set"] == found["main"]) == first]
+        for first in (True, False)
+    )
+    apart = [d["sentence"] for d in rest if d["label"] != "tie"]
+    ties = [
+        f"{len(rest) - len(apart)} of {len(rest)} comparisons on further sets are ties (--json has them all)"
+    ] * (len(rest) > len(apart))
+    notes = [f"the bases answer alike on {', '.join(found['bases_alike'])}"] * bool(
+        found["bases_alike"]
+    ) + [
+        f"A and B read {', '.join(found['read_otherwise'])} in different prompts: the same items, by id, truth and file"
+    ] * bool(found["read_otherwise"])
+    return [
+        f"A: {found['A']}",
+        f"B: {found['B']}",
+        *notes,
+        "",
+        *(d["sentence"] for d in main),
+        "",
+        *scores,
+        *([""] if rest and scores else []),
+        *apart,
+        *ties,
+    ]
 
 # %% ../../nbs/export/compare_runs.ipynb #c021
 def leaves(obj, at="") -> dict:
     "Nested values as dotted keys."
-    pairs = obj.items() if isinstance(obj, dict) else enumerate(obj) if isinstance(obj, list) else None
-    return {at: obj} if pairs is None else {k: v for name, x in pairs for k, v in leaves(x, f"{at}.{name}" if at else str(name)).items()}
+    pairs = (
+        obj.items() if isinstance(obj, dict) else enumerate(obj) if isinstance(obj, list) else None
+    )
+    return (
+        {at: obj}
+        if pairs is None
+        else {
+            k: v
+            for name, x in pairs
+            for k, v in leaves(x, f"{at}.{name}" if at else str(name)).items()
+        }
+    )
+
 
 def changed(old, new) -> tuple[dict, list, list]:
     "What differs (key -> was, is), what is new, what is gone."
-    a, b = leaves(old), leaves(new); top = lambda keys: list(dict.fromkeys(k.split(".")[3 if k.startswith("models.") and k.count(".") > 2 else 0] for k in keys))
-    return {k: (a[k], b[k]) for k in a if k in b and a[k] != b[k]}, top(k for k in b if k not in a), top(k for k in a if k not in b)
+    a, b = leaves(old), leaves(new)
+
+    def top(keys):
+        return list(
+            dict.fromkeys(
+                k.split(".")[3 if k.startswith("models.") and k.count(".") > 2 else 0] for k in keys
+            )
+        )
+
+    return (
+        {k: (a[k], b[k]) for k in a if k in b and a[k] != b[k]},
+        top(k for k in b if k not in a),
+        top(k for k in a if k not in b),
+    )
 
 # %% ../../nbs/export/compare_runs.ipynb #c023
 def pages(run, metrics) -> dict:
     "The files that follow from a run's figures: name -> text."
-    exported = read_json(run.path/"export.json", {}); parities = exported.get("parity", {})
-    out = {"metrics.json": json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", "report.html": report(run, metrics, parities)}
+    exported = read_json(run.path / "export.json", {})
+    parities = exported.get("parity", {})
+    out = {
+        "metrics.json": json.dumps(metrics, indent=1, ensure_ascii=False) + "\n",
+        "report.html": report(run, metrics, parities),
+    }
     return out | ({"README.md": model_card(run, metrics, parities)} if exported else {})
 
 # %% ../../nbs/export/compare_runs.ipynb #c025
 def write_page(run):
     "The report of a run that was only scored; nothing where nothing was."
-    found = read_json(run.path/"metrics.json")
-    if found: write(run.path/"report.html", report(run, found, {}))
+    found = read_json(run.path / "metrics.json")
+    if found:
+        write(run.path / "report.html", report(run, found, {}))
 
 # %% ../../nbs/export/compare_runs.ipynb #c025x
 def rebuilt(run) -> dict:
     "Make metrics.json, report and card again from a run's predictions. Says what changed."
     with run.hold():
-        old = read_json(run.path/"metrics.json", {}); new = json.loads(json.dumps(figures(run), default=str))
+        old = read_json(run.path / "metrics.json", {})
+        new = json.loads(json.dumps(figures(run), default=str))
         made = pages(run, new)
-        for name, text in made.items(): write(run.path/name, text)
-        exported = read_json(run.path/"export.json", {})
-        for name in (n for n in made if n in exported.get("artefacts", {})): exported["artefacts"][name] = dict(bytes=(run.path/name).stat().st_size, sha256=sha256(run.path/name))
-        if exported: write(run.path/"export.json", json.dumps(exported, indent=1, ensure_ascii=False, default=str) + "\n")
+        for name, text in made.items():
+            write(run.path / name, text)
+        exported = read_json(run.path / "export.json", {})
+        for name in (n for n in made if n in exported.get("artefacts", {})):
+            exported["artefacts"][name] = dict(
+                bytes=(run.path / name).stat().st_size, sha256=sha256(run.path / name)
+            )
+        if exported:
+            write(
+                run.path / "export.json",
+                json.dumps(exported, indent=1, ensure_ascii=False, default=str) + "\n",
+            )
     differ, new_keys, gone = changed(old, new)
     return dict(files=list(made), first=not old, changed=differ, new=new_keys, gone=gone)
 
@@ -140,6 +277,18 @@ def rebuilt(run) -> dict:
 def told(found) -> str:
     "What came of it, in a line."
     differ, text = found["changed"], lambda v: f"{v:.6g}" if isinstance(v, float) else str(v)[:60]
-    some = ", ".join(f"{k}: {text(was)} -> {text(now)}" for k, (was, now) in list(differ.items())[:3])
-    said = "there was no metrics.json before" if found["first"] else f"{len(differ)} value{'s'*(len(differ) > 1)} changed: {some}{', …' if len(differ) > 3 else ''}" if differ else "every figure is as it was"
-    return f"{', '.join(found['files'])} made again from the predictions; {said}" + "".join(f"; {word}: {', '.join(found[k])}" for word, k in (("new", "new"), ("gone", "gone")) if found[k] and not found["first"])
+    some = ", ".join(
+        f"{k}: {text(was)} -> {text(now)}" for k, (was, now) in list(differ.items())[:3]
+    )
+    said = (
+        "there was no metrics.json before"
+        if found["first"]
+        else f"{len(differ)} value{'s' * (len(differ) > 1)} changed: {some}{', …' if len(differ) > 3 else ''}"
+        if differ
+        else "every figure is as it was"
+    )
+    return f"{', '.join(found['files'])} made again from the predictions; {said}" + "".join(
+        f"; {word}: {', '.join(found[k])}"
+        for word, k in (("new", "new"), ("gone", "gone"))
+        if found[k] and not found["first"]
+    )

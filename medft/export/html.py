@@ -12,59 +12,157 @@ __all__ = ['NUMBER', 'SHARES', 'note', 'drawing', 'folded', 'beside', 'is_number
 from ..evaluate.diagrams import chance
 from ..evaluate.plots import called, inline, written
 
-import html, re
+import html
+import re
 
 import pandas as pd
 from markupsafe import Markup
 
 # %% ../../nbs/export/html.ipynb #c004
-def note(text, soft=True) -> Markup: "A paragraph; nothing where there is nothing to say."; return Markup('<p{}>{}</p>').format(Markup(' class="soft"') if soft else "", text) if text else Markup("")
+def note(text, soft=True) -> Markup:
+    "A paragraph; nothing where there is nothing to say."
+    return (
+        Markup("<p{}>{}</p>").format(Markup(' class="soft"') if soft else "", text)
+        if text
+        else Markup("")
+    )
+
 
 def drawing(fig, caption) -> Markup:
     "A figure with what it shows below it, and for a screen reader."
-    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(Markup(inline(fig, caption)), caption) if fig is not None else Markup("")
+    return (
+        Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(
+            Markup(inline(fig, caption)), caption
+        )
+        if fig is not None
+        else Markup("")
+    )
+
 
 def folded(title, *parts) -> Markup:
     "What only some readers want: behind a line that opens."
-    return Markup("<details><summary>{}</summary>{}</details>").format(title, Markup("").join(parts)) if any(parts) else Markup("")
+    return (
+        Markup("<details><summary>{}</summary>{}</details>").format(title, Markup("").join(parts))
+        if any(parts)
+        else Markup("")
+    )
 
-def beside(*parts) -> Markup: "Pieces side by side, where the window is wide enough."; return Markup('<div class="pair">{}</div>').format(Markup("").join(Markup("<div>{}</div>").format(p) for p in parts if p)) if any(parts) else Markup("")
+
+def beside(*parts) -> Markup:
+    "Pieces side by side, where the window is wide enough."
+    return (
+        Markup('<div class="pair">{}</div>').format(
+            Markup("").join(Markup("<div>{}</div>").format(p) for p in parts if p)
+        )
+        if any(parts)
+        else Markup("")
+    )
 
 # %% ../../nbs/export/html.ipynb #c007
 NUMBER = re.compile(r"[-+–<≥]?\s?[\d.,]*( ?%| ?\[[^\]]*\])?\*?")
 
-def is_number(x) -> bool: return bool(str(x)) and bool(NUMBER.fullmatch(str(x)))
+
+def is_number(x) -> bool:
+    return bool(str(x)) and bool(NUMBER.fullmatch(str(x)))
+
 
 def cells(tag, row, sample=None) -> Markup:
     "A row's values as cells, numbers to the right; `sample`: what stands below a row of headings."
     text = ["" if x is None or x != x else str(x) for x in row]
-    return Markup("").join(Markup("<{}{}>{}</{}>").format(Markup(tag), Markup(' class="num"') if is_number(like) else "", t, Markup(tag.split()[0])) for t, like in zip(text, sample or text))
+    return Markup("").join(
+        Markup("<{}{}>{}</{}>").format(
+            Markup(tag),
+            Markup(' class="num"') if is_number(like) else "",
+            t,
+            Markup(tag.split()[0]),
+        )
+        for t, like in zip(text, sample or text)
+    )
 
 # %% ../../nbs/export/html.ipynb #c007s
 def html_table(frame, says="table") -> Markup:
     "A table in a box that scrolls; nothing where it has no rows."
-    if not len(frame): return Markup("")
-    keys, columns, last, rows = [k if isinstance(k, tuple) else (k,) for k in frame.index], [" · ".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in frame.columns], None, []
+    if not len(frame):
+        return Markup("")
+    keys, columns, last, rows = (
+        [k if isinstance(k, tuple) else (k,) for k in frame.index],
+        [" · ".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in frame.columns],
+        None,
+        [],
+    )
     for (*above, key), row in zip(keys, frame.itertuples(index=False, name=None)):
-        if above and above != last: rows.append(Markup('<tr><th class="group" scope="rowgroup" colspan="{}">{}</th></tr>').format(len(columns) + 1, " · ".join(map(str, above)))); last = above
+        if above and above != last:
+            rows.append(
+                Markup('<tr><th class="group" scope="rowgroup" colspan="{}">{}</th></tr>').format(
+                    len(columns) + 1, " · ".join(map(str, above))
+                )
+            )
+            last = above
         rows.append(Markup('<tr><th scope="row">{}</th>{}</tr>').format(key, cells("td", row)))
-    below = [next((x for x in frame.iloc[:, j] if is_number(x)), "") if all(is_number(x) for x in frame.iloc[:, j] if x and x == x) else "" for j in range(len(columns))]
+    below = [
+        next((x for x in frame.iloc[:, j] if is_number(x)), "")
+        if all(is_number(x) for x in frame.iloc[:, j] if x and x == x)
+        else ""
+        for j in range(len(columns))
+    ]
     head = cells('th scope="col"', [frame.index.names[-1], *columns], ["", *below])
-    return Markup('<div class="scroll" role="region" tabindex="0" aria-label="{}"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(says, head, Markup("\n").join(rows))
+    return Markup(
+        '<div class="scroll" role="region" tabindex="0" aria-label="{}"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
+    ).format(says, head, Markup("\n").join(rows))
 
 # %% ../../nbs/export/html.ipynb #c010
 SHARES = ("accuracy", "exact_match")
 
-def gap(d) -> str: "A comparison's difference with its interval and sign: points for shares."; return ("+" if (d["effect"] or 0) > 0 else "") + written(dict(d, value=d["effect"]), d["metric"] in SHARES)
+
+def gap(d) -> str:
+    "A comparison's difference with its interval and sign: points for shares."
+    return ("+" if (d["effect"] or 0) > 0 else "") + written(
+        dict(d, value=d["effect"]), d["metric"] in SHARES
+    )
+
 
 def comparison_table(found, what="compared") -> pd.DataFrame:
     "name (or names) -> comparison, as rows."
-    row = lambda d: {"figure": called(d["metric"]).removesuffix(", %"), "difference": gap(d), "verdict": d["label"], "p": chance(d["p"]), "p, corrected": chance(d.get("p_holm", d["p"])), "n": f"{d['n']:,}"}
-    return pd.DataFrame([row(d) for d in found.values()], index=pd.MultiIndex.from_tuples(found) if found and isinstance(next(iter(found)), tuple) else list(found)).rename_axis(index=[*[""]*(len(next(iter(found))) - 1), what] if found and isinstance(next(iter(found)), tuple) else what)
+
+    def row(d):
+        return {
+            "figure": called(d["metric"]).removesuffix(", %"),
+            "difference": gap(d),
+            "verdict": d["label"],
+            "p": chance(d["p"]),
+            "p, corrected": chance(d.get("p_holm", d["p"])),
+            "n": f"{d['n']:,}",
+        }
+
+    return pd.DataFrame(
+        [row(d) for d in found.values()],
+        index=pd.MultiIndex.from_tuples(found)
+        if found and isinstance(next(iter(found)), tuple)
+        else list(found),
+    ).rename_axis(
+        index=[*[""] * (len(next(iter(found))) - 1), what]
+        if found and isinstance(next(iter(found)), tuple)
+        else what
+    )
+
 
 def within(found, path=()):
     "Yield (path, figure or comparison) of everything with an interval inside nested dicts."
     for k, v in found.items():
-        if isinstance(v, dict): yield from [((*path, str(k)), v)] if "ci95" in v else within(v, (*path, str(k)))
+        if isinstance(v, dict):
+            yield from [((*path, str(k)), v)] if "ci95" in v else within(v, (*path, str(k)))
 
-def sentences_in(found) -> list[str]: "Every sentence inside nested dicts."; return [s for k, v in found.items() for s in (sentences_in(v) if isinstance(v, dict) else [v] if k == "sentence" and isinstance(v, str) else [])]
+
+def sentences_in(found) -> list[str]:
+    "Every sentence inside nested dicts."
+    return [
+        s
+        for k, v in found.items()
+        for s in (
+            sentences_in(v)
+            if isinstance(v, dict)
+            else [v]
+            if k == "sentence" and isinstance(v, str)
+            else []
+        )
+    ]

@@ -11,57 +11,121 @@ __all__ = ['surety', 'worst', 'changed', 'shortened', 'said', 'option', 'truth_o
 from ..evaluate.diagrams import letter
 from ..evaluate.plots import short
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from scipy.special import softmax
 
 # %% ../../nbs/export/items.ipynb #c004
 def surety(frame) -> np.ndarray:
     "How badly an item went wrong, in the order of its kind: probability of the choice, words missed, or loss per token."
-    if "probabilities" in frame: return np.array([p[c] for p, c in zip(frame.probabilities, frame.choice)])
-    if "choice" in frame: return np.array([softmax(s)[c] for s, c in zip(frame.scores, frame.choice)])
-    if "f1" in frame: return 1 - frame.f1.to_numpy()
-    return frame.nll.to_numpy()/frame.tokens.clip(lower=1).to_numpy()
+    if "probabilities" in frame:
+        return np.array([p[c] for p, c in zip(frame.probabilities, frame.choice)])
+    if "choice" in frame:
+        return np.array([softmax(s)[c] for s, c in zip(frame.scores, frame.choice)])
+    if "f1" in frame:
+        return 1 - frame.f1.to_numpy()
+    return frame.nll.to_numpy() / frame.tokens.clip(lower=1).to_numpy()
+
 
 def worst(frame, most=10) -> list[int]:
     "Rows of one model's predictions that went wrong most surely."
-    order, wrong = np.argsort(-surety(frame), kind="stable"), ~frame.correct if "correct" in frame else ~frame.exact.astype(bool) if "exact" in frame else np.ones(len(frame), bool)
+    order, wrong = (
+        np.argsort(-surety(frame), kind="stable"),
+        ~frame.correct
+        if "correct" in frame
+        else ~frame.exact.astype(bool)
+        if "exact" in frame
+        else np.ones(len(frame), bool),
+    )
     return [int(i) for i in order if wrong[i]][:most]
 
 # %% ../../nbs/export/items.ipynb #c007
 def changed(base, tuned, most=10) -> list[int]:
     "Rows that the tuned model answers otherwise: lost ones first, then those it gained."
-    if "correct" not in base: return [int(i) for i in np.argsort(-np.abs(surety(tuned) - surety(base)), kind="stable") if surety(tuned)[i] != surety(base)[i]][:most]
-    sure = np.argsort(-surety(tuned), kind="stable"); a, b = base.correct.to_numpy(), tuned.correct.to_numpy()
-    lost, gained = [int(i) for i in sure if a[i] and not b[i]], [int(i) for i in sure if b[i] and not a[i]]
-    few = lost[:max(most//2, most - len(gained))]
-    return few + gained[:most - len(few)]
+    if "correct" not in base:
+        return [
+            int(i)
+            for i in np.argsort(-np.abs(surety(tuned) - surety(base)), kind="stable")
+            if surety(tuned)[i] != surety(base)[i]
+        ][:most]
+    sure = np.argsort(-surety(tuned), kind="stable")
+    a, b = base.correct.to_numpy(), tuned.correct.to_numpy()
+    lost, gained = (
+        [int(i) for i in sure if a[i] and not b[i]],
+        [int(i) for i in sure if b[i] and not a[i]],
+    )
+    few = lost[: max(most // 2, most - len(gained))]
+    return few + gained[: most - len(few)]
 
 # %% ../../nbs/export/items.ipynb #c010
 def shortened(text, most=700) -> str:
     "A text without its middle where it is too long for a card: what is asked mostly stands at the end."
-    text = text.strip(); return text if len(text) <= most else f"{text[:most*2//3].rstrip()} […] {text[-most//3:].lstrip()}"
+    text = text.strip()
+    return (
+        text
+        if len(text) <= most
+        else f"{text[: most * 2 // 3].rstrip()} […] {text[-most // 3 :].lstrip()}"
+    )
+
 
 def said(frame, i, row, labels=None) -> dict:
     "What a model said to an item, how sure it was, and whether that is right."
-    f = frame.iloc[i]; mark = "" if "correct" not in f else "right" if f.correct else "wrong"
-    if "probabilities" in f: return dict(text=f"label {labels[f.choice] if labels else f.choice}", sure=float(f.probabilities[f.choice]), mark=mark)
-    if "choice" in f: return dict(text=option(row, f.choice), sure=float(softmax(f.scores)[f.choice]), mark=mark)
-    if "answer" in f: return dict(text=shortened(f.answer, 400) or "(nothing)", sure=None, mark=f"F1 {f.f1:.2f}")
-    return dict(text=f"{f.nll/max(f.tokens, 1):.3f} nats per token", sure=None, mark="")
+    f = frame.iloc[i]
+    mark = "" if "correct" not in f else "right" if f.correct else "wrong"
+    if "probabilities" in f:
+        return dict(
+            text=f"label {labels[f.choice] if labels else f.choice}",
+            sure=float(f.probabilities[f.choice]),
+            mark=mark,
+        )
+    if "choice" in f:
+        return dict(text=option(row, f.choice), sure=float(softmax(f.scores)[f.choice]), mark=mark)
+    if "answer" in f:
+        return dict(text=shortened(f.answer, 400) or "(nothing)", sure=None, mark=f"F1 {f.f1:.2f}")
+    return dict(text=f"{f.nll / max(f.tokens, 1):.3f} nats per token", sure=None, mark="")
 
-def option(row, i) -> str: "An option with its place."; return f"{letter(i)}. {row['options'][i].strip()}"
+
+def option(row, i) -> str:
+    "An option with its place."
+    return f"{letter(i)}. {row['options'][i].strip()}"
 
 # %% ../../nbs/export/items.ipynb #c011
 def truth_of(frame, i, row, labels=None) -> str:
     "What would have been right; nothing for running text."
     f = frame.iloc[i]
-    if "probabilities" in f: return f"label {labels[f.truth] if labels else f.truth}"
-    if "choice" in f: return option(row, f.truth)
+    if "probabilities" in f:
+        return f"label {labels[f.truth] if labels else f.truth}"
+    if "choice" in f:
+        return option(row, f.truth)
     return shortened(f.reference, 400) if "reference" in f else ""
+
 
 def cards(frames, rows, name, picked, who, labels=None) -> list[dict]:
     "Items of a set as a page shows them: prompt, options it does not list, truth, and what each model said."
-    unlisted = lambda r: [] if all(o.strip() in r["prompt"] for o in r.get("options", [])) else [option(r, j) for j in range(len(r["options"]))]
-    text = lambda r: shortened(r["prompt"] + (r.get("completion") or "" if "nll" in frames[who[0], name] and "answer" not in frames[who[0], name] else ""))
-    return [dict(prompt=text(rows[i]), options=[shortened(o, 200) for o in unlisted(rows[i])], truth=truth_of(frames[who[0], name], i, rows[i], labels),
-                 answers=[dict(who=short(w), **said(frames[w, name], i, rows[i], labels)) for w in who]) for i in picked]
+
+    def unlisted(r):
+        return (
+            []
+            if all(o.strip() in r["prompt"] for o in r.get("options", []))
+            else [option(r, j) for j in range(len(r["options"]))]
+        )
+
+    def text(r):
+        return shortened(
+            r["prompt"]
+            + (
+                r.get("completion") or ""
+                if "nll" in frames[who[0], name] and "answer" not in frames[who[0], name]
+                else ""
+            )
+        )
+
+    return [
+        dict(
+            prompt=text(rows[i]),
+            options=[shortened(o, 200) for o in unlisted(rows[i])],
+            truth=truth_of(frames[who[0], name], i, rows[i], labels),
+            answers=[dict(who=short(w), **said(frames[w, name], i, rows[i], labels)) for w in who],
+        )
+        for i in picked
+    ]

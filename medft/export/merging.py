@@ -10,9 +10,16 @@ __all__ = ['EYE', 'bits', 'how_merged', 'base_to_merge', 'sixteen_bit', 'in_sixt
            'write_merged', 'merge']
 
 # %% ../../nbs/export/merging.ipynb #c002
-from ..core.run import MedftError, model_path, read_json, write_json  # first: it sets switches that the libraries read
+from ..core.run import MedftError, model_path, read_json, write_json
+from ..evaluate.scoring.generation import stop_ids
+from .parity import load_its_tokenizer
+from ..model.families import load_config
+from ..model.load import labels_of, load_base, load_tuned, quantization_config
 
-import gc, os, re, shutil
+import gc
+import os
+import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -22,35 +29,40 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 from transformers.utils import cached_file
 
-from ..evaluate.scoring.generation import stop_ids
-from ..model.families import load_config
-from ..model.load import labels_of, load_base, load_tuned, quantization_config
-from .parity import load_its_tokenizer
-
 # %% ../../nbs/export/merging.ipynb #c008
 def bits(recipe) -> int | None:
     "In how many bits the base was held in training; None: not quantised."
     q = recipe.quantization
     return 4 if q and q.load_in_4bit else 8 if q and q.load_in_8bit else None
 
+
 def how_merged(recipe) -> str:
     "In words: into what the adapter was merged."
     n = bits(recipe)
-    if not n: return "merged into the base"
-    if recipe.export.merge_base == "original": return f"merged into the original 16-bit base, though trained on it in {n} bits"
+    if not n:
+        return "merged into the base"
+    if recipe.export.merge_base == "original":
+        return f"merged into the original 16-bit base, though trained on it in {n} bits"
     return f"merged into the {n}-bit base, dequantised first"
+
 
 def base_to_merge(recipe, labels=None):
     "The base that the adapter is carried into; loaded once, never quantised any more."
     original = recipe.export.merge_base == "original"
-    base = load_base(recipe.model_copy(update=dict(quantization=None)) if original else recipe, labels)
+    base = load_base(
+        recipe.model_copy(update=dict(quantization=None)) if original else recipe, labels
+    )
     return base if original or not quantization_config(recipe) else base.dequantize()
 
 # %% ../../nbs/export/merging.ipynb #c014
 def sixteen_bit(config) -> torch.dtype:
     "The 16-bit type that a model was published in; bfloat16 where it was none."
-    types = [getattr(torch, c.dtype) if isinstance(c.dtype, str) else c.dtype for c in (config, config.get_text_config())]
+    types = [
+        getattr(torch, c.dtype) if isinstance(c.dtype, str) else c.dtype
+        for c in (config, config.get_text_config())
+    ]
     return next((t for t in types if t in (torch.float16, torch.bfloat16)), torch.bfloat16)
+
 
 def in_sixteen_bits(model, dtype):
     "Cast the weights, but for a classifier's head and what must stay in float32."
@@ -63,15 +75,22 @@ def in_sixteen_bits(model, dtype):
 # %% ../../nbs/export/merging.ipynb #c017
 EYE = re.compile(r"(?:vision_tower|multi_modal_projector)\..*")
 
+
 def part_of(name) -> str | None:
     "A weight's name from its vision part on; None for the language side."
     found = EYE.search(name)
     return found and found[0].replace(".vision_model.", ".")
 
+
 def base_files(recipe) -> list[Path]:
     "The base's weight files."
     path = Path(model_path(recipe.model.name))
-    if not path.is_dir(): path = Path(snapshot_download(recipe.model.name, revision=recipe.model.revision, allow_patterns=["*.safetensors"]))
+    if not path.is_dir():
+        path = Path(
+            snapshot_download(
+                recipe.model.name, revision=recipe.model.revision, allow_patterns=["*.safetensors"]
+            )
+        )
     return sorted(path.glob("*.safetensors"))
 
 # %% ../../nbs/export/merging.ipynb #c018
@@ -80,9 +99,13 @@ def restore_eye(model, recipe):
     wanted = {part_of(n): p for n, p in model.named_parameters() if part_of(n)}
     for path in base_files(recipe) if wanted else ():
         with safe_open(path, "pt") as f:
-            for name in f.keys():
-                if (p := wanted.pop(part_of(name), None)) is not None: p.data = f.get_tensor(name).to(p.device)
-    if wanted: raise MedftError(f"export.merge: the base's files lack {next(iter(wanted))} and {len(wanted) - 1} other weights of the vision side; use export.merge_base=original")
+            for name in f:
+                if (p := wanted.pop(part_of(name), None)) is not None:
+                    p.data = f.get_tensor(name).to(p.device)
+    if wanted:
+        raise MedftError(
+            f"export.merge: the base's files lack {next(iter(wanted))} and {len(wanted) - 1} other weights of the vision side; use export.merge_base=original"
+        )
     return model
 
 # %% ../../nbs/export/merging.ipynb #c021
@@ -90,64 +113,117 @@ def bin_name(name) -> str:
     "What a safetensors file or index is called as a pickle."
     return re.sub(r"^model(?=[.-])", "pytorch_model", name).replace(".safetensors", ".bin")
 
-def same_tensors(a, b) -> bool: return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+def same_tensors(a, b) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a
+    )
+
 
 def to_bin(folder):
     "Turn the safetensors files of a folder into pickles of tensors. Raises `MedftError` when one does not read back."
     for path in sorted(Path(folder).glob("*.safetensors")):
         tensors, new = load_file(path), path.with_name(bin_name(path.name))
         torch.save(tensors, new)
-        if not same_tensors(tensors, torch.load(new, map_location="cpu", weights_only=True)): raise MedftError(f"{new} does not hold what was written; is the disk full?")
+        if not same_tensors(tensors, torch.load(new, map_location="cpu", weights_only=True)):
+            raise MedftError(f"{new} does not hold what was written; is the disk full?")
         path.unlink()
     for index in Path(folder).glob("*.safetensors.index.json"):
-        d = read_json(index); d["weight_map"] = {k: bin_name(v) for k, v in d["weight_map"].items()}
-        write_json(index.with_name(bin_name(index.name)), d); index.unlink()
+        d = read_json(index)
+        d["weight_map"] = {k: bin_name(v) for k, v in d["weight_map"].items()}
+        write_json(index.with_name(bin_name(index.name)), d)
+        index.unlink()
 
 # %% ../../nbs/export/merging.ipynb #c024
 def write_adapter(folder, form="safetensors"):
     "Have an adapter in this form: safetensors or bin."
-    safe, pickled = Path(folder)/"adapter_model.safetensors", Path(folder)/"adapter_model.bin"
-    if form == "bin" and safe.exists(): to_bin(folder)
+    safe, pickled = Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_model.bin"
+    if form == "bin" and safe.exists():
+        to_bin(folder)
     if form == "safetensors" and pickled.exists() and not safe.exists():
-        save_file(torch.load(pickled, map_location="cpu", weights_only=True), safe, metadata={"format": "pt"}); pickled.unlink()
+        save_file(
+            torch.load(pickled, map_location="cpu", weights_only=True),
+            safe,
+            metadata={"format": "pt"},
+        )
+        pickled.unlink()
 
 # %% ../../nbs/export/merging.ipynb #c027
 def generation_config(model, tok) -> GenerationConfig | None:
     "The base's generation settings with every stop token; None for a classifier."
     g = getattr(model, "generation_config", None)
-    if g is None: return None
-    stops = stop_ids(tok, g); g.eos_token_id, g.pad_token_id, g._from_model_config = stops if len(stops) > 1 else stops[0], tok.pad_token_id, False
-    if any(getattr(g, k, None) not in (None, off) for k, off in dict(temperature=1.0, top_p=1.0, top_k=50).items()): g.do_sample = True
+    if g is None:
+        return None
+    stops = stop_ids(tok, g)
+    g.eos_token_id, g.pad_token_id, g._from_model_config = (
+        stops if len(stops) > 1 else stops[0],
+        tok.pad_token_id,
+        False,
+    )
+    if any(
+        getattr(g, k, None) not in (None, off)
+        for k, off in dict(temperature=1.0, top_p=1.0, top_k=50).items()
+    ):
+        g.do_sample = True
     return g
+
 
 def copy_processor(recipe, folder):
     "Put a multimodal base's image processor settings beside the weights."
     for name in ("preprocessor_config.json", "processor_config.json"):
-        found = cached_file(model_path(recipe.model.name), name, revision=recipe.model.revision, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-        if found: shutil.copyfile(found, folder/name)
+        found = cached_file(
+            model_path(recipe.model.name),
+            name,
+            revision=recipe.model.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found:
+            shutil.copyfile(found, folder / name)
 
 # %% ../../nbs/export/merging.ipynb #c030
 def merged_model(run, engine):
     "The adapter carried into its base, in 16 bits. Raises `MedftError` when that gives numbers that are none."
     tuned = load_tuned(run, engine, base_to_merge(run.recipe, labels_of(run)))
-    try: model = tuned.merge_and_unload(safe_merge=True)
-    except ValueError as e: raise MedftError(f"export.merge: {engine}/adapters cannot be merged: {str(e).splitlines()[0]}") from None
+    try:
+        model = tuned.merge_and_unload(safe_merge=True)
+    except ValueError as e:
+        raise MedftError(
+            f"export.merge: {engine}/adapters cannot be merged: {str(e).splitlines()[0]}"
+        ) from None
     model = in_sixteen_bits(model, sixteen_bit(load_config(run.recipe)))
-    return restore_eye(model, run.recipe) if bits(run.recipe) and run.recipe.export.merge_base == "dequantized" else model
+    return (
+        restore_eye(model, run.recipe)
+        if bits(run.recipe) and run.recipe.export.merge_base == "dequantized"
+        else model
+    )
+
 
 def write_merged(run, engine, model, tok, folder):
     "Write merged weights, and what stands beside them, into a folder."
-    if g := generation_config(model, tok): model.generation_config = g
-    model.save_pretrained(folder, max_shard_size=run.recipe.export.max_shard_size); tok.save_pretrained(folder)
-    if hasattr(model.config, "vision_config"): copy_processor(run.recipe, folder)
-    if run.recipe.export.merged_save_format == "bin": to_bin(folder)
+    if g := generation_config(model, tok):
+        model.generation_config = g
+    model.save_pretrained(folder, max_shard_size=run.recipe.export.max_shard_size)
+    tok.save_pretrained(folder)
+    if hasattr(model.config, "vision_config"):
+        copy_processor(run.recipe, folder)
+    if run.recipe.export.merged_save_format == "bin":
+        to_bin(folder)
 
 # %% ../../nbs/export/merging.ipynb #c031
 def merge(run, engine) -> Path:
     "Write an engine's adapter merged into full weights. Raises `MedftError`."
-    out = run.path/engine/"merged"; tmp = out.with_name(".merged.new"); shutil.rmtree(tmp, ignore_errors=True)
-    try: write_merged(run, engine, merged_model(run, engine), load_its_tokenizer(run, engine, "adapter"), tmp)
-    except OSError as e: raise MedftError(f"{engine}/merged could not be written: {e.strerror or e}") from None
-    finally: gc.collect()
-    shutil.rmtree(out, ignore_errors=True); os.replace(tmp, out)
+    out = run.path / engine / "merged"
+    tmp = out.with_name(".merged.new")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        write_merged(
+            run, engine, merged_model(run, engine), load_its_tokenizer(run, engine, "adapter"), tmp
+        )
+    except OSError as e:
+        raise MedftError(f"{engine}/merged could not be written: {e.strerror or e}") from None
+    finally:
+        gc.collect()
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(tmp, out)
     return out

@@ -12,7 +12,11 @@ __all__ = ['CHANGED', 'GEMMA', 'HAI_DEF', 'LLAMA2', 'LLAMA3', 'TERMS', 'UNKNOWN'
            'in_seeds', 'findings', 'places', 'model_card']
 
 # %% ../../nbs/export/model_card.ipynb #c002
-from ..core.run import REHEARSED, assets, locate, read_json  # first: it sets switches that the libraries read
+from ..core.run import REHEARSED, assets, locate, read_json
+from ..evaluate.metrics import class_table, table, written
+from .html import sentences_in
+from .serving import serve_lines
+from ..train.baseline import trained, training_summary
 
 import re
 from pathlib import Path
@@ -21,133 +25,282 @@ import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 
-from ..evaluate.metrics import class_table, table, written
-from .html import sentences_in
-from .serving import serve_lines
-from ..train.baseline import trained, training_summary
-
 # %% ../../nbs/export/model_card.ipynb #c005
 def training_table(run) -> pd.DataFrame:
     "Time, speed and memory of every engine that trained, and which parts of a step its own code left to the library."
     rows = {e: training_summary(run, e) for e in trained(run)}
-    say = lambda s, k, digits=0, d=1: f"{s[k]/d:,.{digits}f}" if isinstance(s.get(k), (int, float)) else "–"
+
+    def say(s, k, digits=0, d=1):
+        return f"{s[k] / d:,.{digits}f}" if isinstance(s.get(k), (int, float)) else "–"
+
     told = {e: "; ".join(s.get("notes") or []) for e, s in rows.items()}
-    return pd.DataFrame({e: {"seconds": say(s, "seconds", 1), "steps": say(s, "steps"), "tokens per second": say(s, "tokens_per_second"), "peak memory, GB": say(s, "peak_memory_bytes", 2, 1e9),
-                             "trained parameters": say(s, "trainable_parameters"), "of": say(s, "total_parameters"), "mean loss": say(s, "train_loss", 3)} | ({"left to the library": told[e] or "–"} if any(told.values()) else {}) for e, s in rows.items()}).T.rename_axis("engine")
+    return pd.DataFrame(
+        {
+            e: {
+                "seconds": say(s, "seconds", 1),
+                "steps": say(s, "steps"),
+                "tokens per second": say(s, "tokens_per_second"),
+                "peak memory, GB": say(s, "peak_memory_bytes", 2, 1e9),
+                "trained parameters": say(s, "trainable_parameters"),
+                "of": say(s, "total_parameters"),
+                "mean loss": say(s, "train_loss", 3),
+            }
+            | ({"left to the library": told[e] or "–"} if any(told.values()) else {})
+            for e, s in rows.items()
+        }
+    ).T.rename_axis("engine")
+
 
 def skipped(run) -> list[str]:
     "Engines of the recipe that did not train, and why."
     found = {e: training_summary(run, e) for e in run.recipe.engine}
-    return [f"{e} was left out: {s.get('reason', 'it did not finish training')}." for e, s in found.items() if s.get("status") != "finished"]
+    return [
+        f"{e} was left out: {s.get('reason', 'it did not finish training')}."
+        for e, s in found.items()
+        if s.get("status") != "finished"
+    ]
 
 # %% ../../nbs/export/model_card.ipynb #c006
 def parity_table(parities) -> pd.DataFrame:
     "One row an artefact: is it the model that was scored?"
-    say = lambda p, k: f"{p[k]:.2g}" if k in p else "–"
-    line = lambda e, what, p: {"file": f"{e}/{dict(adapter='adapters').get(what, what)}", "verdict": p["label"], "equal answers": f"{p['n'] - len(p['differing'])} of {p['n']}",
-                               "equal greedy answers": f"{p['greedy'] - len(p['greedy_differing'])} of {p['greedy']}" if "greedy" in p else "–",
-                               "scores moved (median, nats per token)": say(p, "median_score_difference"), "logits moved (mean)": say(p, "mean_logit_difference"), "(largest)": say(p, "max_logit_difference")}
+
+    def say(p, k):
+        return f"{p[k]:.2g}" if k in p else "–"
+
+    def line(e, what, p):
+        return {
+            "file": f"{e}/{dict(adapter='adapters').get(what, what)}",
+            "verdict": p["label"],
+            "equal answers": f"{p['n'] - len(p['differing'])} of {p['n']}",
+            "equal greedy answers": f"{p['greedy'] - len(p['greedy_differing'])} of {p['greedy']}"
+            if "greedy" in p
+            else "–",
+            "scores moved (median, nats per token)": say(p, "median_score_difference"),
+            "logits moved (mean)": say(p, "mean_logit_difference"),
+            "(largest)": say(p, "max_logit_difference"),
+        }
+
     rows = [line(e, what, p) for e, found in parities.items() for what, p in found.items()]
     return pd.DataFrame(rows).set_index("file") if rows else pd.DataFrame()
+
 
 def markdown(frame) -> str:
     "A small table as Markdown."
     head = [frame.index.name or "", *map(str, frame.columns)]
-    line = lambda cells: "| " + " | ".join("" if c is None or c != c else str(c).replace("|", "\\|") for c in cells) + " |\n"
-    return line(head) + line(["---"]*len(head)) + "".join(line([i, *row]) for i, row in zip(frame.index, frame.itertuples(index=False)))
+
+    def line(cells):
+        return (
+            "| "
+            + " | ".join("" if c is None or c != c else str(c).replace("|", "\\|") for c in cells)
+            + " |\n"
+        )
+
+    return (
+        line(head)
+        + line(["---"] * len(head))
+        + "".join(line([i, *row]) for i, row in zip(frame.index, frame.itertuples(index=False)))
+    )
 
 # %% ../../nbs/export/model_card.ipynb #c009
 CHANGED = "Its weights were changed by fine-tuning with medft; the files that differ from the original are those of this folder. "
-GEMMA = ("Gemma is provided under and subject to the Gemma Terms of Use found at https://ai.google.dev/gemma/terms. This model is a modified version of Gemma. " + CHANGED +
-         "The use restrictions of section 3.2 of those terms and the Prohibited Use Policy (https://ai.google.dev/gemma/prohibited_use_policy) apply to you, and to whomever you pass it on to.")
-HAI_DEF = ("HAI-DEF is provided under and subject to the Health AI Developer Foundations Terms of Use found at https://developers.google.com/health-ai-developer-foundations/terms. "
-           "This model is a modified version of a HAI-DEF model. " + CHANGED + "The use restrictions of those terms, the Prohibited Use Policy "
-           "(https://developers.google.com/health-ai-developer-foundations/prohibited-use-policy) included, apply to you, and to whomever you pass it on to. It is not cleared for clinical use.")
-LLAMA2 = "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved. This model is a modified version of Llama 2. " + CHANGED.strip()
-LLAMA3 = "Built with Llama. Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved. This model is a modified version of Llama 3.1. " + CHANGED.strip()
+GEMMA = (
+    "Gemma is provided under and subject to the Gemma Terms of Use found at https://ai.google.dev/gemma/terms. This model is a modified version of Gemma. "
+    + CHANGED
+    + "The use restrictions of section 3.2 of those terms and the Prohibited Use Policy (https://ai.google.dev/gemma/prohibited_use_policy) apply to you, and to whomever you pass it on to."
+)
+HAI_DEF = (
+    "HAI-DEF is provided under and subject to the Health AI Developer Foundations Terms of Use found at https://developers.google.com/health-ai-developer-foundations/terms. "
+    "This model is a modified version of a HAI-DEF model. "
+    + CHANGED
+    + "The use restrictions of those terms, the Prohibited Use Policy "
+    "(https://developers.google.com/health-ai-developer-foundations/prohibited-use-policy) included, apply to you, and to whomever you pass it on to. It is not cleared for clinical use."
+)
+LLAMA2 = (
+    "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved. This model is a modified version of Llama 2. "
+    + CHANGED.strip()
+)
+LLAMA3 = (
+    "Built with Llama. Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved. This model is a modified version of Llama 3.1. "
+    + CHANGED.strip()
+)
 
 # %% ../../nbs/export/model_card.ipynb #c010
-TERMS = [(r"medgemma|hai-def|medsiglip|txgemma", HAI_DEF, dict(license="other", license_name="health-ai-developer-foundations", license_link="https://developers.google.com/health-ai-developer-foundations/terms")),
-         (r"gemma", GEMMA, dict(license="gemma")), (r"llama-?2", LLAMA2, dict(license="llama2")), (r"llama-?3\.1", LLAMA3, dict(license="llama3.1")),
-         (r"tiny-base|tinyllama|mistralai/", "", dict(license="apache-2.0"))]    # pattern in base's name or architecture -> notice, the card's licence
+TERMS = [
+    (
+        r"medgemma|hai-def|medsiglip|txgemma",
+        HAI_DEF,
+        dict(
+            license="other",
+            license_name="health-ai-developer-foundations",
+            license_link="https://developers.google.com/health-ai-developer-foundations/terms",
+        ),
+    ),
+    (r"gemma", GEMMA, dict(license="gemma")),
+    (r"llama-?2", LLAMA2, dict(license="llama2")),
+    (r"llama-?3\.1", LLAMA3, dict(license="llama3.1")),
+    (r"tiny-base|tinyllama|mistralai/", "", dict(license="apache-2.0")),
+]  # pattern in base's name or architecture -> notice, the card's licence
+
 
 def terms(base, model_type="") -> tuple[str, dict]:
     "The notice that a derivative of this base must carry, and its licence for the card; both empty for other bases."
     name = f"{base} {model_type}".lower()
-    return next(((text, licence) for shape, text, licence in TERMS if re.search(shape, name)), ("", {}))
+    return next(
+        ((text, licence) for shape, text, licence in TERMS if re.search(shape, name)), ("", {})
+    )
 
-def notice(base, model_type="") -> str: "What a derivative of this base must carry; nothing for other bases."; return terms(base, model_type)[0]
+
+def notice(base, model_type="") -> str:
+    "What a derivative of this base must carry; nothing for other bases."
+    return terms(base, model_type)[0]
 
 # %% ../../nbs/export/model_card.ipynb #c013
 UNKNOWN = "unknown: not stated where the data came from"
 
+
 def stated_licence(card) -> str | None:
     "The licence in the head of a data set's card."
-    try: said = (metadata_load(card) or {}).get("license")
-    except (OSError, ValueError): return None
+    try:
+        said = (metadata_load(card) or {}).get("license")
+    except (OSError, ValueError):
+        return None
     return ", ".join(said) if isinstance(said, list) else said
+
 
 def data_licence(name, d) -> str:
     "The licence of one source of a recipe's data, as far as it is stated."
     if name.split(":")[0] == d.name:
-        try: return stated_licence(hf_hub_download(d.name, "README.md", repo_type="dataset", revision=d.revision)) or UNKNOWN
-        except Exception: return UNKNOWN    # no card, no network, no leave: whatever the reason, it is not known
+        try:
+            return (
+                stated_licence(
+                    hf_hub_download(d.name, "README.md", repo_type="dataset", revision=d.revision)
+                )
+                or UNKNOWN
+            )
+        except Exception:
+            return UNKNOWN  # no card, no network, no leave: whatever the reason, it is not known
     path = locate(name)
-    if path and path.is_relative_to(assets()): return "apache-2.0 (made up for medft)"
-    beside = path and next((p for p in (path/"README.md", path.parent/"README.md") if p.exists()), None)
+    if path and path.is_relative_to(assets()):
+        return "apache-2.0 (made up for medft)"
+    beside = path and next(
+        (p for p in (path / "README.md", path.parent / "README.md") if p.exists()), None
+    )
     return (beside and stated_licence(beside)) or UNKNOWN
 
 # %% ../../nbs/export/model_card.ipynb #c016
-KINDS = dict(classification=("text-classification", ("f1", "precision", "recall", "accuracy", "mcc", "auroc", "auprc")), generative=("multiple-choice", ("accuracy",)))
+KINDS = dict(
+    classification=(
+        "text-classification",
+        ("f1", "precision", "recall", "accuracy", "mcc", "auroc", "auprc"),
+    ),
+    generative=("multiple-choice", ("accuracy",)),
+)
 TEXT = ("text-generation", ("loss", "perplexity", "bits_per_byte"))
+
 
 def results(run, metrics) -> list[EvalResult]:
     "What every tuned model scored on every set."
-    r, found = run.recipe, []; name = r.dataset.name or r.name
-    for who, s, scores in [(w, s, x) for w in trained(run) for s, x in metrics["models"][w].items()]:
+    r, found = run.recipe, []
+    name = r.dataset.name or r.name
+    for who, s, scores in [
+        (w, s, x) for w in trained(run) for s, x in metrics["models"][w].items()
+    ]:
         kind, names = KINDS.get(r.task, TEXT) if "loss" not in scores else TEXT
-        found += [EvalResult(task_type=kind, dataset_type=name, dataset_name=f"{name} ({s})", dataset_split=s, metric_type=m, metric_value=scores[m]["value"], metric_name=f"{m} ({who})",
-                             metric_args=dict(ci95=scores[m]["ci95"], n=scores[m]["n"])) for m in names if (scores.get(m) or {}).get("value") is not None]
+        found += [
+            EvalResult(
+                task_type=kind,
+                dataset_type=name,
+                dataset_name=f"{name} ({s})",
+                dataset_split=s,
+                metric_type=m,
+                metric_value=scores[m]["value"],
+                metric_name=f"{m} ({who})",
+                metric_args=dict(ci95=scores[m]["ci95"], n=scores[m]["n"]),
+            )
+            for m in names
+            if (scores.get(m) or {}).get("value") is not None
+        ]
     return found
 
 # %% ../../nbs/export/model_card.ipynb #c016s1
-def base_name(recipe): return Path(recipe.model.name).name if Path(recipe.model.name).is_dir() else recipe.model.name
+def base_name(recipe):
+    return Path(recipe.model.name).name if Path(recipe.model.name).is_dir() else recipe.model.name
+
 
 def card_data(run, metrics) -> ModelCardData:
     "The machine-readable head of the card."
-    r = run.recipe; architecture = read_json(run.path/"model.json", {}).get("architecture", "")
-    return ModelCardData(base_model=base_name(r), datasets=[r.dataset.name] if r.dataset.name else None, library_name="peft" if r.lora else "transformers", pipeline_tag=(
-        "text-classification" if r.task == "classification" else "text-generation"), tags=["medft", r.task, *(["lora"] if r.lora else [])], model_name=r.name,
-        eval_results=results(run, metrics), **terms(r.model.name, architecture)[1])
+    r = run.recipe
+    architecture = read_json(run.path / "model.json", {}).get("architecture", "")
+    return ModelCardData(
+        base_model=base_name(r),
+        datasets=[r.dataset.name] if r.dataset.name else None,
+        library_name="peft" if r.lora else "transformers",
+        pipeline_tag=("text-classification" if r.task == "classification" else "text-generation"),
+        tags=["medft", r.task, *(["lora"] if r.lora else [])],
+        model_name=r.name,
+        eval_results=results(run, metrics),
+        **terms(r.model.name, architecture)[1],
+    )
 
 # %% ../../nbs/export/model_card.ipynb #c018
-SCORING = dict(options="Every option's text is appended to the question; the model's choice is the option with the largest summed log-probability.",
-               labels="The label is read off the classifier's logits; with two labels, the second is said from a threshold on that was chosen on validation rows alone.",
-               text="The loss is the mean negative log-likelihood per token, in nats; bits per byte compare models with different tokenizers.")
+SCORING = dict(
+    options="Every option's text is appended to the question; the model's choice is the option with the largest summed log-probability.",
+    labels="The label is read off the classifier's logits; with two labels, the second is said from a threshold on that was chosen on validation rows alone.",
+    text="The loss is the mean negative log-likelihood per token, in nats; bits per byte compare models with different tokenizers.",
+)
 MEASURED = "It was measured on the sets above and nothing else. How it does on other questions, wordings, languages or patients is unknown."
 BIAS = "Whatever bias its base and its training data have, it has too; it was not examined for it."
-LIMITS = dict(options="A choice among given options is easier than a free answer; accuracy here says little about text that the model writes by itself.",
-              labels="Precision depends on how common each label is; where that differs from the test set, the threshold has to be chosen anew.",
-              text="A lower loss means that text like this is predicted better, not that what the model writes is true.")
+LIMITS = dict(
+    options="A choice among given options is easier than a free answer; accuracy here says little about text that the model writes by itself.",
+    labels="Precision depends on how common each label is; where that differs from the test set, the threshold has to be chosen anew.",
+    text="A lower loss means that text like this is predicted better, not that what the model writes is true.",
+)
 
-def what_is_scored(recipe, scores) -> str: "options, labels or text."; return "labels" if recipe.task == "classification" else "text" if "loss" in scores else "options"
+
+def what_is_scored(recipe, scores) -> str:
+    "options, labels or text."
+    return (
+        "labels" if recipe.task == "classification" else "text" if "loss" in scores else "options"
+    )
+
 
 def setting(value) -> str:
     "A setting as people write it: a whole number without a point."
     return f"{value:g}" if isinstance(value, float) else str(value)
 
+
 def procedure(recipe) -> list[tuple[str, str]]:
     "What a reader needs to repeat the training, as rows."
-    given = lambda section, none: ", ".join(f"{k} {setting(v)}" for k, v in section.given().items()) if section else none
-    return [("base", f"`{base_name(recipe)}`" + (f" at `{recipe.model.revision}`" if recipe.model.revision else "")), ("task", recipe.task), ("adapter", given(recipe.lora, "none: every weight was trained")),
-            ("quantisation", given(recipe.quantization, "none")), *((k, setting(v)) for k, v in recipe.training.given().items())]
+
+    def given(section, none):
+        return (
+            ", ".join(f"{k} {setting(v)}" for k, v in section.given().items()) if section else none
+        )
+
+    return [
+        (
+            "base",
+            f"`{base_name(recipe)}`"
+            + (f" at `{recipe.model.revision}`" if recipe.model.revision else ""),
+        ),
+        ("task", recipe.task),
+        ("adapter", given(recipe.lora, "none: every weight was trained")),
+        ("quantisation", given(recipe.quantization, "none")),
+        *((k, setting(v)) for k, v in recipe.training.given().items()),
+    ]
 
 # %% ../../nbs/export/model_card.ipynb #c020
 def rows_in_words(report) -> str:
     "What the data room kept."
-    total = lambda k: sum(report.get(k, {}).values())
-    return (f"{report.get('rows_in', 0):,} rows read, {report.get('rows_out', 0):,} kept, {total('rejected'):,} rejected, {total('filtered'):,} filtered; "
-            f"{report.get('learned', 'nothing counted')}; {report.get('truncated', 0):,} rows truncated.")
+
+    def total(k):
+        return sum(report.get(k, {}).values())
+
+    return (
+        f"{report.get('rows_in', 0):,} rows read, {report.get('rows_out', 0):,} kept, {total('rejected'):,} rejected, {total('filtered'):,} filtered; "
+        f"{report.get('learned', 'nothing counted')}; {report.get('truncated', 0):,} rows truncated."
+    )
+
 
 def what_was_checked(run) -> str:
     "What is known of scored rows among training rows, and what could not be looked up."
@@ -160,66 +313,190 @@ def what_was_checked(run) -> str:
     missing = [f"{line[:1].upper()}{line[1:]}." for line in unchecked]
     return " ".join([own, "What a base had read before is outside this check.", *missing])
 
+
 def sentences(metrics) -> list[str]:
     "The verdicts in words: against the base, and against the best simple rule."
-    return [d["sentence"] for d in metrics["verdict"].values()] + [d["sentence"] for k, d in metrics.get("between", {}).items() if k.split(" - ")[-1] in metrics.get("baselines", {})]
+    return [d["sentence"] for d in metrics["verdict"].values()] + [
+        d["sentence"]
+        for k, d in metrics.get("between", {}).items()
+        if k.split(" - ")[-1] in metrics.get("baselines", {})
+    ]
+
 
 def class_tables(metrics, labels=None) -> list[pd.DataFrame]:
     "For classifiers: every figure of every model and simple rule, and what was mistaken for what."
-    if "confusion" not in metrics: return []
+    if "confusion" not in metrics:
+        return []
     counts = {e: metrics["confusion"][e][metrics["main"]] for e in metrics["models"] if e != "base"}
-    mistaken = [pd.DataFrame(c, index=pd.Index([f"is {x}" for x in labels or range(len(c))], name=f"{e} on {metrics['main']}"), columns=[f"said {x}" for x in labels or range(len(c))]) for e, c in counts.items()]
+    mistaken = [
+        pd.DataFrame(
+            c,
+            index=pd.Index(
+                [f"is {x}" for x in labels or range(len(c))], name=f"{e} on {metrics['main']}"
+            ),
+            columns=[f"said {x}" for x in labels or range(len(c))],
+        )
+        for e, c in counts.items()
+    ]
     return [class_table(metrics), *mistaken]
 
 # %% ../../nbs/export/model_card.ipynb #fnd1
 def in_calibration(metrics) -> str:
     "Each model's calibration error on the main set, and what a temperature would make of it."
     s, names = metrics["main"], metrics.get("names", {})
-    after = lambda x: f" (with a temperature of {x['temperature']:.2f}, fitted on validation rows: {written(x['ece_scaled'], False)})" if x.get("temperature") else ""
-    said = [f"{names.get(w, w)} {written(sets[s]['ece'], False)}{after(sets[s])}" for w, sets in metrics.get("calibration", {}).items() if s in sets and "@" not in w]
+
+    def after(x):
+        return (
+            f" (with a temperature of {x['temperature']:.2f}, fitted on validation rows: {written(x['ece_scaled'], False)})"
+            if x.get("temperature")
+            else ""
+        )
+
+    said = [
+        f"{names.get(w, w)} {written(sets[s]['ece'], False)}{after(sets[s])}"
+        for w, sets in metrics.get("calibration", {}).items()
+        if s in sets and "@" not in w
+    ]
     return f"Expected calibration error on {s}: {'; '.join(said)}." if said else ""
+
 
 def in_retention(metrics) -> str:
     "What was kept of each retention set."
-    kept = metrics.get("retention") or {}; share = lambda r: r["metric"] == "accuracy"
-    judged = lambda r: f", a decline beyond the budget is {dict(shown='ruled out', unclear='not ruled out', forgets='shown')[r['judged']]}" if "judged" in r else ""
-    said = [f"{who} on {s}: a decline of {written(dict(r, value=r['decline']), share(r))}{' points'*share(r)}{judged(r)}" for who, sets in kept.get("models", {}).items() for s, r in sets.items()]
+    kept = metrics.get("retention") or {}
+
+    def share(r):
+        return r["metric"] == "accuracy"
+
+    def judged(r):
+        return (
+            f", a decline beyond the budget is {dict(shown='ruled out', unclear='not ruled out', forgets='shown')[r['judged']]}"
+            if "judged" in r
+            else ""
+        )
+
+    said = [
+        f"{who} on {s}: a decline of {written(dict(r, value=r['decline']), share(r))}{' points' * share(r)}{judged(r)}"
+        for who, sets in kept.get("models", {}).items()
+        for s, r in sets.items()
+    ]
     return f"{'; '.join(said)}." if said else ""
 
 # %% ../../nbs/export/model_card.ipynb #fnd2
 def in_seeds(metrics) -> str:
     "Every seed's difference from the base."
-    share = lambda d: d["metric"] == "accuracy"; found = {e: sets.get(metrics["main"], {}) for e, sets in metrics.get("over_seeds", {}).items()}
-    said = [f"{e}, from {len(d['effects'])} seeds: {', '.join(f'{100*x:+.1f}' if share(d) else f'{x:+.3f}' for x in d['effects'])}{' points'*share(d)} more than the base" for e, d in found.items() if d.get("effects")]
-    first = f" What is handed over is the first seed's adapter ({metrics['first_seed']}), not the one that did best on the test set." if "first_seed" in metrics else ""
+
+    def share(d):
+        return d["metric"] == "accuracy"
+
+    found = {e: sets.get(metrics["main"], {}) for e, sets in metrics.get("over_seeds", {}).items()}
+    said = [
+        f"{e}, from {len(d['effects'])} seeds: {', '.join(f'{100 * x:+.1f}' if share(d) else f'{x:+.3f}' for x in d['effects'])}{' points' * share(d)} more than the base"
+        for e, d in found.items()
+        if d.get("effects")
+    ]
+    first = (
+        f" What is handed over is the first seed's adapter ({metrics['first_seed']}), not the one that did best on the test set."
+        if "first_seed" in metrics
+        else ""
+    )
     return f"{'; '.join(said)}.{first}" if said else ""
+
 
 def findings(metrics) -> list[tuple[str, str]]:
     "What was found beside the verdict: (name, sentences)."
-    clean, told = metrics.get("clean") or {}, metrics.get("memorisation") or {}; join = lambda some: " ".join(f"{s.removesuffix('.')}." for s in some if s)
-    found = {"Calibration": in_calibration(metrics), "Retention": in_retention(metrics), "Near-duplicates": join([clean.get("sentence"), *sentences_in(clean.get("verdict") or {})]),
-             "Memorisation": join(sentences_in(told)), "Seeds": in_seeds(metrics)}
+    clean, told = metrics.get("clean") or {}, metrics.get("memorisation") or {}
+
+    def join(some):
+        return " ".join(f"{s.removesuffix('.')}." for s in some if s)
+
+    found = {
+        "Calibration": in_calibration(metrics),
+        "Retention": in_retention(metrics),
+        "Near-duplicates": join([clean.get("sentence"), *sentences_in(clean.get("verdict") or {})]),
+        "Memorisation": join(sentences_in(told)),
+        "Seeds": in_seeds(metrics),
+    }
     return [(k, v) for k, v in found.items() if v]
 
 # %% ../../nbs/export/model_card.ipynb #c022
 def places(run, engine, hub=None) -> dict:
     "Where the card says that an engine's adapter and merged weights are: below the run's folder, or on the hub."
-    if hub is None: return dict(adapter=f"{engine}/adapters", merged=f"{engine}/merged", tokenizer=f"{engine}/adapters", serve=serve_lines(run, engine))
+    if hub is None:
+        return dict(
+            adapter=f"{engine}/adapters",
+            merged=f"{engine}/merged",
+            tokenizer=f"{engine}/adapters",
+            serve=serve_lines(run, engine),
+        )
     fetch = f"hf download {hub} --include 'merged/*' --local-dir {hub.split('/')[-1]}"
-    lines = {k: v.replace(f"{engine}/adapters", hub).replace(f"{engine}/model", hub).replace(f"{engine}/merged", f"{hub.split('/')[-1]}/merged") for k, v in serve_lines(run, engine).items()}
-    return dict(adapter=hub, merged=f"{hub}, subfolder merged", tokenizer=hub, serve=lines, fetch=fetch if "merged" in lines else "")
+    lines = {
+        k: v.replace(f"{engine}/adapters", hub)
+        .replace(f"{engine}/model", hub)
+        .replace(f"{engine}/merged", f"{hub.split('/')[-1]}/merged")
+        for k, v in serve_lines(run, engine).items()
+    }
+    return dict(
+        adapter=hub,
+        merged=f"{hub}, subfolder merged",
+        tokenizer=hub,
+        serve=lines,
+        fetch=fetch if "merged" in lines else "",
+    )
 
 # %% ../../nbs/export/model_card.ipynb #c022s1
 def model_card(
-    run, metrics, parities,
-    hub=None,   # the repository that the card is written for; None: the run's folder
+    run,
+    metrics,
+    parities,
+    hub=None,  # the repository that the card is written for; None: the run's folder
 ) -> str:
     "The model card of a run, from the template in assets/card.md.j2."
-    r, report, engine = run.recipe, read_json(run.path/"data"/"report.json", {}), trained(run)[0]
-    kind, shown = what_is_scored(r, metrics["models"]["base"][metrics["main"]]), metrics | dict(models={w: x for w, x in metrics["models"].items() if "@" not in w})
-    return re.sub(r"\n{3,}", "\n\n", str(ModelCard.from_template(
-        card_data(run, metrics), template_path=str(assets()/"card.md.j2"), title=r.name, description=r.description, base=base_name(r), engine=engine, sentences=[REHEARSED] if run.manifest.get("rehearsal") else sentences(metrics),
-        scores=markdown(table(shown)), findings=findings(metrics), tables=[markdown(t) for t in class_tables(metrics, report.get("labels"))], scoring=SCORING[kind], seen=what_was_checked(run), level=f"{100*metrics['confidence']:g}", procedure=procedure(r), task=r.task,
-        datasets=[(Path(k).name if Path(k).is_absolute() else k, v, data_licence(k, r.dataset)) for k, v in report.get("hashes", {}).items()], rows=rows_in_words(report), training=markdown(training_table(run)), tiny=r.model.name == "tiny-base",
-        parity=markdown(parity_table(parities)) if any(parities.values()) else "", how={e: p["merged"]["how"] for e, p in parities.items() if "merged" in p}, revision=f', revision="{r.model.revision}"' if r.model.revision else "",
-        lora=r.lora is not None, at=places(run, engine, hub), limits=[MEASURED, LIMITS[kind], BIAS], notice=notice(r.model.name, read_json(run.path/"model.json", {}).get("architecture", "")), labels=report.get("labels"))))
+    r, report, engine = (
+        run.recipe,
+        read_json(run.path / "data" / "report.json", {}),
+        trained(run)[0],
+    )
+    kind, shown = (
+        what_is_scored(r, metrics["models"]["base"][metrics["main"]]),
+        metrics | dict(models={w: x for w, x in metrics["models"].items() if "@" not in w}),
+    )
+    return re.sub(
+        r"\n{3,}",
+        "\n\n",
+        str(
+            ModelCard.from_template(
+                card_data(run, metrics),
+                template_path=str(assets() / "card.md.j2"),
+                title=r.name,
+                description=r.description,
+                base=base_name(r),
+                engine=engine,
+                sentences=[REHEARSED] if run.manifest.get("rehearsal") else sentences(metrics),
+                scores=markdown(table(shown)),
+                findings=findings(metrics),
+                tables=[markdown(t) for t in class_tables(metrics, report.get("labels"))],
+                scoring=SCORING[kind],
+                seen=what_was_checked(run),
+                level=f"{100 * metrics['confidence']:g}",
+                procedure=procedure(r),
+                task=r.task,
+                datasets=[
+                    (Path(k).name if Path(k).is_absolute() else k, v, data_licence(k, r.dataset))
+                    for k, v in report.get("hashes", {}).items()
+                ],
+                rows=rows_in_words(report),
+                training=markdown(training_table(run)),
+                tiny=r.model.name == "tiny-base",
+                parity=markdown(parity_table(parities)) if any(parities.values()) else "",
+                how={e: p["merged"]["how"] for e, p in parities.items() if "merged" in p},
+                revision=f', revision="{r.model.revision}"' if r.model.revision else "",
+                lora=r.lora is not None,
+                at=places(run, engine, hub),
+                limits=[MEASURED, LIMITS[kind], BIAS],
+                notice=notice(
+                    r.model.name, read_json(run.path / "model.json", {}).get("architecture", "")
+                ),
+                labels=report.get("labels"),
+            )
+        ),
+    )

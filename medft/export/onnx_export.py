@@ -8,72 +8,125 @@ Docs: https://medft.github.io/medft/export/onnx_export.html.md"""
 __all__ = ['Scores', 'not_exported', 'silence', 'without_traces', 'write_onnx', 'classifier_to_export', 'export_onnx']
 
 # %% ../../nbs/export/onnx_export.ipynb #c002
-from ..core.run import MedftError  # first: it sets switches that the libraries read
+from ..core.run import MedftError
+from .merging import merged_model
+from .parity import load_its_tokenizer
+from ..model.load import read_back
 
-import gc, logging, shutil, warnings
+import gc
+import logging
+import shutil
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from .merging import merged_model
-from ..model.load import read_back
-from .parity import load_its_tokenizer
-
 # %% ../../nbs/export/onnx_export.ipynb #c005
 class Scores(torch.nn.Module):
     "Tokens in, label scores out, nothing else."
-    def __init__(self, model): super().__init__(); self.model = model
-    def forward(self, input_ids, attention_mask): return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).logits
+
 
 def not_exported(config) -> str | None:
     "Why a classifier cannot become ONNX; None: it can."
-    if config.model_type == "nemotron_h": return "ONNX has no counterpart for the grouped products of its experts"
+    if config.model_type == "nemotron_h":
+        return "ONNX has no counterpart for the grouped products of its experts"
+
 
 @contextmanager
 def silence():
     "Without the exporter's remarks on packages that are not there."
-    log = logging.getLogger("torch.onnx"); before = log.level; log.setLevel(logging.ERROR)
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(): warnings.simplefilter("ignore"); yield
-    finally: log.setLevel(before)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
 
 # %% ../../nbs/export/onnx_export.ipynb #c007
 def without_traces(model):
     "Take out what the exporter noted about where nodes came from."
     for graph in (model.graph, *model.functions.values()):
         for node in graph.all_nodes():
-            node.metadata_props.clear(); node.doc_string = None
-            for v in node.outputs: v.metadata_props.clear()
-        for v in (*graph.inputs, *graph.outputs): v.metadata_props.clear()
-    for v in model.graph.initializers.values(): v.metadata_props.clear()
-    model.metadata_props.clear(); model.graph.metadata_props.clear()
+            node.metadata_props.clear()
+            node.doc_string = None
+            for v in node.outputs:
+                v.metadata_props.clear()
+        for v in (*graph.inputs, *graph.outputs):
+            v.metadata_props.clear()
+    for v in model.graph.initializers.values():
+        v.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
     return model
 
 # %% ../../nbs/export/onnx_export.ipynb #c007s1
 def write_onnx(model, path):
     "Write a classifier (float32, on the CPU) as ONNX. Raises `MedftError` when torch cannot."
-    ids = torch.full((2, 8), 3); mask = torch.ones_like(ids); mask[1, 5:] = 0
+    ids = torch.full((2, 8), 3)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
     free = dict(zip((0, 1), map(torch.export.Dim, ("batch", "sequence"))))
     try:
-        with silence(): program = torch.onnx.export(Scores(model).eval(), (ids, mask), dynamo=True, verbose=False, input_names=["input_ids", "attention_mask"], output_names=["logits"],
-                                                    dynamic_shapes=dict(input_ids=free, attention_mask=free))
-    except Exception as e: raise MedftError(f"export.onnx: {type(model).__name__} cannot be exported: {(str(e).strip().splitlines() or [type(e).__name__])[-1][:200]}; set export.onnx: false") from None
-    without_traces(program.model); program.save(str(path), external_data=sum(p.numel()*4 for p in model.parameters()) > 1.5e9)
+        with silence():
+            program = torch.onnx.export(
+                Scores(model).eval(),
+                (ids, mask),
+                dynamo=True,
+                verbose=False,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["logits"],
+                dynamic_shapes=dict(input_ids=free, attention_mask=free),
+            )
+    except Exception as e:
+        raise MedftError(
+            f"export.onnx: {type(model).__name__} cannot be exported: {(str(e).strip().splitlines() or [type(e).__name__])[-1][:200]}; set export.onnx: false"
+        ) from None
+    without_traces(program.model)
+    program.save(str(path), external_data=sum(p.numel() * 4 for p in model.parameters()) > 1.5e9)
 
 # %% ../../nbs/export/onnx_export.ipynb #c012
 def classifier_to_export(run, engine):
     "The tuned classifier in full weights: float32, on the CPU. From what is handed over where that is there."
-    folder = next((run.path/engine/f for f in ("merged", "model") if (run.path/engine/f).is_dir()), None)
-    if folder is None: return merged_model(run, engine).float().cpu().eval()
-    return read_back(folder, "classification", dtype=torch.float32, attn_implementation="sdpa").eval()
+    folder = next(
+        (run.path / engine / f for f in ("merged", "model") if (run.path / engine / f).is_dir()),
+        None,
+    )
+    if folder is None:
+        return merged_model(run, engine).float().cpu().eval()
+    return read_back(
+        folder, "classification", dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+
 
 def export_onnx(run, engine) -> Path:
     "Write an engine's classifier as ONNX. Raises `MedftError` with the reason where that cannot be."
-    out = run.path/engine/"onnx"; tmp = out.with_name(".onnx.new"); shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir()
+    out = run.path / engine / "onnx"
+    tmp = out.with_name(".onnx.new")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
     model = classifier_to_export(run, engine)
-    if no := not_exported(model.config): raise MedftError(f"export.onnx: {no}; set export.onnx: false")
-    write_onnx(model, tmp/"model.onnx"); model.config.save_pretrained(tmp)
-    load_its_tokenizer(run, engine, "adapter" if (run.path/engine/"adapters").is_dir() else "model").save_pretrained(tmp)
-    del model; gc.collect(); shutil.rmtree(out, ignore_errors=True); tmp.rename(out)
+    if no := not_exported(model.config):
+        raise MedftError(f"export.onnx: {no}; set export.onnx: false")
+    write_onnx(model, tmp / "model.onnx")
+    model.config.save_pretrained(tmp)
+    load_its_tokenizer(
+        run, engine, "adapter" if (run.path / engine / "adapters").is_dir() else "model"
+    ).save_pretrained(tmp)
+    del model
+    gc.collect()
+    shutil.rmtree(out, ignore_errors=True)
+    tmp.rename(out)
     return out

@@ -11,113 +11,219 @@ __all__ = ['TOLERANCE', 'FOLDERS', 'moves', 'answers_that_differ', 'parity', 'in
            'fresh_process', 'in_fresh_process', 'read_scored', 'lengths_of', 'judge', 'logit_gaps', 'check_artefacts']
 
 # %% ../../nbs/export/parity.ipynb #c002
-from ..core.run import MedftError, Run, device, read_json, write_json  # first: it sets switches that the libraries read
-
-import gc, hashlib, os, re, shutil, subprocess, sys, threading
-from types import SimpleNamespace
-
-import numpy as np, pandas as pd, torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
-
-from ..evaluate.scoring.generation import stop_ids
+from ..core.run import MedftError, Run, device, read_json, write_json
+from ..data.chat_templates import rendering
 from ..data.pipeline import load_split, load_tokenizer
+from ..data.prompts import encode
 from ..evaluate.metrics import read_predictions
+from ..evaluate.scoring.generation import stop_ids
+from ..evaluate.scoring.predict import code_choices, in_batches, pad, predict
 from ..model.families import config_of
 from ..model.load import load_tuned, read_back, torch_dtype
 from ..train.baseline import trained
-from ..data.prompts import encode
-from ..data.chat_templates import rendering
-from ..evaluate.scoring.predict import code_choices, in_batches, pad, predict
+
+import gc
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 # %% ../../nbs/export/parity.ipynb #c005
-TOLERANCE = dict(drift=0.08, answers=0.01, logits=0.1)  # median move of an item's scores, nats per token; share of answers that may differ; mean move of a logit
+TOLERANCE = dict(
+    drift=0.08, answers=0.01, logits=0.1
+)  # median move of an item's scores, nats per token; share of answers that may differ; mean move of a logit
+
 
 def moves(
-    before, after,  # predictions on the same items
-    lengths=None,   # tokens of every option of every item; None: one each
-) -> np.ndarray:    # (items,), nats per scored token
+    before,
+    after,  # predictions on the same items
+    lengths=None,  # tokens of every option of every item; None: one each
+) -> np.ndarray:  # (items,), nats per scored token
     "How far the scores of each item moved: the option, label or text that moved most."
-    if "scores" not in before: return ((before.nll - after.nll).abs()/before.tokens.clip(lower=1)).to_numpy()
-    lengths = lengths or [[1]*len(s) for s in before.scores]
-    return np.array([np.max(np.abs(np.subtract(list(a), list(b)))/k) for a, b, k in zip(before.scores, after.scores, lengths)])
+    if "scores" not in before:
+        return ((before.nll - after.nll).abs() / before.tokens.clip(lower=1)).to_numpy()
+    lengths = lengths or [[1] * len(s) for s in before.scores]
+    return np.array(
+        [
+            np.max(np.abs(np.subtract(list(a), list(b))) / k)
+            for a, b, k in zip(before.scores, after.scores, lengths)
+        ]
+    )
 
 # %% ../../nbs/export/parity.ipynb #c007
 def answers_that_differ(before, after, moved) -> list[dict]:
     "Items that are answered otherwise: what was scored, what is said now, and whether the scores hardly moved."
-    if "choice" in before: found = [(i, int(a), int(b)) for i, (a, b) in enumerate(zip(before.choice, after.choice)) if a != b]
-    else: found = [(i, float(a), float(b)) for i, (a, b, m) in enumerate(zip(before.nll, after.nll, moved)) if m > TOLERANCE["drift"]]
-    return [dict(id=before.id.iloc[i], scored=a, now=b, undecided=bool(moved[i] <= TOLERANCE["drift"])) for i, a, b in found]
+    if "choice" in before:
+        found = [
+            (i, int(a), int(b))
+            for i, (a, b) in enumerate(zip(before.choice, after.choice))
+            if a != b
+        ]
+    else:
+        found = [
+            (i, float(a), float(b))
+            for i, (a, b, m) in enumerate(zip(before.nll, after.nll, moved))
+            if m > TOLERANCE["drift"]
+        ]
+    return [
+        dict(id=before.id.iloc[i], scored=a, now=b, undecided=bool(moved[i] <= TOLERANCE["drift"]))
+        for i, a, b in found
+    ]
+
 
 def parity(before, after, lengths=None) -> dict:
     "Compare an artefact's predictions with those of the evaluation. `why` lists what went past the tolerance."
-    moved = moves(before, after, lengths); differing = answers_that_differ(before, after, moved)
+    moved = moves(before, after, lengths)
+    differing = answers_that_differ(before, after, moved)
     others, middle = sum(not d["undecided"] for d in differing), float(np.median(moved))
-    why = [f"{others} of {len(before)} answers differ"]*(others > TOLERANCE["answers"]*len(before))
-    why += [f"scores moved by {middle:.2g} nats per token (median; {TOLERANCE['drift']} is tolerated)"]*(middle > TOLERANCE["drift"])
-    return dict(label="different" if why else "same", n=len(before), differing=differing, max_score_difference=float(moved.max()),
-                mean_score_difference=float(moved.mean()), median_score_difference=middle, why=why)
+    why = [f"{others} of {len(before)} answers differ"] * (
+        others > TOLERANCE["answers"] * len(before)
+    )
+    why += [
+        f"scores moved by {middle:.2g} nats per token (median; {TOLERANCE['drift']} is tolerated)"
+    ] * (middle > TOLERANCE["drift"])
+    return dict(
+        label="different" if why else "same",
+        n=len(before),
+        differing=differing,
+        max_score_difference=float(moved.max()),
+        mean_score_difference=float(moved.mean()),
+        median_score_difference=middle,
+        why=why,
+    )
 
 # %% ../../nbs/export/parity.ipynb #c010
 def in_words(p) -> str:
     "A parity in words."
-    n, ids = len(p["differing"]), ", ".join(str(d["id"]) + " (undecided)"*d.get("undecided", False) for d in p["differing"][:5])
+    n, ids = (
+        len(p["differing"]),
+        ", ".join(
+            str(d["id"]) + " (undecided)" * d.get("undecided", False) for d in p["differing"][:5]
+        ),
+    )
     said = f"{p['label']}: {p['n'] - n} of {p['n']} answers equal"
-    if p["why"]: said += f"; {'; '.join(p['why'])}"
+    if p["why"]:
+        said += f"; {'; '.join(p['why'])}"
     return said + (f"; differing: {ids}{', …' if n > 5 else ''}" if n else "")
 
 # %% ../../nbs/export/parity.ipynb #c013
 class Steps(LogitsProcessor):
     "Changes nothing; keeps the first logits, and the lead of the best token at every step."
-    def __init__(self): self.first, self.leads = None, []
+
+    def __init__(self):
+        self.first, self.leads = None, []
+
     def __call__(self, ids, scores):
-        if self.first is None: self.first = scores.float().cpu()
+        if self.first is None:
+            self.first = scores.float().cpu()
         top = scores.float().topk(2).values
         self.leads.append((top[:, 0] - top[:, 1]).cpu())
         return scores
 
+
 def prompts_of(tok, rows) -> list[list[int]]:
     "What the model reads before it goes on by itself: the prompt, or a text's first tokens."
-    if rows[0].get("prompt"): return [x for x in encode(tok, [r["prompt"] for r in rows], [""]*len(rows))["input_ids"]]
+    if rows[0].get("prompt"):
+        return [x for x in encode(tok, [r["prompt"] for r in rows], [""] * len(rows))["input_ids"]]
     return [list(r["input_ids"][:64]) for r in rows]
 
 # %% ../../nbs/export/parity.ipynb #c014
 @torch.inference_mode()
 def greedy(
-    model, tok,
-    rows,               # of a prepared split; the first `most` are answered
-    most=32, tokens=32, # of every answer so many at most
-) -> tuple[torch.Tensor, list]: # logits behind every prompt (rows, vocabulary), float32; [(token ids, their leads), ...]
+    model,
+    tok,
+    rows,  # of a prepared split; the first `most` are answered
+    most=32,
+    tokens=32,  # of every answer so many at most
+) -> tuple[
+    torch.Tensor, list
+]:  # logits behind every prompt (rows, vocabulary), float32; [(token ids, their leads), ...]
     "What a model writes greedily."
+
     def answer(batch):
-        ids, mask = pad(batch, model.device, left=True); steps = Steps()
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
-                             pad_token_id=tok.pad_token_id, logits_processor=LogitsProcessorList([steps]))[:, ids.shape[1]:].tolist()
-        ended = [next((i + 1 for i, t in enumerate(x) if t == tok.pad_token_id), len(x) + 1) - 1 for x in out]
-        return [(logits, x[:n], [round(v, 4) for v in lead[:n].tolist()]) for logits, x, n, lead in zip(steps.first, out, ended, torch.stack(steps.leads, 1))]
-    prompts = prompts_of(tok, rows[:most]); said = in_batches(answer, prompts, list(map(len, prompts)), [1/8]*len(prompts))
+        ids, mask = pad(batch, model.device, left=True)
+        steps = Steps()
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tok.pad_token_id,
+            logits_processor=LogitsProcessorList([steps]),
+        )[:, ids.shape[1] :].tolist()
+        ended = [
+            next((i + 1 for i, t in enumerate(x) if t == tok.pad_token_id), len(x) + 1) - 1
+            for x in out
+        ]
+        return [
+            (logits, x[:n], [round(v, 4) for v in lead[:n].tolist()])
+            for logits, x, n, lead in zip(steps.first, out, ended, torch.stack(steps.leads, 1))
+        ]
+
+    prompts = prompts_of(tok, rows[:most])
+    said = in_batches(answer, prompts, list(map(len, prompts)), [1 / 8] * len(prompts))
     return torch.stack([l for l, _, _ in said]), [(x, lead) for _, x, lead in said]
 
 # %% ../../nbs/export/parity.ipynb #c015
 def parted(a, b) -> int | None:
     "Where two token sequences part; None when they are equal."
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None if len(a) == len(b) else min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b)) if x != y),
+        None if len(a) == len(b) else min(len(a), len(b)),
+    )
+
 
 def compare_written(logits, said, logits_now, said_now, ids) -> dict:
     "Compare what two models write: logits behind the prompts, and greedy answers."
     gap, differing = (logits_now - logits).abs(), []
     for i, (a, lead), (b, _) in zip(ids, said, said_now):
-        if (at := parted(a, b)) is None: continue
-        differing.append(dict(id=i, token=at, lead=lead[min(at, len(lead) - 1)], undecided=lead[min(at, len(lead) - 1)] <= 2*TOLERANCE["logits"]))
+        if (at := parted(a, b)) is None:
+            continue
+        differing.append(
+            dict(
+                id=i,
+                token=at,
+                lead=lead[min(at, len(lead) - 1)],
+                undecided=lead[min(at, len(lead) - 1)] <= 2 * TOLERANCE["logits"],
+            )
+        )
     others, mean = sum(not d["undecided"] for d in differing), gap.mean().item()
-    why = [f"{others} of {len(said)} greedy answers differ: {', '.join(str(d['id']) for d in differing if not d['undecided'])[:200]}"]*(others > TOLERANCE["answers"]*len(said))
-    why += [f"logits moved by {mean:.2g} (mean; {TOLERANCE['logits']} is tolerated)"]*(mean > TOLERANCE["logits"])
-    return dict(max_logit_difference=gap.max().item(), mean_logit_difference=mean, greedy=len(said), greedy_differing=differing, why=why)
+    why = [
+        f"{others} of {len(said)} greedy answers differ: {', '.join(str(d['id']) for d in differing if not d['undecided'])[:200]}"
+    ] * (others > TOLERANCE["answers"] * len(said))
+    why += [f"logits moved by {mean:.2g} (mean; {TOLERANCE['logits']} is tolerated)"] * (
+        mean > TOLERANCE["logits"]
+    )
+    return dict(
+        max_logit_difference=gap.max().item(),
+        mean_logit_difference=mean,
+        greedy=len(said),
+        greedy_differing=differing,
+        why=why,
+    )
 
 # %% ../../nbs/export/parity.ipynb #c020
 def head(model) -> torch.Tensor | None:
     "A classifier's head, as trained; None for other models."
-    found = [p for n, p in model.named_parameters() if n.endswith(("score.modules_to_save.default.weight", "score.weight"))]
+    found = [
+        p
+        for n, p in model.named_parameters()
+        if n.endswith(("score.modules_to_save.default.weight", "score.weight"))
+    ]
     return found[-1].detach().float().cpu() if found else None
 
 # %% ../../nbs/export/parity.ipynb #c020s1
@@ -125,91 +231,145 @@ def kept(model, tok) -> dict:
     "What an artefact brings along besides its weights."
     generation = getattr(model, "generation_config", None)
     said = getattr(generation, "eos_token_id", None)
-    return dict(stops=stop_ids(tok, generation), declared=sorted(said if isinstance(said, list) else [] if said is None else [said]), vocabulary=len(tok),
-                template=hashlib.sha256((tok.chat_template or "").encode()).hexdigest(), rendering=rendering(tok), labels=list(getattr(model.config, "id2label", None) or {}))
+    return dict(
+        stops=stop_ids(tok, generation),
+        declared=sorted(said if isinstance(said, list) else [] if said is None else [said]),
+        vocabulary=len(tok),
+        template=hashlib.sha256((tok.chat_template or "").encode()).hexdigest(),
+        rendering=rendering(tok),
+        labels=list(getattr(model.config, "id2label", None) or {}),
+    )
 
 # %% ../../nbs/export/parity.ipynb #c023
 def compare_kept(reference, artefact, task) -> list[str]:
     "What an artefact has lost of what its reference brings."
-    lost = [f"stop tokens {sorted(set(reference['stops']) - set(artefact['declared']))} are missing from its generation_config.json"]*bool(
-        task != "classification" and set(reference["stops"]) - set(artefact["declared"]))
-    lost += ["its tokenizer is another one"]*(reference["vocabulary"] != artefact["vocabulary"])
-    lost += ["its chat template is another one"]*(reference["template"] != artefact["template"])
-    return lost + ["its labels are others"]*(task == "classification" and reference["labels"] != artefact["labels"])
+    lost = [
+        f"stop tokens {sorted(set(reference['stops']) - set(artefact['declared']))} are missing from its generation_config.json"
+    ] * bool(task != "classification" and set(reference["stops"]) - set(artefact["declared"]))
+    lost += ["its tokenizer is another one"] * (reference["vocabulary"] != artefact["vocabulary"])
+    lost += ["its chat template is another one"] * (reference["template"] != artefact["template"])
+    return lost + ["its labels are others"] * (
+        task == "classification" and reference["labels"] != artefact["labels"]
+    )
+
 
 def compare_rendering(run, artefact) -> list[str]:
     "Whether an artefact's tokenizer writes prompts otherwise than those that were trained on."
-    trained_with = read_json(run.path/"data"/"report.json", {}).get("rendering")
+    trained_with = read_json(run.path / "data" / "report.json", {}).get("rendering")
     differs = trained_with and artefact.get("rendering") not in (None, trained_with)
-    return ["its tokenizer writes prompts otherwise than the rows that were trained on"]*bool(differs)
+    return ["its tokenizer writes prompts otherwise than the rows that were trained on"] * bool(
+        differs
+    )
+
 
 def compare_heads(reference, artefact) -> list[str]:
     "A classifier's head must have come through bit by bit, or as its 16-bit rounding."
-    if reference is None: return []
-    if artefact is None or artefact.shape != reference.shape: return ["the classifier's head was lost"]
-    return ["the classifier's head is another one"]*(not torch.allclose(artefact, reference, rtol=2**-8, atol=1e-6))
+    if reference is None:
+        return []
+    if artefact is None or artefact.shape != reference.shape:
+        return ["the classifier's head was lost"]
+    return ["the classifier's head is another one"] * (
+        not torch.allclose(artefact, reference, rtol=2**-8, atol=1e-6)
+    )
 
 # %% ../../nbs/export/parity.ipynb #c026
-FOLDERS = dict(adapter="adapters", model="model", merged="merged", onnx="onnx")    # artefact -> where it lies below its engine
+FOLDERS = dict(
+    adapter="adapters", model="model", merged="merged", onnx="onnx"
+)  # artefact -> where it lies below its engine
+
 
 def present(run, engine) -> list[str]:
     "The artefacts of an engine, what was trained first."
-    there = [what for what, folder in FOLDERS.items() if (run.path/engine/folder).is_dir()]
+    there = [what for what, folder in FOLDERS.items() if (run.path / engine / folder).is_dir()]
     return [w for w in there if w != "adapter" or "model" not in there]
+
 
 class Onnx(torch.nn.Module):
     "An ONNX classifier behind the interface of a model."
+
     def __init__(self, folder):
         super().__init__()
         import onnxruntime
-        self.session = onnxruntime.InferenceSession(str(folder/"model.onnx"), providers=["CPUExecutionProvider"])
+
+        self.session = onnxruntime.InferenceSession(
+            str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
+        )
         self.config, self.device = config_of(folder), torch.device("cpu")
+
     def forward(self, input_ids, attention_mask, **_):
-        return SimpleNamespace(logits=torch.from_numpy(self.session.run(None, dict(input_ids=input_ids.numpy(), attention_mask=attention_mask.numpy()))[0]))
+        return SimpleNamespace(
+            logits=torch.from_numpy(
+                self.session.run(
+                    None, dict(input_ids=input_ids.numpy(), attention_mask=attention_mask.numpy())
+                )[0]
+            )
+        )
 
 # %% ../../nbs/export/parity.ipynb #c027
 def load_artefact(run, engine, what):
     "A model as it will be used elsewhere: from its files alone."
-    folder = run.path/engine/FOLDERS[what]
-    if what in ("adapter", "model"): return load_tuned(run, engine)
-    if what == "onnx": return Onnx(folder)
+    folder = run.path / engine / FOLDERS[what]
+    if what in ("adapter", "model"):
+        return load_tuned(run, engine)
+    if what == "onnx":
+        return Onnx(folder)
     return read_back(folder, run.recipe.task, dtype=torch_dtype(run.recipe)).to(device()).eval()
+
 
 def load_its_tokenizer(run, engine, what):
     "The tokenizer that lies beside an artefact; the base's own where none does."
-    folder = run.path/engine/FOLDERS[what]
-    if not (folder/"tokenizer_config.json").exists(): return load_tokenizer(run.recipe)
+    folder = run.path / engine / FOLDERS[what]
+    if not (folder / "tokenizer_config.json").exists():
+        return load_tokenizer(run.recipe)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 # %% ../../nbs/export/parity.ipynb #c028
 def main_rows(run) -> list[dict]:
     "The rows of the main set, as the evaluation took them."
-    return load_split(run, read_json(run.path/"metrics.json")["main"]).to_list()[:run.recipe.evaluation.max_items]
+    return load_split(run, read_json(run.path / "metrics.json")["main"]).to_list()[
+        : run.recipe.evaluation.max_items
+    ]
+
 
 def threshold(run, engine) -> float | None:
     "The probability from which this engine's second label is said; None where there is none."
-    return read_json(run.path/"metrics.json").get("thresholds", {}).get(engine, {}).get("value")
+    return read_json(run.path / "metrics.json").get("thresholds", {}).get(engine, {}).get("value")
 
 # %% ../../nbs/export/parity.ipynb #c028s1
 def score_artefact(run, engine, what, out, rows):
     "Score one artefact, and write down what it gives."
-    model, tok, said = load_artefact(run, engine, what), load_its_tokenizer(run, engine, what), f"export: {engine}/{FOLDERS[what]}: read back"
+    model, tok, said = (
+        load_artefact(run, engine, what),
+        load_its_tokenizer(run, engine, what),
+        f"export: {engine}/{FOLDERS[what]}: read back",
+    )
     extra = dict(threshold=threshold(run, engine)) if run.recipe.task == "classification" else {}
-    run.log(said); predict(model, tok, rows, run.recipe, lambda t: run.log(f"{said}, {t}"), **extra).to_parquet(f"{out}.parquet")
+    run.log(said)
+    predict(model, tok, rows, run.recipe, lambda t: run.log(f"{said}, {t}"), **extra).to_parquet(
+        f"{out}.parquet"
+    )
     tensors, facts = {k: v for k, v in dict(head=head(model)).items() if v is not None}, {}
-    if what != "onnx": facts = kept(model, tok)
+    if what != "onnx":
+        facts = kept(model, tok)
     if run.recipe.task != "classification":
-        tensors["logits"], facts["said"] = greedy(model, tok, rows, tokens=32 if run.recipe.task == "generative" else 1)
-    save_file(tensors, f"{out}.safetensors"); write_json(f"{out}.json", facts)
+        tensors["logits"], facts["said"] = greedy(
+            model, tok, rows, tokens=32 if run.recipe.task == "generative" else 1
+        )
+    save_file(tensors, f"{out}.safetensors")
+    write_json(f"{out}.json", facts)
 
 # %% ../../nbs/export/parity.ipynb #c030
 def score_all(run):
     "Score every artefact of a run into `.parity`."
-    rows = main_rows(run); (run.path/".parity").mkdir(exist_ok=True)
+    rows = main_rows(run)
+    (run.path / ".parity").mkdir(exist_ok=True)
     for engine in trained(run):
         for what in present(run, engine):
-            score_artefact(run, engine, what, run.path/".parity"/f"{engine}.{what}", rows); gc.collect()
-            if device() == "cuda": torch.cuda.empty_cache()
+            score_artefact(run, engine, what, run.path / ".parity" / f"{engine}.{what}", rows)
+            gc.collect()
+            if device() == "cuda":
+                torch.cuda.empty_cache()
+
 
 def fresh_process(path):
     "What the fresh process does; it ends when its standard input does."
@@ -219,40 +379,85 @@ def fresh_process(path):
 # %% ../../nbs/export/parity.ipynb #c031
 def in_fresh_process(run):
     "Score all artefacts in a process of its own, its log shown here. Raises `MedftError` when it does not come through."
-    shutil.rmtree(run.path/".parity", ignore_errors=True)
-    gc.collect(); torch.cuda.empty_cache() if device() == "cuda" else None
-    with open(run.path/"logs"/"parity.log", "w+") as noise:
-        p = subprocess.Popen([sys.executable, "-c", "import sys; from medft.export.parity import fresh_process; fresh_process(sys.argv[1])", run.path],
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, text=True, env=os.environ | dict(TQDM_DISABLE="1"))
+    shutil.rmtree(run.path / ".parity", ignore_errors=True)
+    gc.collect()
+    torch.cuda.empty_cache() if device() == "cuda" else None
+    with open(run.path / "logs" / "parity.log", "w+") as noise:
+        p = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import sys; from medft.export.parity import fresh_process; fresh_process(sys.argv[1])",
+                run.path,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=noise,
+            text=True,
+            env=os.environ | dict(TQDM_DISABLE="1"),
+        )
         try:
-            for line in p.stdout: print(line, end="")
+            for line in p.stdout:
+                print(line, end="")
             code = p.wait()
-        finally: p.kill(); p.wait()
-        noise.seek(0); last = ([l for l in noise.read().splitlines() if l.strip()] or ["it said nothing"])[-1]
-    if code: raise MedftError("the artefacts could not be read back in a fresh process: " + (f"it was ended by signal {-code}, which for 9 mostly means: out of memory" if code < 0 else
-                              re.sub(r"^(\w+\.)+\w+: ", "", last)) + f" (see {run.path.name}/logs/parity.log)")
+        finally:
+            p.kill()
+            p.wait()
+        noise.seek(0)
+        last = ([l for l in noise.read().splitlines() if l.strip()] or ["it said nothing"])[-1]
+    if code:
+        raise MedftError(
+            "the artefacts could not be read back in a fresh process: "
+            + (
+                f"it was ended by signal {-code}, which for 9 mostly means: out of memory"
+                if code < 0
+                else re.sub(r"^(\w+\.)+\w+: ", "", last)
+            )
+            + f" (see {run.path.name}/logs/parity.log)"
+        )
 
 # %% ../../nbs/export/parity.ipynb #c033
 def read_scored(run, engine, what) -> SimpleNamespace:
     "What the fresh process found of an artefact."
-    at = run.path/".parity"/f"{engine}.{what}"
-    return SimpleNamespace(frame=pd.read_parquet(f"{at}.parquet"), facts=read_json(f"{at}.json"), tensors=load_file(f"{at}.safetensors"))
+    at = run.path / ".parity" / f"{engine}.{what}"
+    return SimpleNamespace(
+        frame=pd.read_parquet(f"{at}.parquet"),
+        facts=read_json(f"{at}.json"),
+        tensors=load_file(f"{at}.safetensors"),
+    )
+
 
 def lengths_of(run, tok, rows) -> list | None:
     "Tokens of every option, for multiple choice."
-    return [[len(o) for o in options] for _, options in code_choices(tok, rows)] if "options" in rows[0] else None
+    return (
+        [[len(o) for o in options] for _, options in code_choices(tok, rows)]
+        if "options" in rows[0]
+        else None
+    )
 
 # %% ../../nbs/export/parity.ipynb #c033s1
 def judge(run, engine, what, before, first, lengths) -> dict:
     "Is this artefact the model that was scored?"
     now, task = read_scored(run, engine, what), run.recipe.task
     p = parity(before, now.frame, lengths)
-    if first and task == "classification": p |= logit_gaps(first.frame, now.frame)
+    if first and task == "classification":
+        p |= logit_gaps(first.frame, now.frame)
     if first and "said" in now.facts:
-        written = compare_written(first.tensors["logits"], first.facts["said"], now.tensors["logits"], now.facts["said"], list(before.id))
-        p["why"] += written.pop("why"); p |= written
-    if what != "onnx" and task == "generative": p["why"] += compare_rendering(run, now.facts)
-    if first and what != "onnx": p["why"] += compare_kept(first.facts, now.facts, task) + compare_heads(first.tensors.get("head"), now.tensors.get("head"))
+        written = compare_written(
+            first.tensors["logits"],
+            first.facts["said"],
+            now.tensors["logits"],
+            now.facts["said"],
+            list(before.id),
+        )
+        p["why"] += written.pop("why")
+        p |= written
+    if what != "onnx" and task == "generative":
+        p["why"] += compare_rendering(run, now.facts)
+    if first and what != "onnx":
+        p["why"] += compare_kept(first.facts, now.facts, task) + compare_heads(
+            first.tensors.get("head"), now.tensors.get("head")
+        )
     return p | dict(label="different" if p["why"] else "same")
 
 # %% ../../nbs/export/parity.ipynb #c034
@@ -261,14 +466,27 @@ def logit_gaps(before, after) -> dict:
     gap = np.abs(np.stack(before.scores) - np.stack(after.scores))
     return dict(max_logit_difference=float(gap.max()), mean_logit_difference=float(gap.mean()))
 
+
 def check_artefacts(run) -> dict:
     "Score every artefact of a run in a fresh process and judge it: {engine: {artefact: parity}}."
     in_fresh_process(run)
-    frames, main, tok, found = read_predictions(run), read_json(run.path/"metrics.json")["main"], load_tokenizer(run.recipe), {}
+    frames, main, tok, found = (
+        read_predictions(run),
+        read_json(run.path / "metrics.json")["main"],
+        load_tokenizer(run.recipe),
+        {},
+    )
     lengths = lengths_of(run, tok, main_rows(run))
     for engine in sorted(trained(run)):
-        names = present(run, engine); first = read_scored(run, engine, names[0])
-        found[engine] = {w: judge(run, engine, w, frames[engine, main], first if w != names[0] else None, lengths) for w in names}
-        for w, p in found[engine].items(): run.log(f"export: {engine} {w}: {in_words(p)}")
-    shutil.rmtree(run.path/".parity")
+        names = present(run, engine)
+        first = read_scored(run, engine, names[0])
+        found[engine] = {
+            w: judge(
+                run, engine, w, frames[engine, main], first if w != names[0] else None, lengths
+            )
+            for w in names
+        }
+        for w, p in found[engine].items():
+            run.log(f"export: {engine} {w}: {in_words(p)}")
+    shutil.rmtree(run.path / ".parity")
     return found

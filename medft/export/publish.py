@@ -10,9 +10,16 @@ __all__ = ['PATHS', 'STRETCH', 'GOES_UP', 'refuse_secrets', 'write', 'people_in'
            'lay_out', 'training_texts', 'hub_problem', 'check_target', 'send', 'publish']
 
 # %% ../../nbs/export/publish.ipynb #c002
-from ..core.run import MedftError, Refused, atomic_write, read_json, write_json  # first: it sets switches that the libraries read
+from ..core.run import MedftError, Refused, atomic_write, read_json, write_json
+from ..core.secrets import known_secrets, secrets_in
+from ..data.pipeline import load_split, load_tokenizer
+from ..data.quality import identifiers as privacy
+from .model_card import base_name, model_card, notice
 
-import json, os, re, shutil
+import json
+import os
+import re
+import shutil
 from bisect import bisect
 from collections import Counter
 from pathlib import Path
@@ -21,11 +28,6 @@ import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors import safe_open
-
-from ..data.quality import identifiers as privacy
-from .model_card import base_name, model_card, notice
-from ..data.pipeline import load_split, load_tokenizer
-from ..core.secrets import known_secrets, secrets_in
 
 # %% ../../nbs/export/publish.ipynb #c005
 def refuse_secrets(text, where, environment=None):
@@ -36,144 +38,254 @@ def refuse_secrets(text, where, environment=None):
             f"{where} would hold {', '.join(found)}; remove it from the recipe or the data, then export again"
         )
 
-def write(path, text, where=None): refuse_secrets(text, where or Path(path).name); atomic_write(path, text)
+
+def write(path, text, where=None):
+    refuse_secrets(text, where or Path(path).name)
+    atomic_write(path, text)
 
 # %% ../../nbs/export/publish.ipynb #c008
-PATHS = re.compile(r"(?<![\w.:/~$}-])/(?:home|root|Users|Volumes|mnt|media|data|datasets|scratch|work|workspace|tmp|var|opt|srv|nfs|lustre|gpfs|fsx|private|content|kaggle|project|projects|share|shared)/[\w.@+-]+"
-                   r"|\b[A-Za-z]:\\{1,2}(?:Users|Documents|Data|Temp)\\")
+PATHS = re.compile(
+    r"(?<![\w.:/~$}-])/(?:home|root|Users|Volumes|mnt|media|data|datasets|scratch|work|workspace|tmp|var|opt|srv|nfs|lustre|gpfs|fsx|private|content|kaggle|project|projects|share|shared)/[\w.@+-]+"
+    r"|\b[A-Za-z]:\\{1,2}(?:Users|Documents|Data|Temp)\\"
+)
+
 
 def people_in(lines) -> list[tuple[int, str]]:
     "(line, kind) of what may identify somebody."
-    counts = lambda f: f.kind in privacy.KINDS and (f.kind != "url" or privacy.PERSONAL.search(f.text))
-    return [(i, f"identifier ({f.kind})") for i, found in enumerate(privacy.find(lines), 1) for f in found if counts(f)]
+
+    def counts(f):
+        return f.kind in privacy.KINDS and (f.kind != "url" or privacy.PERSONAL.search(f.text))
+
+    return [
+        (i, f"identifier ({f.kind})")
+        for i, found in enumerate(privacy.find(lines), 1)
+        for f in found
+        if counts(f)
+    ]
+
 
 def lines_of(text) -> list[tuple[int, str]]:
     "(line, what) of every secret, path and identifier in a text."
     lines = text.splitlines() or [""]
     secrets = secrets_in(text)
     found = [(i, w) for i, l in enumerate(lines, 1) for w in secrets_in(l)] if secrets else []
-    found = found or [(1, w) for w in secrets]      # a key that goes over several lines
+    found = found or [(1, w) for w in secrets]  # a key that goes over several lines
     found += [(i, "a path on this machine") for i, l in enumerate(lines, 1) if PATHS.search(l)]
     return sorted(found + people_in(lines))
 
 # %% ../../nbs/export/publish.ipynb #c011
 STRETCH = 60
 
+
 def stretches(texts) -> dict[str, tuple]:
     "{every stretch of the texts: (file, line)}."
     found = {}
     for name, text in texts.items():
         flat, starts = "", []
-        for line in text.splitlines(): starts.append(len(flat)); flat += " ".join(line.split()) + " "*bool(line.strip())
-        found |= {flat[i:i + STRETCH]: (name, bisect(starts, i)) for i in range(len(flat) - STRETCH, -1, -1)}
+        for line in text.splitlines():
+            starts.append(len(flat))
+            flat += " ".join(line.split()) + " " * bool(line.strip())
+        found |= {
+            flat[i : i + STRETCH]: (name, bisect(starts, i))
+            for i in range(len(flat) - STRETCH, -1, -1)
+        }
     return found
 
 # %% ../../nbs/export/publish.ipynb #c011s1
 def quoted(
-    texts,      # {file: text} that would go up
-    prompts,    # texts of the training rows
-) -> list[tuple]:   # (file, line, what), sorted
+    texts,  # {file: text} that would go up
+    prompts,  # texts of the training rows
+) -> list[tuple]:  # (file, line, what), sorted
     "Where a training prompt is quoted."
     there, seen, n = stretches(texts), Counter(), 0
     for n, p in enumerate(prompts, 1):
         p = " ".join(p.split())
-        seen.update({w for i in range(0, len(p) - STRETCH + 1, STRETCH) if (w := p[i:i + STRETCH]) in there})
-    return sorted({(*there[w], "text of a training prompt") for w, k in seen.items() if n < 4 or k < n/2})
+        seen.update(
+            {
+                w
+                for i in range(0, len(p) - STRETCH + 1, STRETCH)
+                if (w := p[i : i + STRETCH]) in there
+            }
+        )
+    return sorted(
+        {(*there[w], "text of a training prompt") for w, k in seen.items() if n < 4 or k < n / 2}
+    )
 
 # %% ../../nbs/export/publish.ipynb #c014
 def pickle_problem(path) -> str | None:
     "Why a pickle must not go up; None: it is a table of tensors."
-    try: held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e: return f"a pickle that is not only tensors ({type(e).__name__})"
-    return None if isinstance(held, dict) and all(isinstance(v, torch.Tensor) for v in held.values()) else "a pickle that is not only tensors"
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:
+        return f"a pickle that is not only tensors ({type(e).__name__})"
+    return (
+        None
+        if isinstance(held, dict) and all(isinstance(v, torch.Tensor) for v in held.values())
+        else "a pickle that is not only tensors"
+    )
+
 
 def without_vocabulary(text) -> str:
     "A tokenizer.json without its vocabulary and merges."
-    return json.dumps({k: v for k, v in json.loads(text).items() if k != "model"}, ensure_ascii=False)
+    return json.dumps(
+        {k: v for k, v in json.loads(text).items() if k != "model"}, ensure_ascii=False
+    )
 
 # %% ../../nbs/export/publish.ipynb #c014s1
 def binary_problems(path) -> list[tuple[int, str]]:
     "(1, what) of a file that is no text."
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as f: return [(1, f"{w}, in its header") for _, w in lines_of("\n".join((f.metadata() or {}).values()))]
+        with safe_open(path, "pt") as f:
+            return [
+                (1, f"{w}, in its header")
+                for _, w in lines_of("\n".join((f.metadata() or {}).values()))
+            ]
     if path.suffix == ".onnx":
-        said = "\n".join(re.findall(r"[\x20-\x7e]{12,}", path.read_bytes().decode("latin-1"))[:1_000_000])
-        return [(1, w) for w in secrets_in(said)] + [(1, "a path on this machine")]*bool(PATHS.search(said))
+        said = "\n".join(
+            re.findall(r"[\x20-\x7e]{12,}", path.read_bytes().decode("latin-1"))[:1_000_000]
+        )
+        return [(1, w) for w in secrets_in(said)] + [(1, "a path on this machine")] * bool(
+            PATHS.search(said)
+        )
     problem = pickle_problem(path) if path.suffix in (".bin", ".pt", ".pkl", ".pickle") else None
     return [(1, problem)] if problem else []
 
 # %% ../../nbs/export/publish.ipynb #c015
 def scan(
-    folder,     # as it would go up
-    prompts=(), # texts of the training rows
-) -> list[str]: # file:line: what, sorted
+    folder,  # as it would go up
+    prompts=(),  # texts of the training rows
+) -> list[str]:  # file:line: what, sorted
     "All that must not go up."
     texts, found = {}, []
     for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))
-        if path.suffix in (".safetensors", ".bin", ".onnx", ".data", ".pt", ".pkl", ".pickle", ".model"): found += [(name, *x) for x in binary_problems(path)]; continue
+        if path.suffix in (
+            ".safetensors",
+            ".bin",
+            ".onnx",
+            ".data",
+            ".pt",
+            ".pkl",
+            ".pickle",
+            ".model",
+        ):
+            found += [(name, *x) for x in binary_problems(path)]
+            continue
         text = path.read_text(encoding="utf-8", errors="replace")
         if path.name == "tokenizer.json":
-            found += [(name, 1, f"the value of {where}") for value, where in known_secrets().items() if value in text]
-            text = without_vocabulary(text)     # of a million words some are shaped like anything
-        texts[name] = text; found += [(name, *x) for x in lines_of(text)]
-    return [f"{name}:{line}: {what}" for name, line, what in dict.fromkeys(sorted(found + quoted(texts, prompts)))]
+            found += [
+                (name, 1, f"the value of {where}")
+                for value, where in known_secrets().items()
+                if value in text
+            ]
+            text = without_vocabulary(text)  # of a million words some are shaped like anything
+        texts[name] = text
+        found += [(name, *x) for x in lines_of(text)]
+    return [
+        f"{name}:{line}: {what}"
+        for name, line, what in dict.fromkeys(sorted(found + quoted(texts, prompts)))
+    ]
 
 # %% ../../nbs/export/publish.ipynb #c019
-GOES_UP = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|model\.onnx(\.data)?|config\.json|generation_config\.json"
-                     r"|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.\w+|merges\.txt|chat_template\.jinja|(pre)?processor_config\.json|NOTICE")
+GOES_UP = re.compile(
+    r"adapter_config\.json|adapter_model\.(safetensors|bin)|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|model\.onnx(\.data)?|config\.json|generation_config\.json"
+    r"|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.\w+|merges\.txt|chat_template\.jinja|(pre)?processor_config\.json|NOTICE"
+)
+
 
 def link(path, to):
     "The same file at another place, without a second copy where the disk allows it."
     to.parent.mkdir(parents=True, exist_ok=True)
-    try: os.link(path, to)
-    except OSError: shutil.copyfile(path, to)
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copyfile(path, to)
 
-def first_engine(run, metrics) -> str: return next(e for e in [*run.recipe.engine, *metrics["models"]] if e in metrics["models"] and e != "base")
+
+def first_engine(run, metrics) -> str:
+    return next(
+        e
+        for e in [*run.recipe.engine, *metrics["models"]]
+        if e in metrics["models"] and e != "base"
+    )
+
 
 def nameless(path, recipe):
     "Have a config name its base as others can find it, not by its place on this machine."
-    d = read_json(path); changed = {k: base_name(recipe) for k in ("base_model_name_or_path", "_name_or_path") if d.get(k)}
-    if changed and {k: d[k] for k in changed} != changed: path.unlink(); write_json(path, d | changed)
+    d = read_json(path)
+    changed = {
+        k: base_name(recipe) for k in ("base_model_name_or_path", "_name_or_path") if d.get(k)
+    }
+    if changed and {k: d[k] for k in changed} != changed:
+        path.unlink()
+        write_json(path, d | changed)
 
 # %% ../../nbs/export/publish.ipynb #c020
 def lay_out(run, metrics, parities) -> Path:
     "A folder with just what would go up, as it would lie there."
-    out, engine, r = run.path/".publish", first_engine(run, metrics), run.recipe; shutil.rmtree(out, ignore_errors=True); out.mkdir()
+    out, engine, r = run.path / ".publish", first_engine(run, metrics), run.recipe
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
     for folder, below in dict(adapters=".", model=".", merged="merged", onnx="onnx").items():
-        for path in sorted((run.path/engine/folder).glob("*")):
-            if GOES_UP.fullmatch(path.name): link(path, out/below/path.name)
-    for path in (p for n in ("adapter_config.json", "config.json") for p in out.rglob(n)): nameless(path, r)
-    atomic_write(out/"README.md", model_card(run, metrics, {engine: parities[engine]}, hub=r.output.hub_model_id))
-    if text := notice(r.model.name, read_json(run.path/"model.json", {}).get("architecture", "")): atomic_write(out/"NOTICE", text + "\n")
+        for path in sorted((run.path / engine / folder).glob("*")):
+            if GOES_UP.fullmatch(path.name):
+                link(path, out / below / path.name)
+    for path in (p for n in ("adapter_config.json", "config.json") for p in out.rglob(n)):
+        nameless(path, r)
+    atomic_write(
+        out / "README.md",
+        model_card(run, metrics, {engine: parities[engine]}, hub=r.output.hub_model_id),
+    )
+    if text := notice(r.model.name, read_json(run.path / "model.json", {}).get("architecture", "")):
+        atomic_write(out / "NOTICE", text + "\n")
     return out
 
 # %% ../../nbs/export/publish.ipynb #c020s1
 def training_texts(run):
     "The text of every training row: its prompt, or all of it where it has none."
-    ds = load_split(run, "train"); wanted = [c for c in ("prompt", "completion", "input_ids") if c in ds.column_names]
+    ds = load_split(run, "train")
+    wanted = [c for c in ("prompt", "completion", "input_ids") if c in ds.column_names]
     tok = load_tokenizer(run.recipe) if "prompt" not in wanted else None
     for rows in ds.select_columns(wanted).iter(1000):
-        yield from (p or c for p, c in zip(rows["prompt"], rows.get("completion", rows["prompt"]))) if tok is None else tok.batch_decode(rows["input_ids"])
+        yield from (
+            (p or c for p, c in zip(rows["prompt"], rows.get("completion", rows["prompt"])))
+            if tok is None
+            else tok.batch_decode(rows["input_ids"])
+        )
 
 # %% ../../nbs/export/publish.ipynb #c023
 def hub_problem(e, name) -> MedftError:
     "What to say when the hub, or the way to it, fails."
     said = " ".join(str(e.__cause__ or e).split())[:200] or type(e).__name__
     status = getattr(getattr(e, "response", None), "status_code", None)
-    if isinstance(e, OfflineModeIsEnabled): return MedftError("export.push_to_hub: HF_HUB_OFFLINE forbids it; unset it, or push later")
-    if status in (401, 403): return MedftError(f"export.push_to_hub: the hub does not let this token write to {name}; give HF_TOKEN one with write access, or change output.hub_model_id")
-    return MedftError(f"export.push_to_hub: the way to {name} broke off: {said}; what has arrived stays there: resume the run, and only the rest is sent")
+    if isinstance(e, OfflineModeIsEnabled):
+        return MedftError("export.push_to_hub: HF_HUB_OFFLINE forbids it; unset it, or push later")
+    if status in (401, 403):
+        return MedftError(
+            f"export.push_to_hub: the hub does not let this token write to {name}; give HF_TOKEN one with write access, or change output.hub_model_id"
+        )
+    return MedftError(
+        f"export.push_to_hub: the way to {name} broke off: {said}; what has arrived stays there: resume the run, and only the rest is sent"
+    )
 
 # %% ../../nbs/export/publish.ipynb #c023s1
 def check_target(recipe) -> bool:
     "May this recipe push? True when the repository is there. Raises `MedftError` or `Refused`; makes nothing."
     name = recipe.output.hub_model_id
-    if not get_token(): raise MedftError("export.push_to_hub: no token; set HF_TOKEN, or log in with `hf auth login`")
-    try: private = HfApi().repo_info(name).private
-    except RepositoryNotFoundError: return False
-    except Exception as e: raise hub_problem(e, name) from None     # the hub refuses, or cannot be reached
-    if recipe.export.private and not private: raise Refused(f"{name} exists and is public; set export.private: false if that is meant, or name another repository")
+    if not get_token():
+        raise MedftError(
+            "export.push_to_hub: no token; set HF_TOKEN, or log in with `hf auth login`"
+        )
+    try:
+        private = HfApi().repo_info(name).private
+    except RepositoryNotFoundError:
+        return False
+    except Exception as e:
+        raise hub_problem(e, name) from None  # the hub refuses, or cannot be reached
+    if recipe.export.private and not private:
+        raise Refused(
+            f"{name} exists and is public; set export.private: false if that is meant, or name another repository"
+        )
     return True
 
 # %% ../../nbs/export/publish.ipynb #c024
@@ -181,19 +293,37 @@ def send(recipe, folder) -> str:
     "Upload a folder as one commit; the address. Raises `MedftError` when the hub or the way there fails."
     name = recipe.output.hub_model_id
     try:
-        if not check_target(recipe): HfApi().create_repo(name, private=recipe.export.private, exist_ok=True)
-        return str(HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=f"{recipe.name}, trained with medft").commit_url)
-    except (MedftError, Refused): raise
-    except Exception as e: raise hub_problem(e, name) from None   # threads of the library wrap whatever broke
+        if not check_target(recipe):
+            HfApi().create_repo(name, private=recipe.export.private, exist_ok=True)
+        return str(
+            HfApi()
+            .upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                commit_message=f"{recipe.name}, trained with medft",
+            )
+            .commit_url
+        )
+    except (MedftError, Refused):
+        raise
+    except Exception as e:
+        raise hub_problem(e, name) from None  # threads of the library wrap whatever broke
 
 # %% ../../nbs/export/publish.ipynb #c024s1
 def publish(run, metrics, parities) -> dict:
     "Push a run's first engine. Raises `Refused` with every line that must not go up."
     folder = lay_out(run, metrics, parities)
     try:
-        if found := scan(folder, training_texts(run)): raise Refused(f"nothing was pushed: {'; '.join(found[:20])}" + (f"; and {len(found) - 20} more" if len(found) > 20 else ""))
+        if found := scan(folder, training_texts(run)):
+            raise Refused(
+                f"nothing was pushed: {'; '.join(found[:20])}"
+                + (f"; and {len(found) - 20} more" if len(found) > 20 else "")
+            )
         files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
         url = send(run.recipe, folder)
-    finally: shutil.rmtree(folder, ignore_errors=True)
-    run.log(f"export: {len(files)} files pushed to {run.recipe.output.hub_model_id} ({'private' if run.recipe.export.private else 'public'})")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    run.log(
+        f"export: {len(files)} files pushed to {run.recipe.output.hub_model_id} ({'private' if run.recipe.export.private else 'public'})"
+    )
     return dict(repository=run.recipe.output.hub_model_id, commit=url, files=files)

@@ -12,23 +12,48 @@ __all__ = ['RATES', 'ANSWERS', 'CARD', 'score_rows', 'table_of', 'all_figures', 
            'items_section', 'cards', 'run_sections', 'sections', 'report']
 
 # %% ../../nbs/export/report.ipynb #c002
-from ..core.run import REHEARSED, assets, read_json  # first: it sets switches that the libraries read
-from . import items
-from .model_card import class_tables, parity_table, skipped, training_table
-from ..data.pipeline import load_split
 from ..core.disclosure import why_hidden
-from ..evaluate.diagrams import calibration_table, plot_positions, plot_reliability, positions_table
-from ..evaluate.metrics import plot_labels, plot_scores, plot_subjects, read_predictions
+from ..core.run import REHEARSED, assets, read_json
+from ..data.pipeline import load_split
+from medft.evaluate.diagrams import (
+    calibration_table,
+    plot_positions,
+    plot_reliability,
+    positions_table,
+)
 from ..evaluate.forest_plots import forest_table, plot_forest
-from .html import beside, comparison_table, drawing, folded, gap, html_table, note, sentences_in, within
-from .parity import in_words
-from ..evaluate.plots import STYLE, WIDTH, called, colors, first_model, legend, main_metric, written
+from ..evaluate.metrics import plot_labels, plot_scores, plot_subjects, read_predictions
+from medft.evaluate.plots import (
+    STYLE,
+    WIDTH,
+    called,
+    colors,
+    first_model,
+    legend,
+    main_metric,
+    written,
+)
 from ..evaluate.statistics.intervals import detectable
+from . import items
+from medft.export.html import (
+    beside,
+    comparison_table,
+    drawing,
+    folded,
+    gap,
+    html_table,
+    note,
+    sentences_in,
+    within,
+)
+from .model_card import class_tables, parity_table, skipped, training_table
+from .parity import in_words
 from ..train.baseline import read_log, trained, training_summary
 
 import json
 
-import matplotlib as mpl, pandas as pd
+import matplotlib as mpl
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -38,112 +63,295 @@ def score_rows(metrics) -> pd.DataFrame:
     "Every model's main figure on every set, its difference from the base and what that amounts to; rules below, what guessing gives beside the set's name."
     rows, names, base = {}, metrics.get("names", {}), first_model(metrics)
     for s, first in metrics["models"][base].items():
-        m = main_metric(first); figure = lambda x: written(x, m == "accuracy")
-        guesses = [f"{said} {figure(first[k] | dict(ci95=[None, None]))}" for k, said in (("chance", "chance"), ("majority", "best single position")) if k in first and m == "accuracy"]
+        m = main_metric(first)
+
+        def figure(x):
+            return written(x, m == "accuracy")
+
+        guesses = [
+            f"{said} {figure(first[k] | dict(ci95=[None, None]))}"
+            for k, said in (("chance", "chance"), ("majority", "best single position"))
+            if k in first and m == "accuracy"
+        ]
         title = " · ".join([s, called(m), f"n = {first[m]['n']:,}", *guesses])
         for w, sets in metrics["models"].items():
             d = metrics["differences"].get(w, {}).get(s)
-            rows[title, names.get(w, w)] = {"figure": figure(sets.get(s, {}).get(m, {})), "minus " + names.get(base, base): gap(d) if d and d["metric"] == m else "", "verdict": d["label"] if d else ""}
+            rows[title, names.get(w, w)] = {
+                "figure": figure(sets.get(s, {}).get(m, {})),
+                "minus " + names.get(base, base): gap(d) if d and d["metric"] == m else "",
+                "verdict": d["label"] if d else "",
+            }
         for rule, x in metrics.get("baselines", {}).items():
-            if s in x: rows[title, rule.replace("_", " ")] = {"figure": figure(x[s][m])}
+            if s in x:
+                rows[title, rule.replace("_", " ")] = {"figure": figure(x[s][m])}
     return table_of(rows, ["", "model"])
 
 # %% ../../nbs/export/report.ipynb #c005s
-def table_of(rows, names) -> pd.DataFrame: "Rows of dicts as a table."; return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(list(rows), names=names)).fillna("") if rows else pd.DataFrame()
+def table_of(rows, names) -> pd.DataFrame:
+    "Rows of dicts as a table."
+    return (
+        pd.DataFrame(
+            list(rows.values()), index=pd.MultiIndex.from_tuples(list(rows), names=names)
+        ).fillna("")
+        if rows
+        else pd.DataFrame()
+    )
+
 
 def all_figures(metrics, s) -> pd.DataFrame:
     "Every figure of a set as metrics.json holds it: shares from 0 to 1."
-    cells = {metrics.get("names", {}).get(w, w): {called(m).removesuffix(", %"): written(f, False) for m, f in sets.get(s, {}).items()} for w, sets in metrics["models"].items()}
+    cells = {
+        metrics.get("names", {}).get(w, w): {
+            called(m).removesuffix(", %"): written(f, False) for m, f in sets.get(s, {}).items()
+        }
+        for w, sets in metrics["models"].items()
+    }
     return pd.DataFrame(cells).fillna("–").rename_axis(f"on {s}")
 
 # %% ../../nbs/export/report.ipynb #c008
 def no_verdict(metrics) -> str:
     "What stands in a verdict's place where there is nothing to compare."
-    s, who = metrics["main"], first_model(metrics); m = main_metric(metrics["models"][who][s]); x = metrics["models"][who][s][m]; name = metrics.get("names", {}).get(who, who)
-    could = f"; were a fifth of its items answered otherwise by another model, the smallest difference it could show is {100*detectable(x['n'], confidence=metrics['confidence']):.1f} points" if m == "accuracy" else ""
+    s, who = metrics["main"], first_model(metrics)
+    m = main_metric(metrics["models"][who][s])
+    x = metrics["models"][who][s][m]
+    name = metrics.get("names", {}).get(who, who)
+    could = (
+        f"; were a fifth of its items answered otherwise by another model, the smallest difference it could show is {100 * detectable(x['n'], confidence=metrics['confidence']):.1f} points"
+        if m == "accuracy"
+        else ""
+    )
     return f"No model was compared. {name}: {called(m).removesuffix(', %')} {written(x, m == 'accuracy')}{' %' if m == 'accuracy' else ''} on {s} (n = {x['n']:,}{could})"
+
 
 def verdicts(run, metrics) -> list[dict]:
     "What comes first, each with its label."
-    if run.manifest.get("rehearsal"): return [dict(label="", sentence=REHEARSED.removesuffix("."))]
+    if run.manifest.get("rehearsal"):
+        return [dict(label="", sentence=REHEARSED.removesuffix("."))]
     return list(metrics["verdict"].values()) or [dict(label="", sentence=no_verdict(metrics))]
 
 # %% ../../nbs/export/report.ipynb #c011
 def predicted_table(run) -> pd.DataFrame:
     "What plan.json said, and what every engine then took; empty when there is no plan."
-    p, rows = read_json(run.path/"plan.json", {}), {}
+    p, rows = read_json(run.path / "plan.json", {}), {}
     for e in (e for e in trained(run) if e in p.get("engines", {})):
         m = training_summary(run, e)
-        said = {"peak memory, GB": (p["engines"][e]["peak"]/1e9, m["peak_memory_bytes"]/1e9, ".2f"), "seconds": (p["seconds_by_engine"].get(e), m["seconds"], ",.0f"), "steps": (p["steps"], m["steps"], ","), "tokens": (p["tokens"], m["tokens"], ",")}
+        said = {
+            "peak memory, GB": (p["engines"][e]["peak"] / 1e9, m["peak_memory_bytes"] / 1e9, ".2f"),
+            "seconds": (p["seconds_by_engine"].get(e), m["seconds"], ",.0f"),
+            "steps": (p["steps"], m["steps"], ","),
+            "tokens": (p["tokens"], m["tokens"], ","),
+        }
         for k, (a, b, how) in said.items():
-            if a is not None: rows[e, k] = dict(predicted=format(a, how), measured=format(b, how), off=f"{a/b - 1:+.0%}" if b else "")
+            if a is not None:
+                rows[e, k] = dict(
+                    predicted=format(a, how),
+                    measured=format(b, how),
+                    off=f"{a / b - 1:+.0%}" if b else "",
+                )
     return table_of(rows, ["engine", "what"])
 
 # %% ../../nbs/export/report.ipynb #c013
 def plot_losses(run) -> Figure | None:
     "The training losses of all engines in one plot; None when nothing was logged."
-    logs = {e: [r for r in read_log(run, e) if "loss" in r] for e in trained(run)}; logs = {e: log for e, log in logs.items() if log}
-    if not logs: return None
+    logs = {e: [r for r in read_log(run, e) if "loss" in r] for e in trained(run)}
+    logs = {e: log for e, log in logs.items() if log}
+    if not logs:
+        return None
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 2.6), layout="constrained"); ax = fig.subplots(); ink = colors(logs)
-        for i, (e, log) in enumerate(logs.items()): ax.plot([r["step"] for r in log], [r["loss"] for r in log], color=ink[e], lw=max(3 - .9*i, .8), marker="." if len(log) == 1 else None, label=e)
-        ax.set(xlabel="step", ylabel="loss", ylim=(0, None)); legend(fig)
+        fig = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+        ax = fig.subplots()
+        ink = colors(logs)
+        for i, (e, log) in enumerate(logs.items()):
+            ax.plot(
+                [r["step"] for r in log],
+                [r["loss"] for r in log],
+                color=ink[e],
+                lw=max(3 - 0.9 * i, 0.8),
+                marker="." if len(log) == 1 else None,
+                label=e,
+            )
+        ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
+        legend(fig)
     return fig
 
 # %% ../../nbs/export/report.ipynb #c013s
 def data_table(data) -> pd.DataFrame:
     "Rows of every split, and what was counted."
-    counts = {k.replace("_", " "): f"{data[k]:,}" for k in ("rows_in", "rows_out", "tokens", "trainable_tokens", "truncated") if k in data} | {f"rejected: {k}": f"{v:,}" for k, v in data.get("rejected", {}).items()}
-    return pd.Series({f"rows in {k}": f"{v:,}" for k, v in data.get("splits", {}).items()} | counts, name="count").to_frame().rename_axis("what")
+    counts = {
+        k.replace("_", " "): f"{data[k]:,}"
+        for k in ("rows_in", "rows_out", "tokens", "trainable_tokens", "truncated")
+        if k in data
+    } | {f"rejected: {k}": f"{v:,}" for k, v in data.get("rejected", {}).items()}
+    return (
+        pd.Series(
+            {f"rows in {k}": f"{v:,}" for k, v in data.get("splits", {}).items()} | counts,
+            name="count",
+        )
+        .to_frame()
+        .rename_axis("what")
+    )
 
-def checks_table(data) -> pd.DataFrame: return pd.DataFrame({k.replace("_", " "): dict(count=f"{c['count']:,}", action=c["action"]) for k, c in data["checks"].items()}).T.rename_axis("check") if data.get("checks") else pd.DataFrame()
+
+def checks_table(data) -> pd.DataFrame:
+    return (
+        pd.DataFrame(
+            {
+                k.replace("_", " "): dict(count=f"{c['count']:,}", action=c["action"])
+                for k, c in data["checks"].items()
+            }
+        ).T.rename_axis("check")
+        if data.get("checks")
+        else pd.DataFrame()
+    )
+
 
 def parity_notes(parities) -> list[str]:
     "What a reader should know of the artefacts beside the table."
-    return [f"{e}/{what}: {p['how'] + '; ' if 'how' in p else ''}{in_words(p)}." for e, found in parities.items() for what, p in found.items() if p["differing"] or p["why"] or "how" in p]
+    return [
+        f"{e}/{what}: {p['how'] + '; ' if 'how' in p else ''}{in_words(p)}."
+        for e, found in parities.items()
+        for what, p in found.items()
+        if p["differing"] or p["why"] or "how" in p
+    ]
 
 # %% ../../nbs/export/report.ipynb #c016
 def scores_section(run, metrics, frames) -> list:
     "The main table and plot; every other figure folded."
-    tables = [html_table(t, "figures of a classifier") for t in class_tables(metrics, metrics.get("labels"))]
-    labels = drawing(plot_labels(frames, read_predictions(run, "validation"), metrics), "Above: what each threshold would give, and the point chosen. Below: how it was chosen, on validation rows alone.") if "thresholds" in metrics else ""
-    between = [note(f"{s}.", False) for s in sentences_in(metrics["between"])]; few = len(between) <= 4
-    level = f"In brackets: {100*metrics['confidence']:g} % intervals (Wilson for accuracies and Tango for their paired differences, both allowing for rows that share a patient, document or question; for all else BCa bootstrap by redrawing whole groups). Every model answered the same items through the same code."
-    return [beside(html_table(score_rows(metrics), "scores") + note(level), drawing(plot_scores(metrics), "Every model; bars are intervals, dashed lines chance, squares simple rules.")), *tables, labels, *(between if few else [folded(f"{len(between)} comparisons beside those with the base", *between)]),
-            folded("Every figure of every set", *(html_table(all_figures(metrics, s), f"figures on {s}") for s in metrics["models"][first_model(metrics)]))]
+    tables = [
+        html_table(t, "figures of a classifier")
+        for t in class_tables(metrics, metrics.get("labels"))
+    ]
+    labels = (
+        drawing(
+            plot_labels(frames, read_predictions(run, "validation"), metrics),
+            "Above: what each threshold would give, and the point chosen. Below: how it was chosen, on validation rows alone.",
+        )
+        if "thresholds" in metrics
+        else ""
+    )
+    between = [note(f"{s}.", False) for s in sentences_in(metrics["between"])]
+    few = len(between) <= 4
+    level = f"In brackets: {100 * metrics['confidence']:g} % intervals (Wilson for accuracies and Tango for their paired differences, both allowing for rows that share a patient, document or question; for all else BCa bootstrap by redrawing whole groups). Every model answered the same items through the same code."
+    return [
+        beside(
+            html_table(score_rows(metrics), "scores") + note(level),
+            drawing(
+                plot_scores(metrics),
+                "Every model; bars are intervals, dashed lines chance, squares simple rules.",
+            ),
+        ),
+        *tables,
+        labels,
+        *(
+            between
+            if few
+            else [folded(f"{len(between)} comparisons beside those with the base", *between)]
+        ),
+        folded(
+            "Every figure of every set",
+            *(
+                html_table(all_figures(metrics, s), f"figures on {s}")
+                for s in metrics["models"][first_model(metrics)]
+            ),
+        ),
+    ]
 
 # %% ../../nbs/export/report.ipynb #c016s
 def subjects_section(metrics) -> list:
     "Differences by subject, and by the type of question."
     name, forest = metrics["main"], plot_forest(metrics)
-    drawn = drawing(forest, "Difference from the base by subject (number of items in brackets), the largest gain on top. Filled, and starred in the table: remains after Holm's correction over all subjects and engines; hollow: does not, which is no proof that nothing changed.")
-    return [beside(drawn or drawing(plot_subjects(metrics), f"By subject or source, on {name} (number of items in brackets)."), html_table(forest_table(metrics), "differences by subject")), html_table(types_table(metrics), "accuracy by type of question")]
+    drawn = drawing(
+        forest,
+        "Difference from the base by subject (number of items in brackets), the largest gain on top. Filled, and starred in the table: remains after Holm's correction over all subjects and engines; hollow: does not, which is no proof that nothing changed.",
+    )
+    return [
+        beside(
+            drawn
+            or drawing(
+                plot_subjects(metrics),
+                f"By subject or source, on {name} (number of items in brackets).",
+            ),
+            html_table(forest_table(metrics), "differences by subject"),
+        ),
+        html_table(types_table(metrics), "accuracy by type of question"),
+    ]
+
 
 def types_table(metrics) -> pd.DataFrame:
     "Accuracy by the type of question, of every set that names some."
-    rows = {(f"by type, on {s}", kind): {metrics.get("names", {}).get(w, w): written(f["accuracy"], True) for w, f in v.items()} | {"n": next(iter(v.values()))["accuracy"]["n"]} for s, kinds in metrics.get("types", {}).items() for kind, v in kinds.items()}
+    rows = {
+        (f"by type, on {s}", kind): {
+            metrics.get("names", {}).get(w, w): written(f["accuracy"], True) for w, f in v.items()
+        }
+        | {"n": next(iter(v.values()))["accuracy"]["n"]}
+        for s, kinds in metrics.get("types", {}).items()
+        for kind, v in kinds.items()
+    }
     return table_of(rows, ["", "type"])
 
 # %% ../../nbs/export/report.ipynb #c019
 def calibration_section(metrics) -> list:
     "Whether probabilities can be believed."
-    if not (table := html_table(calibration_table(metrics), "calibration")): return []
+    if not (table := html_table(calibration_table(metrics), "calibration")):
+        return []
     words = "Expected calibration error (ECE): how far a stated probability lies from how often it came true, on average. A temperature is fitted on validation rows alone; it changes no choice."
-    return [note(words), beside(drawing(plot_reliability(metrics), "On the diagonal, what is said with 80 % is right in 80 %. Above: as the model says it; below, where it could be fitted: with its temperature."), table)]
+    return [
+        note(words),
+        beside(
+            drawing(
+                plot_reliability(metrics),
+                "On the diagonal, what is said with 80 % is right in 80 %. Above: as the model says it; below, where it could be fitted: with its temperature.",
+            ),
+            table,
+        ),
+    ]
+
 
 def positions_section(metrics) -> list:
     "Whether a model prefers a place among the options."
-    if not (table := html_table(positions_table(metrics), "positions")): return []
+    if not (table := html_table(positions_table(metrics), "positions")):
+        return []
     words = "Share of right answers in percent, by the place where the right option stands, and the standard deviation of these shares (spread); p tests whether places are chosen as often as they are right."
-    return [note(words), beside(drawing(plot_positions(metrics), "How often each place is chosen; the dashed lines are how often the right option stands there."), table)]
+    return [
+        note(words),
+        beside(
+            drawing(
+                plot_positions(metrics),
+                "How often each place is chosen; the dashed lines are how often the right option stands there.",
+            ),
+            table,
+        ),
+    ]
 
 # %% ../../nbs/export/report.ipynb #c019s
 def answers_section(metrics) -> list:
     "What can be told of answers that a model wrote."
     rates = [m for m in ANSWERS if m in metrics["models"][first_model(metrics)][metrics["main"]]]
-    if not rates: return []
-    rows = {called(m): {metrics.get("names", {}).get(w, w): written(x[metrics["main"]].get(m, {}), m in RATES) for w, x in metrics["models"].items() if metrics["main"] in x} | {"unit": "%" if m in RATES else ""} for m in rates}
-    return [html_table(pd.DataFrame(rows).T.rename_axis(f"on {metrics['main']}"), "written answers"), html_table(comparison_table({(who, called(m)): d for who, found in metrics.get("answers", {}).items() for m, d in found.items()}), "comparisons of written answers")]
+    if not rates:
+        return []
+    rows = {
+        called(m): {
+            metrics.get("names", {}).get(w, w): written(x[metrics["main"]].get(m, {}), m in RATES)
+            for w, x in metrics["models"].items()
+            if metrics["main"] in x
+        }
+        | {"unit": "%" if m in RATES else ""}
+        for m in rates
+    }
+    return [
+        html_table(pd.DataFrame(rows).T.rename_axis(f"on {metrics['main']}"), "written answers"),
+        html_table(
+            comparison_table(
+                {
+                    (who, called(m)): d
+                    for who, found in metrics.get("answers", {}).items()
+                    for m, d in found.items()
+                }
+            ),
+            "comparisons of written answers",
+        ),
+    ]
+
 
 RATES = ("exact_match", "empty", "truncated", "endless", "refusal")
 ANSWERS = (*RATES, "token_f1", "rouge_l", "bertscore", "answer_tokens", "length_ratio")
@@ -152,96 +360,345 @@ ANSWERS = (*RATES, "token_f1", "rouge_l", "bertscore", "answer_tokens", "length_
 def seeds_section(metrics) -> list:
     "Each seed's figure, and the comparison over all of them."
     where, found = metrics["main"], metrics.get("seeds", {})
-    rows = {(e, f"seed {seed}"): {s: written(next(iter(x.values())), next(iter(x)) == "accuracy") for s, x in sets.items()} for e, seeds in found.items() for seed, sets in seeds.items()}
-    spread = [f"{e}: differences from the base on {where}, seed by seed: {', '.join(f'{100*x:+.1f}' if d['metric'] == 'accuracy' else f'{x:+.3f}' for x in d['effects'])}." for e, sets in metrics.get("over_seeds", {}).items() if (d := sets.get(where, {})).get("effects")]
-    return [note("The verdict is over all seeds: it has both the luck of the items and that of the seed in its interval."), html_table(table_of(rows, ["", "seed"]), "seeds"), *map(note, spread)] if rows else []
+    rows = {
+        (e, f"seed {seed}"): {
+            s: written(next(iter(x.values())), next(iter(x)) == "accuracy") for s, x in sets.items()
+        }
+        for e, seeds in found.items()
+        for seed, sets in seeds.items()
+    }
+    spread = [
+        f"{e}: differences from the base on {where}, seed by seed: {', '.join(f'{100 * x:+.1f}' if d['metric'] == 'accuracy' else f'{x:+.3f}' for x in d['effects'])}."
+        for e, sets in metrics.get("over_seeds", {}).items()
+        if (d := sets.get(where, {})).get("effects")
+    ]
+    return (
+        [
+            note(
+                "The verdict is over all seeds: it has both the luck of the items and that of the seed in its interval."
+            ),
+            html_table(table_of(rows, ["", "seed"]), "seeds"),
+            *map(note, spread),
+        ]
+        if rows
+        else []
+    )
+
 
 def retention_section(metrics) -> list:
     "What was kept of what the tuning was not about."
-    kept = metrics.get("retention") or {}; budget = kept.get("budget")
-    signed = lambda r, x: "–" if x is None else f"{100*x:+.1f}" if r["metric"] == "accuracy" else f"{x:+.3f}"
-    row = lambda r: {"decline": f"{signed(r, r['decline'])} [{signed(r, r['ci95'][0])}, {signed(r, r['ci95'][1])}]", "figure": called(r["metric"]).replace(", %", ", points"), "n": f"{r['n']:,}"} | ({"more than the budget": dict(shown="ruled out", unclear="not ruled out", forgets="yes")[r["judged"]]} if "judged" in r else {})
-    rows = {(s, who): row(r) for who, sets in kept.get("models", {}).items() for s, r in sets.items()}
-    words = "How much worse each model is than the base on sets that the tuning was not about; above zero is worse." + (f" The budget for forgetting is {100*budget:g} points of accuracy or {budget:g} nats per token; a verdict has regard to it." if budget is not None else "")
+    kept = metrics.get("retention") or {}
+    budget = kept.get("budget")
+
+    def signed(r, x):
+        return "–" if x is None else f"{100 * x:+.1f}" if r["metric"] == "accuracy" else f"{x:+.3f}"
+
+    def row(r):
+        return {
+            "decline": f"{signed(r, r['decline'])} [{signed(r, r['ci95'][0])}, {signed(r, r['ci95'][1])}]",
+            "figure": called(r["metric"]).replace(", %", ", points"),
+            "n": f"{r['n']:,}",
+        } | (
+            {
+                "more than the budget": dict(
+                    shown="ruled out", unclear="not ruled out", forgets="yes"
+                )[r["judged"]]
+            }
+            if "judged" in r
+            else {}
+        )
+
+    rows = {
+        (s, who): row(r) for who, sets in kept.get("models", {}).items() for s, r in sets.items()
+    }
+    words = (
+        "How much worse each model is than the base on sets that the tuning was not about; above zero is worse."
+        + (
+            f" The budget for forgetting is {100 * budget:g} points of accuracy or {budget:g} nats per token; a verdict has regard to it."
+            if budget is not None
+            else ""
+        )
+    )
     return [note(words), html_table(table_of(rows, ["", "model"]), "retention")] if rows else []
 
 # %% ../../nbs/export/report.ipynb #c023
 def told(found, what) -> list:
     "Sentences of a key of metrics.json, and its comparisons and figures as tables."
-    inside = dict(within(found)); gaps = {k: x for k, x in inside.items() if "effect" in x}; plain = {k: x for k, x in inside.items() if "value" in x}
-    by = lambda k: (" · ".join(k[:-1]), k[-1])
-    return [*(note(f"{s.removesuffix('.')}.", False) for s in sentences_in(found)), html_table(comparison_table({by(k): x for k, x in gaps.items()}), what),
-            html_table(table_of({by(k): dict(value=written(x, False), n=x["n"]) for k, x in plain.items()}, ["", "figure"]), what)]
+    inside = dict(within(found))
+    gaps = {k: x for k, x in inside.items() if "effect" in x}
+    plain = {k: x for k, x in inside.items() if "value" in x}
+
+    def by(k):
+        return (" · ".join(k[:-1]), k[-1])
+
+    return [
+        *(note(f"{s.removesuffix('.')}.", False) for s in sentences_in(found)),
+        html_table(comparison_table({by(k): x for k, x in gaps.items()}), what),
+        html_table(
+            table_of(
+                {by(k): dict(value=written(x, False), n=x["n"]) for k, x in plain.items()},
+                ["", "figure"],
+            ),
+            what,
+        ),
+    ]
+
 
 def clean_section(metrics) -> list:
     "Figures without near-duplicates of training rows, verdicts first; one sentence where nothing was flagged."
-    clean = metrics.get("clean") or {}; rest = {k: clean[k] for k in ("differences", "models") if k in clean}; first = [clean.get("sentence"), *sentences_in(clean.get("verdict") or {})]
-    return [*(note(f"{s.removesuffix('.')}.", False) for s in first if s), folded("Every figure without them", *(t for t in told(rest, "without near-duplicates") if "<table" in t))]
+    clean = metrics.get("clean") or {}
+    rest = {k: clean[k] for k in ("differences", "models") if k in clean}
+    first = [clean.get("sentence"), *sentences_in(clean.get("verdict") or {})]
+    return [
+        *(note(f"{s.removesuffix('.')}.", False) for s in first if s),
+        folded(
+            "Every figure without them",
+            *(t for t in told(rest, "without near-duplicates") if "<table" in t),
+        ),
+    ]
 
 # %% ../../nbs/export/report.ipynb #c023s
 def comparisons_section(metrics) -> list:
     "Figures beside the main one, compared with the base and corrected together."
-    found = metrics.get("comparisons") or {}; parts = told(found, "further comparisons")
-    return [*(t for t in parts if "<table" in t), folded("The same in words", *(t for t in parts if "<table" not in t))]
+    found = metrics.get("comparisons") or {}
+    parts = told(found, "further comparisons")
+    return [
+        *(t for t in parts if "<table" in t),
+        folded("The same in words", *(t for t in parts if "<table" not in t)),
+    ]
 
-def flat(found, path=()) -> dict: "Nested dicts as path -> what stands at the end."; return {k2: v2 for k, v in found.items() for k2, v2 in (flat(v, (*path, str(k))) if isinstance(v, dict) else {(*path, str(k)): v}).items()}
+
+def flat(found, path=()) -> dict:
+    "Nested dicts as path -> what stands at the end."
+    return {
+        k2: v2
+        for k, v in found.items()
+        for k2, v2 in (
+            flat(v, (*path, str(k))) if isinstance(v, dict) else {(*path, str(k)): v}
+        ).items()
+    }
+
 
 def benchmarks_section(metrics) -> list:
     "Where each benchmark's items and prompts come from."
-    shown = {(name, " · ".join(k)): {"value": f"{v:.4f}" if isinstance(v, float) else "–" if v is None else str(v)} for name, about in metrics.get("benchmarks", {}).items() for k, v in flat(about).items()}
-    return [note("Scored with lm-evaluation-harness's own task definitions; prompts are in the prediction files word for word."), html_table(table_of(shown, ["", "what"]), "benchmarks")] if shown else []
+    shown = {
+        (name, " · ".join(k)): {
+            "value": f"{v:.4f}" if isinstance(v, float) else "–" if v is None else str(v)
+        }
+        for name, about in metrics.get("benchmarks", {}).items()
+        for k, v in flat(about).items()
+    }
+    return (
+        [
+            note(
+                "Scored with lm-evaluation-harness's own task definitions; prompts are in the prediction files word for word."
+            ),
+            html_table(table_of(shown, ["", "what"]), "benchmarks"),
+        ]
+        if shown
+        else []
+    )
 
 # %% ../../nbs/export/report.ipynb #c026
 def rows_of(run, frame, name) -> list:
     "The rows that were scored, in the order of their predictions; nothing where they are not at hand."
-    if {"prompt", "options"} <= set(frame): return [dict(prompt=p, options=list(o)) for p, o in zip(frame.prompt, frame.options)]
-    rows = load_split(run, name).to_list()[:len(frame)] if (run.path/"data"/name).is_dir() else []
+    if {"prompt", "options"} <= set(frame):
+        return [dict(prompt=p, options=list(o)) for p, o in zip(frame.prompt, frame.options)]
+    rows = (
+        load_split(run, name).to_list()[: len(frame)] if (run.path / "data" / name).is_dir() else []
+    )
     return rows if [str(r["id"]) for r in rows] == list(map(str, frame.id)) else []
+
 
 def items_section(run, metrics, frames) -> list:
     "Ten answers that went wrong most surely, and ten that changed; why not, where single items are not shown."
     if hidden := why_hidden(run):
-        return [note(f"Single items are not shown: {hidden}. To show them: evaluation.show_items=true.")]
-    s, base = metrics["main"], first_model(metrics); who = [w for w in metrics["models"] if "@" not in w and (w, s) in frames]
-    tuned = next((w for w in who if w != base), base); rows, labels = rows_of(run, frames[tuned, s], s), metrics.get("labels")
-    if not rows: return []
-    bare = "probabilities" in frames[base, s] and "untrained" in metrics.get("names", {}).get(base, "")
-    lists = [(f"Went wrong most surely: {tuned}", items.worst(frames[tuned, s])), (f"Changed from {base} to {tuned}", items.changed(frames[base, s], frames[tuned, s]) if tuned != base and not bare else [])]
+        return [
+            note(f"Single items are not shown: {hidden}. To show them: evaluation.show_items=true.")
+        ]
+    s, base = metrics["main"], first_model(metrics)
+    who = [w for w in metrics["models"] if "@" not in w and (w, s) in frames]
+    tuned = next((w for w in who if w != base), base)
+    rows, labels = rows_of(run, frames[tuned, s], s), metrics.get("labels")
+    if not rows:
+        return []
+    bare = "probabilities" in frames[base, s] and "untrained" in metrics.get("names", {}).get(
+        base, ""
+    )
+    lists = [
+        (f"Went wrong most surely: {tuned}", items.worst(frames[tuned, s])),
+        (
+            f"Changed from {base} to {tuned}",
+            items.changed(frames[base, s], frames[tuned, s]) if tuned != base and not bare else [],
+        ),
+    ]
     show = who[1:] if bare else who
-    return [Markup("<h3>{}</h3>{}").format(title, cards(items.cards(frames, rows, s, picked, show[:12], labels))) for title, picked in lists if picked]
+    return [
+        Markup("<h3>{}</h3>{}").format(
+            title, cards(items.cards(frames, rows, s, picked, show[:12], labels))
+        )
+        for title, picked in lists
+        if picked
+    ]
 
 # %% ../../nbs/export/report.ipynb #c027
 CARD = Markup('<article class="card"><p class="asked" dir="auto">{}</p>{}<dl>{}</dl></article>')
 
+
 def cards(found) -> Markup:
     "Items side by side."
-    words = lambda a: " · ".join(x for x in (None if a["sure"] is None else "> 99 %" if a["sure"] > .995 else f"{100*a['sure']:.0f} %", a["mark"]) if x)
-    said = lambda c: [Markup('<dt>{}</dt><dd dir="auto"><span class="{}">{}</span> {}</dd>').format(a["who"], a["mark"].split()[0] if a["mark"] else "", a["text"], Markup('<span class="soft">{}</span>').format(words(a)) if words(a) else "") for a in c["answers"]]
-    truth = lambda c: [Markup('<dt>truth</dt><dd dir="auto">{}</dd>').format(c["truth"])] if c["truth"] else []
-    listed = lambda c: Markup('<ul>{}</ul>').format(Markup("").join(Markup('<li dir="auto">{}</li>').format(o) for o in c["options"])) if c["options"] else ""
-    return Markup('<div class="answers">{}</div>').format(Markup("\n").join(CARD.format(c["prompt"], listed(c), Markup("").join(truth(c) + said(c))) for c in found))
+
+    def words(a):
+        return " · ".join(
+            x
+            for x in (
+                None
+                if a["sure"] is None
+                else "> 99 %"
+                if a["sure"] > 0.995
+                else f"{100 * a['sure']:.0f} %",
+                a["mark"],
+            )
+            if x
+        )
+
+    def said(c):
+        return [
+            Markup('<dt>{}</dt><dd dir="auto"><span class="{}">{}</span> {}</dd>').format(
+                a["who"],
+                a["mark"].split()[0] if a["mark"] else "",
+                a["text"],
+                Markup('<span class="soft">{}</span>').format(words(a)) if words(a) else "",
+            )
+            for a in c["answers"]
+        ]
+
+    def truth(c):
+        return (
+            [Markup('<dt>truth</dt><dd dir="auto">{}</dd>').format(c["truth"])]
+            if c["truth"]
+            else []
+        )
+
+    def listed(c):
+        return (
+            Markup("<ul>{}</ul>").format(
+                Markup("").join(Markup('<li dir="auto">{}</li>').format(o) for o in c["options"])
+            )
+            if c["options"]
+            else ""
+        )
+
+    return Markup('<div class="answers">{}</div>').format(
+        Markup("\n").join(
+            CARD.format(c["prompt"], listed(c), Markup("").join(truth(c) + said(c))) for c in found
+        )
+    )
 
 # %% ../../nbs/export/report.ipynb #c030
 def run_sections(run, metrics, parities) -> list:
     "What is told of the run rather than of its models."
-    data, loss = read_json(run.path/"data"/"report.json", {}), {"classification": "of the labels", "pretraining": "per token"}.get(run.recipe.task, "on completion tokens")
+    data, loss = (
+        read_json(run.path / "data" / "report.json", {}),
+        {"classification": "of the labels", "pretraining": "per token"}.get(
+            run.recipe.task, "on completion tokens"
+        ),
+    )
     plan = html_table(predicted_table(run), "predicted and measured")
-    return [("files", "Is what is handed over the model that was scored?", [note("Every file was read back from disk in a fresh process and answered the main test set again."), html_table(parity_table(parities), "files"), *(note(n, False) for n in parity_notes(parities))] if any(parities.values()) else []),
-            ("training", "Training", [beside(drawing(plot_losses(run), f"Loss {loss} at every logged step."), note("What the plan said before training began, and what was measured.") + plan if plan else ""), html_table(training_table(run), "training")] if trained(run) else []),
-            ("data", "Data", [beside(html_table(data_table(data), "rows"), html_table(checks_table(data), "checks of the data"))]),
-            ("ran", "What ran", [folded("Recipe", Markup("<pre>{}</pre>").format(run.recipe.to_yaml())), folded("Manifest", Markup("<pre>{}</pre>").format(json.dumps(run.manifest, indent=1, default=str, ensure_ascii=False)))])]
+    return [
+        (
+            "files",
+            "Is what is handed over the model that was scored?",
+            [
+                note(
+                    "Every file was read back from disk in a fresh process and answered the main test set again."
+                ),
+                html_table(parity_table(parities), "files"),
+                *(note(n, False) for n in parity_notes(parities)),
+            ]
+            if any(parities.values())
+            else [],
+        ),
+        (
+            "training",
+            "Training",
+            [
+                beside(
+                    drawing(plot_losses(run), f"Loss {loss} at every logged step."),
+                    note("What the plan said before training began, and what was measured.") + plan
+                    if plan
+                    else "",
+                ),
+                html_table(training_table(run), "training"),
+            ]
+            if trained(run)
+            else [],
+        ),
+        (
+            "data",
+            "Data",
+            [
+                beside(
+                    html_table(data_table(data), "rows"),
+                    html_table(checks_table(data), "checks of the data"),
+                )
+            ],
+        ),
+        (
+            "ran",
+            "What ran",
+            [
+                folded("Recipe", Markup("<pre>{}</pre>").format(run.recipe.to_yaml())),
+                folded(
+                    "Manifest",
+                    Markup("<pre>{}</pre>").format(
+                        json.dumps(run.manifest, indent=1, default=str, ensure_ascii=False)
+                    ),
+                ),
+            ],
+        ),
+    ]
+
 
 def sections(run, metrics, parities) -> list[dict]:
     "The sections that this run has, in order: id, title, body."
-    frames = read_predictions(run); mistakes = {"classification": "Mistakes", "pretraining": "Texts that changed"}.get(run.recipe.task, "Answers, worst and changed")
-    found = [("scores", "Scores", scores_section(run, metrics, frames)), ("subjects", "By subject", subjects_section(metrics)), ("seeds", "Seeds", seeds_section(metrics)), ("calibration", "Calibration", calibration_section(metrics)),
-             ("positions", "Positions", positions_section(metrics)), ("answers", "Written answers", answers_section(metrics)), ("retention", "Retention", retention_section(metrics)),
-             ("clean", "Near-duplicates", clean_section(metrics)), ("memory", "Memorisation", told(metrics.get("memorisation") or {}, "memorisation")),
-             ("comparisons", "Further comparisons", comparisons_section(metrics)), ("benchmarks", "Benchmarks", benchmarks_section(metrics)), ("items", mistakes, items_section(run, metrics, frames)), *run_sections(run, metrics, parities)]
-    return [dict(id=i, title=t, body=Markup("\n").join(p for p in parts if p)) for i, t, parts in found if any(parts)]
+    frames = read_predictions(run)
+    mistakes = {"classification": "Mistakes", "pretraining": "Texts that changed"}.get(
+        run.recipe.task, "Answers, worst and changed"
+    )
+    found = [
+        ("scores", "Scores", scores_section(run, metrics, frames)),
+        ("subjects", "By subject", subjects_section(metrics)),
+        ("seeds", "Seeds", seeds_section(metrics)),
+        ("calibration", "Calibration", calibration_section(metrics)),
+        ("positions", "Positions", positions_section(metrics)),
+        ("answers", "Written answers", answers_section(metrics)),
+        ("retention", "Retention", retention_section(metrics)),
+        ("clean", "Near-duplicates", clean_section(metrics)),
+        ("memory", "Memorisation", told(metrics.get("memorisation") or {}, "memorisation")),
+        ("comparisons", "Further comparisons", comparisons_section(metrics)),
+        ("benchmarks", "Benchmarks", benchmarks_section(metrics)),
+        ("items", mistakes, items_section(run, metrics, frames)),
+        *run_sections(run, metrics, parities),
+    ]
+    return [
+        dict(id=i, title=t, body=Markup("\n").join(p for p in parts if p))
+        for i, t, parts in found
+        if any(parts)
+    ]
 
 # %% ../../nbs/export/report.ipynb #c031
 def report(run, metrics, parities) -> str:
     "The report as one self-contained HTML page."
-    page = Environment(loader=FileSystemLoader(assets()), autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template("report.html.j2")
-    return page.render(title=run.recipe.name, description=run.recipe.description, run=run.path.name, created=run.manifest.get("created", "")[:16].replace("T", " "), verdicts=verdicts(run, metrics), skipped=skipped(run), sections=sections(run, metrics, parities))
+    page = Environment(
+        loader=FileSystemLoader(assets()), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    ).get_template("report.html.j2")
+    return page.render(
+        title=run.recipe.name,
+        description=run.recipe.description,
+        run=run.path.name,
+        created=run.manifest.get("created", "")[:16].replace("T", " "),
+        verdicts=verdicts(run, metrics),
+        skipped=skipped(run),
+        sections=sections(run, metrics, parities),
+    )

@@ -8,64 +8,102 @@ Docs: https://medft.github.io/medft/export/serving.html.md"""
 __all__ = ['RANKS', 'MOVED', 'not_as_adapter', 'largest_rank', 'not_served', 'base_argument', 'common', 'serve_lines']
 
 # %% ../../nbs/export/serving.ipynb #c002
-from ..core.run import read_json  # first: it sets switches that the libraries read
+from ..core.run import read_json
+from .merging import sixteen_bit
+from ..model.families import load_config
 
 import shlex
 from pathlib import Path
 
-from ..model.families import load_config
-from .merging import sixteen_bit
-
 # %% ../../nbs/export/serving.ipynb #c005
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)    # vllm.config.lora.MaxLoRARanks
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks
 
-MOVED = ("olora", "corda", "loftq", "lora_ga")     # ways of beginning, beside pissa, that change the base
+MOVED = (
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # ways of beginning, beside pissa, that change the base
+
 
 def not_as_adapter(
-    adapter,    # the content of adapter_config.json
+    adapter,  # the content of adapter_config.json
 ) -> str | None:
     "Why vLLM cannot serve an adapter beside its base; None: it can."
-    if adapter.get("use_dora"): return "vLLM knows no DoRA"
-    if adapter.get("modules_to_save"): return f"vLLM takes no modules saved whole ({', '.join(adapter['modules_to_save'])})"
-    if adapter.get("trainable_token_indices"): return "vLLM takes no trained rows of the embedding"
-    if (adapter.get("init_lora_weights") or "") in MOVED or str(adapter.get("init_lora_weights")).startswith("pissa"):
+    if adapter.get("use_dora"):
+        return "vLLM knows no DoRA"
+    if adapter.get("modules_to_save"):
+        return f"vLLM takes no modules saved whole ({', '.join(adapter['modules_to_save'])})"
+    if adapter.get("trainable_token_indices"):
+        return "vLLM takes no trained rows of the embedding"
+    if (adapter.get("init_lora_weights") or "") in MOVED or str(
+        adapter.get("init_lora_weights")
+    ).startswith("pissa"):
         return f"it fits only a base changed by init_lora_weights={adapter['init_lora_weights']}"
-    if adapter.get("target_parameters"): return "vLLM takes no adapter on expert parameters"
-    if adapter.get("bias", "none") != "none": return "vLLM takes no trained biases"
-    if largest_rank(adapter) > RANKS[-1]: return f"vLLM takes ranks up to {RANKS[-1]}"
+    if adapter.get("target_parameters"):
+        return "vLLM takes no adapter on expert parameters"
+    if adapter.get("bias", "none") != "none":
+        return "vLLM takes no trained biases"
+    if largest_rank(adapter) > RANKS[-1]:
+        return f"vLLM takes ranks up to {RANKS[-1]}"
 
-def largest_rank(adapter) -> int: return max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
+
+def largest_rank(adapter) -> int:
+    return max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
 
 # %% ../../nbs/export/serving.ipynb #c008
 def not_served(task, config) -> str | None:
     "Why vLLM cannot serve a task on this model at all; None: it can."
-    if task != "classification": return None
-    if config.model_type == "nemotron_h": return "vLLM has no Nemotron-H classifier"
-    if hasattr(config, "vision_config"): return "vLLM documents no classifier over a multimodal model"
+    if task != "classification":
+        return None
+    if config.model_type == "nemotron_h":
+        return "vLLM has no Nemotron-H classifier"
+    if hasattr(config, "vision_config"):
+        return "vLLM documents no classifier over a multimodal model"
+
 
 def base_argument(recipe) -> str:
     "The base as a shell writes it."
-    if recipe.model.name == "tiny-base": return """"$(python -c 'from medft.core.run import model_path; print(model_path("tiny-base"))')\""""
+    if recipe.model.name == "tiny-base":
+        return """"$(python -c 'from medft.core.run import model_path; print(model_path("tiny-base"))')\""""
     local = Path(recipe.model.name).is_dir()
-    return shlex.quote(Path(recipe.model.name).name if local else recipe.model.name) + (f" --revision {recipe.model.revision}" if recipe.model.revision and not local else "")
+    return shlex.quote(Path(recipe.model.name).name if local else recipe.model.name) + (
+        f" --revision {recipe.model.revision}" if recipe.model.revision and not local else ""
+    )
+
 
 def common(recipe, config) -> str:
     "What both lines say of type, length and mode."
-    dtype = {"float16": "float16", "bfloat16": "bfloat16"}.get(recipe.model.dtype) or str(sixteen_bit(config)).removeprefix("torch.")
-    return f"--dtype {dtype} --max-model-len {recipe.max_length}" + (" --runner pooling --convert classify" if recipe.task == "classification" else "")
+    dtype = {"float16": "float16", "bfloat16": "bfloat16"}.get(recipe.model.dtype) or str(
+        sixteen_bit(config)
+    ).removeprefix("torch.")
+    return f"--dtype {dtype} --max-model-len {recipe.max_length}" + (
+        " --runner pooling --convert classify" if recipe.task == "classification" else ""
+    )
 
 # %% ../../nbs/export/serving.ipynb #c010
 def serve_lines(
-    run, engine,
-    home="",    # what stands before the paths; "": one stands in the run folder
-) -> dict:      # merged, adapter, model: a line; not_merged, not_adapter: why there is none
+    run,
+    engine,
+    home="",  # what stands before the paths; "": one stands in the run folder
+) -> dict:  # merged, adapter, model: a line; not_merged, not_adapter: why there is none
     "How to serve an engine's artefacts with vLLM."
-    r, folder, found = run.recipe, run.path/engine, {}
-    config = load_config(r); no, name, tail = not_served(r.task, config), shlex.quote(r.name), common(r, config)
+    r, folder, found = run.recipe, run.path / engine, {}
+    config = load_config(r)
+    no, name, tail = not_served(r.task, config), shlex.quote(r.name), common(r, config)
     for what in ("merged", "model"):
-        if (folder/what).is_dir(): found |= {f"not_{what}": no} if no else {what: f"vllm serve {home}{engine}/{what} --served-model-name {name} {tail}"}
-    adapter = read_json(folder/"adapters"/"adapter_config.json")
-    if adapter is None: return found
-    if no := no or not_as_adapter(adapter): return found | dict(not_adapter=no)
+        if (folder / what).is_dir():
+            found |= (
+                {f"not_{what}": no}
+                if no
+                else {what: f"vllm serve {home}{engine}/{what} --served-model-name {name} {tail}"}
+            )
+    adapter = read_json(folder / "adapters" / "adapter_config.json")
+    if adapter is None:
+        return found
+    if no := no or not_as_adapter(adapter):
+        return found | dict(not_adapter=no)
     rank = next(r for r in RANKS if r >= largest_rank(adapter))
-    return found | dict(adapter=f"vllm serve {base_argument(r)} --enable-lora --max-lora-rank {rank} --lora-modules {name}={home}{engine}/adapters {tail}")
+    return found | dict(
+        adapter=f"vllm serve {base_argument(r)} --enable-lora --max-lora-rank {rank} --lora-modules {name}={home}{engine}/adapters {tail}"
+    )

@@ -9,7 +9,7 @@ __all__ = ['STEP', 'kept_mask', 'KEEP', 'Piece', 'pieces', 'make_mask', 'mask_of
            'Attend', 'piece_gradient', 'attend']
 
 # %% ../../nbs/fast/attention.ipynb #c002
-from ..core.run import MedftError  # first: it sets switches that the libraries read
+from ..core.run import MedftError
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,23 +17,32 @@ from functools import lru_cache
 import torch
 
 # %% ../../nbs/fast/attention.ipynb #c005
-STEP = 256      # queries of a piece, at most
+STEP = 256  # queries of a piece, at most
+
 
 @dataclass(frozen=True)
 class Piece:
     "Queries `at` to `at + n` of those at hand, which see keys `first` to `first + m`; the first query is key number `own` of these."
-    at: int; n: int; first: int; m: int; own: int; row: int
+
+    at: int
+    n: int
+    first: int
+    m: int
+    own: int
+    row: int
+
 
 def pieces(
-    rows,       # [(start, end, from, to)]: each row's first and last token, and those of its queries
-    window=0,   # tokens that a query sees, itself included; 0: all before it
+    rows,  # [(start, end, from, to)]: each row's first and last token, and those of its queries
+    window=0,  # tokens that a query sees, itself included; 0: all before it
 ) -> list[Piece]:
     "The pieces of attention over rows."
     found, at = [], 0
     for r, (start, end, lo, hi) in enumerate(rows):
         for q in range(lo, hi, STEP):
             n, first = min(STEP, hi - q), max(start, q - window + 1) if window else start
-            found.append(Piece(at, n, first, q + n - first, q - first, r)); at += n
+            found.append(Piece(at, n, first, q + n - first, q - first, r))
+            at += n
     return found
 
 # %% ../../nbs/fast/attention.ipynb #c008
@@ -41,22 +50,33 @@ def make_mask(n, m, own, window, groups, dtype, device):
     "(groups*n, m): 0 where query i, which is key own + i, may look; minus infinity elsewhere."
     far = torch.arange(own, own + n, device=device)[:, None] - torch.arange(m, device=device)
     seen = (far >= 0) & (far < window) if window else far >= 0
-    return torch.zeros(n, m, dtype=dtype, device=device).masked_fill_(~seen, float("-inf")).repeat(groups, 1)
+    return (
+        torch.zeros(n, m, dtype=dtype, device=device)
+        .masked_fill_(~seen, float("-inf"))
+        .repeat(groups, 1)
+    )
+
 
 kept_mask = lru_cache(maxsize=256)(make_mask)
 
+
 def mask_of(p, window, groups, dtype, device):
     given = (p.n, p.m, p.own, window if 0 < window < p.m else 0, groups, dtype, device)
-    return (kept_mask if groups*p.n*p.m < 1 << 18 else make_mask)(*given)
+    return (kept_mask if groups * p.n * p.m < 1 << 18 else make_mask)(*given)
 
 # %% ../../nbs/fast/attention.ipynb #c011
 def turn(
-    x,          # (tokens, heads, width of a head)
-    cos, sin,   # (tokens, 1, half that width)
-    back=False, # by minus the angle
+    x,  # (tokens, heads, width of a head)
+    cos,
+    sin,  # (tokens, 1, half that width)
+    back=False,  # by minus the angle
 ):
     "Rotary position embedding."
-    out, (a, b), sign = torch.empty_like(x, memory_format=torch.contiguous_format), x.chunk(2, -1), -1 if back else 1
+    out, (a, b), sign = (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.chunk(2, -1),
+        -1 if back else 1,
+    )
     c, d = out.chunk(2, -1)
     torch.mul(a, cos, out=c).addcmul_(b, sin, value=-sign)
     torch.mul(b, cos, out=d).addcmul_(a, sin, value=sign)
@@ -66,71 +86,118 @@ def turn(
 def stacked(x, heads):
     "(n, heads*groups, width) as (heads, groups*n, width)."
     n, total, width = x.shape
-    return x.transpose(0, 1).reshape(heads, total//heads*n, width)
+    return x.transpose(0, 1).reshape(heads, total // heads * n, width)
 
-def unstacked(x, n): "The way back."; return x.reshape(-1, n, x.shape[-1]).transpose(0, 1)
+
+def unstacked(x, n):
+    "The way back."
+    return x.reshape(-1, n, x.shape[-1]).transpose(0, 1)
+
 
 def weights_of(q, k, p, scale, window, softcap):
     "Attention probabilities of a piece (key heads, groups*n, m), and the slope of soft-capping where there is one."
-    mask = mask_of(p, window, q.shape[1]//p.n, q.dtype, q.device)
-    if not softcap: return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1), None
-    t = torch.tanh(torch.bmm(q, k.transpose(1, 2)).float()*(scale/softcap))
-    return torch.softmax(t*softcap + mask, -1).to(q.dtype), 1 - t*t
+    mask = mask_of(p, window, q.shape[1] // p.n, q.dtype, q.device)
+    if not softcap:
+        return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1), None
+    t = torch.tanh(torch.bmm(q, k.transpose(1, 2)).float() * (scale / softcap))
+    return torch.softmax(t * softcap + mask, -1).to(q.dtype), 1 - t * t
 
 # %% ../../nbs/fast/attention.ipynb #c016
-KEEP = 512      # keys of a piece whose probabilities are kept for the backward pass
+KEEP = 512  # keys of a piece whose probabilities are kept for the backward pass
+
 
 class Attend(torch.autograd.Function):
     "Causal attention inside rows that lie end to end, positions turned in."
+
     @staticmethod
     def forward(ctx, q, k, v, turns, rows, scale, window, softcap):
-        cq, sq, ck, sk = turns; heads = k.shape[1]
-        q, k, out, ctx.kept = turn(q, cq, sq), turn(k, ck, sk), torch.empty_like(q, memory_format=torch.contiguous_format), []
+        cq, sq, ck, sk = turns
+        heads = k.shape[1]
+        q, k, out, ctx.kept = (
+            turn(q, cq, sq),
+            turn(k, ck, sk),
+            torch.empty_like(q, memory_format=torch.contiguous_format),
+            [],
+        )
         for p in pieces(rows, window):
             seen = slice(p.first, p.first + p.m)
-            w, slope = weights_of(stacked(q[p.at:p.at + p.n], heads), stacked(k[seen], heads), p, scale, window, softcap)
-            out[p.at:p.at + p.n] = unstacked(torch.bmm(w, stacked(v[seen], heads)), p.n)
+            w, slope = weights_of(
+                stacked(q[p.at : p.at + p.n], heads),
+                stacked(k[seen], heads),
+                p,
+                scale,
+                window,
+                softcap,
+            )
+            out[p.at : p.at + p.n] = unstacked(torch.bmm(w, stacked(v[seen], heads)), p.n)
             ctx.kept.append(w if p.m <= KEEP and slope is None else None)
-        ctx.save_for_backward(q, k, v); ctx.given = turns, rows, scale, window, softcap
+        ctx.save_for_backward(q, k, v)
+        ctx.given = turns, rows, scale, window, softcap
         return out
 
     @staticmethod
     def backward(ctx, g):
         (q, k, v), (turns, rows, scale, window, softcap) = ctx.saved_tensors, ctx.given
-        dq, dk, dv, todo = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v, memory_format=torch.contiguous_format), pieces(rows, window)
+        dq, dk, dv, todo = (
+            torch.empty_like(q),
+            torch.zeros_like(k),
+            torch.zeros_like(v, memory_format=torch.contiguous_format),
+            pieces(rows, window),
+        )
         for r in range(len(rows)):
             mine = [(p, w) for p, w in zip(todo, ctx.kept) if p.row == r]
-            inside = slice(rows[r][0], rows[r][1]); many = len(mine) > 1
+            inside = slice(rows[r][0], rows[r][1])
+            many = len(mine) > 1
             sums = [x[inside].float() if many else x[inside] for x in (dk, dv)]
-            for p, w in mine: dq[p.at:p.at + p.n] = piece_gradient(q, k, v, g, p, w, sums, rows[r][0], scale, window, softcap)
-            if many: dk[inside], dv[inside] = sums
-        return turn(dq, *turns[:2], back=True), turn(dk, *turns[2:], back=True), dv, *[None]*5
+            for p, w in mine:
+                dq[p.at : p.at + p.n] = piece_gradient(
+                    q, k, v, g, p, w, sums, rows[r][0], scale, window, softcap
+                )
+            if many:
+                dk[inside], dv[inside] = sums
+        return turn(dq, *turns[:2], back=True), turn(dk, *turns[2:], back=True), dv, *[None] * 5
 
 # %% ../../nbs/fast/attention.ipynb #c017
 def piece_gradient(q, k, v, g, p, w, sums, start, scale, window, softcap):
     "Gradient of a piece's queries; those of its keys and values are added to `sums`."
-    heads, slope, seen, here = k.shape[1], None, slice(p.first, p.first + p.m), slice(p.first - start, p.first - start + p.m)
-    qs, ks, gs = stacked(q[p.at:p.at + p.n], heads), stacked(k[seen], heads), stacked(g[p.at:p.at + p.n], heads)
-    if w is None: w, slope = weights_of(qs, ks, p, scale, window, softcap)
+    heads, slope, seen, here = (
+        k.shape[1],
+        None,
+        slice(p.first, p.first + p.m),
+        slice(p.first - start, p.first - start + p.m),
+    )
+    qs, ks, gs = (
+        stacked(q[p.at : p.at + p.n], heads),
+        stacked(k[seen], heads),
+        stacked(g[p.at : p.at + p.n], heads),
+    )
+    if w is None:
+        w, slope = weights_of(qs, ks, p, scale, window, softcap)
     dw = torch.bmm(gs, stacked(v[seen], heads).transpose(1, 2))
     ds = torch._softmax_backward_data(dw, w, -1, w.dtype)
-    ds = (ds if slope is None else (ds*slope).to(ds.dtype)).mul_(scale)
+    ds = (ds if slope is None else (ds * slope).to(ds.dtype)).mul_(scale)
     sums[0][here] += torch.bmm(ds.transpose(1, 2), qs).transpose(0, 1)
     sums[1][here] += torch.bmm(w.transpose(1, 2), gs).transpose(0, 1)
     return unstacked(torch.bmm(ds, ks), p.n)
 
 # %% ../../nbs/fast/attention.ipynb #c018
 def attend(
-    q,              # (queries, heads, width): not yet turned
-    k, v,           # (tokens, key heads, width)
-    cos, sin,       # (tokens, width of a head or half of it): of every token
-    rows,           # [(start, end, from, to)], see `pieces`
-    scale,          # of the scores
-    window=0, softcap=0,
-):                  # (queries, heads, width)
+    q,  # (queries, heads, width): not yet turned
+    k,
+    v,  # (tokens, key heads, width)
+    cos,
+    sin,  # (tokens, width of a head or half of it): of every token
+    rows,  # [(start, end, from, to)], see `pieces`
+    scale,  # of the scores
+    window=0,
+    softcap=0,
+):  # (queries, heads, width)
     "Attention of packed rows, each within itself."
-    half = k.shape[-1]//2
+    half = k.shape[-1] // 2
     c, s = cos[:, None, :half], sin[:, None, :half]
-    if len(q) == len(k): turns = c, s, c, s
-    else: at = torch.cat([torch.arange(lo, hi, device=q.device) for _, _, lo, hi in rows]); turns = c[at], s[at], c, s
+    if len(q) == len(k):
+        turns = c, s, c, s
+    else:
+        at = torch.cat([torch.arange(lo, hi, device=q.device) for _, _, lo, hi in rows])
+        turns = c[at], s[at], c, s
     return Attend.apply(q, k, v, turns, rows, scale, window or 0, softcap or 0)

@@ -9,14 +9,23 @@ __all__ = ['Rows', 'TOLERANCE', 'EXACT', 'laid_out', 'number', 'unpadded', 'Fast
            'allocator', 'only_adapters', 'narrowed', 'kind', 'wants_bf16', 'trainer_of', 'train_fast']
 
 # %% ../../nbs/04_fast.ipynb #c003
-from ..core.run import ENGINES, MedftError, forget_peak, open_run
-from .patching import quicken
-from ..data.pipeline import ensure_data, load_tokenizer
 from ..core.engines import kept_plain
+from ..core.run import ENGINES, MedftError, forget_peak, open_run
+from ..data.pipeline import ensure_data, load_tokenizer
 from .loss import supervised_loss
+from .patching import quicken
 from ..model.load import labels_of, load_base, lora_config
+from medft.train.baseline import (
+    fit,
+    has_bfloat16,
+    loss_gap,
+    make_trainer,
+    read_log,
+    skip,
+    trained,
+    training_summary,
+)
 from ..train.trainer import careful, same_chance
-from ..train.baseline import fit, has_bfloat16, loss_gap, make_trainer, read_log, skip, trained, training_summary
 
 # %% ../../nbs/04_fast.ipynb #c004
 import copy
@@ -28,14 +37,23 @@ import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/04_fast.ipynb #c008
-Rows = namedtuple("Rows", "ids positions at targets")    # (1, T), (1, T): from 0 in every row, where something is predicted (n,), what (n,)
+Rows = namedtuple(
+    "Rows", "ids positions at targets"
+)  # (1, T), (1, T): from 0 in every row, where something is predicted (n,), what (n,)
+
 
 def laid_out(batch):
     "A batch as one line: tokens and labels (T,), how many of them each row has."
     ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
-    if mask is not None: return ids[mask.bool()], labels[mask.bool()], mask.sum(1)
+    if mask is not None:
+        return ids[mask.bool()], labels[mask.bool()], mask.sum(1)
     begin = (batch["position_ids"].flatten() == 0).nonzero().flatten()
-    return ids.flatten(), labels.flatten(), torch.cat([begin, begin.new_tensor([ids.numel()])]).diff()
+    return (
+        ids.flatten(),
+        labels.flatten(),
+        torch.cat([begin, begin.new_tensor([ids.numel()])]).diff(),
+    )
+
 
 def number(lengths):
     "For every token of rows of these lengths: its row, and its place in it."
@@ -47,9 +65,12 @@ def unpadded(batch) -> Rows:
     "What of a batch the loss depends on."
     ids, labels, lengths = laid_out(batch)
     row, place = number(lengths)
-    targets = torch.where(place.roll(-1) == 0, -100, labels.roll(-1))       # the first token of a row is predicted by nobody
+    targets = torch.where(
+        place.roll(-1) == 0, -100, labels.roll(-1)
+    )  # the first token of a row is predicted by nobody
     at = (targets != -100).nonzero().flatten()
-    if not len(at): at = at.new_zeros(1)                                    # nothing to learn: one token keeps the shapes
+    if not len(at):
+        at = at.new_zeros(1)  # nothing to learn: one token keeps the shapes
     kept = torch.zeros_like(lengths).scatter_reduce_(0, row[at], place[at] + 1, "amax")
     keep = place < kept[row]
     now, learned = keep.cumsum(0) - 1, targets[at] != -100
@@ -58,17 +79,42 @@ def unpadded(batch) -> Rows:
 # %% ../../nbs/04_fast.ipynb #c014
 class Fast:
     "A trainer whose step is ours. Stands between `Careful` and the library's trainer."
-    quick = plainly = told = None       # the quickened model; why the step is the library's after all; what training.json is told
+
+    quick = plainly = told = (
+        None  # the quickened model; why the step is the library's after all; what training.json is told
+    )
 
     def learned(self, batch, total):
         "The loss of next tokens."
         q = self.quick
-        if q.packs: r = unpadded(batch); hidden, targets = q.hidden(r.ids, r.positions, keep=r.at)[0], r.targets
+        if q.packs:
+            r = unpadded(batch)
+            hidden, targets = q.hidden(r.ids, r.positions, keep=r.at)[0], r.targets
         else:
-            targets = batch["labels"].roll(-1, 1).index_fill(1, torch.tensor([batch["labels"].shape[1] - 1], device=batch["labels"].device), -100)
-            hidden, targets = q.hidden(batch["input_ids"], attention_mask=batch["attention_mask"])[targets != -100], targets[targets != -100]
-        loss, correct, _ = supervised_loss(hidden, q.head, targets, max(float(len(targets) if total is None else total), 1.0), q.softcap)
-        if hasattr(self, "_metrics"): self.count(batch, float(correct)/max(len(targets), 1))
+            targets = (
+                batch["labels"]
+                .roll(-1, 1)
+                .index_fill(
+                    1,
+                    torch.tensor([batch["labels"].shape[1] - 1], device=batch["labels"].device),
+                    -100,
+                )
+            )
+            hidden, targets = (
+                q.hidden(batch["input_ids"], attention_mask=batch["attention_mask"])[
+                    targets != -100
+                ],
+                targets[targets != -100],
+            )
+        loss, correct, _ = supervised_loss(
+            hidden,
+            q.head,
+            targets,
+            max(float(len(targets) if total is None else total), 1.0),
+            q.softcap,
+        )
+        if hasattr(self, "_metrics"):
+            self.count(batch, float(correct) / max(len(targets), 1))
         return loss
 
 # %% ../../nbs/04_fast.ipynb #c015
@@ -77,7 +123,12 @@ def count(self: Fast, batch, accuracy):
     "Note what SFTTrainer logs."
     seen = self._metrics["train" if self.model.training else "eval"]
     seen["mean_token_accuracy"].append(accuracy)
-    if self.model.training: self._total_train_tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["position_ids"].shape[1]
+    if self.model.training:
+        self._total_train_tokens += (
+            int(batch["attention_mask"].sum())
+            if "attention_mask" in batch
+            else batch["position_ids"].shape[1]
+        )
     seen["num_tokens"] = [self._total_train_tokens]
 
 # %% ../../nbs/04_fast.ipynb #c017
@@ -85,12 +136,25 @@ def count(self: Fast, batch, accuracy):
 def labelled(self: Fast, batch, total):
     "The loss of labels."
     base, ids, mask = self.plain_model(), batch["input_ids"], batch["attention_mask"]
-    last = (ids.ne(base.config.get_text_config().pad_token_id)*torch.arange(ids.shape[1], device=ids.device)).argmax(-1)
+    last = (
+        ids.ne(base.config.get_text_config().pad_token_id)
+        * torch.arange(ids.shape[1], device=ids.device)
+    ).argmax(-1)
     if self.quick.packs:
         lengths = mask.sum(1)
-        hidden = self.quick.hidden(ids[mask.bool()][None], number(lengths)[1][None], keep=lengths.cumsum(0) - lengths + last)[0]
-    else: hidden = self.quick.hidden(ids, attention_mask=mask)[torch.arange(len(ids), device=ids.device), last]
-    return self.compute_loss_func(dict(logits=base.score(hidden)), batch["labels"], num_items_in_batch=total)
+        hidden = self.quick.hidden(
+            ids[mask.bool()][None],
+            number(lengths)[1][None],
+            keep=lengths.cumsum(0) - lengths + last,
+        )[0]
+    else:
+        hidden = self.quick.hidden(ids, attention_mask=mask)[
+            torch.arange(len(ids), device=ids.device), last
+        ]
+    return self.compute_loss_func(
+        dict(logits=base.score(hidden)), batch["labels"], num_items_in_batch=total
+    )
+
 
 @patch
 def plain_model(self: Fast):
@@ -101,41 +165,62 @@ def plain_model(self: Fast):
 # %% ../../nbs/04_fast.ipynb #c018
 @patch
 def compute_loss(self: Fast, model, inputs, return_outputs=False, num_items_in_batch=None):
-    if self.told is None: self.begin(inputs)
-    if self.plainly: return super(Fast, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    if self.told is None:
+        self.begin(inputs)
+    if self.plainly:
+        return super(Fast, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
     loss = self.own_loss(inputs, num_items_in_batch)
     return (loss, {}) if return_outputs else loss
+
 
 @patch
 def own_loss(self: Fast, batch, total=None):
     "The step decides over the type of its numbers itself; the trainer's autocast is left."
-    with torch.autocast(self.args.device.type, enabled=False): return (self.labelled if self.compute_loss_func else self.learned)(batch, total)
+    with torch.autocast(self.args.device.type, enabled=False):
+        return (self.labelled if self.compute_loss_func else self.learned)(batch, total)
+
 
 @patch
 def prediction_step(self: Fast, model, inputs, prediction_loss_only, ignore_keys=None):
-    if self.told is None: self.begin(self._prepare_inputs(inputs))
-    if self.plainly: return super(Fast, self).prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-    with torch.no_grad(): return self.own_loss(self._prepare_inputs(inputs)), None, None
+    if self.told is None:
+        self.begin(self._prepare_inputs(inputs))
+    if self.plainly:
+        return super(Fast, self).prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+    with torch.no_grad():
+        return self.own_loss(self._prepare_inputs(inputs)), None, None
 
 # %% ../../nbs/04_fast.ipynb #c020
-TOLERANCE = {False: 1e-3, True: 0.05}     # of a loss, relative from 1 nat on; True: bfloat16
+TOLERANCE = {False: 1e-3, True: 0.05}  # of a loss, relative from 1 nat on; True: bfloat16
+
 
 def few_rows(batch, n=4, most=128):
     "The shortest rows of a batch that teach something, padded as usual; None when none does."
     labels, mask = batch["labels"], batch.get("attention_mask")
-    if mask is None: batch = as_rows(batch, most); labels, mask = batch["labels"], batch["attention_mask"]
-    teaches = (labels[:, 1:] != -100).any(1) if labels.dim() > 1 else torch.ones_like(labels, dtype=bool)
-    order = mask.sum(1).masked_fill(~teaches, 10**9).argsort()[:min(n, int(teaches.sum()))]
+    if mask is None:
+        batch = as_rows(batch, most)
+        labels, mask = batch["labels"], batch["attention_mask"]
+    teaches = (
+        (labels[:, 1:] != -100).any(1) if labels.dim() > 1 else torch.ones_like(labels, dtype=bool)
+    )
+    order = mask.sum(1).masked_fill(~teaches, 10**9).argsort()[: min(n, int(teaches.sum()))]
     width = int(mask[order].sum(1).max()) if len(order) else 0
-    cut = lambda v: v if not torch.is_tensor(v) else v[order][:, :width] if v.dim() > 1 else v[order]
+
+    def cut(v):
+        return v if not torch.is_tensor(v) else v[order][:, :width] if v.dim() > 1 else v[order]
+
     return {k: cut(v) for k, v in batch.items()} if width else None
 
 # %% ../../nbs/04_fast.ipynb #c021
 def as_rows(batch, most):
     "Rows that stood side by side, one below the other, and no longer than that."
     ids, labels, lengths = laid_out(batch)
-    parts = [[x[:most] for x in v.split(lengths.tolist())] for v in (ids, labels, torch.ones_like(ids))]
-    pad = lambda xs, v: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True, padding_value=v)
+    parts = [
+        [x[:most] for x in v.split(lengths.tolist())] for v in (ids, labels, torch.ones_like(ids))
+    ]
+
+    def pad(xs, v):
+        return torch.nn.utils.rnn.pad_sequence(xs, batch_first=True, padding_value=v)
+
     return dict(zip(("input_ids", "labels", "attention_mask"), map(pad, parts, (0, -100, 0))))
 
 # %% ../../nbs/04_fast.ipynb #c022
@@ -145,33 +230,53 @@ def speaking(model, std=0.05):
     silent = [p for n, p in model.named_parameters() if "lora_B" in n and not p.any()]
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in silent: p.copy_(torch.randn(p.shape, generator=draw)*std)
-        try: yield
+        for p in silent:
+            p.copy_(torch.randn(p.shape, generator=draw) * std)
+        try:
+            yield
         finally:
-            for p in silent: p.zero_()
+            for p in silent:
+                p.zero_()
 
 # %% ../../nbs/04_fast.ipynb #cx01
 @contextmanager
 def unseen(trainer):
     "While inside, what is computed leaves no trace: no gradient, no random number, no figure."
-    kept, tokens = copy.deepcopy(getattr(trainer, "_metrics", None)), getattr(trainer, "_total_train_tokens", None)
-    was = trainer.model.training; trainer.model.eval()
+    kept, tokens = (
+        copy.deepcopy(getattr(trainer, "_metrics", None)),
+        getattr(trainer, "_total_train_tokens", None),
+    )
+    was = trainer.model.training
+    trainer.model.eval()
     try:
-        with same_chance(), torch.no_grad(): yield
+        with same_chance(), torch.no_grad():
+            yield
     finally:
         trainer.model.train(was)
-        if kept is not None: trainer._metrics, trainer._total_train_tokens = kept, tokens
+        if kept is not None:
+            trainer._metrics, trainer._total_train_tokens = kept, tokens
 
 # %% ../../nbs/04_fast.ipynb #c024
 @patch
 def left_alone(self: Fast) -> str | None:
     "Why the whole step stays the library's; None: it does not."
     text = self.model.config.get_text_config()
-    if why := kept_plain(self.run.recipe.training): return why
-    if self.args.world_size > 1: return "several processes train together"
-    if self.plain_model().get_decoder() is self.plain_model(): return "its decoder cannot be told from its head"
-    if getattr(self, "aux_loss_enabled", False) or getattr(text, "output_router_logits", False): return "the router of experts has a loss of its own"
-    scale = next((k for k in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling") if getattr(text, k, None) not in (None, 1, 1.0)), None)
+    if why := kept_plain(self.run.recipe.training):
+        return why
+    if self.args.world_size > 1:
+        return "several processes train together"
+    if self.plain_model().get_decoder() is self.plain_model():
+        return "its decoder cannot be told from its head"
+    if getattr(self, "aux_loss_enabled", False) or getattr(text, "output_router_logits", False):
+        return "the router of experts has a loss of its own"
+    scale = next(
+        (
+            k
+            for k in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+            if getattr(text, k, None) not in (None, 1, 1.0)
+        ),
+        None,
+    )
     return scale and f"this model scales its logits ({scale})"
 
 # %% ../../nbs/04_fast.ipynb #cx02
@@ -180,16 +285,28 @@ def both(self: Fast, rows, loss) -> list[float]:
     "A loss on a few rows: as the model is, and with its adapters speaking."
     with unseen(self):
         first = float(loss(dict(rows)))
-        with speaking(self.model): return [first, float(loss(dict(rows)))]
+        with speaking(self.model):
+            return [first, float(loss(dict(rows)))]
 
 # %% ../../nbs/04_fast.ipynb #c025
 @patch
 def begin(self: Fast, batch):
     "Make the model quick, and compare its loss on a few rows with that of the library's step."
-    model, rows, self.plainly, self.told = self.accelerator.unwrap_model(self.model), few_rows(batch), self.left_alone(), dict(allocator=allocator())
-    if self.plainly: self.told["notes"] = [f"the whole step is the library's: {self.plainly}"]
+    model, rows, self.plainly, self.told = (
+        self.accelerator.unwrap_model(self.model),
+        few_rows(batch),
+        self.left_alone(),
+        dict(allocator=allocator()),
+    )
+    if self.plainly:
+        self.told["notes"] = [f"the whole step is the library's: {self.plainly}"]
     else:
-        with super(Fast, self).compute_loss_context_manager(): before = self.both(rows, lambda b: super(Fast, self).compute_loss(self.model, b)) if rows else []
+        with super(Fast, self).compute_loss_context_manager():
+            before = (
+                self.both(rows, lambda b: super(Fast, self).compute_loss(self.model, b))
+                if rows
+                else []
+            )
         self.quick = quicken(model, torch.bfloat16 if self.args.bf16 else None)
         self.told["notes"] = self.quick.notes
         if self.quick.head_differs and not self.compute_loss_func:
@@ -198,16 +315,21 @@ def begin(self: Fast, batch):
             self.told["notes"] = [f"the whole step is the library's: {self.plainly}"]
         else:
             after = self.both(rows, self.own_loss) if rows else []
-            if before: self.told |= dict(first_loss_plain=before[0], first_loss_fast=after[0])
+            if before:
+                self.told |= dict(first_loss_plain=before[0], first_loss_fast=after[0])
             self.agree(before, after)
-    for note in self.told["notes"]: self.run.log(f"{self.engine}: {note}", show=False)
+    for note in self.told["notes"]:
+        self.run.log(f"{self.engine}: {note}", show=False)
 
 # %% ../../nbs/04_fast.ipynb #c026
 @patch
 def agree(self: Fast, before, after):
     "Raise `MedftError` when the losses differ by more than rounding."
     for a, b in zip(before, after):
-        if abs(a - b) > TOLERANCE[self.args.bf16]*max(abs(a), 1) or b != b != a: raise MedftError(f"{self.engine}: on a few rows of the first batch the loss is {b:.4f}, and {a:.4f} by the library's own step: more than rounding explains; use engine: [trl], and tell us of this model")
+        if abs(a - b) > TOLERANCE[self.args.bf16] * max(abs(a), 1) or b != b != a:
+            raise MedftError(
+                f"{self.engine}: on a few rows of the first batch the loss is {b:.4f}, and {a:.4f} by the library's own step: more than rounding explains; use engine: [trl], and tell us of this model"
+            )
 
 # %% ../../nbs/04_fast.ipynb #c027
 def allocator() -> str:
@@ -218,47 +340,92 @@ def allocator() -> str:
 # %% ../../nbs/04_fast.ipynb #c029
 @patch
 def floating_point_ops(self: Fast, inputs):
-    if not hasattr(self, "per_token"): self.per_token = 6*self.model.num_parameters(exclude_embeddings=True) if hasattr(self.model, "num_parameters") else 0
-    return self.per_token*inputs["input_ids"].numel()
+    if not hasattr(self, "per_token"):
+        self.per_token = (
+            6 * self.model.num_parameters(exclude_embeddings=True)
+            if hasattr(self.model, "num_parameters")
+            else 0
+        )
+    return self.per_token * inputs["input_ids"].numel()
+
 
 @patch
 def _clip_grad_norm(self: Fast, model):
-    if self.args.world_size > 1 or self.plainly: return super(Fast, self)._clip_grad_norm(model)
-    if not hasattr(self, "weights"): self.weights = [p for p in model.parameters() if p.requires_grad]
+    if self.args.world_size > 1 or self.plainly:
+        return super(Fast, self)._clip_grad_norm(model)
+    if not hasattr(self, "weights"):
+        self.weights = [p for p in model.parameters() if p.requires_grad]
     return self.accelerator.clip_grad_norm_(self.weights, self.args.max_grad_norm)
+
 
 @patch
 def training_step(self: Fast, model, inputs, *args, **kwargs):
     "The library's, on a model that is told once, and again after every evaluation, that it trains."
-    if self.told is None: model.train()     # an adapter's outer module says that it trains while the base in it does not
-    model.train = lambda mode=True: model if model.training is mode else type(model).train(model, mode)
-    try: return super(Fast, self).training_step(model, inputs, *args, **kwargs)
-    finally: model.__dict__.pop("train", None)
+    if self.told is None:
+        model.train()  # an adapter's outer module says that it trains while the base in it does not
+    model.train = lambda mode=True: (
+        model if model.training is mode else type(model).train(model, mode)
+    )
+    try:
+        return super(Fast, self).training_step(model, inputs, *args, **kwargs)
+    finally:
+        model.__dict__.pop("train", None)
 
 # %% ../../nbs/04_fast.ipynb #c031
-EXACT = ("modules_to_save", "trainable_token_indices", "target_parameters")    # keys of lora: more than matrices beside frozen ones is trained
+EXACT = (
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+)  # keys of lora: more than matrices beside frozen ones is trained
+
 
 def only_adapters(lora) -> bool:
     "Whether nothing but freshly drawn adapters is trained."
-    return lora is not None and lora.bias in (None, "none") and not any(getattr(lora, k, None) for k in EXACT) and lora.init_lora_weights in (None, True, "gaussian", "orthogonal")
+    return (
+        lora is not None
+        and lora.bias in (None, "none")
+        and not any(getattr(lora, k, None) for k in EXACT)
+        and lora.init_lora_weights in (None, True, "gaussian", "orthogonal")
+    )
+
 
 def narrowed(recipe, bf16):
     "The recipe with its frozen weights in bfloat16, where they may be."
-    if not bf16 or recipe.model.dtype != "auto" or not only_adapters(recipe.lora): return recipe
-    return recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(dtype="bfloat16"))))
+    if not bf16 or recipe.model.dtype != "auto" or not only_adapters(recipe.lora):
+        return recipe
+    return recipe.model_copy(
+        update=dict(model=recipe.model.model_copy(update=dict(dtype="bfloat16")))
+    )
 
 # %% ../../nbs/04_fast.ipynb #c034
-def kind(base) -> type: "A library's trainer class with our step, made careful."; return careful(type(f"Fast{base.__name__}", (Fast, base), {}))
+def kind(base) -> type:
+    "A library's trainer class with our step, made careful."
+    return careful(type(f"Fast{base.__name__}", (Fast, base), {}))
 
-def wants_bf16(recipe) -> bool: "As `sft_config` decides it."; t = recipe.training; return bool(not t.fp16 and (has_bfloat16() if t.bf16 is None else t.bf16))
+
+def wants_bf16(recipe) -> bool:
+    "As `sft_config` decides it."
+    t = recipe.training
+    return bool(not t.fp16 and (has_bfloat16() if t.bf16 is None else t.bf16))
+
 
 def trainer_of(run):
     "A trainer on a prepared run, whose step is ours."
-    forget_peak()       # what else this process has held is not this training's
+    forget_peak()  # what else this process has held is not this training's
     base = load_base(narrowed(run.recipe, wants_bf16(run.recipe)), labels_of(run))
-    return make_trainer(run, "fast", base, load_tokenizer(run.recipe), lora_config(run.recipe), kind, gradient_checkpointing=False)
+    return make_trainer(
+        run,
+        "fast",
+        base,
+        load_tokenizer(run.recipe),
+        lora_config(run.recipe),
+        kind,
+        gradient_checkpointing=False,
+    )
+
 
 def train_fast(run) -> dict | None:
     "Train a run's recipe with our own step."
-    if "fast" not in run.recipe.engine: return skip(run, "fast", "the recipe's engine list leaves it out")
+    if "fast" not in run.recipe.engine:
+        return skip(run, "fast", "the recipe's engine list leaves it out")
     return fit(trainer_of(run))

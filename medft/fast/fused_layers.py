@@ -9,73 +9,112 @@ __all__ = ['ACTIVATIONS', 'base_of', 'active', 'obstacle', 'weight_of', 'adapter
            'joined_backward', 'joined', 'Norm', 'norm_kind', 'keep_memory']
 
 # %% ../../nbs/fast/fused_layers.ipynb #c002
-from ..core.run import MedftError  # first: it sets switches that the libraries read
+from ..core.run import MedftError
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import gelu, silu
 
 # %% ../../nbs/fast/fused_layers.ipynb #c005
-def base_of(module): "The layer under an adapter."; return module.base_layer if isinstance(module, LoraLayer) else module
+def base_of(module):
+    "The layer under an adapter."
+    return module.base_layer if isinstance(module, LoraLayer) else module
+
 
 def active(module) -> list:
     "The names of the adapters that a layer would use now."
-    if not isinstance(module, LoraLayer) or module.disable_adapters: return []
+    if not isinstance(module, LoraLayer) or module.disable_adapters:
+        return []
     return [a for a in module.active_adapters if a in module.lora_A or a in module.lora_embedding_A]
+
 
 def obstacle(module, training=None) -> str | None:
     "Why a layer cannot be joined now; None when it can."
     base, names = base_of(module), active(module)
-    if type(base) is not torch.nn.Linear and type(base).__name__ != "Linear4bit": return f"{type(base).__name__} layers"
-    if isinstance(module, LoraLayer) and module.merged: return "merged adapters"
-    if len(names) > 1: return "several adapters at once"
-    if not names: return None
-    if names[0] in module.lora_variant: return "DoRA and other variants of LoRA"
-    if module.lora_bias.get(names[0]): return "adapters with a bias"
-    if not isinstance(module.lora_dropout[names[0]], torch.nn.Identity) and (module.training if training is None else training): return "lora_dropout"
+    if type(base) is not torch.nn.Linear and type(base).__name__ != "Linear4bit":
+        return f"{type(base).__name__} layers"
+    if isinstance(module, LoraLayer) and module.merged:
+        return "merged adapters"
+    if len(names) > 1:
+        return "several adapters at once"
+    if not names:
+        return None
+    if names[0] in module.lora_variant:
+        return "DoRA and other variants of LoRA"
+    if module.lora_bias.get(names[0]):
+        return "adapters with a bias"
+    if not isinstance(module.lora_dropout[names[0]], torch.nn.Identity) and (
+        module.training if training is None else training
+    ):
+        return "lora_dropout"
 
 # %% ../../nbs/fast/fused_layers.ipynb #c007
 def weight_of(base, dtype):
     "A base layer's weight, in the type of the computation."
-    if getattr(base, "quant_state", None) is None and getattr(base.weight, "quant_state", None) is None: return base.weight.to(dtype)
+    if (
+        getattr(base, "quant_state", None) is None
+        and getattr(base.weight, "quant_state", None) is None
+    ):
+        return base.weight.to(dtype)
     from bitsandbytes.functional import dequantize_4bit
+
     return dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
+
 
 def adapter_of(module):
     "A, B and the scale of a layer's one active adapter; None without one."
-    if not (names := active(module)): return None, None, 0.0
+    if not (names := active(module)):
+        return None, None, 0.0
     return module.lora_A[names[0]].weight, module.lora_B[names[0]].weight, module.scaling[names[0]]
 
 # %% ../../nbs/fast/fused_layers.ipynb #c009
-ACTIVATIONS = {     # name: (function, its gradient)
+ACTIVATIONS = {  # name: (function, its gradient)
     "silu": (silu, torch.ops.aten.silu_backward),
-    "gelu_tanh": (lambda x: gelu(x, approximate="tanh"), lambda g, x: torch.ops.aten.gelu_backward(g, x, approximate="tanh")),
-    "gelu": (gelu, torch.ops.aten.gelu_backward)}
+    "gelu_tanh": (
+        lambda x: gelu(x, approximate="tanh"),
+        lambda g, x: torch.ops.aten.gelu_backward(g, x, approximate="tanh"),
+    ),
+    "gelu": (gelu, torch.ops.aten.gelu_backward),
+}
+
 
 def activation_of(function) -> str | None:
     "Which of ACTIVATIONS a module's activation is, found by trying."
     x = torch.linspace(-6, 6, 101)
-    return next((name for name, (f, _) in ACTIVATIONS.items() if torch.equal(f(x), function(x))), None)
+    return next(
+        (name for name, (f, _) in ACTIVATIONS.items() if torch.equal(f(x), function(x))), None
+    )
 
 # %% ../../nbs/fast/fused_layers.ipynb #c012
 class Joined(torch.autograd.Function):
     "Linear layers that share an input, each with its adapter; before them, an activated gate where there is one."
+
     @staticmethod
-    def forward(ctx, x, gate, act, modules, *tensors):      # tensors: for each layer, weight (if trained), bias, A, B
+    def forward(
+        ctx, x, gate, act, modules, *tensors
+    ):  # tensors: for each layer, weight (if trained), bias, A, B
         h = x if gate is None else ACTIVATIONS[act][0](gate).mul_(x)
         pairs = [adapter_of(m) for m in modules]
-        a = [A.to(h.dtype) for A, _, _ in pairs if A is not None]; a = torch.cat(a) if a else None
+        a = [A.to(h.dtype) for A, _, _ in pairs if A is not None]
+        a = torch.cat(a) if a else None
         u = None if a is None else torch.mm(h, a.t())
         outs, thin, at = [], [], 0
         for m, (A, B, s) in zip(modules, pairs):
             w, bias = weight_of(base_of(m), h.dtype), base_of(m).bias
             y = torch.mm(h, w.t()) if bias is None else torch.addmm(bias.to(h.dtype), h, w.t())
             if A is not None:
-                thin.append((B*s).to(h.dtype)); y.addmm_(u[:, at:at + len(A)], thin[-1].t()); at += len(A)
+                thin.append((B * s).to(h.dtype))
+                y.addmm_(u[:, at : at + len(A)], thin[-1].t())
+                at += len(A)
             outs.append(y)
         learns = any(ctx.needs_input_grad[4:])
         ctx.save_for_backward(x if learns or gate is not None else None, gate, a, u, *thin)
-        ctx.modules, ctx.act, ctx.scales, ctx.kind = modules, act, [s for A, _, s in pairs if A is not None], x.dtype
+        ctx.modules, ctx.act, ctx.scales, ctx.kind = (
+            modules,
+            act,
+            [s for A, _, s in pairs if A is not None],
+            x.dtype,
+        )
         ctx.set_materialize_grads(False)
         return tuple(outs)
 
@@ -83,69 +122,128 @@ class Joined(torch.autograd.Function):
 def back_through(ctx, saved, g, h, x_needed):
     "Gradients of the shared input, the stacked As, and of each layer's weight, bias and B."
     a, u, *thin = saved
-    need, kinds, at, dx, v, found = ctx.needs_input_grad[4:], ctx.modules, 0, None, None if u is None else torch.zeros_like(u), []
+    need, kinds, at, dx, v, found = (
+        ctx.needs_input_grad[4:],
+        ctx.modules,
+        0,
+        None,
+        None if u is None else torch.zeros_like(u),
+        [],
+    )
     scales, thin = iter(ctx.scales), iter(thin)
     for i, (m, y) in enumerate(zip(kinds, g)):
-        A, B, _ = adapter_of(m); base, dB, own = base_of(m), None, None
-        if A is not None: b, s, own = next(thin), next(scales), slice(at, at + len(A)); at += len(A)
-        if y is None: found.append((None, None, None)); continue
-        if x_needed: w = weight_of(base, y.dtype); dx = torch.mm(y, w) if dx is None else dx.addmm_(y, w)
-        if own: v[:, own] = torch.mm(y, b); dB = torch.mm(u[:, own].t(), y).t().to(B.dtype).mul_(s)
-        found.append((torch.mm(y.t(), h).to(base.weight.dtype) if need[4*i] else None, y.sum(0).to(base.bias.dtype) if need[4*i + 1] else None, dB))
-    if dx is not None and v is not None: dx.addmm_(v, a)
+        A, B, _ = adapter_of(m)
+        base, dB, own = base_of(m), None, None
+        if A is not None:
+            b, s, own = next(thin), next(scales), slice(at, at + len(A))
+            at += len(A)
+        if y is None:
+            found.append((None, None, None))
+            continue
+        if x_needed:
+            w = weight_of(base, y.dtype)
+            dx = torch.mm(y, w) if dx is None else dx.addmm_(y, w)
+        if own:
+            v[:, own] = torch.mm(y, b)
+            dB = torch.mm(u[:, own].t(), y).t().to(B.dtype).mul_(s)
+        found.append(
+            (
+                torch.mm(y.t(), h).to(base.weight.dtype) if need[4 * i] else None,
+                y.sum(0).to(base.bias.dtype) if need[4 * i + 1] else None,
+                dB,
+            )
+        )
+    if dx is not None and v is not None:
+        dx.addmm_(v, a)
     return dx, None if v is None or h is None else torch.mm(v.t(), h), found
 
 # %% ../../nbs/fast/fused_layers.ipynb #c014
 def joined_backward(ctx, *g):
-    x, gate, *saved = ctx.saved_tensors     # asked for once: checkpointing unpacks it once
+    x, gate, *saved = ctx.saved_tensors  # asked for once: checkpointing unpacks it once
     f = None if gate is None else ACTIVATIONS[ctx.act][0](gate)
-    dh, da, found = back_through(ctx, saved, [None if y is None else y.contiguous() for y in g], x if gate is None else f*x, any(ctx.needs_input_grad[:2]))
+    dh, da, found = back_through(
+        ctx,
+        saved,
+        [None if y is None else y.contiguous() for y in g],
+        x if gate is None else f * x,
+        any(ctx.needs_input_grad[:2]),
+    )
     dgate, tensors, at = None, [], 0
-    if gate is not None and dh is not None: dgate = ACTIVATIONS[ctx.act][1](dh*x, gate); dh = dh.mul_(f)
+    if gate is not None and dh is not None:
+        dgate = ACTIVATIONS[ctx.act][1](dh * x, gate)
+        dh = dh.mul_(f)
     for m, (dw, dbias, dB) in zip(ctx.modules, found):
         A, dA = adapter_of(m)[0], None
-        if A is not None: dA = None if da is None else da[at:at + len(A)].to(A.dtype); at += len(A)
+        if A is not None:
+            dA = None if da is None else da[at : at + len(A)].to(A.dtype)
+            at += len(A)
         tensors += [dw, dbias, dA, dB]
     return dh, dgate, None, None, *tensors
+
 
 Joined.backward = staticmethod(joined_backward)
 
 # %% ../../nbs/fast/fused_layers.ipynb #c015
 def joined(
-    x,          # (..., width in)
-    modules,    # linear layers that all take x, with or without adapters
+    x,  # (..., width in)
+    modules,  # linear layers that all take x, with or without adapters
     gate=None,  # (..., width in): the layers take activation(gate)·x instead
-    act=None,   # one of ACTIVATIONS
-) -> list:      # each layer's output
+    act=None,  # one of ACTIVATIONS
+) -> list:  # each layer's output
     "What the layers make of x, as one function; those that cannot be joined run as they were."
-    flat = lambda t: None if t is None else t.reshape(-1, t.shape[-1])
+
+    def flat(t):
+        return None if t is None else t.reshape(-1, t.shape[-1])
+
     if any(obstacle(m) for m in modules):
-        h = x if gate is None else ACTIVATIONS[act][0](gate)*x
+        h = x if gate is None else ACTIVATIONS[act][0](gate) * x
         return [type(m).forward(m, h) for m in modules]
-    if torch.is_autocast_enabled(x.device.type): x, gate = (None if t is None else t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, gate))
+    if torch.is_autocast_enabled(x.device.type):
+        x, gate = (
+            None if t is None else t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, gate)
+        )
     tensors = []
     for m in modules:
-        base = base_of(m); bias = base.bias
-        tensors += [base.weight if base.weight.requires_grad else None, bias if bias is not None and bias.requires_grad else None, *adapter_of(m)[:2]]
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in Joined.apply(flat(x), flat(gate), act, modules, *tensors)]
+        base = base_of(m)
+        bias = base.bias
+        tensors += [
+            base.weight if base.weight.requires_grad else None,
+            bias if bias is not None and bias.requires_grad else None,
+            *adapter_of(m)[:2],
+        ]
+    return [
+        y.view(*x.shape[:-1], y.shape[-1])
+        for y in Joined.apply(flat(x), flat(gate), act, modules, *tensors)
+    ]
 
 # %% ../../nbs/fast/fused_layers.ipynb #c021
 class Norm(torch.autograd.Function):
     "Root-mean-square norm over the last dimension, computed in float32."
+
     @staticmethod
     def forward(ctx, x, weight, eps, plus):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, r); ctx.plus = plus
-        return (x*r if x.dtype == torch.float32 else x.float().mul_(r)).mul_(weight.float() + plus).to(x.dtype)
+        ctx.save_for_backward(x, weight, r)
+        ctx.plus = plus
+        return (
+            (x * r if x.dtype == torch.float32 else x.float().mul_(r))
+            .mul_(weight.float() + plus)
+            .to(x.dtype)
+        )
 
     @staticmethod
     def backward(ctx, g):
         x, weight, r = ctx.saved_tensors
-        unit = x*r if x.dtype == torch.float32 else x.float().mul_(r)
-        dw = (g*unit).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]: return None, dw, None, None
-        d = g.float()*(weight.float() + ctx.plus)
+        unit = x * r if x.dtype == torch.float32 else x.float().mul_(r)
+        dw = (
+            (g * unit).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
+        if not ctx.needs_input_grad[0]:
+            return None, dw, None, None
+        d = g.float() * (weight.float() + ctx.plus)
         d.addcmul_(unit, torch.linalg.vecdot(d, unit)[..., None].div_(-x.shape[-1])).mul_(r)
         return d.to(x.dtype), dw, None, None
 
@@ -153,16 +251,36 @@ class Norm(torch.autograd.Function):
 def norm_kind(module):
     "(epsilon, 0 or 1 to be added to the weight) of a root-mean-square norm; None when the module is something else."
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if eps is None or getattr(module, "weight", None) is None or getattr(module, "bias", None) is not None: return None
-    x = torch.randn(2, module.weight.shape[0], device=module.weight.device, generator=torch.Generator(module.weight.device).manual_seed(0)).to(module.weight.dtype)
+    if (
+        eps is None
+        or getattr(module, "weight", None) is None
+        or getattr(module, "bias", None) is not None
+    ):
+        return None
+    x = torch.randn(
+        2,
+        module.weight.shape[0],
+        device=module.weight.device,
+        generator=torch.Generator(module.weight.device).manual_seed(0),
+    ).to(module.weight.dtype)
     with torch.no_grad():
         for plus in (0, 1):
-            if torch.allclose(Norm.apply(x, module.weight, eps, plus).float(), type(module).forward(module, x).float(), rtol=2e-2, atol=1e-6): return eps, plus
+            if torch.allclose(
+                Norm.apply(x, module.weight, eps, plus).float(),
+                type(module).forward(module, x).float(),
+                rtol=2e-2,
+                atol=1e-6,
+            ):
+                return eps, plus
 
 # %% ../../nbs/fast/fused_layers.ipynb #c025
 def keep_memory() -> bool:
     "Tell the C library to keep freed memory for the next tensor; False where that cannot be said."
     import ctypes
+
     M_TRIM_THRESHOLD, M_MMAP_MAX, NEVER = -1, -4, 2**31 - 1
-    try: libc = ctypes.CDLL(None); return bool(libc.mallopt(M_TRIM_THRESHOLD, NEVER) and libc.mallopt(M_MMAP_MAX, 0))
-    except (OSError, AttributeError): return False      # not glibc
+    try:
+        libc = ctypes.CDLL(None)
+        return bool(libc.mallopt(M_TRIM_THRESHOLD, NEVER) and libc.mallopt(M_MMAP_MAX, 0))
+    except (OSError, AttributeError):
+        return False  # not glibc

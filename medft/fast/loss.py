@@ -9,7 +9,7 @@ __all__ = ['BLOCK', 'LOGITS', 'block_measures', 'grade', 'chunk_rows', 'HeadLoss
            'supervised_loss']
 
 # %% ../../nbs/fast/loss.ipynb #c002
-from ..core.run import MedftError  # first: it sets switches that the libraries read
+from ..core.run import MedftError
 
 from functools import partial
 
@@ -18,12 +18,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/fast/loss.ipynb #c005
-BLOCK = 1 << 20      # numbers looked at together: 4 MB in float32, which caches hold
+BLOCK = 1 << 20  # numbers looked at together: 4 MB in float32, which caches hold
+
 
 def block_measures(
-    z,          # (k, vocabulary): float32 logits after soft-capping
-    p,          # (k, vocabulary): room for their softmax
-    targets,    # (k,)
+    z,  # (k, vocabulary): float32 logits after soft-capping
+    p,  # (k, vocabulary): room for their softmax
+    targets,  # (k,)
     entropy,
 ):
     "Summed loss, hits and summed entropy of some rows; `p` becomes their probabilities."
@@ -31,83 +32,130 @@ def block_measures(
     torch.softmax(z, -1, out=p)
     lse = top - p.amax(-1).log_()
     loss = (lse - mine).sum()
-    return torch.stack([loss, (mine == top).sum().to(loss), (lse - torch.linalg.vecdot(p, z)).sum() if entropy else loss*0])
+    return torch.stack(
+        [
+            loss,
+            (mine == top).sum().to(loss),
+            (lse - torch.linalg.vecdot(p, z)).sum() if entropy else loss * 0,
+        ]
+    )
 
 # %% ../../nbs/fast/loss.ipynb #c008
 def grade(
-    logits,     # (n, vocabulary): become their own gradient, of the summed loss
-    targets,    # (n,)
-    softcap=None, entropy=False,
+    logits,  # (n, vocabulary): become their own gradient, of the summed loss
+    targets,  # (n,)
+    softcap=None,
+    entropy=False,
     scale=1.0,  # of the gradient; 0: leave the logits alone
-):              # [summed loss, hits, summed entropy]
+):  # [summed loss, hits, summed entropy]
     "Measure logits block by block, and turn them into their gradient."
-    n, width = logits.shape; k = max(min(BLOCK//width, n), 1)
-    z, p, found = logits.new_empty(k, width, dtype=torch.float32), logits.new_empty(k, width, dtype=torch.float32), logits.new_zeros(3, dtype=torch.float32)
+    n, width = logits.shape
+    k = max(min(BLOCK // width, n), 1)
+    z, p, found = (
+        logits.new_empty(k, width, dtype=torch.float32),
+        logits.new_empty(k, width, dtype=torch.float32),
+        logits.new_zeros(3, dtype=torch.float32),
+    )
     for x, t in zip(logits.split(k), targets.split(k)):
-        a, b = z[:len(x)].copy_(x), p[:len(x)]
-        if softcap: a.div_(softcap).tanh_().mul_(softcap)
+        a, b = z[: len(x)].copy_(x), p[: len(x)]
+        if softcap:
+            a.div_(softcap).tanh_().mul_(softcap)
         found += block_measures(a, b, t, entropy)
-        if not scale: continue
+        if not scale:
+            continue
         b.scatter_add_(-1, t[:, None], b.new_full((len(t), 1), -1.0))
-        if softcap: b.mul_(a.div_(softcap).square_().neg_().add_(1))
+        if softcap:
+            b.mul_(a.div_(softcap).square_().neg_().add_(1))
         x.copy_(b.mul_(scale))
     return found
 
 # %% ../../nbs/fast/loss.ipynb #c011
-LOGITS = 4.2e7       # logits held at once: 84 MB in bfloat16
+LOGITS = 4.2e7  # logits held at once: 84 MB in bfloat16
+
 
 def chunk_rows(vocabulary, n) -> int:
     "How many positions go through the head together."
-    pieces = max(round(n*vocabulary/LOGITS + 0.5), 1)
-    return max(-(-n//pieces), 1)
+    pieces = max(round(n * vocabulary / LOGITS + 0.5), 1)
+    return max(-(-n // pieces), 1)
 
 # %% ../../nbs/fast/loss.ipynb #c011x1
 class HeadLoss(torch.autograd.Function):
     "Loss of supervised positions; every gradient is made on the way."
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, total, softcap, entropy):
-        k, w, found = chunk_rows(len(weight), len(hidden)), weight.to(hidden.dtype), hidden.new_zeros(3, dtype=torch.float32)
-        ctx.made = back, steep, shift = [torch.zeros_like(x) if need else None for x, need in zip((hidden, weight, bias), ctx.needs_input_grad)]
-        scale, room = any(ctx.needs_input_grad) and 1/float(total), hidden.new_empty(k, len(w))
-        for h, t, out in zip(hidden.split(k), targets.split(k), (back if back is not None else hidden).split(k)):
-            logits = torch.mm(h, w.t(), out=room[:len(h)])
-            found += grade(logits if bias is None else logits.add_(bias), t, softcap, entropy, scale)
-            if back is not None: torch.mm(logits, w, out=out)
-            if steep is not None: steep += logits.t() @ h
-            if shift is not None: shift += logits.sum(0)
-        return torch.cat([found[:1]/total, found[1:]])
 
     @staticmethod
-    def backward(ctx, g): return (*(None if x is None else x.mul(g[0]) for x in ctx.made), None, None, None, None)
+    def forward(ctx, hidden, weight, bias, targets, total, softcap, entropy):
+        k, w, found = (
+            chunk_rows(len(weight), len(hidden)),
+            weight.to(hidden.dtype),
+            hidden.new_zeros(3, dtype=torch.float32),
+        )
+        ctx.made = back, steep, shift = [
+            torch.zeros_like(x) if need else None
+            for x, need in zip((hidden, weight, bias), ctx.needs_input_grad)
+        ]
+        scale, room = any(ctx.needs_input_grad) and 1 / float(total), hidden.new_empty(k, len(w))
+        for h, t, out in zip(
+            hidden.split(k), targets.split(k), (back if back is not None else hidden).split(k)
+        ):
+            logits = torch.mm(h, w.t(), out=room[: len(h)])
+            found += grade(
+                logits if bias is None else logits.add_(bias), t, softcap, entropy, scale
+            )
+            if back is not None:
+                torch.mm(logits, w, out=out)
+            if steep is not None:
+                steep += logits.t() @ h
+            if shift is not None:
+                shift += logits.sum(0)
+        return torch.cat([found[:1] / total, found[1:]])
+
+    @staticmethod
+    def backward(ctx, g):
+        return (*(None if x is None else x.mul(g[0]) for x in ctx.made), None, None, None, None)
 
 # %% ../../nbs/fast/loss.ipynb #c013
 def plain_measures(head, total, softcap, entropy, hidden, targets):
     "[loss, hits, summed entropy] through a head that is more than a matrix; differentiable."
-    with torch.autocast(hidden.device.type, torch.bfloat16, enabled=hidden.dtype == torch.bfloat16): z = head(hidden).float()
-    if softcap: z = softcap*torch.tanh(z/softcap)
-    loss, seen = cross_entropy(z, targets, reduction="sum")/total, z.detach()
-    spread = torch.distributions.Categorical(logits=seen).entropy().sum() if entropy else loss.detach()*0
+    with torch.autocast(hidden.device.type, torch.bfloat16, enabled=hidden.dtype == torch.bfloat16):
+        z = head(hidden).float()
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    loss, seen = cross_entropy(z, targets, reduction="sum") / total, z.detach()
+    spread = (
+        torch.distributions.Categorical(logits=seen).entropy().sum()
+        if entropy
+        else loss.detach() * 0
+    )
     return torch.stack([loss, (seen.argmax(-1) == targets).sum().to(loss), spread])
+
 
 def matrix_of(head):
     "The linear layer that a head comes to; None when it is more than one."
-    if hasattr(head, "modules_to_save") and not head.disable_adapters: head = head.modules_to_save[head.active_adapters[0]]
+    if hasattr(head, "modules_to_save") and not head.disable_adapters:
+        head = head.modules_to_save[head.active_adapters[0]]
     return head if type(head) is torch.nn.Linear and head.weight.is_floating_point() else None
 
 # %% ../../nbs/fast/loss.ipynb #c014
 def supervised_loss(
-    hidden,         # (n, width): last hidden states, of supervised positions only
-    head,           # the model's output embedding: a linear layer, with or without bias, trained or not, wrapped or not
-    targets,        # (n,): the token that follows each
-    total,          # what the summed loss is divided by: supervised tokens of the whole effective batch
-    softcap=None,   # the model's final soft-capping
+    hidden,  # (n, width): last hidden states, of supervised positions only
+    head,  # the model's output embedding: a linear layer, with or without bias, trained or not, wrapped or not
+    targets,  # (n,): the token that follows each
+    total,  # what the summed loss is divided by: supervised tokens of the whole effective batch
+    softcap=None,  # the model's final soft-capping
     entropy=False,  # measure it, too
-):                  # loss, number of targets that came first, summed entropy (nats)
+):  # loss, number of targets that came first, summed entropy (nats)
     "Mean cross-entropy of the next token, never holding more than `LOGITS` logits."
-    linear, nothing = matrix_of(head), hidden.new_zeros(3, dtype=torch.float32) + hidden.sum()*0
-    if not len(hidden): found = nothing
-    elif linear is not None: found = HeadLoss.apply(hidden, linear.weight, linear.bias, targets, total, softcap, entropy)
+    linear, nothing = matrix_of(head), hidden.new_zeros(3, dtype=torch.float32) + hidden.sum() * 0
+    if not len(hidden):
+        found = nothing
+    elif linear is not None:
+        found = HeadLoss.apply(hidden, linear.weight, linear.bias, targets, total, softcap, entropy)
     else:
         k = chunk_rows(head.out_features, len(hidden))
-        found = sum(checkpoint(partial(plain_measures, head, total, softcap, entropy), h, t, use_reentrant=False) for h, t in zip(hidden.split(k), targets.split(k)))
+        found = sum(
+            checkpoint(
+                partial(plain_measures, head, total, softcap, entropy), h, t, use_reentrant=False
+            )
+            for h, t in zip(hidden.split(k), targets.split(k))
+        )
     return found[0], found[1].detach().long(), found[2].detach()

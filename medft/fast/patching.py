@@ -14,9 +14,9 @@ __all__ = ['LONGEST', 'LOUD', 'FAILURES', 'KINDS', 'LIMIT', 'LOUD_LIMIT', 'ROUND
            'relative_gap', 'positions', 'quicken']
 
 # %% ../../nbs/fast/patching.ipynb #c002
-from ..core.run import MedftError  # first: it sets switches that the libraries read
-from .fused_layers import Norm, activation_of, joined, keep_memory, norm_kind, obstacle
+from ..core.run import MedftError
 from .attention import attend
+from .fused_layers import Norm, activation_of, joined, keep_memory, norm_kind, obstacle
 
 import copy
 from collections import Counter
@@ -32,31 +32,52 @@ from peft.tuners.lora import LoraLayer
 @dataclass(frozen=True, eq=False)
 class Rows:
     "Which tokens of a packed batch belong together, and which of them the last layer has to bring forth."
-    spans: list                         # [(start, end, first query, last query + 1)]
-    cover: torch.Tensor | None = None   # the tokens that have a query; None: all
+
+    spans: list  # [(start, end, first query, last query + 1)]
+    cover: torch.Tensor | None = None  # the tokens that have a query; None: all
+
 
 def rows_of(position_ids, keep=None) -> tuple[Rows, Rows]:
     "The rows of (1, T) positions, which start again with every row: for all layers, and for the last one when only `keep` is wanted."
-    start = torch.cat([torch.ones(1, dtype=torch.bool, device=position_ids.device), position_ids[0].diff() != 1]).nonzero()[:, 0]
+    start = torch.cat(
+        [torch.ones(1, dtype=torch.bool, device=position_ids.device), position_ids[0].diff() != 1]
+    ).nonzero()[:, 0]
     ends = [*start.tolist()[1:], position_ids.shape[1]]
     whole = Rows([(a, b, a, b) for a, b in zip(start.tolist(), ends)])
-    if keep is None or not len(keep): return whole, whole
-    at = torch.searchsorted(keep, torch.tensor([0, *ends], device=keep.device)).tolist(); first = keep.tolist()
-    spans = [(a, b, first[i], first[j - 1] + 1) if j > i else (a, b, a, a) for (a, b, _, _), i, j in zip(whole.spans, at, at[1:])]
-    return whole, Rows(spans, torch.cat([torch.arange(lo, hi, device=keep.device) for _, _, lo, hi in spans]))
+    if keep is None or not len(keep):
+        return whole, whole
+    at = torch.searchsorted(keep, torch.tensor([0, *ends], device=keep.device)).tolist()
+    first = keep.tolist()
+    spans = [
+        (a, b, first[i], first[j - 1] + 1) if j > i else (a, b, a, a)
+        for (a, b, _, _), i, j in zip(whole.spans, at, at[1:])
+    ]
+    return whole, Rows(
+        spans, torch.cat([torch.arange(lo, hi, device=keep.device) for _, _, lo, hi in spans])
+    )
 
 # %% ../../nbs/fast/patching.ipynb #c008
-def quick_norm(m, kind, x): return Norm.apply(x, m.weight, *kind)
+def quick_norm(m, kind, x):
+    return Norm.apply(x, m.weight, *kind)
 
-def quick_adapter(m, x, *args, **kwargs): return type(m).forward(m, x, *args, **kwargs) if args or kwargs else joined(x, [m])[0]
+
+def quick_adapter(m, x, *args, **kwargs):
+    return type(m).forward(m, x, *args, **kwargs) if args or kwargs else joined(x, [m])[0]
+
 
 def quick_mlp(m, act, x):
     gate, up = joined(x, [m.gate_proj, m.up_proj])
     return joined(up, [m.down_proj], gate, act)[0]
 
+
 def window_of(m) -> int:
     "How many tokens an attention module sees, itself included; 0: all before it."
-    return (m.sliding_window if hasattr(m, "sliding_window") else getattr(getattr(m, "config", None), "sliding_window", None)) or 0
+    return (
+        m.sliding_window
+        if hasattr(m, "sliding_window")
+        else getattr(getattr(m, "config", None), "sliding_window", None)
+    ) or 0
+
 
 def cap_of(m) -> float:
     "The soft-capping of attention scores; 0 for none."
@@ -64,26 +85,41 @@ def cap_of(m) -> float:
 
 # %% ../../nbs/fast/patching.ipynb #c009
 def quick_attention(
-    m,                  # the attention module
-    hidden_states, position_embeddings=None, attention_mask=None,
-    rows=None,          # Rows; None: run as the library wrote it
-    turned=True,        # whether this layer knows positions; some models have layers that do not
+    m,  # the attention module
+    hidden_states,
+    position_embeddings=None,
+    attention_mask=None,
+    rows=None,  # Rows; None: run as the library wrote it
+    turned=True,  # whether this layer knows positions; some models have layers that do not
     **kwargs,
 ):
     "A block of attention over packed rows; without rows, as it was."
-    if rows is None: return type(m).forward(m, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs)
+    if rows is None:
+        return type(m).forward(
+            m,
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
     x, heads = hidden_states[0], lambda t: t.view(len(t), -1, m.head_dim)
-    if rows.cover is None: q, k, v = map(heads, joined(x, [m.q_proj, m.k_proj, m.v_proj]))
-    else: q, k, v = map(heads, [*joined(x[rows.cover], [m.q_proj]), *joined(x, [m.k_proj, m.v_proj])])
-    if hasattr(m, "q_norm"): q, k = m.q_norm(q), m.k_norm(k)
+    if rows.cover is None:
+        q, k, v = map(heads, joined(x, [m.q_proj, m.k_proj, m.v_proj]))
+    else:
+        q, k, v = map(heads, [*joined(x[rows.cover], [m.q_proj]), *joined(x, [m.k_proj, m.v_proj])])
+    if hasattr(m, "q_norm"):
+        q, k = m.q_norm(q), m.k_norm(k)
     cos, sin = (t[0].to(q.dtype) for t in position_embeddings)
-    if not turned: cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+    if not turned:
+        cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
     out = attend(q, k, v, cos, sin, rows.spans, m.scaling, window_of(m), cap_of(m))
     return joined(out.flatten(1), [m.o_proj])[0][None], None
 
+
 def quick_last(m, hidden_states, rows=None, last=None, **kwargs):
     "The last layer, on those positions only that are asked for."
-    if rows is None or last is None or last.cover is None: return type(m).forward(m, hidden_states, rows=rows, **kwargs)
+    if rows is None or last is None or last.cover is None:
+        return type(m).forward(m, hidden_states, rows=rows, **kwargs)
     a = m.self_attn(hidden_states=m.input_layernorm(hidden_states), rows=last, **kwargs)[0]
     x, four = hidden_states[:, last.cover], hasattr(m, "pre_feedforward_layernorm")
     x = x + (m.post_attention_layernorm(a) if four else a)
@@ -93,92 +129,145 @@ def quick_last(m, hidden_states, rows=None, last=None, **kwargs):
 # %% ../../nbs/fast/patching.ipynb #c011
 def attention_obstacle(m) -> str | None:
     "Why an attention module keeps its own forward pass; None when ours fits."
-    if not all(hasattr(m, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "config")): return "not of the usual build"
-    if getattr(m, "attention_dropout", 0): return "attention dropout"
-    if not getattr(m, "is_causal", True): return "looks both ways"
-    if next(m.parameters()).is_cuda: return "on a GPU its own kernel is used"
-    if hasattr(m, "q_norm") and m.q_norm.weight.shape[0] != m.head_dim: return "a norm over all heads"
+    if not all(
+        hasattr(m, n)
+        for n in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "config")
+    ):
+        return "not of the usual build"
+    if getattr(m, "attention_dropout", 0):
+        return "attention dropout"
+    if not getattr(m, "is_causal", True):
+        return "looks both ways"
+    if next(m.parameters()).is_cuda:
+        return "on a GPU its own kernel is used"
+    if hasattr(m, "q_norm") and m.q_norm.weight.shape[0] != m.head_dim:
+        return "a norm over all heads"
+
 
 def fitting(layer, turned=True) -> dict:
     "For every module of a layer that can be replaced: its name, what kind of piece, and its quick forward pass."
     found = {}
     for name, m in layer.named_modules():
-        if isinstance(m, LoraLayer) and not isinstance(m, torch.nn.Embedding) and not obstacle(m, True): found[name] = "adapter", partial(quick_adapter, m)
-        elif type(m).__name__.endswith("RMSNorm") and (kind := norm_kind(m)): found[name] = "norm", partial(quick_norm, m, kind)
-        elif all(hasattr(m, n) for n in ("gate_proj", "up_proj", "down_proj", "act_fn")) and not hasattr(m, "experts") and (act := activation_of(m.act_fn)): found[name] = "mlp", partial(quick_mlp, m, act)
-        elif name == "self_attn" and not attention_obstacle(m): found[name] = "attention", partial(quick_attention, m, turned=turned)
+        if (
+            isinstance(m, LoraLayer)
+            and not isinstance(m, torch.nn.Embedding)
+            and not obstacle(m, True)
+        ):
+            found[name] = "adapter", partial(quick_adapter, m)
+        elif type(m).__name__.endswith("RMSNorm") and (kind := norm_kind(m)):
+            found[name] = "norm", partial(quick_norm, m, kind)
+        elif (
+            all(hasattr(m, n) for n in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+            and not hasattr(m, "experts")
+            and (act := activation_of(m.act_fn))
+        ):
+            found[name] = "mlp", partial(quick_mlp, m, act)
+        elif name == "self_attn" and not attention_obstacle(m):
+            found[name] = "attention", partial(quick_attention, m, turned=turned)
     return found
 
 # %% ../../nbs/fast/patching.ipynb #c013
 @dataclass(frozen=True, eq=False)
 class Call:
     "What the library calls a layer with, behind its hidden states."
+
     args: tuple
     kwargs: dict
-    width: int          # of the hidden states
+    width: int  # of the hidden states
+
 
 def two_rows(n=56):
     "Positions (1, n) of two rows, the first of them shorter."
-    return torch.cat([torch.arange(n//3), torch.arange(n - n//3)])[None]
+    return torch.cat([torch.arange(n // 3), torch.arange(n - n // 3)])[None]
+
 
 def layer_calls(
-    body,               # a decoder
-    position_ids,       # (1, T)
+    body,  # a decoder
+    position_ids,  # (1, T)
 ) -> list[Call] | None:
     "What the library calls every layer with on tokens at these positions; None when its model does not run without its layers."
     weight = body.get_input_embeddings().weight
-    given = dict(input_ids=torch.arange(position_ids.shape[1], device=weight.device)[None] % len(weight), position_ids=position_ids.to(weight.device))
+    given = dict(
+        input_ids=torch.arange(position_ids.shape[1], device=weight.device)[None] % len(weight),
+        position_ids=position_ids.to(weight.device),
+    )
     own = [layer.__dict__.get("forward") for layer in body.layers]
     for answer in (lambda x: x, lambda x: (x,)):
         calls = []
+
         def noted(*args, **kwargs):
             x, *rest = args or (kwargs.pop("hidden_states"),)
             calls.append(Call(tuple(rest), kwargs, x.shape[-1]))
             return answer(x)
+
         try:
-            for layer in body.layers: layer.forward = noted
-            with torch.no_grad(): body(**given, use_cache=False)
-            if len(calls) == len(body.layers): return calls
-        except Exception: pass      # another kind of answer, or a model that looks into its layers
+            for layer in body.layers:
+                layer.forward = noted
+            with torch.no_grad():
+                body(**given, use_cache=False)
+            if len(calls) == len(body.layers):
+                return calls
+        except Exception:
+            pass  # another kind of answer, or a model that looks into its layers
         finally:
             for layer, before in zip(body.layers, own):
                 layer.__dict__.pop("forward")
-                if before is not None: layer.forward = before
+                if before is not None:
+                    layer.forward = before
+
 
 def seen_by(
-    mask,       # as the library gives it to a layer
-    n: int,     # tokens
-    query=-1,   # which of them looks
+    mask,  # as the library gives it to a layer
+    n: int,  # tokens
+    query=-1,  # which of them looks
 ) -> int | None:
     "How many tokens a query looks at; None when the mask does not tell."
-    if mask is None: return n if query == -1 else query + 1
-    if not torch.is_tensor(mask) or mask.dim() != 4 or mask.shape[-1] != n: return None
+    if mask is None:
+        return n if query == -1 else query + 1
+    if not torch.is_tensor(mask) or mask.dim() != 4 or mask.shape[-1] != n:
+        return None
     row = mask[0, 0, query]
     return int((row if row.dtype == torch.bool else row > -1).sum())
 
 # %% ../../nbs/fast/patching.ipynb #c013s1
-LONGEST = 8192 + 8      # tokens; a window that is wider is not tried, and its layer's attention not replaced
+LONGEST = (
+    8192 + 8
+)  # tokens; a window that is wider is not tried, and its layer's attention not replaced
+
 
 def windows_seen(body) -> list[int | None]:
     "For every layer, how many tokens the library lets a token see (0: all before it); None where that cannot be tried."
-    widths = [window_of(layer.self_attn) if hasattr(getattr(layer, "self_attn", None), "config") else 0 for layer in body.layers]
+    widths = [
+        window_of(layer.self_attn) if hasattr(getattr(layer, "self_attn", None), "config") else 0
+        for layer in body.layers
+    ]
     n = max(widths, default=0) + 8
-    if n > LONGEST: return [w if w == 0 else None for w in widths]
+    if n > LONGEST:
+        return [w if w == 0 else None for w in widths]
     calls = layer_calls(body, torch.arange(n)[None])
-    if calls is None: return [None]*len(widths)
+    if calls is None:
+        return [None] * len(widths)
     seen = [seen_by(c.kwargs.get("attention_mask"), n) for c in calls]
     return [0 if s == n else s for s in seen]
 
+
 def rows_are_apart(body, calls: list[Call], position_ids) -> bool:
     "Whether the library keeps rows that lie side by side apart, in every layer."
-    if "flash" in (body.config._attn_implementation or ""): return True     # it reads the borders off the positions, without a mask
+    if "flash" in (body.config._attn_implementation or ""):
+        return True  # it reads the borders off the positions, without a mask
     n, first = position_ids.shape[1], int((position_ids[0] == 0).nonzero()[1])
     return all(seen_by(c.kwargs.get("attention_mask"), n, first) in (1, None) for c in calls)
 
+
 def replaced(layer, kinds, turned=True):
     "Shadow the forward passes of a layer's modules. Returns what was shadowed."
-    done = [(m, kind, f) for name, (kind, f) in fitting(layer, turned).items() if kind in kinds and (m := layer.get_submodule(name)) is not None]
-    for m, _, f in done: m.forward = f
+    done = [
+        (m, kind, f)
+        for name, (kind, f) in fitting(layer, turned).items()
+        if kind in kinds and (m := layer.get_submodule(name)) is not None
+    ]
+    for m, _, f in done:
+        m.forward = f
     return done
 
 # %% ../../nbs/fast/patching.ipynb #c014
@@ -188,47 +277,66 @@ def added(layer, x, call, more, keep=None):
     out = out[0] if isinstance(out, tuple) else out
     return out - (x if keep is None else x[:, keep])
 
+
 def outcome(layer, x, call, more, gradients=True, keep=None, pick=None):
     "What a layer adds, and its gradients; `pick`: compare these positions of a whole output."
     x = x.clone().requires_grad_(gradients)
     out = added(layer, x, call, more, keep)
-    if pick is not None: out = out[:, pick]
-    if not gradients: return [out.detach()]
+    if pick is not None:
+        out = out[:, pick]
+    if not gradients:
+        return [out.detach()]
     g = torch.sin(torch.arange(out.numel(), device=out.device, dtype=torch.float32)).view_as(out)
     trained = [p for p in layer.parameters() if p.requires_grad]
     return [out.detach(), *torch.autograd.grad(out, [x, *trained], g, allow_unused=True)]
+
 
 def in_float32(layer):
     "A copy to try things on, its adapters no longer zero."
     layer = copy.deepcopy(layer).float().eval()
     for n, p in layer.named_parameters():
-        if "lora_B" in n: p.data.normal_(std=0.05)
+        if "lora_B" in n:
+            p.data.normal_(std=0.05)
     for m in layer.modules():
-        if type(m).__name__ == "Linear4bit": m.compute_dtype = torch.float32
-    if hasattr(layer.self_attn, "config") and "flash" in (layer.self_attn.config._attn_implementation or ""): layer.self_attn.config._attn_implementation = "sdpa"
+        if type(m).__name__ == "Linear4bit":
+            m.compute_dtype = torch.float32
+    if hasattr(layer.self_attn, "config") and "flash" in (
+        layer.self_attn.config._attn_implementation or ""
+    ):
+        layer.self_attn.config._attn_implementation = "sdpa"
     return layer
+
 
 def call_in_float32(call: Call) -> Call:
     "The same call for a layer in float32."
+
     def exact(v):
-        if torch.is_tensor(v) and v.is_floating_point(): return v.float()
+        if torch.is_tensor(v) and v.is_floating_point():
+            return v.float()
         return type(v)(map(exact, v)) if type(v) in (tuple, list) else v
+
     return Call(exact(call.args), {k: exact(v) for k, v in call.kwargs.items()}, call.width)
+
 
 def furthest(ours, plain, x) -> float:
     "The largest relative difference of outputs and gradients, less what rounding explains; infinite where one is missing or no number."
     worst = 0.0
     for i, (a, b) in enumerate(zip(ours, plain)):
-        if b is None: continue
-        if a is None or a.shape != b.shape: return float("inf")
+        if b is None:
+            continue
+        if a is None or a.shape != b.shape:
+            return float("inf")
         size = b.norm().clamp(min=1e-12)
-        rounding = 1e-6*x.norm()/size if i < 2 else 0       # the input was subtracted from the first, and its gradient from the second
-        gap = float((a - b).norm()/size - rounding)
+        rounding = (
+            1e-6 * x.norm() / size if i < 2 else 0
+        )  # the input was subtracted from the first, and its gradient from the second
+        gap = float((a - b).norm() / size - rounding)
         worst = max(worst, gap if gap == gap else float("inf"))
     return worst
 
 # %% ../../nbs/fast/patching.ipynb #c014x1
-LOUD = 16       # standard deviation of attention scores, at which soft-capping, as at 50, shows
+LOUD = 16  # standard deviation of attention scores, at which soft-capping, as at 50, shows
+
 
 def louder(layer, x) -> float:
     "What a layer's scores are to be multiplied with to be as large as LOUD."
@@ -236,19 +344,30 @@ def louder(layer, x) -> float:
     with torch.no_grad():
         h = getattr(layer, "input_layernorm", torch.nn.Identity())(x)[0]
         q, k = (project(h).view(len(h), -1, m.head_dim) for project in (m.q_proj, m.k_proj))
-        if hasattr(m, "q_norm"): q, k = m.q_norm(q), m.k_norm(k)
-        size = (q[:, 0] @ k[:, 0].t()*m.scaling).std()
-    return float(LOUD/size.clamp(min=1e-6))
+        if hasattr(m, "q_norm"):
+            q, k = m.q_norm(q), m.k_norm(k)
+        size = (q[:, 0] @ k[:, 0].t() * m.scaling).std()
+    return float(LOUD / size.clamp(min=1e-6))
+
 
 @dataclass
 class TrialInputs:
     "What a layer is tried on: a copy of it in float32, its call, two packed rows, and their random input."
+
     layer: torch.nn.Module
     call: Call
-    positions: torch.Tensor     # on the layer's device
+    positions: torch.Tensor  # on the layer's device
     x: torch.Tensor
 
-FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)   # of a layer that ours does not fit
+
+FAILURES = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+)  # of a layer that ours does not fit
+
 
 @contextmanager
 def trial_inputs(layer, call: Call):
@@ -260,14 +379,15 @@ def trial_inputs(layer, call: Call):
         x = torch.randn(1, positions.shape[1], call.width, device=device)
         yield TrialInputs(layer, call, positions.to(device), x)
 
+
 def tried(
-    layer,              # as the library wrote it
+    layer,  # as the library wrote it
     call: Call,
-    kinds,              # the pieces to be replaced
-    turned=True,        # see `quick_attention`
-    gradients=True,     # compare them, too
-    loud=False,         # make the attention scores as large as LOUD
-) -> float:             # infinite when it fails
+    kinds,  # the pieces to be replaced
+    turned=True,  # see `quick_attention`
+    gradients=True,  # compare them, too
+    loud=False,  # make the attention scores as large as LOUD
+) -> float:  # infinite when it fails
     "How far what a layer adds, and its gradients, move when pieces of some kinds are replaced, relative to their size."
     with trial_inputs(layer, call) as t:
         more = dict(rows=rows_of(t.positions)[0]) if "attention" in kinds else {}
@@ -283,20 +403,28 @@ def tried(
 
 # %% ../../nbs/fast/patching.ipynb #c015
 KINDS = ("adapter", "norm", "mlp", "attention")
-LIMIT, LOUD_LIMIT = 1e-4, 1e-3     # relative, in float32; with louder scores rounding shows more
+LIMIT, LOUD_LIMIT = 1e-4, 1e-3  # relative, in float32; with louder scores rounding shows more
+
 
 @dataclass(frozen=True)
 class Verdict:
     "Which pieces of a layer are replaced."
+
     kinds: tuple
-    turned: bool = True         # see `quick_attention`
+    turned: bool = True  # see `quick_attention`
     notes: tuple = ()
+
 
 def attention_gap(layer, call, turned, gradients=True) -> float:
     "How far our attention alone is from the library's; the louder trial counts for as much less as it rounds more."
     gap = tried(layer, call, ("attention",), turned, gradients)
-    if not gap < LIMIT: return gap
-    return max(gap, tried(layer, call, ("attention",), turned, gradients=False, loud=True)*LIMIT/LOUD_LIMIT)
+    if not gap < LIMIT:
+        return gap
+    return max(
+        gap,
+        tried(layer, call, ("attention",), turned, gradients=False, loud=True) * LIMIT / LOUD_LIMIT,
+    )
+
 
 def trusted(layer, call: Call) -> Verdict:
     "The pieces that pass for a layer, and a note for each that does not."
@@ -311,13 +439,16 @@ def trusted(layer, call: Call) -> Verdict:
         gaps |= {k: tried(layer, call, [k]) for k in others}
     notes = [
         f"{type(layer).__name__}: its {k} runs as transformers wrote it, for ours differs by {g:.0e}"
-        for k, g in gaps.items() if not g < LIMIT
+        for k, g in gaps.items()
+        if not g < LIMIT
     ]
     return Verdict(tuple(k for k in here if gaps.get(k, 0.0) < LIMIT), turned, tuple(notes))
+
 
 def still_fits(layer, call: Call, verdict: Verdict) -> bool:
     "Whether what was found for one layer holds for another of its kind: what it adds is the same."
     return tried(layer, call, verdict.kinds, verdict.turned, gradients=False) < LIMIT
+
 
 def last_fits(layer, call: Call, verdict: Verdict) -> bool:
     "Whether the last layer may be run on those positions only that are asked for."
@@ -334,65 +465,101 @@ def last_fits(layer, call: Call, verdict: Verdict) -> bool:
     return furthest(quick, plain, t.x) < LIMIT
 
 # %% ../../nbs/fast/patching.ipynb #c018
-def plain_model(model): return model.get_base_model() if hasattr(model, "get_base_model") else model
-def usual(layer) -> bool: "Whether a layer is attention, an MLP and their norms."; return all(hasattr(layer, n) for n in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"))
+def plain_model(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def usual(layer) -> bool:
+    "Whether a layer is attention, an MLP and their norms."
+    return all(
+        hasattr(layer, n)
+        for n in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+    )
 
 # %% ../../nbs/fast/patching.ipynb #c018x1
 class Quick:
     "A model whose body runs quickly, on packed rows."
+
     def __init__(self, model, dtype=None):
         base = plain_model(model)
-        self.model, self.body, self.dtype, self.notes, self.shadowed = model, base.get_decoder(), dtype, [], []
-        self.head, self.softcap = base.get_output_embeddings(), getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+        self.model, self.body, self.dtype, self.notes, self.shadowed = (
+            model,
+            base.get_decoder(),
+            dtype,
+            [],
+            [],
+        )
+        self.head, self.softcap = (
+            base.get_output_embeddings(),
+            getattr(base.config.get_text_config(), "final_logit_softcapping", None),
+        )
         self.packs = not any("Mamba" in type(m).__name__ for m in self.body.modules())
         self.mixed, self.rows_wise, self.last_is_cut = False, False, False
-        self.head_differs = None    # why the loss is not the head's on the last hidden states; None: it is
-        if dtype: self.cast()
+        self.head_differs = (
+            None  # why the loss is not the head's on the last hidden states; None: it is
+        )
+        if dtype:
+            self.cast()
         self.fit()
         self.verify()
-        if next(model.parameters()).device.type == "cpu": keep_memory()
+        if next(model.parameters()).device.type == "cpu":
+            keep_memory()
 
     def cast(self):
         "Frozen weights of body and head in the type of the computation."
         for part in (self.body, self.head):
             for p in part.parameters() if part is not None else ():
-                if not p.requires_grad and p.is_floating_point(): p.data = p.data.to(self.dtype)
+                if not p.requires_grad and p.is_floating_point():
+                    p.data = p.data.to(self.dtype)
 
     def restore(self):
         "The plain model again."
-        for m in self.shadowed: m.__dict__.pop("forward", None)
+        for m in self.shadowed:
+            m.__dict__.pop("forward", None)
         self.shadowed = []
 
 # %% ../../nbs/fast/patching.ipynb #c019
 @dataclass
 class Trials:
     "What trying the layers of a body came to."
-    verdicts: list              # a Verdict for every layer
-    last_is_cut: bool = False   # the last one may be run on the positions that are asked for
-    rows_apart: bool = True     # the library keeps packed rows apart
+
+    verdicts: list  # a Verdict for every layer
+    last_is_cut: bool = False  # the last one may be run on the positions that are asked for
+    rows_apart: bool = True  # the library keeps packed rows apart
     notes: tuple = ()
+
 
 def layer_kind(layer) -> tuple:
     "What layers have in common that are tried with all gradients once; each of them is tried by itself besides."
     attention = layer.self_attn
     shapes = sorted((n, tuple(p.shape), p.requires_grad) for n, p in layer.named_parameters())
     classes = sorted({type(m).__name__ for m in layer.modules()})
-    flags = [getattr(attention, k, None) for k in ("layer_type", "use_rope", "is_sliding", "scaling", "head_dim")]
+    flags = [
+        getattr(attention, k, None)
+        for k in ("layer_type", "use_rope", "is_sliding", "scaling", "head_dim")
+    ]
     return (type(layer), *classes, window_of(attention), *flags, *shapes)
+
 
 def without_window(layer, seen, verdict: Verdict) -> Verdict:
     "The verdict without attention where the library lets a layer see another window than ours would."
-    if "attention" not in verdict.kinds or seen == window_of(layer.self_attn): return verdict
+    if "attention" not in verdict.kinds or seen == window_of(layer.self_attn):
+        return verdict
     note = f"{type(layer).__name__}: its attention runs as transformers wrote it, for it sees {seen or 'all'} tokens and its configuration says {window_of(layer.self_attn) or 'all'}"
-    return Verdict(tuple(k for k in verdict.kinds if k != "attention"), verdict.turned, (*verdict.notes, note))
+    return Verdict(
+        tuple(k for k in verdict.kinds if k != "attention"), verdict.turned, (*verdict.notes, note)
+    )
+
 
 def layers_of(body) -> list:
     "The layers of a body; none where it keeps them under another name."
     return list(getattr(body, "layers", ()))
 
+
 def trials(body) -> Trials:
     "Try every layer of a body, as it stands, on random hidden states."
-    if not layers_of(body): return Trials([], rows_apart=False)
+    if not layers_of(body):
+        return Trials([], rows_apart=False)
     calls, windows, known, found = layer_calls(body, two_rows()), windows_seen(body), {}, []
     if calls is None:
         note = f"{type(body).__name__}: what it calls its layers with cannot be seen, so they run as transformers wrote them"
@@ -405,22 +572,39 @@ def trials(body) -> Trials:
         if key not in known or not still_fits(layer, calls[i], known[key]):
             known[key] = without_window(layer, windows[i], trusted(layer, calls[i]))
         found.append(known[key])
-    cut = usual(body.layers[-1]) and "attention" in found[-1].kinds and last_fits(body.layers[-1], calls[-1], found[-1])
+    cut = (
+        usual(body.layers[-1])
+        and "attention" in found[-1].kinds
+        and last_fits(body.layers[-1], calls[-1], found[-1])
+    )
     return Trials(found, cut, rows_are_apart(body, calls, two_rows()))
 
 # %% ../../nbs/fast/patching.ipynb #c019x1
 def norm_fits(norm, kind) -> bool:
     "Whether our norm of this kind is the module, in float32."
     norm = copy.deepcopy(norm).float()
-    x = torch.randn(2, 8, norm.weight.shape[0], device=norm.weight.device, generator=torch.Generator(norm.weight.device).manual_seed(0))
-    with torch.no_grad(): plain, ours = type(norm).forward(norm, x), quick_norm(norm, kind, x)
-    return bool((ours - plain).norm() < LIMIT*plain.norm())
+    x = torch.randn(
+        2,
+        8,
+        norm.weight.shape[0],
+        device=norm.weight.device,
+        generator=torch.Generator(norm.weight.device).manual_seed(0),
+    )
+    with torch.no_grad():
+        plain, ours = type(norm).forward(norm, x), quick_norm(norm, kind, x)
+    return bool((ours - plain).norm() < LIMIT * plain.norm())
+
 
 def obstacles_of(body) -> list[str]:
     "Why a body's layers do not run row by row."
-    attentions = [m for layer in layers_of(body) if (m := getattr(layer, "self_attn", None)) is not None]
-    why = sorted({f"{type(m).__name__}: {attention_obstacle(m) or 'see above'}" for m in attentions})
+    attentions = [
+        m for layer in layers_of(body) if (m := getattr(layer, "self_attn", None)) is not None
+    ]
+    why = sorted(
+        {f"{type(m).__name__}: {attention_obstacle(m) or 'see above'}" for m in attentions}
+    )
     return why or [f"{type(body).__name__}: its layers run as transformers wrote them"]
+
 
 @patch
 def fit(self: Quick):
@@ -428,33 +612,64 @@ def fit(self: Quick):
     found, layers, norm = trials(self.body), layers_of(self.body), getattr(self.body, "norm", None)
     self.packs = self.packs and found.rows_apart
     if not layers:
-        others = [m for m in self.body.modules() if isinstance(m, LoraLayer) and not isinstance(m, torch.nn.Embedding) and not obstacle(m, True)]
-        for m in others: m.forward = partial(quick_adapter, m)
+        others = [
+            m
+            for m in self.body.modules()
+            if isinstance(m, LoraLayer)
+            and not isinstance(m, torch.nn.Embedding)
+            and not obstacle(m, True)
+        ]
+        for m in others:
+            m.forward = partial(quick_adapter, m)
         self.shadowed += others
     for layer, verdict in zip(layers, found.verdicts):
         self.shadowed += [m for m, _, _ in replaced(layer, verdict.kinds, verdict.turned)]
     self.notes += [*found.notes, *sorted({note for v in found.verdicts for note in v.notes})]
-    self.rows_wise = bool(layers) and all(usual(l) for l in layers) and all("attention" in v.kinds for v in found.verdicts)
-    if not self.rows_wise: self.notes += obstacles_of(self.body)
-    if any("norm" in v.kinds for v in found.verdicts) and norm is not None and (kind := norm_kind(norm)) and norm_fits(norm, kind):
+    self.rows_wise = (
+        bool(layers)
+        and all(usual(l) for l in layers)
+        and all("attention" in v.kinds for v in found.verdicts)
+    )
+    if not self.rows_wise:
+        self.notes += obstacles_of(self.body)
+    if (
+        any("norm" in v.kinds for v in found.verdicts)
+        and norm is not None
+        and (kind := norm_kind(norm))
+        and norm_fits(norm, kind)
+    ):
         norm.forward = partial(quick_norm, norm, kind)
         self.shadowed.append(norm)
     if self.rows_wise and found.last_is_cut:
         layers[-1].forward, self.last_is_cut = partial(quick_last, layers[-1]), True
         self.shadowed.append(layers[-1])
-    elif self.rows_wise: self.notes.append(f"{type(layers[-1]).__name__}: the last one runs on all positions, for on those that are asked for ours differs")
+    elif self.rows_wise:
+        self.notes.append(
+            f"{type(layers[-1]).__name__}: the last one runs on all positions, for on those that are asked for ours differs"
+        )
     self.settle()
+
 
 @patch
 def settle(self: Quick):
     "Note what is left to PEFT, and whether autocast is needed."
-    left = Counter(why for m in self.body.modules() if isinstance(m, LoraLayer) and (why := obstacle(m, True)))
-    self.notes += [note for why, n in left.items() if (note := f"{n} adapters run as PEFT wrote them: {why}") not in self.notes]
+    left = Counter(
+        why for m in self.body.modules() if isinstance(m, LoraLayer) and (why := obstacle(m, True))
+    )
+    self.notes += [
+        note
+        for why, n in left.items()
+        if (note := f"{n} adapters run as PEFT wrote them: {why}") not in self.notes
+    ]
     whole = any(p.requires_grad and "lora_" not in n for n, p in self.body.named_parameters())
     self.mixed = self.dtype is torch.bfloat16 and bool(whole or left or not self.rows_wise)
 
 # %% ../../nbs/fast/patching.ipynb #c019s1
-ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}    # relative, of last hidden states and logits; in 16 bits they move by some hundredths
+ROUNDING = {
+    torch.float32: 1e-3,
+    torch.float64: 1e-3,
+}  # relative, of last hidden states and logits; in 16 bits they move by some hundredths
+
 
 @contextmanager
 def scoring(model):
@@ -462,24 +677,31 @@ def scoring(model):
     trained = [m for m in model.modules() if m.training]
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for m in trained: m.training = False
+            for m in trained:
+                m.training = False
             yield
     finally:
-        for m in trained: m.training = True
+        for m in trained:
+            m.training = True
+
 
 def relative_gap(a, b) -> float:
     "The distance of two tensors, relative to the second; infinite where it is no number."
-    gap = float((a.float() - b.float()).norm()/b.float().norm().clamp(min=1e-12))
+    gap = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-12))
     return gap if gap == gap else float("inf")
+
 
 @patch
 def head_gap(self: Quick, ids) -> float:
     "How far the library's logits are from its head on its last hidden states; 0 for a model without such a head."
-    if self.head is None: return 0.0
+    if self.head is None:
+        return 0.0
     logits = plain_model(self.model)(input_ids=ids, use_cache=False).logits
     ours = self.head(self.body(input_ids=ids, use_cache=False).last_hidden_state).float()
-    if self.softcap: ours = self.softcap*torch.tanh(ours/self.softcap)
+    if self.softcap:
+        ours = self.softcap * torch.tanh(ours / self.softcap)
     return relative_gap(ours, logits)
+
 
 @patch
 def verify(self: Quick):
@@ -493,23 +715,36 @@ def verify(self: Quick):
         quick, cut = self.hidden(ids, positions), self.hidden(ids, positions, keep=keep)
         shadows = [(m, m.__dict__.pop("forward")) for m in dict.fromkeys(self.shadowed)]
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            plain = self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            plain = self.body(
+                input_ids=ids, position_ids=positions, use_cache=False
+            ).last_hidden_state
             logits_gap = self.head_gap(ids[:, :8])
-    if logits_gap > limit: self.leave_head(logits_gap)
+    if logits_gap > limit:
+        self.leave_head(logits_gap)
     gap = max(relative_gap(quick, plain), relative_gap(cut, plain[:, keep]))
-    if gap >= limit: return self.step_back(shadows, gap)
-    for m, forward in shadows: m.forward = forward
+    if gap >= limit:
+        return self.step_back(shadows, gap)
+    for m, forward in shadows:
+        m.forward = forward
+
 
 @patch
 def step_back(self: Quick, shadows, gap):
     "Let the library handle the rows, and look again; then everything."
     what = "its rows are" if self.rows_wise else "all of it is"
-    self.notes.append(f"{type(self.body).__name__}: {what} left to transformers, for with ours the last hidden states differ by {gap:.0e}")
-    again = [(m, f) for m, f in shadows if self.rows_wise and getattr(f, "func", None) is not quick_last]
-    for m, forward in again: m.forward = forward
+    self.notes.append(
+        f"{type(self.body).__name__}: {what} left to transformers, for with ours the last hidden states differ by {gap:.0e}"
+    )
+    again = [
+        (m, f) for m, f in shadows if self.rows_wise and getattr(f, "func", None) is not quick_last
+    ]
+    for m, forward in again:
+        m.forward = forward
     self.shadowed, self.rows_wise, self.last_is_cut = [m for m, _ in again], False, False
     self.settle()
-    if again: self.verify()
+    if again:
+        self.verify()
+
 
 @patch
 def leave_head(self: Quick, gap):
@@ -518,51 +753,77 @@ def leave_head(self: Quick, gap):
 
 # %% ../../nbs/fast/patching.ipynb #c021
 @patch
-def hidden(self: Quick,
-    input_ids,              # (1, T): rows end to end; or (B, L), padded, with attention_mask
-    position_ids=None,      # (1, T): from 0 in every row
-    starts=None,            # where each row begins, instead of position_ids
-    attention_mask=None,    # (B, L)
-    keep=None,              # 1-D, sorted: the positions wanted; None: all
-):                          # (1, T or len(keep), width); (B, L, width) for padded rows
+def hidden(
+    self: Quick,
+    input_ids,  # (1, T): rows end to end; or (B, L), padded, with attention_mask
+    position_ids=None,  # (1, T): from 0 in every row
+    starts=None,  # where each row begins, instead of position_ids
+    attention_mask=None,  # (B, L)
+    keep=None,  # 1-D, sorted: the positions wanted; None: all
+):  # (1, T or len(keep), width); (B, L, width) for padded rows
     "The last hidden states, after the final norm. No row sees another."
     with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.mixed):
-        h = self.padded(input_ids, attention_mask) if attention_mask is not None else self.packed(input_ids, position_ids, starts, keep)
+        h = (
+            self.padded(input_ids, attention_mask)
+            if attention_mask is not None
+            else self.packed(input_ids, position_ids, starts, keep)
+        )
     return h.to(self.dtype or h.dtype)
 
 # %% ../../nbs/fast/patching.ipynb #c021x1
 def positions(starts, n, device):
     "Positions (1, n) that begin at 0 at every start."
-    at, i = torch.tensor([s for s in starts if s < n], device=device), torch.arange(n, device=device)
+    at, i = (
+        torch.tensor([s for s in starts if s < n], device=device),
+        torch.arange(n, device=device),
+    )
     return (i - at[torch.searchsorted(at, i, right=True) - 1])[None]
+
 
 @patch
 def packed(self: Quick, input_ids, position_ids, starts, keep):
     "Rows end to end."
     n, device = input_ids.shape[1], input_ids.device
-    if position_ids is None: position_ids = positions([0] if starts is None else list(map(int, starts)), n, device)
-    if not self.packs and len(rows_of(position_ids)[0].spans) > 1: raise MedftError(f"{type(self.body).__name__} carries state from row to row: its rows cannot be packed")
-    given, wanted = dict(input_ids=input_ids, position_ids=position_ids, use_cache=False), keep is not None and len(keep) > 0
-    if not self.rows_wise: h = self.body(**given).last_hidden_state; return h if keep is None else h[:, keep]
+    if position_ids is None:
+        position_ids = positions([0] if starts is None else list(map(int, starts)), n, device)
+    if not self.packs and len(rows_of(position_ids)[0].spans) > 1:
+        raise MedftError(
+            f"{type(self.body).__name__} carries state from row to row: its rows cannot be packed"
+        )
+    given, wanted = (
+        dict(input_ids=input_ids, position_ids=position_ids, use_cache=False),
+        keep is not None and len(keep) > 0,
+    )
+    if not self.rows_wise:
+        h = self.body(**given).last_hidden_state
+        return h if keep is None else h[:, keep]
     whole, last = rows_of(position_ids, keep)
-    h = self.body(**given, attention_mask=torch.zeros(1, 1, 1, 1, device=device), rows=whole, last=last).last_hidden_state      # four dimensions: a mask that is left alone
-    if keep is None: return h
-    if not wanted: return h[:, :0]
+    h = self.body(
+        **given, attention_mask=torch.zeros(1, 1, 1, 1, device=device), rows=whole, last=last
+    ).last_hidden_state  # four dimensions: a mask that is left alone
+    if keep is None:
+        return h
+    if not wanted:
+        return h[:, :0]
     return h[:, torch.searchsorted(last.cover, keep)] if self.last_is_cut else h[:, keep]
 
 # %% ../../nbs/fast/patching.ipynb #c021x1x1
 @patch
 def padded(self: Quick, input_ids, mask):
     "Padded rows, taken out of their padding where they can be."
-    if not self.rows_wise: return self.body(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-    real = mask.bool(); at = (real.cumsum(1) - 1)[real]
+    if not self.rows_wise:
+        return self.body(
+            input_ids=input_ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+    real = mask.bool()
+    at = (real.cumsum(1) - 1)[real]
     h = self.packed(input_ids[real][None], at[None], None, None)[0]
     return h.new_zeros(*mask.shape, h.shape[-1]).index_put((real,), h)
 
 # %% ../../nbs/fast/patching.ipynb #c022
 def quicken(
-    model,          # a transformers model, with or without PEFT's adapters
-    dtype=None,     # of the computation and the frozen weights: torch.bfloat16, or None for that of the weights
+    model,  # a transformers model, with or without PEFT's adapters
+    dtype=None,  # of the computation and the frozen weights: torch.bfloat16, or None for that of the weights
 ) -> Quick:
     "Make a model's body quick, in place. Its weights, their names and its plain forward pass stay."
     return Quick(model, dtype)

@@ -11,27 +11,38 @@ __all__ = ['TASK_TYPES', 'NOT_TEXT', 'lora_config', 'adapted', 'adapted_modules'
            'checkpoints_kept', 'disk_need', 'check_disk']
 
 # %% ../../nbs/model/adapters.ipynb #c002
-from ..core.run import MedftError, Recipe, device, moves_base, nearest  # first: it sets switches that the libraries read
-from .families import adapter_kind, count, freeze_vision, load_config, lora_targets, meta_model
+from ..core.run import MedftError, Recipe, device, moves_base, nearest
+from medft.model.families import (
+    adapter_kind,
+    count,
+    freeze_vision,
+    load_config,
+    lora_targets,
+    meta_model,
+)
 
-import shutil, warnings
+import shutil
+import warnings
 from pathlib import Path
 
-import psutil, torch
+import psutil
+import torch
 from transformers import BitsAndBytesConfig
 
 # %% ../../nbs/model/adapters.ipynb #c005
 TASK_TYPES = dict(classification="SEQ_CLS", generative="CAUSAL_LM", pretraining="CAUSAL_LM")
 NOT_TEXT = r".*(vision_tower|multi_modal_projector).*"
 
+
 def lora_config(
     recipe: Recipe,
-    config=None,    # the base's configuration; None: looked up
-):                  # None when every weight is trained
+    config=None,  # the base's configuration; None: looked up
+):  # None when every weight is trained
     "PEFT's configuration for the recipe's adapter, its target modules spelled out for the base's family. Raises `MedftError`."
     if recipe.lora is None:
         return None
     from peft import LoraConfig
+
     given, config = recipe.lora.given(), config or load_config(recipe)
     targets = given.get("target_modules")
     if targets in (None, "all-linear") and (targets or not given.get("target_parameters")):
@@ -48,23 +59,32 @@ def lora_config(
 def adapted(recipe, shapes, config=None):
     "A model without memory, with the recipe's adapter on it."
     from peft import get_peft_model
+
     given = lora_config(recipe, config or shapes.config)
     given.init_lora_weights = True
-    with warnings.catch_warnings():     # tied ends are refused by name below
+    with warnings.catch_warnings():  # tied ends are refused by name below
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         return get_peft_model(shapes, given)
 
+
 def adapted_modules(recipe, shapes) -> list[str]:
     "The modules an adapter would be put on, by PEFT's own rule."
-    return [n.removeprefix("base_model.model.") for n, m in adapted(recipe, shapes).named_modules() if hasattr(m, "lora_A")]
+    return [
+        n.removeprefix("base_model.model.")
+        for n, m in adapted(recipe, shapes).named_modules()
+        if hasattr(m, "lora_A")
+    ]
 
 # %% ../../nbs/model/adapters.ipynb #c012
-def leaves(model) -> list[str]: return sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+def leaves(model) -> list[str]:
+    return sorted(
+        {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    )
 
 
 def check_names(
     recipe: Recipe,
-    model,      # the base, without memory and adapter
+    model,  # the base, without memory and adapter
 ):
     "Raise `MedftError` when the lora section names a module, parameter, layer or token that the base lacks."
     lora, text = recipe.lora, model.config.get_text_config()
@@ -80,10 +100,14 @@ def check_names(
     layers, tokens = lora.layers_to_transform, lora.trainable_token_indices or []
     for layer in [layers] if isinstance(layers, int) else layers or []:
         if layer >= text.num_hidden_layers:
-            raise MedftError(f"lora.layers_to_transform: no layer {layer}; this model has {text.num_hidden_layers}, counted from 0")
+            raise MedftError(
+                f"lora.layers_to_transform: no layer {layer}; this model has {text.num_hidden_layers}, counted from 0"
+            )
     for token in sum(tokens.values(), []) if isinstance(tokens, dict) else tokens:
         if token >= text.vocab_size:
-            raise MedftError(f"lora.trainable_token_indices: no token {token}; this model has {text.vocab_size}, counted from 0")
+            raise MedftError(
+                f"lora.trainable_token_indices: no token {token}; this model has {text.vocab_size}, counted from 0"
+            )
 
 # %% ../../nbs/model/adapters.ipynb #c012s1
 def tied(model) -> bool:
@@ -94,9 +118,9 @@ def tied(model) -> bool:
 
 def check_tied(
     recipe: Recipe,
-    model,      # with the recipe's adapter on it, without memory
-    modules,    # the names of those adapted
-    is_tied,    # whether the base ties its output layer to its embedding, as from `tied`
+    model,  # with the recipe's adapter on it, without memory
+    modules,  # the names of those adapted
+    is_tied,  # whether the base ties its output layer to its embedding, as from `tied`
 ):
     """Raise `MedftError` where the output layer cannot be adapted.
 
@@ -105,13 +129,21 @@ def check_tied(
     """
     base = model.get_base_model()
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    kinds = {id(m): name for m, name in zip(ends, ("the embedding", "the output layer")) if m is not None}
+    kinds = {
+        id(m): name for m, name in zip(ends, ("the embedding", "the output layer")) if m is not None
+    }
     for name, module in base.named_modules():
         if id(module) not in kinds:
             continue
         whole, tokens = hasattr(module, "modules_to_save"), hasattr(module, "token_adapter")
         by_parameter = type(module).__name__ == "ParamWrapper"
-        by = "modules_to_save" if whole else "trainable_token_indices" if tokens else "target_modules"
+        by = (
+            "modules_to_save"
+            if whole
+            else "trainable_token_indices"
+            if tokens
+            else "target_modules"
+        )
         by = "target_parameters" if by_parameter else by
         if not (whole or tokens or name in modules or hasattr(module, "lora_embedding_A")):
             continue
@@ -130,7 +162,7 @@ def check_tied(
 # %% ../../nbs/model/adapters.ipynb #c012s3
 def check_rank(
     recipe: Recipe,
-    model,      # with the recipe's adapter on it, without memory
+    model,  # with the recipe's adapter on it, without memory
 ):
     "Raise `MedftError` when a matrix is too small to be decomposed into the rank that is asked for."
     if not moves_base(recipe):
@@ -154,110 +186,199 @@ def trainable_part(recipe, model) -> dict:
         model = adapted(recipe, model)
     except (ValueError, NotImplementedError, KeyError) as e:
         said = " ".join(str(e).splitlines()[:1]) or type(e).__name__
-        key = "target_parameters" if recipe.lora.target_parameters and not wanted else "target_modules"
-        raise MedftError(f"lora.{key}={getattr(recipe.lora, key)}: {said} This model has: {', '.join(names)}") from None
-    modules = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A")]
+        key = (
+            "target_parameters"
+            if recipe.lora.target_parameters and not wanted
+            else "target_modules"
+        )
+        raise MedftError(
+            f"lora.{key}={getattr(recipe.lora, key)}: {said} This model has: {', '.join(names)}"
+        ) from None
+    modules = [
+        n.removeprefix("base_model.model.")
+        for n, m in model.named_modules()
+        if hasattr(m, "lora_A")
+    ]
     for t in wanted if isinstance(wanted, list) else []:
         if not any(m == t or m.endswith("." + t) for m in modules):
-            raise MedftError(f"lora.target_modules: no module named {t!r}{nearest(t, names)}; this model has: {', '.join(names)}")
+            raise MedftError(
+                f"lora.target_modules: no module named {t!r}{nearest(t, names)}; this model has: {', '.join(names)}"
+            )
     check_tied(recipe, model, modules, is_tied)
     check_rank(recipe, model)
-    return dict(trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), modules=modules)
+    return dict(
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), modules=modules
+    )
 
 # %% ../../nbs/model/adapters.ipynb #c015
 def torch_dtype(recipe, where=None) -> torch.dtype:
     "The type in which weights are held, here or on another kind of device."
-    if recipe.model.dtype != "auto": return getattr(torch, recipe.model.dtype)
+    if recipe.model.dtype != "auto":
+        return getattr(torch, recipe.model.dtype)
     return torch.bfloat16 if (where or device()) == "cuda" else torch.float32
+
 
 def quantization_config(recipe):
     "transformers' bitsandbytes configuration, or None."
     q = recipe.quantization
-    if not q or not (q.load_in_4bit or q.load_in_8bit): return None
-    return BitsAndBytesConfig(**q.model_dump(exclude={"bnb_4bit_compute_dtype"}), bnb_4bit_compute_dtype=getattr(torch, q.bnb_4bit_compute_dtype))
+    if not q or not (q.load_in_4bit or q.load_in_8bit):
+        return None
+    return BitsAndBytesConfig(
+        **q.model_dump(exclude={"bnb_4bit_compute_dtype"}),
+        bnb_4bit_compute_dtype=getattr(torch, q.bnb_4bit_compute_dtype),
+    )
 
 # %% ../../nbs/model/adapters.ipynb #c017
 def quantised_part(recipe, shapes) -> int:
     "How many of a model's parameters the recipe's quantisation covers."
     q = quantization_config(recipe)
-    if q is None: return 0
+    if q is None:
+        return 0
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
+
     model = replace_with_bnb_linear(shapes, get_keys_to_not_convert(shapes), q)
-    return sum(m.in_features*m.out_features for m in model.modules() if type(m).__module__.startswith("bitsandbytes"))
+    return sum(
+        m.in_features * m.out_features
+        for m in model.modules()
+        if type(m).__module__.startswith("bitsandbytes")
+    )
 
 # %% ../../nbs/model/adapters.ipynb #c020
 def idle_part(config, model) -> int:
     "Parameters of the experts that a token does not visit."
     text = config.get_text_config()
-    all_of = next((n for k in ("n_routed_experts", "num_local_experts", "num_experts") if (n := getattr(text, k, None))), 0)
+    all_of = next(
+        (
+            n
+            for k in ("n_routed_experts", "num_local_experts", "num_experts")
+            if (n := getattr(text, k, None))
+        ),
+        0,
+    )
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-    return round(experts*(1 - text.num_experts_per_tok/all_of)) if all_of else 0
+    return round(experts * (1 - text.num_experts_per_tok / all_of)) if all_of else 0
+
 
 def sizes_of(recipe, config) -> dict:
     "Parameters: all, at work on a token, trained, quantised; and the adapted modules (None when every weight is trained)."
     model = freeze_vision(meta_model(config, recipe.task))
-    out = dict(total=count(model), active=count(model) - idle_part(config, model), quantised=quantised_part(recipe, meta_model(config, recipe.task)))
-    if recipe.lora is None: return out | dict(trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), modules=None)
+    out = dict(
+        total=count(model),
+        active=count(model) - idle_part(config, model),
+        quantised=quantised_part(recipe, meta_model(config, recipe.task)),
+    )
+    if recipe.lora is None:
+        return out | dict(
+            trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), modules=None
+        )
     return out | trainable_part(recipe, model)
 
 # %% ../../nbs/model/adapters.ipynb #c023
 def optimizer_bytes(recipe) -> int:
     "Bytes of optimizer state per trained parameter."
     name = recipe.training.optim or "adamw_torch"
-    wide = 0 if name in ("sgd", "adafactor") else 4 if "lion" in name or "rmsprop" in name or name == "adagrad" else 12 if "ademamix" in name else 8
-    return wide//4 if "8bit" in name else wide
+    wide = (
+        0
+        if name in ("sgd", "adafactor")
+        else 4
+        if "lion" in name or "rmsprop" in name or name == "adagrad"
+        else 12
+        if "ademamix" in name
+        else 8
+    )
+    return wide // 4 if "8bit" in name else wide
+
 
 def memory_estimate(recipe, counts, dtype=None) -> dict:
     "Bytes for weights (the frozen ones in `dtype`; None: as here), gradients and optimizer states; activations come on top (medft plan)."
     q, few, total = recipe.quantization, counts.get("quantised", 0), counts["total"]
-    narrow = 0.5 + (0.127/8 if q and q.bnb_4bit_use_double_quant else 4/64) if q and q.load_in_4bit else 1
+    narrow = (
+        0.5 + (0.127 / 8 if q and q.bnb_4bit_use_double_quant else 4 / 64)
+        if q and q.load_in_4bit
+        else 1
+    )
     wide = 4 if recipe.lora is None else (dtype or torch_dtype(recipe)).itemsize
-    adapter = 0 if recipe.lora is None else counts["trainable"]*4
-    return dict(weights=int((total - few)*wide + few*narrow) + adapter, gradients=counts["trainable"]*4, optimizer=counts["trainable"]*optimizer_bytes(recipe))
+    adapter = 0 if recipe.lora is None else counts["trainable"] * 4
+    return dict(
+        weights=int((total - few) * wide + few * narrow) + adapter,
+        gradients=counts["trainable"] * 4,
+        optimizer=counts["trainable"] * optimizer_bytes(recipe),
+    )
 
 # %% ../../nbs/model/adapters.ipynb #c024
 def memory_free() -> int:
     "Bytes free on the device we would train on."
     return torch.cuda.mem_get_info()[0] if device() == "cuda" else psutil.virtual_memory().available
 
+
 def check_fit(recipe, counts) -> dict:
     "The estimate and what is free. Raises `MedftError` when it cannot fit."
     need, free = memory_estimate(recipe, counts), memory_free()
     if sum(need.values()) > free:
         kind, unquantised = adapter_kind(recipe), counts["total"] - counts.get("quantised", 0)
-        ways = ["a LoRA instead of full tuning"]*(kind == "full") + ["quantization.load_in_4bit"]*(kind in ("lora", "rslora", "dora")) + ["a larger device", "a smaller model"]
-        note = f" (quantisation covers {counts['quantised']/counts['total']:.0%} of this model's weights; {unquantised/1e9:.1f} billion stay as they are)" if recipe.quantization else ""
-        raise MedftError(f"this needs {sum(need.values())/1e9:.1f} GB for weights, gradients and optimizer alone{note}, and {free/1e9:.1f} GB are free on {device()}; use {', '.join(ways[:-1])} or {ways[-1]}")
+        ways = (
+            ["a LoRA instead of full tuning"] * (kind == "full")
+            + ["quantization.load_in_4bit"] * (kind in ("lora", "rslora", "dora"))
+            + ["a larger device", "a smaller model"]
+        )
+        note = (
+            f" (quantisation covers {counts['quantised'] / counts['total']:.0%} of this model's weights; {unquantised / 1e9:.1f} billion stay as they are)"
+            if recipe.quantization
+            else ""
+        )
+        raise MedftError(
+            f"this needs {sum(need.values()) / 1e9:.1f} GB for weights, gradients and optimizer alone{note}, and {free / 1e9:.1f} GB are free on {device()}; use {', '.join(ways[:-1])} or {ways[-1]}"
+        )
     return dict(need=need, free=free)
 
 # %% ../../nbs/model/adapters.ipynb #c027
 def checkpoint_bytes(recipe, counts) -> int:
     "One checkpoint: trained weights in 32 bits, optimizer states, and the little that comes with them."
-    return counts["trainable"]*(4 + optimizer_bytes(recipe)*(not recipe.training.save_only_model)) + 2_000_000
+    return (
+        counts["trainable"] * (4 + optimizer_bytes(recipe) * (not recipe.training.save_only_model))
+        + 2_000_000
+    )
+
 
 def checkpoints_kept(recipe, steps=None) -> int:
     "How many checkpoints stand on the disk at worst."
     t = recipe.training
-    if t.save_strategy == "no": return 0
+    if t.save_strategy == "no":
+        return 0
     every = t.save_steps if t.save_strategy in (None, "steps") else None
-    saves = int(t.num_train_epochs or 3) if t.save_strategy == "epoch" else steps//int(every or 500) if steps and (every or 500) >= 1 else int(1/every) if every and every < 1 else 10
+    saves = (
+        int(t.num_train_epochs or 3)
+        if t.save_strategy == "epoch"
+        else steps // int(every or 500)
+        if steps and (every or 500) >= 1
+        else int(1 / every)
+        if every and every < 1
+        else 10
+    )
     limits = [n for n in (t.save_total_limit, recipe.output.keep_best) if n]
     return min(max(saves, 1), sum(limits) + 1) if limits else max(saves, 1)
 
+
 def disk_need(recipe, counts, steps=None) -> dict:
     "Bytes that a run of one engine will write."
-    merged = counts["total"]*2 if recipe.export.merge and recipe.lora is not None else 0
-    seeds = recipe.evaluation.seeds     # every one is trained, the first is handed over
-    return dict(checkpoints=checkpoint_bytes(recipe, counts)*checkpoints_kept(recipe, steps)*seeds, final=counts["trainable"]*4*seeds, merged=merged)
+    merged = counts["total"] * 2 if recipe.export.merge and recipe.lora is not None else 0
+    seeds = recipe.evaluation.seeds  # every one is trained, the first is handed over
+    return dict(
+        checkpoints=checkpoint_bytes(recipe, counts) * checkpoints_kept(recipe, steps) * seeds,
+        final=counts["trainable"] * 4 * seeds,
+        merged=merged,
+    )
 
 # %% ../../nbs/model/adapters.ipynb #c028
 def check_disk(recipe, counts, folder, steps=None) -> dict:
     "What will be written, for all engines, and what is free. Raises `MedftError` when there is no room."
-    need = {k: v*len(recipe.engine) for k, v in disk_need(recipe, counts, steps).items()}
+    need = {k: v * len(recipe.engine) for k, v in disk_need(recipe, counts, steps).items()}
     there = next(p for p in [Path(folder).resolve(), *Path(folder).resolve().parents] if p.exists())
     free = shutil.disk_usage(there).free
     if sum(need.values()) > free:
-        raise MedftError(f"{there} has {free/1e9:.1f} GB free, and this run would write {sum(need.values())/1e9:.1f} GB ({', '.join(f'{k} {v/1e9:.1f}' for k, v in need.items() if v)}); "
-                         "set training.save_total_limit, leave out export.merge, or choose another output.dir")
+        raise MedftError(
+            f"{there} has {free / 1e9:.1f} GB free, and this run would write {sum(need.values()) / 1e9:.1f} GB ({', '.join(f'{k} {v / 1e9:.1f}' for k, v in need.items() if v)}); "
+            "set training.save_total_limit, leave out export.merge, or choose another output.dir"
+        )
     return dict(need=need, free=free)

@@ -11,36 +11,125 @@ __all__ = ['LLAMA3', 'SIGLIP', 'NANO', 'GEMMA4B', 'PUBLISHED', 'NAMES', 'TYPES',
            'tiny_config', 'build_tiny', 'lora_targets', 'freeze_vision', 'adapter_kind', 'refusal']
 
 # %% ../../nbs/model/families.ipynb #c002
-from ..core.run import MedftError, Recipe, assets, model_path  # first: it sets switches that the libraries read
+from ..core.run import MedftError, Recipe, assets, model_path
 from ..data.chat_templates import why
 
 import copy
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
-import torch, transformers
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer
+import torch
+import transformers
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+)
 
 # %% ../../nbs/model/families.ipynb #c005
-LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-SIGLIP = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=896, patch_size=14, vision_use_head=False)
-NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"   # M Mamba, E experts, * attention
-GEMMA4B = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, sliding_window=1024, rope_scaling=dict(rope_type="linear", factor=8.0))
-PUBLISHED = {   # family: (on the hub, its class of configuration, what differs from the class)
-    "llama2": ("meta-llama/Llama-2-7b-hf", "LlamaConfig", dict(max_position_embeddings=4096, rms_norm_eps=1e-5)),
-    "llama3.1": ("meta-llama/Llama-3.1-8B", "LlamaConfig", dict(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, rope_parameters=LLAMA3, rms_norm_eps=1e-5)),
-    "tinyllama": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "LlamaConfig", dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_key_value_heads=4, rms_norm_eps=1e-5)),
-    "mistral": ("mistralai/Mistral-7B-v0.1", "MistralConfig", dict(max_position_embeddings=32768, rms_norm_eps=1e-5)),
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+SIGLIP = dict(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    image_size=896,
+    patch_size=14,
+    vision_use_head=False,
+)
+NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"  # M Mamba, E experts, * attention
+GEMMA4B = dict(
+    hidden_size=2560,
+    intermediate_size=10240,
+    num_hidden_layers=34,
+    sliding_window=1024,
+    rope_scaling=dict(rope_type="linear", factor=8.0),
+)
+PUBLISHED = {  # family: (on the hub, its class of configuration, what differs from the class)
+    "llama2": (
+        "meta-llama/Llama-2-7b-hf",
+        "LlamaConfig",
+        dict(max_position_embeddings=4096, rms_norm_eps=1e-5),
+    ),
+    "llama3.1": (
+        "meta-llama/Llama-3.1-8B",
+        "LlamaConfig",
+        dict(
+            vocab_size=128256,
+            intermediate_size=14336,
+            num_key_value_heads=8,
+            max_position_embeddings=131072,
+            rope_parameters=LLAMA3,
+            rms_norm_eps=1e-5,
+        ),
+    ),
+    "tinyllama": (
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        "LlamaConfig",
+        dict(
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=22,
+            num_key_value_heads=4,
+            rms_norm_eps=1e-5,
+        ),
+    ),
+    "mistral": (
+        "mistralai/Mistral-7B-v0.1",
+        "MistralConfig",
+        dict(max_position_embeddings=32768, rms_norm_eps=1e-5),
+    ),
     "gemma": ("google/gemma-1.1-7b-it", "GemmaConfig", dict()),
-    "gemma3": ("google/gemma-3-1b-it", "Gemma3TextConfig", dict(vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_attention_heads=4, num_key_value_heads=1, sliding_window=512, max_position_embeddings=32768))}
+    "gemma3": (
+        "google/gemma-3-1b-it",
+        "Gemma3TextConfig",
+        dict(
+            vocab_size=262144,
+            hidden_size=1152,
+            intermediate_size=6912,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            sliding_window=512,
+            max_position_embeddings=32768,
+        ),
+    ),
+}
 
 # %% ../../nbs/model/families.ipynb #c006
 PUBLISHED |= {
-    "medgemma": ("google/medgemma-4b-it", "Gemma3Config", dict(text_config=GEMMA4B, vision_config=SIGLIP)),
-    "nemotron_h": ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "NemotronHConfig", dict(
-        hidden_size=2688, hybrid_override_pattern=NANO, num_key_value_heads=2, mamba_num_heads=64, n_routed_experts=128, num_experts_per_tok=6, moe_intermediate_size=1856,
-        moe_shared_expert_intermediate_size=3712, intermediate_size=1856, routed_scaling_factor=2.5, max_position_embeddings=262144))}
+    "medgemma": (
+        "google/medgemma-4b-it",
+        "Gemma3Config",
+        dict(text_config=GEMMA4B, vision_config=SIGLIP),
+    ),
+    "nemotron_h": (
+        "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+        "NemotronHConfig",
+        dict(
+            hidden_size=2688,
+            hybrid_override_pattern=NANO,
+            num_key_value_heads=2,
+            mamba_num_heads=64,
+            n_routed_experts=128,
+            num_experts_per_tok=6,
+            moe_intermediate_size=1856,
+            moe_shared_expert_intermediate_size=3712,
+            intermediate_size=1856,
+            routed_scaling_factor=2.5,
+            max_position_embeddings=262144,
+        ),
+    ),
+}
 NAMES = tuple(PUBLISHED)
+
 
 def published(name):
     "A family's configuration as published, without asking the hub."
@@ -48,13 +137,22 @@ def published(name):
     return getattr(transformers, cls)(**given)
 
 # %% ../../nbs/model/families.ipynb #c008
-TYPES = dict(mistral="mistral", gemma="gemma", gemma3_text="gemma3", gemma3="medgemma", nemotron_h="nemotron_h")
+TYPES = dict(
+    mistral="mistral",
+    gemma="gemma",
+    gemma3_text="gemma3",
+    gemma3="medgemma",
+    nemotron_h="nemotron_h",
+)
+
 
 def family_of(config) -> str:
     "One of NAMES, or the configuration's model_type when it is none of them."
-    if config.model_type != "llama": return TYPES.get(config.model_type, config.model_type)
+    if config.model_type != "llama":
+        return TYPES.get(config.model_type, config.model_type)
     rope = config.rope_parameters or {}
-    if rope.get("rope_type") == "llama3" or rope.get("rope_theta", 0) >= 5e5: return "llama3.1"
+    if rope.get("rope_type") == "llama3" or rope.get("rope_theta", 0) >= 5e5:
+        return "llama3.1"
     return "tinyllama" if config.num_key_value_heads < config.num_attention_heads else "llama2"
 
 # %% ../../nbs/model/families.ipynb #c011
@@ -63,37 +161,66 @@ def nemotron_classifier():
     "A sequence classifier for Nemotron-H."
     from transformers.modeling_layers import GenericForSequenceClassification
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHPreTrainedModel
-    class NemotronHForSequenceClassification(GenericForSequenceClassification, NemotronHPreTrainedModel):
+
+    class NemotronHForSequenceClassification(
+        GenericForSequenceClassification, NemotronHPreTrainedModel
+    ):
         "Nemotron-H with a linear layer over the last token's state."
-        __module__ = NemotronHPreTrainedModel.__module__    # transformers reads there which kernels of attention and experts the class may choose
+
+        __module__ = (
+            NemotronHPreTrainedModel.__module__
+        )  # transformers reads there which kernels of attention and experts the class may choose
+
     return NemotronHForSequenceClassification
 
 # %% ../../nbs/model/families.ipynb #c013
-def _in_own_type(module, args): return tuple(a.to(module.weight.dtype) for a in args)
+def _in_own_type(module, args):
+    return tuple(a.to(module.weight.dtype) for a in args)
 
-@lru_cache(maxsize=None)
+
+@cache
 def with_exact_head(cls):
     "A classifier class whose `score` stays in float32, whatever the rest is loaded in."
+
     class Exact(cls):
-        __module__, _keep_in_fp32_modules_strict = cls.__module__, {*(cls._keep_in_fp32_modules_strict or ()), "score"}
-        def __init__(self, config): super().__init__(config); self.score.register_forward_pre_hook(_in_own_type)
-    Exact.__name__ = Exact.__qualname__ = cls.__name__      # what a saved configuration calls it
+        __module__, _keep_in_fp32_modules_strict = (
+            cls.__module__,
+            {*(cls._keep_in_fp32_modules_strict or ()), "score"},
+        )
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.score.register_forward_pre_hook(_in_own_type)
+
+    Exact.__name__ = Exact.__qualname__ = cls.__name__  # what a saved configuration calls it
     return Exact
+
 
 def model_class(config, task="generative"):
     "The class that loads this configuration for a task. Raises `MedftError` when transformers has none."
-    if task == "classification" and config.model_type == "nemotron_h": return with_exact_head(nemotron_classifier())
-    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if task == "classification" else MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in known: raise MedftError(f"model.name: transformers has no {'sequence classifier' if task == 'classification' else 'causal language model'} for {config.model_type!r}")
+    if task == "classification" and config.model_type == "nemotron_h":
+        return with_exact_head(nemotron_classifier())
+    known = (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        if task == "classification"
+        else MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    if type(config) not in known:
+        raise MedftError(
+            f"model.name: transformers has no {'sequence classifier' if task == 'classification' else 'causal language model'} for {config.model_type!r}"
+        )
     return with_exact_head(known[type(config)]) if task == "classification" else known[type(config)]
 
 # %% ../../nbs/model/families.ipynb #c015
 def refuse_hub_code(
-    config,         # of any model, parts of it included
-    name: str,      # what the error calls the model
+    config,  # of any model, parts of it included
+    name: str,  # what the error calls the model
 ):
     "Raise `MedftError` when a configuration names attention or expert kernels on the hub, or weights that are no safetensors."
-    parts = [config, *(getattr(config, k) for k in config.sub_configs if getattr(config, k, None) is not None)]
+    parts = [
+        config,
+        *(getattr(config, k) for k in config.sub_configs if getattr(config, k, None) is not None),
+    ]
     for part in parts:
         for key in ("_attn_implementation", "_experts_implementation"):
             asked = getattr(part, key, None)
@@ -109,15 +236,17 @@ def refuse_hub_code(
             " which is no safetensors file; take the key out of a copy of the folder"
         )
 
+
 def config_of(
-    where,          # a folder, or a hub id
-    name=None,      # what an error calls the model; None: the same
-    **kwargs,       # AutoConfig.from_pretrained's: revision, local_files_only, ...
+    where,  # a folder, or a hub id
+    name=None,  # what an error calls the model; None: the same
+    **kwargs,  # AutoConfig.from_pretrained's: revision, local_files_only, ...
 ):
     "A configuration, read without running any code that comes with it. Raises `MedftError` for one that asks for such code."
     config = AutoConfig.from_pretrained(where, trust_remote_code=False, **kwargs)
     refuse_hub_code(config, str(name or where))
     return config
+
 
 def load_config(recipe: Recipe):
     "The base model's configuration. Raises `MedftError` when it cannot be had."
@@ -129,19 +258,55 @@ def load_config(recipe: Recipe):
     except Exception as e:
         raise MedftError(f"model.name: no model {name!r}: {why(e)}") from None
 
+
 def meta_model(config, task="generative"):
     "The model without its memory: shapes only."
-    with torch.device("meta"): return model_class(config, task)(copy.deepcopy(config))
+    with torch.device("meta"):
+        return model_class(config, task)(copy.deepcopy(config))
+
 
 def count(model, kind=torch.nn.Module) -> int:
     "Parameters of a model, or of its modules of one kind, each counted once."
-    return sum(p.numel() for p in {id(p): p for m in model.modules() if isinstance(m, kind) for p in m.parameters(recurse=kind is torch.nn.Module)}.values())
+    return sum(
+        p.numel()
+        for p in {
+            id(p): p
+            for m in model.modules()
+            if isinstance(m, kind)
+            for p in m.parameters(recurse=kind is torch.nn.Module)
+        }.values()
+    )
 
 # %% ../../nbs/model/families.ipynb #c020
-TINY = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, moe_intermediate_size=32, moe_shared_expert_intermediate_size=48, n_routed_experts=4, num_experts=4,
-            num_local_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_latent_size=32, mamba_num_heads=8, mamba_head_dim=16, n_groups=2, ssm_state_size=16,
-            chunk_size=16, num_nextn_predict_layers=0)
-EYE = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14)   # 4 × 4 patches
+TINY = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=4,
+    moe_intermediate_size=32,
+    moe_shared_expert_intermediate_size=48,
+    n_routed_experts=4,
+    num_experts=4,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    moe_latent_size=32,
+    mamba_num_heads=8,
+    mamba_head_dim=16,
+    n_groups=2,
+    ssm_state_size=16,
+    chunk_size=16,
+    num_nextn_predict_layers=0,
+)
+EYE = dict(
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=56,
+    patch_size=14,
+)  # 4 × 4 patches
+
 
 def kinds(config) -> list[str]:
     "The kinds of layers, in the order in which they first appear."
@@ -151,34 +316,54 @@ def kinds(config) -> list[str]:
 def smaller(d, layers, vocab_size, window) -> dict:
     "A text configuration's fields, shrunk."
     heads, kv = d["num_attention_heads"], d.get("num_key_value_heads") or d["num_attention_heads"]
-    own = d.get("head_dim") not in (None, d["hidden_size"]//heads)
-    d |= {k: v for k, v in TINY.items() if d.get(k)} | dict(vocab_size=vocab_size, num_hidden_layers=max(len(layers), 2))
-    if "num_key_value_heads" in d: d["num_key_value_heads"] = max(4*kv//heads, 1)
-    if d.get("head_dim"): d["head_dim"] = 32 if own else 16
-    if d.get("query_pre_attn_scalar"): d["query_pre_attn_scalar"] = d["head_dim"]
-    if d.get("sliding_window"): d["sliding_window"] = min(d["sliding_window"], window)
+    own = d.get("head_dim") not in (None, d["hidden_size"] // heads)
+    d |= {k: v for k, v in TINY.items() if d.get(k)} | dict(
+        vocab_size=vocab_size, num_hidden_layers=max(len(layers), 2)
+    )
+    if "num_key_value_heads" in d:
+        d["num_key_value_heads"] = max(4 * kv // heads, 1)
+    if d.get("head_dim"):
+        d["head_dim"] = 32 if own else 16
+    if d.get("query_pre_attn_scalar"):
+        d["query_pre_attn_scalar"] = d["head_dim"]
+    if d.get("sliding_window"):
+        d["sliding_window"] = min(d["sliding_window"], window)
     for k in ("layer_types", "layers_block_type"):
-        if d.get(k): d[k] = layers if len(layers) > 1 else layers*2
+        if d.get(k):
+            d[k] = layers if len(layers) > 1 else layers * 2
     return d
 
 # %% ../../nbs/model/families.ipynb #c022
 def shrink(
-    config,             # any real configuration
-    vocab_size=2048,    # that of the tokenizer it will be used with
-    pad=0,              # its padding token
-    end=1,              # its end token
-    window=32,          # tokens; the widest sliding window
+    config,  # any real configuration
+    vocab_size=2048,  # that of the tokenizer it will be used with
+    pad=0,  # its padding token
+    end=1,  # its end token
+    window=32,  # tokens; the widest sliding window
 ):
     "The same architecture with a few hundred thousand parameters. Raises `MedftError` when it stays large."
     d, text = config.to_dict(), config.get_text_config()
     ids = dict(pad_token_id=pad, eos_token_id=end, bos_token_id=None, dtype="float32")
-    if "text_config" not in d: d = smaller(d, kinds(text), vocab_size, window) | ids
+    if "text_config" not in d:
+        d = smaller(d, kinds(text), vocab_size, window) | ids
     else:
-        d |= ids | dict(text_config=smaller(d["text_config"], kinds(text), vocab_size, window) | ids, vision_config=(d.get("vision_config") or {}) | EYE)
-        d |= dict(mm_tokens_per_image=4, image_token_index=vocab_size, boi_token_index=vocab_size + 1, eoi_token_index=vocab_size + 2)   # no text token is taken for an image
+        d |= ids | dict(
+            text_config=smaller(d["text_config"], kinds(text), vocab_size, window) | ids,
+            vision_config=(d.get("vision_config") or {}) | EYE,
+        )
+        d |= dict(
+            mm_tokens_per_image=4,
+            image_token_index=vocab_size,
+            boi_token_index=vocab_size + 1,
+            eoi_token_index=vocab_size + 2,
+        )  # no text token is taken for an image
     small = type(config).from_dict(d)
-    if (n := count(meta_model(small))) > 2_000_000: raise MedftError(f"a {config.model_type} model cannot be made tiny by rule: {n:,} parameters are left")
+    if (n := count(meta_model(small))) > 2_000_000:
+        raise MedftError(
+            f"a {config.model_type} model cannot be made tiny by rule: {n:,} parameters are left"
+        )
     return small
+
 
 def tiny_config(name, vocab_size=2048):
     "A family's configuration, tiny, with a layer of every kind that the family has."
@@ -186,11 +371,11 @@ def tiny_config(name, vocab_size=2048):
 
 # %% ../../nbs/model/families.ipynb #c026
 def build_tiny(
-    name,                   # a family's name, or any configuration that is already small
-    folder,                 # where it is written
+    name,  # a family's name, or any configuration that is already small
+    folder,  # where it is written
     seed=0,
     task="generative",
-    dtype=torch.float32,    # of the stored weights
+    dtype=torch.float32,  # of the stored weights
 ) -> Path:
     "A random tiny model and the shipped tokenizer, loadable like any other."
     config = tiny_config(name) if isinstance(name, str) else name
@@ -199,39 +384,60 @@ def build_tiny(
         model = model_class(config, task)(config).to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(assets()/"tiny_base").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(assets() / "tiny_base").save_pretrained(folder)
     return Path(folder)
 
 # %% ../../nbs/model/families.ipynb #c031
 TEXT_ONLY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-TARGETS = {"medgemma": TEXT_ONLY, "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj"]}
+TARGETS = {
+    "medgemma": TEXT_ONLY,
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj"],
+}
+
 
 def lora_targets(config, task="generative"):
     "What lora.target_modules: all-linear stands for in this family: PEFT's own word, a list of names, or a pattern."
-    return TARGETS.get(family_of(config), TEXT_ONLY if hasattr(config, "vision_config") else "all-linear")
+    return TARGETS.get(
+        family_of(config), TEXT_ONLY if hasattr(config, "vision_config") else "all-linear"
+    )
 
 # %% ../../nbs/model/families.ipynb #c034
 def freeze_vision(model):
     "Leave everything of a multimodal model but its language model and its heads as it is."
     if hasattr(model.config, "vision_config"):
         for name, p in model.named_parameters():
-            if not any(part in name for part in ("language_model", "lm_head", "score")): p.requires_grad_(False)
+            if not any(part in name for part in ("language_model", "lm_head", "score")):
+                p.requires_grad_(False)
     return model
 
 # %% ../../nbs/model/families.ipynb #c037
 ADAPTERS = ("full", "lora", "qlora", "8bit", "dora", "rslora")
 
+
 def adapter_kind(recipe) -> str:
     "How a recipe trains: one of ADAPTERS. What decides over whether it can be done comes first."
     q, l = recipe.quantization, recipe.lora
-    if l is None: return "full"
-    if l.use_dora: return "dora"
-    return "8bit" if q and q.load_in_8bit else "qlora" if q and q.load_in_4bit else "rslora" if l.use_rslora else "lora"
+    if l is None:
+        return "full"
+    if l.use_dora:
+        return "dora"
+    return (
+        "8bit"
+        if q and q.load_in_8bit
+        else "qlora"
+        if q and q.load_in_4bit
+        else "rslora"
+        if l.use_rslora
+        else "lora"
+    )
 
 # %% ../../nbs/model/families.ipynb #c038
 def refusal(family, task, adapter, engine) -> str | None:
     "Why a combination is refused; None when it works."
-    if engine in ("trl", "fast"): return None       # the second leaves to the first's step what its own does not know
-    if task == "classification": return "unsloth has no sequence classifier on a CPU: asked for one, it loads a causal model without a word; use engine: [trl, fast]"
-    if adapter == "8bit": return "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl, fast]"
+    if engine in ("trl", "fast"):
+        return None  # the second leaves to the first's step what its own does not know
+    if task == "classification":
+        return "unsloth has no sequence classifier on a CPU: asked for one, it loads a causal model without a word; use engine: [trl, fast]"
+    if adapter == "8bit":
+        return "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl, fast]"
     return None

@@ -9,35 +9,56 @@ __all__ = ['WITHOUT_EFFECT', 'LEARNED', 'EDGE', 'PARTS', 'rows_hash', 'edges', '
            'set_aside', 'refuse_stale']
 
 # %% ../../nbs/model/fingerprints.ipynb #b000y
-from ..core.run import MedftError, model_path, read_json  # first: it sets switches that the libraries read
+from ..core.run import MedftError, model_path, read_json
+from ..data.chat_templates import rendering
 from ..data.pipeline import load_split, load_tokenizer
 from .families import load_config
-from ..data.chat_templates import rendering
 
-import hashlib, json, os
+import hashlib
+import json
+import os
 from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
 
 # %% ../../nbs/model/fingerprints.ipynb #b002
-WITHOUT_EFFECT = tuple("""
+WITHOUT_EFFECT = tuple(
+    """
     logging_steps logging_first_step logging_strategy log_level disable_tqdm
     save_steps save_strategy save_total_limit eval_steps eval_strategy eval_delay
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor torch_empty_cache_steps
-""".split())    # keys of training that leave the trained weights as they are
+""".split()
+)  # keys of training that leave the trained weights as they are
 
-LEARNED = ("input_ids", "completion_mask", "label", "documents", "seq_lengths")     # columns that training reads
+LEARNED = (
+    "input_ids",
+    "completion_mask",
+    "label",
+    "documents",
+    "seq_lengths",
+)  # columns that training reads
+
 
 def _add(h, column):
     "Add an Arrow column to a hash: its values, and how long each row is."
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(column, pa.ChunkedArray): column = pa.concat_arrays(column.chunks)
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks)
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        h.update(column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False).astype("int64").tobytes())
+        h.update(
+            column.value_lengths()
+            .fill_null(-1)
+            .to_numpy(zero_copy_only=False)
+            .astype("int64")
+            .tobytes()
+        )
         column = column.flatten()
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type): h.update(json.dumps(column.to_pylist()).encode())
-    else: h.update(column.fill_null(-1).to_numpy(zero_copy_only=False).astype("int64").tobytes())
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        h.update(json.dumps(column.to_pylist()).encode())
+    else:
+        h.update(column.fill_null(-1).to_numpy(zero_copy_only=False).astype("int64").tobytes())
+
 
 @lru_cache(maxsize=32)
 def _rows_hash(folder, name, stamp):
@@ -45,26 +66,35 @@ def _rows_hash(folder, name, stamp):
     ds = load_split(_At(folder), name).with_format("arrow")
     for column in (c for c in LEARNED if c in ds.column_names):
         h.update(column.encode())
-        for batch in ds.select_columns([column]).iter(10_000): _add(h, batch[column])
+        for batch in ds.select_columns([column]).iter(10_000):
+            _add(h, batch[column])
     return h.hexdigest()
+
 
 class _At:
     "What `load_split` reads of a run."
-    def __init__(self, path): self.path = Path(path)
+
+    def __init__(self, path):
+        self.path = Path(path)
+
 
 def rows_hash(run) -> str | None:
     "SHA-256 of the rows that a run trains on and is validated on while it trains; None before they are prepared."
     found = {}
     for name in ("train", "validation"):
-        folder = run.path/"data"/name
-        if not folder.is_dir(): continue
+        folder = run.path / "data" / name
+        if not folder.is_dir():
+            continue
         files = sorted(folder.glob("*.arrow"))
         stamp = tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
         found[name] = _rows_hash(str(run.path.resolve()), name, stamp)
     return hashlib.sha256(json.dumps(found).encode()).hexdigest() if "train" in found else None
 
 # %% ../../nbs/model/fingerprints.ipynb #b003
-EDGE = 1 << 20      # bytes read at both ends of a weight file; its beginning holds the names and places of all tensors
+EDGE = (
+    1 << 20
+)  # bytes read at both ends of a weight file; its beginning holds the names and places of all tensors
+
 
 def edges(path: Path) -> str:
     "SHA-256 of a file's size, and of its first and last megabyte; of all of it where it is small."
@@ -77,52 +107,84 @@ def edges(path: Path) -> str:
             h.update(f.read())
     return h.hexdigest()
 
+
 def base_hash(recipe) -> str:
     "What tells a base from any other: its commit on the hub, or its files; its tokenizer and how that writes conversations."
-    folder, config, tok = Path(model_path(recipe.model.name)), load_config(recipe), load_tokenizer(recipe)
+    folder, config, tok = (
+        Path(model_path(recipe.model.name)),
+        load_config(recipe),
+        load_tokenizer(recipe),
+    )
     if folder.is_dir():
-        kept = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".") and p.suffix not in (".md", ".txt")]
+        kept = [
+            p
+            for p in sorted(folder.iterdir())
+            if p.is_file() and not p.name.startswith(".") and p.suffix not in (".md", ".txt")
+        ]
         files = {p.name: edges(p) for p in kept}
-    else: files = getattr(config, "_commit_hash", None)
+    else:
+        files = getattr(config, "_commit_hash", None)
     return hashlib.sha256(json.dumps([files, rendering(tok)]).encode()).hexdigest()
+
 
 def keys_hash(recipe) -> str:
     "SHA-256 of the keys that decide the trained weights, the rows given."
-    told = {k: getattr(recipe, k).given() if getattr(recipe, k) is not None else None for k in ("model", "quantization", "lora", "training")}
+    told = {
+        k: getattr(recipe, k).given() if getattr(recipe, k) is not None else None
+        for k in ("model", "quantization", "lora", "training")
+    }
     told["model"] = recipe.model.model_dump()
-    if recipe.quantization is not None: told["quantization"] = recipe.quantization.model_dump()
-    told["training"] = {k: v for k, v in told["training"].items() if k not in WITHOUT_EFFECT and v is not None}
-    return hashlib.sha256(json.dumps(told | dict(seed=recipe.seed), sort_keys=True, default=str).encode()).hexdigest()
+    if recipe.quantization is not None:
+        told["quantization"] = recipe.quantization.model_dump()
+    told["training"] = {
+        k: v for k, v in told["training"].items() if k not in WITHOUT_EFFECT and v is not None
+    }
+    return hashlib.sha256(
+        json.dumps(told | dict(seed=recipe.seed), sort_keys=True, default=str).encode()
+    ).hexdigest()
 
-PARTS = dict(rows="the rows", base="the base model, its tokenizer or template", keys="the recipe's keys")
+
+PARTS = dict(
+    rows="the rows", base="the base model, its tokenizer or template", keys="the recipe's keys"
+)
+
 
 def belongs_to(run) -> dict:
     "What a training of this run belongs to, as it is now."
     return dict(rows=rows_hash(run), base=base_hash(run.recipe), keys=keys_hash(run.recipe))
 
+
 def changed(
-    then: dict | None,  # `belongs_to`, as it was written down; None: by a version that wrote nothing
+    then: dict
+    | None,  # `belongs_to`, as it was written down; None: by a version that wrote nothing
     now: dict,
 ) -> list[str]:
     "In words, what has changed since."
-    return [words for part, words in PARTS.items() if then and now.get(part) and then.get(part) and then[part] != now[part]]
+    return [
+        words
+        for part, words in PARTS.items()
+        if then and now.get(part) and then.get(part) and then[part] != now[part]
+    ]
+
 
 def set_aside(run, engine) -> Path | None:
     "Move all that an engine has made, and what was reported of it, out of the way; nothing is deleted. Returns where it is."
-    if not (run.path/engine).is_dir(): return None
+    if not (run.path / engine).is_dir():
+        return None
     numbers = (f"{engine}-{i}" for i in range(1, 10**6))
-    place = next(p for n in numbers if not (p := run.path/"earlier"/n).exists())
+    place = next(p for n in numbers if not (p := run.path / "earlier" / n).exists())
     place.parent.mkdir(exist_ok=True)
-    os.replace(run.path/engine, place)
-    (run.path/engine).mkdir()
+    os.replace(run.path / engine, place)
+    (run.path / engine).mkdir()
     for name in ("metrics.json", "export.json"):
-        if (run.path/name).exists(): os.replace(run.path/name, place/name)
+        if (run.path / name).exists():
+            os.replace(run.path / name, place / name)
     return place
 
 # %% ../../nbs/model/fingerprints.ipynb #b006
 def refuse_stale(run, engine):
     "Raise `MedftError` when an engine was trained on other rows, from another base or by other keys than the run has now."
-    then = read_json(run.path/engine/"training.json", {}).get("belongs")
+    then = read_json(run.path / engine / "training.json", {}).get("belongs")
     why = changed(then, belongs_to(run)) if then else []
     if why:
         raise MedftError(

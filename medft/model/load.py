@@ -10,11 +10,19 @@ __all__ = ['PICKLED', 'HEADS', 'keep_4bit_exact', 'ready', 'labels_of', 'task_co
            'compare_with_files', 'check_origin', 'read_back', 'load_tuned']
 
 # %% ../../nbs/02_model.ipynb #c003
-from ..core.run import MedftError, Recipe, device, model_path, open_run, read_json, seed_everything  # first: it sets switches that the libraries read
-from .adapters import lora_config, quantization_config, torch_dtype
-from .fingerprints import refuse_stale
+from medft.core.run import (
+    MedftError,
+    Recipe,
+    device,
+    model_path,
+    open_run,
+    read_json,
+    seed_everything,
+)
 from ..data.pipeline import ensure_data, load_split, load_tokenizer
+from .adapters import lora_config, quantization_config, torch_dtype
 from .families import config_of, freeze_vision, load_config, model_class
+from .fingerprints import refuse_stale
 from .preflight import check_attention, check_stored, inspect, preflight
 
 from contextlib import contextmanager
@@ -29,50 +37,80 @@ from transformers.utils import cached_file, logging
 def keep_4bit_exact(model):
     "Stop 4-bit layers from repacking themselves on a CPU: their gradients would be wrong afterwards."
     for m in model.modules():
-        if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False
+        if hasattr(m, "support_avx512bf16_for_cpu"):
+            m.support_avx512bf16_for_cpu = False
     return model
+
 
 def ready(model):
     "A loaded model, made safe to use: exact in 4 bits, vision frozen, a classifier's head in float32, in eval mode."
-    if hasattr(model, "score"): model.score.float()
+    if hasattr(model, "score"):
+        model.score.float()
     return freeze_vision(keep_4bit_exact(model)).eval()
+
 
 def labels_of(run) -> list[str] | None:
     "The names of the run's labels, in order, as the data stage found them; None for other tasks."
-    return read_json(run.path/"data"/"report.json", {}).get("labels") if run.recipe.task == "classification" else None
+    return (
+        read_json(run.path / "data" / "report.json", {}).get("labels")
+        if run.recipe.task == "classification"
+        else None
+    )
 
 # %% ../../nbs/02_model.ipynb #c008
 def task_config(recipe, labels=None):
     "The base's configuration with what the task adds: labels, and the token that pads."
     config = load_config(recipe)
-    if recipe.task != "classification": return config
+    if recipe.task != "classification":
+        return config
     labels = labels or recipe.dataset.labels
-    n, said = recipe.model.num_labels, labels or [f"LABEL_{i}" for i in range(recipe.model.num_labels or config.num_labels)]
-    if n and n != len(said): raise MedftError(f"model.num_labels={n}, and the data have {len(said)}: {', '.join(map(str, said))}")
-    config.id2label, config.label2id = dict(enumerate(map(str, said))), {str(x): i for i, x in enumerate(said)}
-    for c in (config, config.get_text_config()): c.pad_token_id = load_tokenizer(recipe).pad_token_id
+    n, said = (
+        recipe.model.num_labels,
+        labels or [f"LABEL_{i}" for i in range(recipe.model.num_labels or config.num_labels)],
+    )
+    if n and n != len(said):
+        raise MedftError(
+            f"model.num_labels={n}, and the data have {len(said)}: {', '.join(map(str, said))}"
+        )
+    config.id2label, config.label2id = (
+        dict(enumerate(map(str, said))),
+        {str(x): i for i, x in enumerate(said)},
+    )
+    for c in (config, config.get_text_config()):
+        c.pad_token_id = load_tokenizer(recipe).pad_token_id
     return config
 
 # %% ../../nbs/02_model.ipynb #c009
 @contextmanager
 def quietly():
     "Without transformers' report on what a checkpoint lacks: `check_loaded` reads it."
-    before = logging.get_verbosity(); logging.set_verbosity_error()
-    try: yield
-    finally: logging.set_verbosity(before)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
 
 def seed_head(model, seed):
     "Draw a classifier's head from a seed, apart from every other random number."
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-    drawn = torch.normal(0.0, std, model.score.weight.shape, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.normal(
+        0.0, std, model.score.weight.shape, generator=torch.Generator().manual_seed(seed)
+    )
     model.score.weight.data = drawn.to(model.score.weight.device)
 
 # %% ../../nbs/02_model.ipynb #c010
 def refuse_pickles(recipe):
     "Raise `MedftError` when a model's folder holds its weights as pickles only, which run code when they are opened."
     folder = Path(model_path(recipe.model.name))
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin")):
+    if (
+        folder.is_dir()
+        and not any(folder.glob("*.safetensors"))
+        and any(folder.glob("pytorch_model*.bin"))
+    ):
         raise MedftError(PICKLED.format(recipe.model.name))
+
 
 PICKLED = (
     "model.name: the weights of {0!r} are pickles (pytorch_model.bin), which run code when they are opened, so medft never"
@@ -80,9 +118,10 @@ PICKLED = (
     " AutoModelForCausalLM.from_pretrained({0!r}).save_pretrained(FOLDER), and the tokenizer beside them"
 )
 
+
 def check_source(
     recipe: Recipe,
-    config,             # the base's configuration
+    config,  # the base's configuration
 ):
     "Raise `MedftError` for a base that would be loaded with code from elsewhere, or that is stored in a form not trained here."
     check_attention(recipe, None, config)
@@ -90,9 +129,10 @@ def check_source(
     if not recipe.model.from_config:
         refuse_pickles(recipe)
 
+
 def load_base(
     recipe: Recipe,
-    labels=None,    # names of the labels, in order; None: those of the recipe
+    labels=None,  # names of the labels, in order; None: those of the recipe
 ):
     "The base model, ready to be adapted or scored: right class, type, quantisation and device, in eval mode."
     config, where, quantization = task_config(recipe, labels), device(), quantization_config(recipe)
@@ -102,7 +142,7 @@ def load_base(
     if recipe.model.from_config:
         seed_everything(recipe.seed)
         return ready(cls._from_config(config, **kwargs).to(where))
-    placed = bool(quantization) or where == "cuda"      # put on the device while it is read
+    placed = bool(quantization) or where == "cuda"  # put on the device while it is read
     try:
         with quietly():
             model, info = cls.from_pretrained(
@@ -119,7 +159,9 @@ def load_base(
     except (OSError, ImportError, RuntimeError) as e:
         if "use_safetensors" in str(e):
             raise MedftError(PICKLED.format(recipe.model.name)) from None
-        raise MedftError(f"model.name: cannot load {recipe.model.name!r}: {str(e).splitlines()[0]}") from None
+        raise MedftError(
+            f"model.name: cannot load {recipe.model.name!r}: {str(e).splitlines()[0]}"
+        ) from None
     if "score.weight" in info["missing_keys"]:
         seed_head(model, recipe.seed)
     check_loaded(recipe, model, info)
@@ -128,24 +170,46 @@ def load_base(
 # %% ../../nbs/02_model.ipynb #c012
 HEADS = ("score", "lm_head")
 
+
 def check_loaded(recipe, model, info=None):
     "Raise `MedftError` when a loaded model is not what the recipe asked for."
     missing = sorted(k for k in (info or {}).get("missing_keys", ()) if k != "score.weight")
-    if missing: raise MedftError(f"model.name: {recipe.model.name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])}, ...): they would start random")
+    if missing:
+        raise MedftError(
+            f"model.name: {recipe.model.name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])}, ...): they would start random"
+        )
     kind = {n: type(m).__name__ for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    asked = {"qlora": "Linear4bit", "8bit": "Linear8bitLt"}.get("qlora" if recipe.quantization and recipe.quantization.load_in_4bit else "8bit" if recipe.quantization and recipe.quantization.load_in_8bit else "")
-    if asked and asked not in kind.values(): raise MedftError(f"quantization: asked for {asked}, and no layer of {type(model).__name__} is one")
-    if not asked and (odd := {k for k in kind.values() if k in ("Linear4bit", "Linear8bitLt")}): raise MedftError(f"quantization: not asked for, and the model holds {', '.join(odd)}; {recipe.model.name!r} is stored quantised: choose its full-precision files")
-    if bad := [n for n, k in kind.items() if n.split(".")[-1] in HEADS and k != "Linear"]: raise MedftError(f"quantization: {bad[0]} is quantised, and must not be")
+    asked = {"qlora": "Linear4bit", "8bit": "Linear8bitLt"}.get(
+        "qlora"
+        if recipe.quantization and recipe.quantization.load_in_4bit
+        else "8bit"
+        if recipe.quantization and recipe.quantization.load_in_8bit
+        else ""
+    )
+    if asked and asked not in kind.values():
+        raise MedftError(
+            f"quantization: asked for {asked}, and no layer of {type(model).__name__} is one"
+        )
+    if not asked and (odd := {k for k in kind.values() if k in ("Linear4bit", "Linear8bitLt")}):
+        raise MedftError(
+            f"quantization: not asked for, and the model holds {', '.join(odd)}; {recipe.model.name!r} is stored quantised: choose its full-precision files"
+        )
+    if bad := [n for n, k in kind.items() if n.split(".")[-1] in HEADS and k != "Linear"]:
+        raise MedftError(f"quantization: {bad[0]} is quantised, and must not be")
 
 # %% ../../nbs/02_model.ipynb #c012s1
 def weight_files(
     recipe: Recipe,
-    config,                 # the base's configuration
-) -> dict[str, str]:        # name of a tensor in the base's files -> the safetensors file that holds it
+    config,  # the base's configuration
+) -> dict[str, str]:  # name of a tensor in the base's files -> the safetensors file that holds it
     "Where the base's own tensors lie. Raises `MedftError` when there are none in safetensors."
-    where, revision = model_path(recipe.model.name), recipe.model.revision or getattr(config, "_commit_hash", None)
-    find = partial(cached_file, where, revision=revision, _raise_exceptions_for_missing_entries=False)
+    where, revision = (
+        model_path(recipe.model.name),
+        recipe.model.revision or getattr(config, "_commit_hash", None),
+    )
+    find = partial(
+        cached_file, where, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
     index = find("model.safetensors.index.json")
     if index:
         return read_json(index)["weight_map"]
@@ -155,9 +219,10 @@ def weight_files(
     with safe_open(whole, "pt") as f:
         return dict.fromkeys(f.keys(), "model.safetensors")
 
+
 def stored_name(
-    name: str,              # of a parameter of a loaded model
-    known: dict,            # names of tensors in files
+    name: str,  # of a parameter of a loaded model
+    known: dict,  # names of tensors in files
 ) -> str | None:
     "The name that a layer's parameter has in the files, which may lie under other parents; None when that is not clear."
     parts = name.replace(".base_layer.", ".").split(".")
@@ -168,43 +233,53 @@ def stored_name(
         if found:
             return found[0] if len(found) == 1 else None
 
+
 def rows_to_compare(n: int) -> list[slice]:
     "A few rows at the beginning, in the middle and at the end of n."
-    return [slice(at, min(at + 4, n)) for at in (0, n//2, max(n - 4, 0))]
+    return [slice(at, min(at + 4, n)) for at in (0, n // 2, max(n - 4, 0))]
 
 # %% ../../nbs/02_model.ipynb #c012s2
 def same_rows(
-    stored,                 # slice of a safetensors file
-    loaded,                 # the parameter of the model
-) -> bool | None:           # None: they cannot be compared
+    stored,  # slice of a safetensors file
+    loaded,  # the parameter of the model
+) -> bool | None:  # None: they cannot be compared
     "Whether a loaded tensor holds what its file holds, in its own type or after rounding to 16 bits."
     state = getattr(loaded, "quant_state", None)
     if state is None and not loaded.is_floating_point():
         return None
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
+
         loaded = dequantize_4bit(loaded.data, state)
     if stored.get_shape()[1:] != list(loaded.shape)[1:]:
         return None
     for rows in rows_to_compare(min(stored.get_shape()[0], loaded.shape[0])):
         own, theirs = stored[rows].float(), loaded.detach()[rows].cpu().float()
         if state is not None:
-            if (own - theirs).norm() > 0.5*own.norm():      # NF4 moves a row by a tenth, in a tiny layer by a quarter
+            if (
+                own - theirs
+            ).norm() > 0.5 * own.norm():  # NF4 moves a row by a tenth, in a tiny layer by a quarter
                 return False
-        elif not any(torch.equal(own.to(t).float(), theirs) for t in (loaded.dtype, torch.bfloat16, torch.float16)):
+        elif not any(
+            torch.equal(own.to(t).float(), theirs)
+            for t in (loaded.dtype, torch.bfloat16, torch.float16)
+        ):
             return False
     return True
 
+
 def compare_with_files(
-    where,                  # folder or hub id
-    commit,                 # on the hub
-    files: dict,            # see `weight_files`
-    parameters: dict,       # of a loaded model, by name
+    where,  # folder or hub id
+    commit,  # on the hub
+    files: dict,  # see `weight_files`
+    parameters: dict,  # of a loaded model, by name
 ) -> dict[str, bool | None]:
     "For tensors of a base's files: whether a few rows of them are as loaded."
     found = {stored_name(name, files): name for name in parameters}
     quantised = [key for key, name in found.items() if hasattr(parameters[name], "quant_state")]
-    skipped = set(quantised) - set(quantised[::max(len(quantised)//12, 1)])     # these are dequantised whole
+    skipped = set(quantised) - set(
+        quantised[:: max(len(quantised) // 12, 1)]
+    )  # these are dequantised whole
     verdicts = {}
     for file in dict.fromkeys(files.values()):
         with safe_open(cached_file(where, file, revision=commit), "pt") as f:
@@ -212,22 +287,32 @@ def compare_with_files(
                 verdicts[key] = same_rows(f.get_slice(key), parameters[found[key]])
     return verdicts
 
+
 def check_origin(
     recipe: Recipe,
-    config,                 # the base's configuration, as the recipe names it
-    model,                  # that something else than `load_base` has loaded; adapters on it do not matter
-    who="unsloth",          # what has loaded it
+    config,  # the base's configuration, as the recipe names it
+    model,  # that something else than `load_base` has loaded; adapters on it do not matter
+    who="unsloth",  # what has loaded it
 ):
     "Raise `MedftError` when a loaded base is not the recipe's: another name, another commit, or other numbers."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     asked, got = model_path(recipe.model.name), base.config._name_or_path
     way_out = "use engine: [trl] or [fast]"
     if got.lower() != asked.lower():
-        raise MedftError(f"model.name: {who} loaded {got!r} in the place of {recipe.model.name!r}; {way_out}")
-    commit, loaded_commit = getattr(config, "_commit_hash", None), getattr(base.config, "_commit_hash", None)
+        raise MedftError(
+            f"model.name: {who} loaded {got!r} in the place of {recipe.model.name!r}; {way_out}"
+        )
+    commit, loaded_commit = (
+        getattr(config, "_commit_hash", None),
+        getattr(base.config, "_commit_hash", None),
+    )
     if commit and loaded_commit and commit != loaded_commit:
-        raise MedftError(f"model.revision: {who} loaded {got!r} at commit {loaded_commit}, and the recipe means {commit}; {way_out}")
-    verdicts = compare_with_files(asked, commit, weight_files(recipe, config), dict(base.named_parameters()))
+        raise MedftError(
+            f"model.revision: {who} loaded {got!r} at commit {loaded_commit}, and the recipe means {commit}; {way_out}"
+        )
+    verdicts = compare_with_files(
+        asked, commit, weight_files(recipe, config), dict(base.named_parameters())
+    )
     different = [key for key, same in verdicts.items() if same is False]
     if different:
         raise MedftError(
@@ -235,27 +320,37 @@ def check_origin(
             f" ({different[0]} and {len(different) - 1} others of {len(verdicts)} differ from its files); {way_out}"
         )
     if not any(verdicts.values()):
-        raise MedftError(f"model.name: no weight that {who} loaded could be compared with the files of {recipe.model.name!r}; {way_out}")
+        raise MedftError(
+            f"model.name: no weight that {who} loaded could be compared with the files of {recipe.model.name!r}; {way_out}"
+        )
 
 # %% ../../nbs/02_model.ipynb #c019
 def read_back(
-    folder: Path,       # weights that a run has written itself
+    folder: Path,  # weights that a run has written itself
     task: str,
-    **kwargs,           # from_pretrained's: dtype, attn_implementation, ...
+    **kwargs,  # from_pretrained's: dtype, attn_implementation, ...
 ):
     "A model from a run's own files; no code that may have been put beside them is run."
     config = config_of(folder)
-    return model_class(config, task).from_pretrained(folder, config=config, trust_remote_code=False, **kwargs)
+    return model_class(config, task).from_pretrained(
+        folder, config=config, trust_remote_code=False, **kwargs
+    )
+
 
 def load_tuned(run, engine, base=None):
     "The base with an engine's adapter read from disk (or the fully tuned model). Raises `MedftError` when it is not there."
-    adapters, whole, r = run.path/engine/"adapters", run.path/engine/"model", run.recipe
+    adapters, whole, r = run.path / engine / "adapters", run.path / engine / "model", run.recipe
     refuse_stale(run, engine)
     if whole.is_dir():
         check_attention(r, None, load_config(r))
         how = dict(dtype=torch_dtype(r), attn_implementation=r.model.attn_implementation)
         return ready(read_back(whole, r.task, **how).to(device()))
-    if not (adapters/"adapter_config.json").exists():
+    if not (adapters / "adapter_config.json").exists():
         raise MedftError(f"{run.path.name} has no {engine} adapter; run the training stage first")
     from peft import PeftModel
-    return ready(PeftModel.from_pretrained(base if base is not None else load_base(r, labels_of(run)), adapters))
+
+    return ready(
+        PeftModel.from_pretrained(
+            base if base is not None else load_base(r, labels_of(run)), adapters
+        )
+    )

@@ -11,12 +11,16 @@ __all__ = ['PLAIN', 'LOW_RANK', 'SFT_KEYS', 'CHECKS', 'check_tokens', 'check_len
            'check_validation', 'preflight', 'training_rows', 'inspect']
 
 # %% ../../nbs/model/preflight.ipynb #c002
-from ..core.run import MedftError, device, model_path, nearest, sha256, write_json  # first: it sets switches that the libraries read
-from .adapters import check_disk, check_fit, sizes_of, torch_dtype
+from ..core.run import MedftError, device, model_path, nearest, sha256, write_json
 from ..data.pipeline import load_split, load_tokenizer
+from .adapters import check_disk, check_fit, sizes_of, torch_dtype
 from .families import adapter_kind, family_of, kinds, load_config, model_class, refusal
 
-import dataclasses, math, os, shutil, tempfile
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -28,87 +32,165 @@ from transformers.utils import is_flash_attn_2_available, is_liger_kernel_availa
 def check_tokens(recipe, tok, config):
     "Tokenizer and model belong together, and padding is not the end of a text."
     text = config.get_text_config()
-    if len(tok) > text.vocab_size: raise MedftError(f"the tokenizer knows {len(tok)} tokens, the model has {text.vocab_size} rows for them: they do not belong together")
+    if len(tok) > text.vocab_size:
+        raise MedftError(
+            f"the tokenizer knows {len(tok)} tokens, the model has {text.vocab_size} rows for them: they do not belong together"
+        )
     if tok.pad_token_id is None or tok.pad_token_id == tok.eos_token_id:
-        raise MedftError(f"the tokenizer of {recipe.model.name!r} pads with {tok.pad_token or 'nothing'}, which must be a token of its own and not the end of a text: "
-                         "what pads is not trained on, so the model would never learn to stop; set tok.pad_token to a reserved token and save the tokenizer beside the model")
+        raise MedftError(
+            f"the tokenizer of {recipe.model.name!r} pads with {tok.pad_token or 'nothing'}, which must be a token of its own and not the end of a text: "
+            "what pads is not trained on, so the model would never learn to stop; set tok.pad_token to a reserved token and save the tokenizer beside the model"
+        )
+
 
 def check_length(recipe, tok, config):
     "Texts fit into the positions that the model was made for."
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context and recipe.max_length > context: raise MedftError(f"training.max_length={recipe.max_length} is longer than the {context} positions that {recipe.model.name} was made for")
+    if context and recipe.max_length > context:
+        raise MedftError(
+            f"training.max_length={recipe.max_length} is longer than the {context} positions that {recipe.model.name} was made for"
+        )
 
 # %% ../../nbs/model/preflight.ipynb #c008
 def check_numbers(recipe, tok, config):
     "No float16 on Gemma."
     if (recipe.model.dtype == "float16" or recipe.training.fp16) and "gemma" in config.model_type:
-        raise MedftError("float16 makes Gemma's gradients NaN; set model.dtype: bfloat16 (or float32) and training.fp16: false")
+        raise MedftError(
+            "float16 makes Gemma's gradients NaN; set model.dtype: bfloat16 (or float32) and training.fp16: false"
+        )
+
 
 def training_arguments(recipe):
     "transformers' TrainingArguments for the recipe, which check each other. Raises `MedftError`."
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     given = {k: v for k, v in recipe.training.given().items() if k in known}
-    ours = dict(output_dir=tempfile.gettempdir(), use_cpu=device() == "cpu", report_to=[], fsdp=None, deepspeed=None)
+    ours = dict(
+        output_dir=tempfile.gettempdir(),
+        use_cpu=device() == "cpu",
+        report_to=[],
+        fsdp=None,
+        deepspeed=None,
+    )
     try:
         return TrainingArguments(**given | ours)
     except (ValueError, TypeError, ImportError, NotImplementedError, RuntimeError) as e:
         raise MedftError(f"training: {' '.join(str(e).split())}") from None
 
+
 def check_arguments(recipe, tok, config):
     "What transformers itself refuses, asked now."
     training_arguments(recipe)
     if recipe.training.fp16 and device() == "cpu":
-        raise MedftError("training.fp16: scaled 16-bit training needs a GPU, and this machine has none; leave it out here")
+        raise MedftError(
+            "training.fp16: scaled 16-bit training needs a GPU, and this machine has none; leave it out here"
+        )
 
 # %% ../../nbs/model/preflight.ipynb #c011
 def check_attention(recipe, tok, config):
     "The attention implementation exists on this machine, and for this model."
     asked = recipe.model.attn_implementation
-    if asked is None: return
-    ways = [w for w in ("sdpa", "eager") if w == "eager" or model_class(config, recipe.task)._supports_sdpa]
+    if asked is None:
+        return
+    ways = [
+        w
+        for w in ("sdpa", "eager")
+        if w == "eager" or model_class(config, recipe.task)._supports_sdpa
+    ]
     use = f"use model.attn_implementation: {' or '.join(ways)}"
-    if "/" in asked: raise MedftError(f"model.attn_implementation: {asked!r} is code from the hub, which medft never runs; {use}")
-    known = ["eager", *(k for k in ALL_ATTENTION_FUNCTIONS.keys() if "|" not in k)]     # paged|... serve, and do not train
-    if asked not in known: raise MedftError(f"model.attn_implementation: {asked!r} is not known{nearest(asked, known)}; {use}")
-    if asked.startswith("fl") and device() != "cuda": raise MedftError(f"model.attn_implementation: {asked} trains on an NVIDIA GPU only, and this machine has none; {use}")
-    if asked == "flash_attention_2" and not is_flash_attn_2_available(): raise MedftError(f"model.attn_implementation: {asked} needs the package flash-attn, which is not installed; {use}")
+    if "/" in asked:
+        raise MedftError(
+            f"model.attn_implementation: {asked!r} is code from the hub, which medft never runs; {use}"
+        )
+    known = [
+        "eager",
+        *(k for k in ALL_ATTENTION_FUNCTIONS if "|" not in k),
+    ]  # paged|... serve, and do not train
+    if asked not in known:
+        raise MedftError(
+            f"model.attn_implementation: {asked!r} is not known{nearest(asked, known)}; {use}"
+        )
+    if asked.startswith("fl") and device() != "cuda":
+        raise MedftError(
+            f"model.attn_implementation: {asked} trains on an NVIDIA GPU only, and this machine has none; {use}"
+        )
+    if asked == "flash_attention_2" and not is_flash_attn_2_available():
+        raise MedftError(
+            f"model.attn_implementation: {asked} needs the package flash-attn, which is not installed; {use}"
+        )
     try:
-        with torch.device("meta"): model_class(config, recipe.task)._from_config(config, attn_implementation=asked)
-    except (ValueError, ImportError) as e: raise MedftError(f"model.attn_implementation: {str(e).splitlines()[0]}; {use}") from None
+        with torch.device("meta"):
+            model_class(config, recipe.task)._from_config(config, attn_implementation=asked)
+    except (ValueError, ImportError) as e:
+        raise MedftError(f"model.attn_implementation: {str(e).splitlines()[0]}; {use}") from None
 
 # %% ../../nbs/model/preflight.ipynb #c012
 def check_kernels(recipe, tok, config):
     "What is to be compiled can be compiled, and fused kernels are installed."
     t = recipe.training
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++", "cl")), None)
-    if (t.torch_compile or t.torch_compile_backend) and not compiler: raise MedftError("training.torch_compile needs a C++ compiler (g++ or clang++), and none is on the PATH; install one, or leave it out")
-    if t.use_liger_kernel and not is_liger_kernel_available(): raise MedftError("training.use_liger_kernel needs the package liger-kernel and an NVIDIA GPU; leave it out here")
+    compiler = os.environ.get("CXX") or next(
+        filter(shutil.which, ("g++", "clang++", "c++", "cl")), None
+    )
+    if (t.torch_compile or t.torch_compile_backend) and not compiler:
+        raise MedftError(
+            "training.torch_compile needs a C++ compiler (g++ or clang++), and none is on the PATH; install one, or leave it out"
+        )
+    if t.use_liger_kernel and not is_liger_kernel_available():
+        raise MedftError(
+            "training.use_liger_kernel needs the package liger-kernel and an NVIDIA GPU; leave it out here"
+        )
 
 # %% ../../nbs/model/preflight.ipynb #c015
-PLAIN = (None, "adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop")   # torch's own, which work everywhere
-LOW_RANK = ("galore", "apollo", "lomo", "adalomo")       # these look at the model, which is not there yet
+PLAIN = (
+    None,
+    "adamw_torch",
+    "adamw_torch_fused",
+    "sgd",
+    "adafactor",
+    "adagrad",
+    "rmsprop",
+)  # torch's own, which work everywhere
+LOW_RANK = (
+    "galore",
+    "apollo",
+    "lomo",
+    "adalomo",
+)  # these look at the model, which is not there yet
+
 
 def check_optimizer(recipe, tok, config):
     "The optimizer is installed and takes a step on this machine."
     name = recipe.training.optim
-    if name in PLAIN: return
+    if name in PLAIN:
+        return
     from transformers import Trainer
+
     try:
         kind, how = Trainer.get_optimizer_cls_and_kwargs(training_arguments(recipe))
-        p = torch.nn.Parameter(torch.zeros(512, 256, device=device())); p.grad = torch.ones_like(p)
-        if "bitsandbytes" in kind.__module__: kind([p], **how).step()
+        p = torch.nn.Parameter(torch.zeros(512, 256, device=device()))
+        p.grad = torch.ones_like(p)
+        if "bitsandbytes" in kind.__module__:
+            kind([p], **how).step()
     except Exception as e:
-        if name.startswith(LOW_RANK) and not isinstance(e, ImportError): return
-        raise MedftError(f"training.optim: {name} does not work here: {str(e).splitlines()[0]}; adamw_torch always does, adamw_8bit takes a quarter of its memory") from None
+        if name.startswith(LOW_RANK) and not isinstance(e, ImportError):
+            return
+        raise MedftError(
+            f"training.optim: {name} does not work here: {str(e).splitlines()[0]}; adamw_torch always does, adamw_8bit takes a quarter of its memory"
+        ) from None
 
 # %% ../../nbs/model/preflight.ipynb #c017
 def planned_steps(recipe, rows=None) -> int | None:
     "Optimizer steps of the whole training; None when neither the recipe nor the rows say."
     t = recipe.training
-    if t.max_steps and t.max_steps > 0: return t.max_steps
-    if not rows: return None
-    batches = math.ceil(rows/((t.per_device_train_batch_size or 8)*int(os.environ.get("WORLD_SIZE", 1))))
-    return math.ceil((t.num_train_epochs or 3)*math.ceil(batches/(t.gradient_accumulation_steps or 1)))
+    if t.max_steps and t.max_steps > 0:
+        return t.max_steps
+    if not rows:
+        return None
+    batches = math.ceil(
+        rows / ((t.per_device_train_batch_size or 8) * int(os.environ.get("WORLD_SIZE", 1)))
+    )
+    return math.ceil(
+        (t.num_train_epochs or 3) * math.ceil(batches / (t.gradient_accumulation_steps or 1))
+    )
 
 # %% ../../nbs/model/preflight.ipynb #c018
 def check_schedule(recipe, steps):
@@ -118,37 +200,77 @@ def check_schedule(recipe, steps):
     warm = args.get_warmup_steps(steps or 10**6)
     last = steps or 10**6
     try:
-        schedule = get_scheduler(name, o, num_warmup_steps=warm, num_training_steps=last, scheduler_specific_kwargs=dict(more))
+        schedule = get_scheduler(
+            name,
+            o,
+            num_warmup_steps=warm,
+            num_training_steps=last,
+            scheduler_specific_kwargs=dict(more),
+        )
         for factor in getattr(schedule, "lr_lambdas", []):
             rates = [float(factor(step)) for step in {0, warm, warm + 1, last // 2, last - 1, last}]
             if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
                 raise ValueError("its learning rate becomes negative or infinite")
-    except (ValueError, TypeError, ArithmeticError) as e: raise MedftError(f"training.lr_scheduler_type: {name}: {str(e).splitlines()[0]} (training.lr_scheduler_kwargs)") from None
+    except (ValueError, TypeError, ArithmeticError) as e:
+        raise MedftError(
+            f"training.lr_scheduler_type: {name}: {str(e).splitlines()[0]} (training.lr_scheduler_kwargs)"
+        ) from None
     decay = more.get("num_decay_steps", 0)
-    if steps and name == "warmup_stable_decay" and warm + decay + more.get("num_stable_steps", 0) > steps:
-        raise MedftError(f"training.lr_scheduler_kwargs: {warm} steps of warm-up and {decay} of decay do not fit into this run's {steps}: the rate would fall before it has risen; use fewer, or more training.max_steps")
-    return [f"all {steps} steps are warm-up ({warm}): the learning rate never reaches {args.learning_rate:g}"] if steps and warm >= steps else []
+    if (
+        steps
+        and name == "warmup_stable_decay"
+        and warm + decay + more.get("num_stable_steps", 0) > steps
+    ):
+        raise MedftError(
+            f"training.lr_scheduler_kwargs: {warm} steps of warm-up and {decay} of decay do not fit into this run's {steps}: the rate would fall before it has risen; use fewer, or more training.max_steps"
+        )
+    return (
+        [
+            f"all {steps} steps are warm-up ({warm}): the learning rate never reaches {args.learning_rate:g}"
+        ]
+        if steps and warm >= steps
+        else []
+    )
 
 # %% ../../nbs/model/preflight.ipynb #c021
-SFT_KEYS = dict(classification={"max_length"}, pretraining={"max_length", "packing", "packing_strategy"})     # of SFTConfig's own, what these tasks use
+SFT_KEYS = dict(
+    classification={"max_length"}, pretraining={"max_length", "packing", "packing_strategy"}
+)  # of SFTConfig's own, what these tasks use
+
 
 def check_used(recipe, tok, config):
     "Every training key is one that this task uses."
     given, known = recipe.training.given(), {f.name for f in dataclasses.fields(TrainingArguments)}
-    dropped = [k for k, v in given.items() if v not in (None, False) and k not in known and k not in SFT_KEYS.get(recipe.task, given)]
-    if dropped: raise MedftError(f"training.{dropped[0]}: only task generative can use it; this task is {recipe.task}")
+    dropped = [
+        k
+        for k, v in given.items()
+        if v not in (None, False) and k not in known and k not in SFT_KEYS.get(recipe.task, given)
+    ]
+    if dropped:
+        raise MedftError(
+            f"training.{dropped[0]}: only task generative can use it; this task is {recipe.task}"
+        )
     if given.get("assistant_only_loss") and given.get("completion_only_loss") is False:
-        raise MedftError("training.completion_only_loss: false trains on everything, assistant_only_loss: true on the answers only; leave one of them out")
-    if recipe.task == "pretraining" and given.get("packing") is False: raise MedftError("training.packing: pretraining always packs its windows; leave it out")
+        raise MedftError(
+            "training.completion_only_loss: false trains on everything, assistant_only_loss: true on the answers only; leave one of them out"
+        )
+    if recipe.task == "pretraining" and given.get("packing") is False:
+        raise MedftError("training.packing: pretraining always packs its windows; leave it out")
 
 # %% ../../nbs/model/preflight.ipynb #c022
 def check_packing(recipe, tok, config):
     "Rows that share a window do not see each other."
     t = recipe.training
-    if recipe.task != "generative" or not (t.packing or t.padding_free): return
-    if t.packing_strategy == "wrapped": raise MedftError("training.packing_strategy: wrapped joins rows end to end and cuts them anywhere, so that each is read as the sequel of another; use bfd_split, or leave it out")
+    if recipe.task != "generative" or not (t.packing or t.padding_free):
+        return
+    if t.packing_strategy == "wrapped":
+        raise MedftError(
+            "training.packing_strategy: wrapped joins rows end to end and cuts them anywhere, so that each is read as the sequel of another; use bfd_split, or leave it out"
+        )
     if set(kinds(config.get_text_config())) & {"linear_attention", "mamba"}:
-        raise MedftError(f"training.{'packing' if t.packing else 'padding_free'}: {family_of(config)} carries state from one row of a window into the next, and no mask parts them; leave it out")
+        raise MedftError(
+            f"training.{'packing' if t.packing else 'padding_free'}: {family_of(config)} carries state from one row of a window into the next, and no mask parts them; leave it out"
+        )
 
 # %% ../../nbs/model/preflight.ipynb #c024
 def check_sharding(recipe, tok, config):
@@ -156,82 +278,168 @@ def check_sharding(recipe, tok, config):
     key = next((k for k in ("fsdp", "deepspeed") if getattr(recipe.training, k)), None)
     file = recipe.training.deepspeed
     if isinstance(file, str) and not Path(file).is_file() and device() == "cuda":
-        raise MedftError(f"training.deepspeed: no such file: {file}; name a JSON file, or write its content here")
-    if key and device() != "cuda": raise MedftError(f"training.{key}: this machine has no GPU, where it would silently become plain data parallelism; leave it out here")
+        raise MedftError(
+            f"training.deepspeed: no such file: {file}; name a JSON file, or write its content here"
+        )
+    if key and device() != "cuda":
+        raise MedftError(
+            f"training.{key}: this machine has no GPU, where it would silently become plain data parallelism; leave it out here"
+        )
+
 
 def check_labels(recipe, tok, config):
     "The number of labels, their names and their weights agree."
     m, names = recipe.model, recipe.dataset.labels
     n = m.num_labels or (names and len(names))
-    if n is not None and n < 2 and recipe.task == "classification": raise MedftError(f"model.num_labels: a classifier tells at least two labels apart; found {n}")
-    if m.num_labels and names and m.num_labels != len(names): raise MedftError(f"model.num_labels={m.num_labels}, and dataset.labels names {len(names)}: {', '.join(names)}")
-    if isinstance(m.class_weights, list) and n and len(m.class_weights) != n: raise MedftError(f"model.class_weights has {len(m.class_weights)} weights for {n} labels")
+    if n is not None and n < 2 and recipe.task == "classification":
+        raise MedftError(
+            f"model.num_labels: a classifier tells at least two labels apart; found {n}"
+        )
+    if m.num_labels and names and m.num_labels != len(names):
+        raise MedftError(
+            f"model.num_labels={m.num_labels}, and dataset.labels names {len(names)}: {', '.join(names)}"
+        )
+    if isinstance(m.class_weights, list) and n and len(m.class_weights) != n:
+        raise MedftError(f"model.class_weights has {len(m.class_weights)} weights for {n} labels")
 
 # %% ../../nbs/model/preflight.ipynb #c027
 def check_combination(recipe, tok, config):
     "Family, task and adapter go together, on this machine."
     kind, family, q = adapter_kind(recipe), family_of(config), recipe.quantization
     reasons = {e: refusal(family, recipe.task, kind, e) for e in recipe.engine}
-    if all(reasons.values()): raise MedftError(f"{family}, {recipe.task}, {kind}: {next(iter(reasons.values()))}")
+    if all(reasons.values()):
+        raise MedftError(f"{family}, {recipe.task}, {kind}: {next(iter(reasons.values()))}")
     if kind == "dora" and q and q.load_in_8bit and device() == "cpu":
-        raise MedftError("lora.use_dora: DoRA needs the norm of every weight, which bitsandbytes cannot give for 8-bit weights on a CPU; use quantization.load_in_4bit, or LoRA without it")
+        raise MedftError(
+            "lora.use_dora: DoRA needs the norm of every weight, which bitsandbytes cannot give for 8-bit weights on a CPU; use quantization.load_in_4bit, or LoRA without it"
+        )
 
 # %% ../../nbs/model/preflight.ipynb #c029
 def check_stored(recipe, tok, config):
     "Weights that are stored quantised are quantised as the recipe says."
     stored, q = getattr(config, "quantization_config", None), recipe.quantization
-    if not stored: return
+    if not stored:
+        return
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     bits = next((k for k in ("load_in_4bit", "load_in_8bit") if stored.get(k)), None)
-    if not bits: raise MedftError(f"model.name: {recipe.model.name!r} is stored quantised ({stored.get('quant_method')}), which is not trained here; choose its full-precision files")
-    if not (q and getattr(q, bits)): raise MedftError(f"model.name: {recipe.model.name!r} is stored quantised; say quantization.{bits}: true (and lora), or choose its full-precision files")
+    if not bits:
+        raise MedftError(
+            f"model.name: {recipe.model.name!r} is stored quantised ({stored.get('quant_method')}), which is not trained here; choose its full-precision files"
+        )
+    if not (q and getattr(q, bits)):
+        raise MedftError(
+            f"model.name: {recipe.model.name!r} is stored quantised; say quantization.{bits}: true (and lora), or choose its full-precision files"
+        )
 
 # %% ../../nbs/model/preflight.ipynb #c033
-CHECKS = (check_tokens, check_length, check_numbers, check_used, check_packing, check_labels, check_stored, check_arguments, check_attention, check_kernels, check_optimizer, check_sharding, check_combination)
+CHECKS = (
+    check_tokens,
+    check_length,
+    check_numbers,
+    check_used,
+    check_packing,
+    check_labels,
+    check_stored,
+    check_arguments,
+    check_attention,
+    check_kernels,
+    check_optimizer,
+    check_sharding,
+    check_combination,
+)
+
 
 def odd(recipe, counts) -> list[str]:
     "What is strange but may be meant."
-    share, kwargs = counts["trainable"]/counts["total"], recipe.training.gradient_checkpointing_kwargs or {}
+    share, kwargs = (
+        counts["trainable"] / counts["total"],
+        recipe.training.gradient_checkpointing_kwargs or {},
+    )
     out = []
-    if recipe.lora is not None and share > .5: out += [f"the adapter trains {share:.0%} as many parameters as the model has: lower lora.r or lora.modules_to_save, or train every weight (lora: null)"]
-    if share < 1e-5: out += [f"only {share:.1e} of the parameters are trained: is lora.target_modules what was meant?"]
-    if kwargs.get("use_reentrant"): out += ["training.gradient_checkpointing_kwargs: reentrant checkpointing loses the gradient where its input is frozen; leave use_reentrant out"]
+    if recipe.lora is not None and share > 0.5:
+        out += [
+            f"the adapter trains {share:.0%} as many parameters as the model has: lower lora.r or lora.modules_to_save, or train every weight (lora: null)"
+        ]
+    if share < 1e-5:
+        out += [
+            f"only {share:.1e} of the parameters are trained: is lora.target_modules what was meant?"
+        ]
+    if kwargs.get("use_reentrant"):
+        out += [
+            "training.gradient_checkpointing_kwargs: reentrant checkpointing loses the gradient where its input is frozen; leave use_reentrant out"
+        ]
     return out
 
 # %% ../../nbs/model/preflight.ipynb #c034
 def check_validation(run):
     "A run that evaluates while it trains has rows to evaluate on."
-    data = run.path/"data"
-    if (run.recipe.training.eval_strategy or "no") != "no" and (data/"train").is_dir() and not (data/"validation").is_dir():
-        raise MedftError("training.eval_strategy: there are no validation rows; give dataset.validation_path, or hold some out with dataset.holdout")
+    data = run.path / "data"
+    if (
+        (run.recipe.training.eval_strategy or "no") != "no"
+        and (data / "train").is_dir()
+        and not (data / "validation").is_dir()
+    ):
+        raise MedftError(
+            "training.eval_strategy: there are no validation rows; give dataset.validation_path, or hold some out with dataset.holdout"
+        )
+
 
 def preflight(recipe, tok, config, run=None) -> dict:
     "Refuse what cannot work, before weights are loaded. Returns parameter counts, planned steps and warnings."
-    for check in CHECKS: check(recipe, tok, config)
-    if run: check_validation(run)
+    for check in CHECKS:
+        check(recipe, tok, config)
+    if run:
+        check_validation(run)
     steps = planned_steps(recipe, training_rows(run) if run else None)
     warned, counts = check_schedule(recipe, steps), sizes_of(recipe, config)
-    if run: counts["disk"] = check_disk(recipe, counts, run.path, steps)
-    return counts | dict(steps=steps, share=counts["trainable"]/counts["total"], warnings=warned + odd(recipe, counts))
+    if run:
+        counts["disk"] = check_disk(recipe, counts, run.path, steps)
+    return counts | dict(
+        steps=steps,
+        share=counts["trainable"] / counts["total"],
+        warnings=warned + odd(recipe, counts),
+    )
 
 # %% ../../nbs/model/preflight.ipynb #c035
 def training_rows(run) -> int | None:
     "What one epoch goes through: rows, or windows where texts are packed. None before the data are prepared."
-    if not (run.path/"data"/"train").is_dir(): return None
+    if not (run.path / "data" / "train").is_dir():
+        return None
     ds, r = load_split(run, "train"), run.recipe
-    if "seq_lengths" in ds.column_names or not (r.task == "pretraining" or r.training.packing): return len(ds)
-    return math.ceil(sum(map(len, ds["input_ids"]))/r.max_length)
+    if "seq_lengths" in ds.column_names or not (r.task == "pretraining" or r.training.packing):
+        return len(ds)
+    return math.ceil(sum(map(len, ds["input_ids"])) / r.max_length)
 
 # %% ../../nbs/model/preflight.ipynb #c039
 def inspect(run) -> dict:
     "Preflight and fit for a run, recorded in model.json."
     r, tok, config = run.recipe, load_tokenizer(run.recipe), load_config(run.recipe)
     counts = preflight(r, tok, config, run)
-    info = dict(model=r.model.name, family=family_of(config), architecture=model_class(config, r.task).__name__, task=r.task, adapter=adapter_kind(r), device=device(), dtype=str(torch_dtype(r)),
-                vocabulary=len(tok), context=getattr(config.get_text_config(), "max_position_embeddings", None), **counts, memory=check_fit(r, counts))
-    write_json(run.path/"model.json", info)
+    info = dict(
+        model=r.model.name,
+        family=family_of(config),
+        architecture=model_class(config, r.task).__name__,
+        task=r.task,
+        adapter=adapter_kind(r),
+        device=device(),
+        dtype=str(torch_dtype(r)),
+        vocabulary=len(tok),
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        **counts,
+        memory=check_fit(r, counts),
+    )
+    write_json(run.path / "model.json", info)
     where = Path(model_path(r.model.name))
-    run.update({"hashes": {"model": sha256(where) if where.is_dir() else getattr(config, "_commit_hash", None)}})
-    run.log(f"model: {info['architecture']}, {counts['total']:,} parameters, {counts['trainable']:,} ({counts['share']:.2%}) trained, on {info['device']}")
-    for w in counts["warnings"]: run.log(f"model: warning: {w}")
+    run.update(
+        {
+            "hashes": {
+                "model": sha256(where) if where.is_dir() else getattr(config, "_commit_hash", None)
+            }
+        }
+    )
+    run.log(
+        f"model: {info['architecture']}, {counts['total']:,} parameters, {counts['trainable']:,} ({counts['share']:.2%}) trained, on {info['device']}"
+    )
+    for w in counts["warnings"]:
+        run.log(f"model: warning: {w}")
     return info

@@ -8,11 +8,15 @@ Docs: https://medft.github.io/medft/model/shapes.html.md"""
 __all__ = ['shape_names', 'shape_config', 'shape_model']
 
 # %% ../../nbs/model/shapes.ipynb #c002
-from ..core.run import MedftError, assets, nearest, runs_root, read_json  # first: it sets switches that the libraries read
+from ..core.run import MedftError, assets, nearest, read_json, runs_root
 from ..data.pipeline import load_tokenizer
 from .families import NAMES, build_tiny, published
 
-import hashlib, json, os, shutil, tempfile
+import hashlib
+import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -20,34 +24,60 @@ from transformers import AutoConfig
 # %% ../../nbs/model/shapes.ipynb #c005
 def shape_names() -> list[str]:
     "The shapes known by name."
-    return sorted(p.stem for p in (assets()/"shapes").glob("*.json")) + list(NAMES)
+    return sorted(p.stem for p in (assets() / "shapes").glob("*.json")) + list(NAMES)
+
 
 def shape_config(name):
     "A shape's configuration. Raises `MedftError` naming the nearest."
-    if name in NAMES: return published(name)
-    for p in (assets()/"shapes"/f"{name}.json", Path(name), Path(name)/"config.json"):
-        if p.is_file(): return AutoConfig.for_model(**read_json(p))
-    raise MedftError(f"--shape: no shape {name!r}{nearest(name, shape_names())}; there are {', '.join(shape_names())}, and folders with a config.json")
+    if name in NAMES:
+        return published(name)
+    for p in (assets() / "shapes" / f"{name}.json", Path(name), Path(name) / "config.json"):
+        if p.is_file():
+            return AutoConfig.for_model(**read_json(p))
+    raise MedftError(
+        f"--shape: no shape {name!r}{nearest(name, shape_names())}; there are {', '.join(shape_names())}, and folders with a config.json"
+    )
 
 # %% ../../nbs/model/shapes.ipynb #c009
 def shape_model(
-    recipe,     # whose tokenizer goes with it
-    name,       # of a shape
+    recipe,  # whose tokenizer goes with it
+    name,  # of a shape
     seed=0,
 ) -> Path:
     "A folder with a random model of that shape and the recipe's tokenizer; made once, and kept."
     import torch
+
     config, tok = shape_config(name), load_tokenizer(recipe)
     text = config.get_text_config()
-    if len(tok) > text.vocab_size: raise MedftError(f"--shape {name}: its vocabulary has {text.vocab_size:,} tokens, the recipe's tokenizer {len(tok):,}")
-    for c in (config, text): c.pad_token_id, c.eos_token_id, c.bos_token_id = tok.pad_token_id, tok.eos_token_id, tok.bos_token_id
-    said = json.dumps([config.to_dict(), len(tok), recipe.model.name, seed], sort_keys=True, default=str)
-    folder = runs_root()/".bench"/"models"/f"{Path(name).stem}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
-    if not (folder/"config.json").exists(): _made(config, tok, folder, seed, torch.bfloat16)
+    if len(tok) > text.vocab_size:
+        raise MedftError(
+            f"--shape {name}: its vocabulary has {text.vocab_size:,} tokens, the recipe's tokenizer {len(tok):,}"
+        )
+    for c in (config, text):
+        c.pad_token_id, c.eos_token_id, c.bos_token_id = (
+            tok.pad_token_id,
+            tok.eos_token_id,
+            tok.bos_token_id,
+        )
+    said = json.dumps(
+        [config.to_dict(), len(tok), recipe.model.name, seed], sort_keys=True, default=str
+    )
+    folder = (
+        runs_root()
+        / ".bench"
+        / "models"
+        / f"{Path(name).stem}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+    )
+    if not (folder / "config.json").exists():
+        _made(config, tok, folder, seed, torch.bfloat16)
     return folder
+
 
 def _made(config, tok, folder, seed, dtype):
     folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")); tmp.chmod(0o755)
-    build_tiny(config, tmp, seed, dtype=dtype); tok.save_pretrained(tmp)
-    shutil.rmtree(folder, ignore_errors=True); os.replace(tmp, folder)
+    tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    tmp.chmod(0o755)
+    build_tiny(config, tmp, seed, dtype=dtype)
+    tok.save_pretrained(tmp)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(tmp, folder)

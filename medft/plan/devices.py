@@ -9,87 +9,189 @@ __all__ = ['Device', 'GPUS', 'SHARES', 'PER_OPERATION', 'MEASURED_AS', 'TRAINED_
            'estimated', 'hardware_name', 'alike', 'checkpoints', 'earlier', 'bench_results', 'recorded']
 
 # %% ../../nbs/plan/devices.ipynb #c002
-from ..core.run import MedftError, assets, cpu_name, device, list_runs, nearest, read_json, runs_root  # first: it sets switches that the libraries read
+from medft.core.run import (
+    MedftError,
+    assets,
+    cpu_name,
+    device,
+    list_runs,
+    nearest,
+    read_json,
+    runs_root,
+)
 
-import re, time
+import re
+import time
 from collections import namedtuple
 
-import psutil, torch
+import psutil
+import torch
 
 # %% ../../nbs/plan/devices.ipynb #c005
-Device = namedtuple("Device", "name memory flops bandwidth bf16")      # bytes; operations and bytes a second; whether it computes in bfloat16
-GPUS = {n: Device(n, m*2**30, f*1e12, b*1e9, n not in ("T4", "V100 16GB", "V100 32GB")) for n, m, f, b in [
-    ("T4", 15, 65, 320), ("V100 16GB", 16, 125, 900), ("V100 32GB", 32, 125, 900), ("L4", 24, 121, 300), ("A10", 24, 125, 600), ("L40", 48, 181, 864), ("L40S", 48, 362, 864),
-    ("RTX 3090", 24, 71, 936), ("RTX 4090", 24, 165, 1008), ("RTX 5090", 32, 209, 1792), ("RTX A6000", 48, 155, 768), ("A100 40GB", 40, 312, 1555), ("A100 80GB", 80, 312, 2039),
-    ("H100 80GB", 80, 989, 3350), ("H200", 141*1e9/2**30, 989, 4800), ("B200", 180*1e9/2**30, 2250, 8000), ("MI300X", 192, 1307, 5300)]}
+Device = namedtuple(
+    "Device", "name memory flops bandwidth bf16"
+)  # bytes; operations and bytes a second; whether it computes in bfloat16
+GPUS = {
+    n: Device(n, m * 2**30, f * 1e12, b * 1e9, n not in ("T4", "V100 16GB", "V100 32GB"))
+    for n, m, f, b in [
+        ("T4", 15, 65, 320),
+        ("V100 16GB", 16, 125, 900),
+        ("V100 32GB", 32, 125, 900),
+        ("L4", 24, 121, 300),
+        ("A10", 24, 125, 600),
+        ("L40", 48, 181, 864),
+        ("L40S", 48, 362, 864),
+        ("RTX 3090", 24, 71, 936),
+        ("RTX 4090", 24, 165, 1008),
+        ("RTX 5090", 32, 209, 1792),
+        ("RTX A6000", 48, 155, 768),
+        ("A100 40GB", 40, 312, 1555),
+        ("A100 80GB", 80, 312, 2039),
+        ("H100 80GB", 80, 989, 3350),
+        ("H200", 141 * 1e9 / 2**30, 989, 4800),
+        ("B200", 180 * 1e9 / 2**30, 2250, 8000),
+        ("MI300X", 192, 1307, 5300),
+    ]
+}
+
 
 def named(name) -> Device:
     "The device a user means. Raises `MedftError` with the nearest name."
-    plain = lambda s: re.sub(r"nvidia|amd|geforce|tesla|instinct|sxm\d?|pcie|[^a-z0-9]", "", s.lower())
-    found = [d for n, d in GPUS.items() if plain(n) == plain(name)] or [d for n, d in GPUS.items() if plain(n).startswith(plain(name)) and plain(name)]
-    if len(found) == 1: return found[0]
-    raise MedftError(f"--gpu: {name!r} is {'one of ' + ', '.join(d.name for d in found) + ': say which' if found else 'not known' + nearest(name, GPUS)}; known: {', '.join(GPUS)}")
+
+    def plain(s):
+        return re.sub(r"nvidia|amd|geforce|tesla|instinct|sxm\d?|pcie|[^a-z0-9]", "", s.lower())
+
+    found = [d for n, d in GPUS.items() if plain(n) == plain(name)] or [
+        d for n, d in GPUS.items() if plain(n).startswith(plain(name)) and plain(name)
+    ]
+    if len(found) == 1:
+        return found[0]
+    raise MedftError(
+        f"--gpu: {name!r} is {'one of ' + ', '.join(d.name for d in found) + ': say which' if found else 'not known' + nearest(name, GPUS)}; known: {', '.join(GPUS)}"
+    )
 
 # %% ../../nbs/plan/devices.ipynb #c008
 def matmul_rate(where="cpu", dtype=torch.bfloat16, n=1536) -> float:
     "Operations a second in a product of two square matrices: the ceiling of anything a step can reach."
-    a = torch.ones(n, n, dtype=dtype, device=where); best = float("inf"); a @ a
+    a = torch.ones(n, n, dtype=dtype, device=where)
+    best = float("inf")
+    a @ a
     for _ in range(3):
-        start = time.perf_counter(); (a @ a).sum().item(); best = min(best, time.perf_counter() - start)
-    return 2*n**3/best
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
 
 def here() -> Device:
     "This machine: its GPU when there is one, else its processor and its memory."
-    if device() != "cuda": return Device(cpu_name(), psutil.virtual_memory().available, matmul_rate(), None, bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    if device() != "cuda":
+        return Device(
+            cpu_name(),
+            psutil.virtual_memory().available,
+            matmul_rate(),
+            None,
+            bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        )
     name, free = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
-    try: known = named(name)
-    except MedftError: known = None
-    return Device(name, free, known.flops if known else matmul_rate("cuda", n=8192), known and known.bandwidth, torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        known = named(name)
+    except MedftError:
+        known = None
+    return Device(
+        name,
+        free,
+        known.flops if known else matmul_rate("cuda", n=8192),
+        known and known.bandwidth,
+        torch.cuda.is_bf16_supported(including_emulation=False),
+    )
 
 # %% ../../nbs/plan/devices.ipynb #c011
 def sharded(
-    parts,      # bytes: weights, gradients, optimizer, and anything else
-    gpus,       # devices
-    stage=0,    # 0: data parallel; 1, 2, 3: ZeRO's; FSDP's full sharding is 3
+    parts,  # bytes: weights, gradients, optimizer, and anything else
+    gpus,  # devices
+    stage=0,  # 0: data parallel; 1, 2, 3: ZeRO's; FSDP's full sharding is 3
 ) -> dict:
     "What each device holds (ZeRO, https://arxiv.org/abs/1910.02054, figure 1)."
     cut = ("optimizer", "gradients", "weights")[:stage]
-    return {k: -(-v//gpus) if k in cut else v for k, v in parts.items()}
+    return {k: -(-v // gpus) if k in cut else v for k, v in parts.items()}
 
 # %% ../../nbs/plan/devices.ipynb #c014
-SHARES = (0.10, 0.40)       # of the peak
-PER_OPERATION = (1e-5, 4e-5)    # seconds that an operation takes on a processor however little it computes
+SHARES = (0.10, 0.40)  # of the peak
+PER_OPERATION = (
+    1e-5,
+    4e-5,
+)  # seconds that an operation takes on a processor however little it computes
+
 
 def estimated(found, dev, tokens, gpu) -> dict:
     "Tokens a second of one device, from the operations of a step: a range and its middle."
-    low, high = (found["flops"]/dev.flops/share + (0 if gpu else found["ops"]*each) for share, each in zip(SHARES[::-1], PER_OPERATION))
-    return dict(tokens_per_second=tokens/(low*high)**.5, range=[tokens/high, tokens/low],
-                basis=f"an estimate: {found['flops']/1e12:.3g} TFLOP a step at {SHARES[0]:.0%} to {SHARES[1]:.0%} of {dev.name}'s {dev.flops/1e12:.3g} TFLOP/s" + ("" if gpu else f", and {found['ops']:,.0f} operations"))
+    low, high = (
+        found["flops"] / dev.flops / share + (0 if gpu else found["ops"] * each)
+        for share, each in zip(SHARES[::-1], PER_OPERATION)
+    )
+    return dict(
+        tokens_per_second=tokens / (low * high) ** 0.5,
+        range=[tokens / high, tokens / low],
+        basis=f"an estimate: {found['flops'] / 1e12:.3g} TFLOP a step at {SHARES[0]:.0%} to {SHARES[1]:.0%} of {dev.name}'s {dev.flops / 1e12:.3g} TFLOP/s"
+        + ("" if gpu else f", and {found['ops']:,.0f} operations"),
+    )
 
-def hardware_name(hardware) -> str: "What ran, of a manifest's hardware."; return hardware["gpus"][0].split(",")[0] if hardware.get("gpus") else hardware.get("cpu", "")
+
+def hardware_name(hardware) -> str:
+    "What ran, of a manifest's hardware."
+    return hardware["gpus"][0].split(",")[0] if hardware.get("gpus") else hardware.get("cpu", "")
+
 
 def alike(a, b) -> bool:
     "Whether two recipes train the same model in the same way at about the same length."
-    kind = lambda r: (r.model.name, r.task, r.lora is None, bool(r.quantization and r.quantization.load_in_4bit), checkpoints(r), r.model.dtype)
-    return kind(a) == kind(b) and max(a.max_length, b.max_length) <= 2*min(a.max_length, b.max_length)
 
-def checkpoints(r): return r.training.gradient_checkpointing is not False
+    def kind(r):
+        return (
+            r.model.name,
+            r.task,
+            r.lora is None,
+            bool(r.quantization and r.quantization.load_in_4bit),
+            checkpoints(r),
+            r.model.dtype,
+        )
+
+    return kind(a) == kind(b) and max(a.max_length, b.max_length) <= 2 * min(
+        a.max_length, b.max_length
+    )
+
+
+def checkpoints(r):
+    return r.training.gradient_checkpointing is not False
 
 # %% ../../nbs/plan/devices.ipynb #c015
 def earlier(recipe, engine, name, root=None) -> dict | None:
     "The throughput of the newest finished run like this one, on hardware of that name."
     for run in list_runs(root):
-        said = read_json(run.path/engine/"training.json", {})
-        if said.get("status") == "finished" and said.get("tokens_per_second") and hardware_name(run.manifest.get("hardware", {})) == name and alike(run.recipe, recipe):
-            return dict(tokens_per_second=said["tokens_per_second"], range=None, basis=f"measured in {run.recipe.name}/{run.path.name}")
+        said = read_json(run.path / engine / "training.json", {})
+        if (
+            said.get("status") == "finished"
+            and said.get("tokens_per_second")
+            and hardware_name(run.manifest.get("hardware", {})) == name
+            and alike(run.recipe, recipe)
+        ):
+            return dict(
+                tokens_per_second=said["tokens_per_second"],
+                range=None,
+                basis=f"measured in {run.recipe.name}/{run.path.name}",
+            )
 
-MEASURED_AS = dict(trl=("trl_default", "trl_best"))     # engine -> what bench.json calls it
-TRAINED_AS = dict(lora="LoRA", qlora="QLoRA", full="all weights trained")     # kind of adapter -> how bench.json begins to tell it
+
+MEASURED_AS = dict(trl=("trl_default", "trl_best"))  # engine -> what bench.json calls it
+TRAINED_AS = dict(
+    lora="LoRA", qlora="QLoRA", full="all weights trained"
+)  # kind of adapter -> how bench.json begins to tell it
+
 
 def bench_results() -> list[tuple]:
     "(where it stands, result) of every measurement of `medft bench` that can be found: the user's own first, the newest of them first."
-    own = sorted((runs_root()/".bench").glob("*/bench.json"), key=lambda p: -p.stat().st_mtime)
-    kept = [assets()/"evidence"/"bench.json"]
+    own = sorted((runs_root() / ".bench").glob("*/bench.json"), key=lambda p: -p.stat().st_mtime)
+    kept = [assets() / "evidence" / "bench.json"]
     found = []
     for path in [*own, *kept]:
         said = read_json(path, {})
@@ -97,11 +199,13 @@ def bench_results() -> list[tuple]:
         found += [(name, one) for one in said.get("runs", [said]) if isinstance(one, dict)]
     return found
 
+
 def recorded(
     engine,
-    name,           # of the hardware
-    layers, width,  # of the model
-    adapter=None,   # kind of adapter, as `adapter_kind` has it; None: any
+    name,  # of the hardware
+    layers,
+    width,  # of the model
+    adapter=None,  # kind of adapter, as `adapter_kind` has it; None: any
 ) -> dict | None:
     "The throughput that `medft bench` has recorded on hardware of that name, for a model of these layers."
     for where, one in bench_results():
@@ -114,5 +218,18 @@ def recorded(
         for variant in MEASURED_AS.get(engine, (engine,)):
             speed = one.get("engines", {}).get(variant, {}).get("tokens_per_second")
             if speed:
-                about = ", ".join(str(x) for x in (one.get("shape") or one.get("model"), one.get("recipe"), trained_as, one.get("measured")) if x)
-                return dict(tokens_per_second=speed, range=None, basis=f"measured by medft bench ({where}: {about})")
+                about = ", ".join(
+                    str(x)
+                    for x in (
+                        one.get("shape") or one.get("model"),
+                        one.get("recipe"),
+                        trained_as,
+                        one.get("measured"),
+                    )
+                    if x
+                )
+                return dict(
+                    tokens_per_second=speed,
+                    range=None,
+                    basis=f"measured by medft bench ({where}: {about})",
+                )

@@ -12,35 +12,66 @@ __all__ = ['CHECKPOINT', 'FOUR', 'ADAPTER', 'KIN', 'of_rows', 'is_here', 'named_
            'time_in_words', 'in_words', 'plan_run']
 
 # %% ../../nbs/07_plan.ipynb #c002
-from ..core.run import MedftError, Recipe, Run, read_json, runs_root, settle, write_json  # first: it sets switches that the libraries read
 from ..core import recipe as recipes
-from ..model.adapters import disk_need, sizes_of
-from ..data.pipeline import load_split, prepare
-from .devices import earlier, estimated, here, named, recorded
 from ..core.engines import settled
-from ..model.families import PUBLISHED, adapter_kind, load_config, published
-from .footprint import checkpointed
-from ..evaluate.statistics.power import foreseen, foreseen_in_words, sets_of
-from .peak_memory import measure, memory, told     # measure and told for those who look for them here
+from ..core.run import MedftError, Recipe, Run, read_json, runs_root, settle, write_json
+from ..data.pipeline import load_split, prepare
 from ..data.reading.recipe_sources import open_entry, open_sources
 from ..data.splits import cache_folder
+from ..evaluate.statistics.power import foreseen, foreseen_in_words, sets_of
+from ..model.adapters import disk_need, sizes_of
+from ..model.families import PUBLISHED, adapter_kind, load_config, published
+from .devices import earlier, estimated, here, named, recorded
+from .footprint import checkpointed
+from medft.plan.peak_memory import (
+    measure,
+    memory,
+    told,
+)  # measure and told for those who look for them here
 
-import importlib.util, io, math, os, sys, tempfile
+import importlib.util
+import io
+import math
+import os
+import sys
+import tempfile
 from contextlib import redirect_stdout
 from types import SimpleNamespace
 
-import psutil, pyarrow.compute as pc
+import psutil
+import pyarrow.compute as pc
 
 # %% ../../nbs/07_plan.ipynb #c005
 def of_rows(run) -> dict:
     "What the prepared rows of a run say: how many, how long, how much of them is learned from."
-    ds, report, r = load_split(run, "train"), read_json(run.path/"data"/"report.json", {}), run.recipe
-    length = pc.min_element_wise(pc.list_value_length(ds.data.column("input_ids")), r.max_length) if not r.training.packing else pc.list_value_length(ds.data.column("input_ids"))
+    ds, report, r = (
+        load_split(run, "train"),
+        read_json(run.path / "data" / "report.json", {}),
+        run.recipe,
+    )
+    length = (
+        pc.min_element_wise(pc.list_value_length(ds.data.column("input_ids")), r.max_length)
+        if not r.training.packing
+        else pc.list_value_length(ds.data.column("input_ids"))
+    )
     tokens, longest = pc.sum(length).as_py(), pc.max(length).as_py()
     windows = r.task == "pretraining" or bool(r.training.packing)
-    rows = len(ds) if not windows or "seq_lengths" in ds.column_names else math.ceil(tokens/r.max_length)
-    return dict(rows=rows, tokens=tokens, longest=r.max_length if windows else longest, mean=tokens/rows, trainable_tokens=report.get("trainable_tokens"), truncated=report.get("truncated"),
-                learned=min((report.get("trainable_tokens") or tokens)/max(tokens, 1), 1.0), sets=sets_of(run), basis=f"the {rows:,} training {'windows' if windows else 'rows'} at hand")
+    rows = (
+        len(ds)
+        if not windows or "seq_lengths" in ds.column_names
+        else math.ceil(tokens / r.max_length)
+    )
+    return dict(
+        rows=rows,
+        tokens=tokens,
+        longest=r.max_length if windows else longest,
+        mean=tokens / rows,
+        trainable_tokens=report.get("trainable_tokens"),
+        truncated=report.get("truncated"),
+        learned=min((report.get("trainable_tokens") or tokens) / max(tokens, 1), 1.0),
+        sets=sets_of(run),
+        basis=f"the {rows:,} training {'windows' if windows else 'rows'} at hand",
+    )
 
 # %% ../../nbs/07_plan.ipynb #c006
 def is_here(path) -> bool:
@@ -48,10 +79,12 @@ def is_here(path) -> bool:
     files = [path] if isinstance(path, str) else path or []
     return bool(files) and not any("://" in str(f) for f in files)
 
+
 def named_paths(d) -> list:
     "What a dataset section reads: paths as they are written there; None: the hub data set."
     further = [path for path in (d.validation_path, d.test_path, *d.sets.values()) if path]
     return [d.path, *further]
+
 
 def sources_now(recipe) -> dict:
     "The hash of what each of a recipe's files holds now, of those that are on this machine. Raises `MedftError` for one that cannot be read."
@@ -61,22 +94,39 @@ def sources_now(recipe) -> dict:
     else:
         opened = [open_entry(d, path, role="train") for path in named_paths(d) if is_here(path)]
     for parts, hashes in opened:
-        packed = {p.name: read_json(p.path/"corpus.json", {}).get("hash") for p in parts if p.kind == "corpus"}
+        packed = {
+            p.name: read_json(p.path / "corpus.json", {}).get("hash")
+            for p in parts
+            if p.kind == "corpus"
+        }
         found |= hashes | packed
     return found
 
+
 def same_sources(run, now: dict) -> bool:
     "Whether a run prepared its rows from files with these hashes."
-    then = read_json(run.path/"data"/"report.json", {}).get("hashes", {})
+    then = read_json(run.path / "data" / "report.json", {}).get("hashes", {})
     return all(then.get(name) == digest for name, digest in now.items())
+
 
 def known_before(recipe) -> Run | None:
     "The newest run that has prepared the same data for the same model. Files on this machine are compared by what they hold now."
-    same = lambda r: (r.dataset.model_dump(), r.model.name, r.model.revision, r.task, r.max_length, r.training.packing, r.seed)
+
+    def same(r):
+        return (
+            r.dataset.model_dump(),
+            r.model.name,
+            r.model.revision,
+            r.task,
+            r.max_length,
+            r.training.packing,
+            r.seed,
+        )
+
     try:
         now = sources_now(recipe)
     except MedftError:
-        return None     # a source that cannot be read: whoever prepares the rows says why
+        return None  # a source that cannot be read: whoever prepares the rows says why
     for p in sorted(runs_root().glob("*/*/data/split.json"), key=lambda p: -p.stat().st_mtime):
         try:
             run = Run.open(p.parent.parent)
@@ -85,26 +135,30 @@ def known_before(recipe) -> Run | None:
         if same(run.recipe) == same(recipe) and same_sources(run, now):
             return run
 
+
 def prepared_rows(recipe) -> dict:
     "The rows of a recipe's files, read and checked as the data stage does it. Raises `MedftError`."
     with tempfile.TemporaryDirectory() as root, redirect_stdout(io.StringIO()):
         made = Run.create(recipe, root=root)
-        kept = runs_root()/cache_folder(made).name
+        kept = runs_root() / cache_folder(made).name
         if kept.is_dir():
             cache_folder(made).symlink_to(kept)
         prepare(made)
         return of_rows(made)
 
+
 def at_hand(recipe, run=None) -> tuple[dict | None, str]:
     "The rows, where they can be had without the network; else None, and why."
-    if run and (run.path/"data"/"split.json").exists():
+    if run and (run.path / "data" / "split.json").exists():
         return of_rows(run), ""
     d = recipe.dataset
     if found := known_before(recipe):
         rows = of_rows(found)
         away = [path or d.name for path in named_paths(d) if not is_here(path)]
         if away:
-            rows["basis"] += f", as {found.recipe.name}/{found.path.name} prepared them; whether {away[0]} has changed since is not known"
+            rows["basis"] += (
+                f", as {found.recipe.name}/{found.path.name} prepared them; whether {away[0]} has changed since is not known"
+            )
         return rows, ""
     if d.path is None:
         return None, f"the rows of {d.name or 'no data set'} are not here"
@@ -118,39 +172,88 @@ def at_hand(recipe, run=None) -> tuple[dict | None, str]:
 # %% ../../nbs/07_plan.ipynb #c008
 def batch_of(recipe, gpus=1) -> dict:
     "Micro-batch, accumulation, devices, and their product."
-    t = recipe.training; micro, several = t.per_device_train_batch_size or 8, t.gradient_accumulation_steps or 1
-    return dict(micro=micro, accumulation=several, devices=gpus, effective=micro*several*gpus)
+    t = recipe.training
+    micro, several = t.per_device_train_batch_size or 8, t.gradient_accumulation_steps or 1
+    return dict(micro=micro, accumulation=several, devices=gpus, effective=micro * several * gpus)
+
 
 def schedule(recipe, rows, gpus=1) -> dict:
     "Optimizer steps, epochs and tokens of the whole training; None where neither the recipe nor the rows say."
     t, b = recipe.training, batch_of(recipe, gpus)
     mean = rows["mean"] if rows else recipe.max_length
-    per_epoch = math.ceil(math.ceil(rows["rows"]/(b["micro"]*gpus))/b["accumulation"]) if rows else None
-    steps = t.max_steps if (t.max_steps or 0) > 0 else math.ceil((t.num_train_epochs or 3)*per_epoch) if rows else None
-    return dict(steps=steps, tokens=steps and round(steps*b["effective"]*mean if not rows else min(steps/per_epoch, steps*b["effective"]/rows["rows"])*rows["tokens"]))
+    per_epoch = (
+        math.ceil(math.ceil(rows["rows"] / (b["micro"] * gpus)) / b["accumulation"])
+        if rows
+        else None
+    )
+    steps = (
+        t.max_steps
+        if (t.max_steps or 0) > 0
+        else math.ceil((t.num_train_epochs or 3) * per_epoch)
+        if rows
+        else None
+    )
+    return dict(
+        steps=steps,
+        tokens=steps
+        and round(
+            steps * b["effective"] * mean
+            if not rows
+            else min(steps / per_epoch, steps * b["effective"] / rows["rows"]) * rows["tokens"]
+        ),
+    )
 
 # %% ../../nbs/07_plan.ipynb #c011
-def shape(recipe, rows) -> dict: "Rows and tokens of the largest micro-batch."; return dict(rows=batch_of(recipe)["micro"], length=min(rows["longest"], recipe.max_length) if rows else recipe.max_length, learned=rows["learned"] if rows else 1.0)
+def shape(recipe, rows) -> dict:
+    "Rows and tokens of the largest micro-batch."
+    return dict(
+        rows=batch_of(recipe)["micro"],
+        length=min(rows["longest"], recipe.max_length) if rows else recipe.max_length,
+        learned=rows["learned"] if rows else 1.0,
+    )
+
 
 def engine_memory(recipe, config, counts, engine, rows, *where) -> dict:
     "One engine's parts; `as` says whose step was counted."
-    return memory(recipe, config, counts, engine, **shape(recipe, rows) | dict(zip(("dev", "gpus", "stage"), where))) | {"as": "trl" if engine == "unsloth" else engine}
+    return memory(
+        recipe,
+        config,
+        counts,
+        engine,
+        **shape(recipe, rows) | dict(zip(("dev", "gpus", "stage"), where)),
+    ) | {"as": "trl" if engine == "unsloth" else engine}
 
-def peaks(recipe, config, counts, rows, *where) -> dict: "Every engine's parts."; return {e: engine_memory(recipe, config, counts, e, rows, *where) for e in recipe.engine}
+
+def peaks(recipe, config, counts, rows, *where) -> dict:
+    "Every engine's parts."
+    return {e: engine_memory(recipe, config, counts, e, rows, *where) for e in recipe.engine}
 
 # %% ../../nbs/07_plan.ipynb #c013
 def changed(recipe, lines) -> Recipe:
     "The recipe with key=value lines applied."
     raw = recipes._dump(recipe)
-    for line in lines: recipes._override(raw, line)
+    for line in lines:
+        recipes._override(raw, line)
     return Recipe(**raw)
+
 
 def smaller_batches(recipe) -> list[list[str]]:
     "Fewer rows at a time at the same effective batch, the largest first."
     b = batch_of(recipe)
-    return [[f"training.per_device_train_batch_size={n}", f"training.gradient_accumulation_steps={b['accumulation']*b['micro']//n}"] for n in range(b["micro"] - 1, 0, -1) if b["micro"] % n == 0]
+    return [
+        [
+            f"training.per_device_train_batch_size={n}",
+            f"training.gradient_accumulation_steps={b['accumulation'] * b['micro'] // n}",
+        ]
+        for n in range(b["micro"] - 1, 0, -1)
+        if b["micro"] % n == 0
+    ]
 
-CHECKPOINT, FOUR = ["training.gradient_checkpointing=true"], ["quantization.load_in_4bit=true", "quantization.bnb_4bit_use_double_quant=true"]
+
+CHECKPOINT, FOUR = (
+    ["training.gradient_checkpointing=true"],
+    ["quantization.load_in_4bit=true", "quantization.bnb_4bit_use_double_quant=true"],
+)
 ADAPTER = ["lora.r=16", "lora.lora_alpha=32", "lora.target_modules=all-linear"]
 
 # %% ../../nbs/07_plan.ipynb #c014
@@ -158,61 +261,134 @@ def ladder(recipe, gpu, gpus):
     "Yield (what it costs, the lines before a choice of batch, whether the batch may shrink, devices, ZeRO's stage)."
     ck = CHECKPOINT if not recipe.training.gradient_checkpointing else []
     yield "the same model; a little slower", [], True, gpus, 0
-    if ck: yield "the same model; a third slower", ck, False, gpus, 0
+    if ck:
+        yield "the same model; a third slower", ck, False, gpus, 0
     yield "the same model; slower", ck, True, gpus, 0
     if gpu:
         for n in sorted({max(gpus, 2), 2, 4, 8} - set(range(2, gpus))):
-            for stage, way in ((2, "shard_grad_op"), (3, "full_shard")): yield f"the same model, on {n} devices (ZeRO {stage}: FSDP {way})", [*ck, f"training.fsdp={way}"], True, n, stage
-    if gpu and recipe.lora is None: yield "optimizer states in 8 bits", [*ck, "training.optim=adamw_8bit"], True, gpus, 0
-    if recipe.lora is not None and not recipe.quantization and not recipe.model.from_config: yield "the frozen base in 4 bits: a little less exact", [*ck, *FOUR], True, gpus, 0
-    for n in (2, 4): yield f"rows cut at {recipe.max_length//n} tokens", [*ck, f"training.max_length={recipe.max_length//n}"], True, gpus, 0
-    if recipe.lora is None and not recipe.model.from_config: yield "an adapter instead of every weight, on a base in 4 bits", [*ck, *ADAPTER, *FOUR], True, gpus, 0
+            for stage, way in ((2, "shard_grad_op"), (3, "full_shard")):
+                yield (
+                    f"the same model, on {n} devices (ZeRO {stage}: FSDP {way})",
+                    [*ck, f"training.fsdp={way}"],
+                    True,
+                    n,
+                    stage,
+                )
+    if gpu and recipe.lora is None:
+        yield "optimizer states in 8 bits", [*ck, "training.optim=adamw_8bit"], True, gpus, 0
+    if recipe.lora is not None and not recipe.quantization and not recipe.model.from_config:
+        yield "the frozen base in 4 bits: a little less exact", [*ck, *FOUR], True, gpus, 0
+    for n in (2, 4):
+        yield (
+            f"rows cut at {recipe.max_length // n} tokens",
+            [*ck, f"training.max_length={recipe.max_length // n}"],
+            True,
+            gpus,
+            0,
+        )
+    if recipe.lora is None and not recipe.model.from_config:
+        yield (
+            "an adapter instead of every weight, on a base in 4 bits",
+            [*ck, *ADAPTER, *FOUR],
+            True,
+            gpus,
+            0,
+        )
 
 # %% ../../nbs/07_plan.ipynb #c015
 def changes(recipe, config, rows, dev, gpus=1, room=None, most=4) -> list[dict]:
     "Ways to fit into `room` bytes, each predicted; the smallest sacrifice first."
     out, sizes = [], {}
+
     def peak(lines, n, stage):
-        r = changed(recipe, [x for x in lines if not x.startswith("training.fsdp")]); key = (str(r.lora), str(r.quantization))
-        if key not in sizes: sizes[key] = sizes_of(r, config)
+        r = changed(recipe, [x for x in lines if not x.startswith("training.fsdp")])
+        key = (str(r.lora), str(r.quantization))
+        if key not in sizes:
+            sizes[key] = sizes_of(r, config)
         return max(p["peak"] for p in peaks(r, config, sizes[key], rows, dev, n, stage).values())
+
     for cost, lines, shrink, n, stage in ladder(recipe, dev.bandwidth is not None, gpus):
         batches = [[], *smaller_batches(recipe)] if shrink else [[]]
         tries = [[*lines, *b] for b in batches if lines or b]
-        if not tries or peak(tries[-1], n, stage) > room: continue
+        if not tries or peak(tries[-1], n, stage) > room:
+            continue
         good = next(t for t in tries if t is tries[-1] or peak(t, n, stage) <= room)
-        if not any(set(c["set"]) <= set(good) for c in out): out.append(dict(set=good, costs=cost, devices=n, peak=peak(good, n, stage), fits=True))
-        if len(out) == most: break
+        if not any(set(c["set"]) <= set(good) for c in out):
+            out.append(dict(set=good, costs=cost, devices=n, peak=peak(good, n, stage), fits=True))
+        if len(out) == most:
+            break
     return out
 
 # %% ../../nbs/07_plan.ipynb #c017
-KIN = {"llama-2-7b": "llama2", "llama-3.1-8b": "llama3.1", "tinyllama-1.1b": "tinyllama", "mistral-7b": "mistral", "gemma-1.1-7b": "gemma", "gemma-7b": "gemma",
-       "gemma-3-1b": "gemma3", "gemma-3-4b": "medgemma", "medgemma-4b": "medgemma", "nemotron-3-nano-30b": "nemotron_h"}    # what a name holds -> its family
+KIN = {
+    "llama-2-7b": "llama2",
+    "llama-3.1-8b": "llama3.1",
+    "tinyllama-1.1b": "tinyllama",
+    "mistral-7b": "mistral",
+    "gemma-1.1-7b": "gemma",
+    "gemma-7b": "gemma",
+    "gemma-3-1b": "gemma3",
+    "gemma-3-4b": "medgemma",
+    "medgemma-4b": "medgemma",
+    "nemotron-3-nano-30b": "nemotron_h",
+}  # what a name holds -> its family
+
 
 def config_of(recipe) -> tuple:
     "The model's configuration, and a note when it is not its own."
-    try: return load_config(recipe), ""
+    try:
+        return load_config(recipe), ""
     except MedftError:
         kin = next((f for k, f in KIN.items() if k in recipe.model.name.lower()), None)
-        if not kin: raise
-        return published(kin), f"the configuration of {recipe.model.name} cannot be had here; the copy that comes with medft ({PUBLISHED[kin][0]}) stands for it"
+        if not kin:
+            raise
+        return (
+            published(kin),
+            f"the configuration of {recipe.model.name} cannot be had here; the copy that comes with medft ({PUBLISHED[kin][0]}) stands for it",
+        )
+
 
 def speed(recipe, config, engine, found, dev, rows, stated=None) -> dict:
     "Tokens a second of one device, and how we know."
-    if stated: return dict(tokens_per_second=stated, range=None, basis="as stated by the user")
+    if stated:
+        return dict(tokens_per_second=stated, range=None, basis="as stated by the user")
     text, s = config.get_text_config(), shape(recipe, rows)
-    return earlier(recipe, engine, dev.name) or recorded(engine, dev.name, text.num_hidden_layers, text.hidden_size, adapter_kind(recipe)) or estimated(found["step"], dev, s["rows"]*s["length"], dev.bandwidth is not None)
+    return (
+        earlier(recipe, engine, dev.name)
+        or recorded(
+            engine, dev.name, text.num_hidden_layers, text.hidden_size, adapter_kind(recipe)
+        )
+        or estimated(found["step"], dev, s["rows"] * s["length"], dev.bandwidth is not None)
+    )
 
 # %% ../../nbs/07_plan.ipynb #c018
 def timing(recipe, config, found, dev, rows, gpus, price, stated) -> dict:
     "Steps, tokens, seconds and cost of all engines."
     s = schedule(recipe, rows, gpus)
     each = {e: speed(recipe, config, e, m, dev, rows, stated) for e, m in found.items()}
-    work, seeds = s["tokens"] and s["tokens"]/gpus, recipe.evaluation.seeds     # of one device, in one training; trainings of each engine
-    seconds = {e: work/v["tokens_per_second"] if work else None for e, v in each.items()}
-    total = sum(seconds.values())*seeds if s["tokens"] else None
-    spread = [seeds*sum(work/(v["range"] or [v["tokens_per_second"]]*2)[i] for v in each.values()) for i in (1, 0)] if s["tokens"] and any(v["range"] for v in each.values()) else None
-    return s | dict(seconds=total, seconds_range=spread, cost=price and total and total/3600*price*gpus, seeds=seeds, speed=each, seconds_by_engine=seconds)
+    work, seeds = (
+        s["tokens"] and s["tokens"] / gpus,
+        recipe.evaluation.seeds,
+    )  # of one device, in one training; trainings of each engine
+    seconds = {e: work / v["tokens_per_second"] if work else None for e, v in each.items()}
+    total = sum(seconds.values()) * seeds if s["tokens"] else None
+    spread = (
+        [
+            seeds
+            * sum(work / (v["range"] or [v["tokens_per_second"]] * 2)[i] for v in each.values())
+            for i in (1, 0)
+        ]
+        if s["tokens"] and any(v["range"] for v in each.values())
+        else None
+    )
+    return s | dict(
+        seconds=total,
+        seconds_range=spread,
+        cost=price and total and total / 3600 * price * gpus,
+        seeds=seeds,
+        speed=each,
+        seconds_by_engine=seconds,
+    )
 
 # %% ../../nbs/07_plan.ipynb #c019
 def sharding(recipe) -> int:
@@ -223,97 +399,233 @@ def sharding(recipe) -> int:
 # %% ../../nbs/07_plan.ipynb #q07_p0
 def setting(recipe, device, gpus, run) -> SimpleNamespace:
     "All that a plan is made from; an engine that is left to medft is chosen first, for the device that is planned."
-    dev = named(device) if device else here(); gpu = dev.bandwidth is not None
-    r = settled(recipe, "cuda" if gpu else "cpu", bool(importlib.util.find_spec("unsloth"))) if device else settle(recipe)
+    dev = named(device) if device else here()
+    gpu = dev.bandwidth is not None
+    r = (
+        settled(recipe, "cuda" if gpu else "cpu", bool(importlib.util.find_spec("unsloth")))
+        if device
+        else settle(recipe)
+    )
     (config, note), (rows, why) = config_of(r), at_hand(r, run)
-    room = int(dev.memory*0.95 if device else dev.memory + (0 if gpu else psutil.Process().memory_info().rss))
+    room = int(
+        dev.memory * 0.95
+        if device
+        else dev.memory + (0 if gpu else psutil.Process().memory_info().rss)
+    )
     where = (dev, gpus, sharding(r) if gpus > 1 else 0)
-    return SimpleNamespace(recipe=r, config=config, counts=sizes_of(r, config), rows=rows, where=where, room=room, notes=[
-        n for n in (note, r.engine_chosen and f"engine {r.engine_chosen}", why and f"{why}: rows are taken to be {r.max_length} tokens long") if n])
+    return SimpleNamespace(
+        recipe=r,
+        config=config,
+        counts=sizes_of(r, config),
+        rows=rows,
+        where=where,
+        room=room,
+        notes=[
+            n
+            for n in (
+                note,
+                r.engine_chosen and f"engine {r.engine_chosen}",
+                why and f"{why}: rows are taken to be {r.max_length} tokens long",
+            )
+            if n
+        ],
+    )
 
 # %% ../../nbs/07_plan.ipynb #c202
-def bytes_of(m) -> dict: return {k: v for k, v in m.items() if k not in ("step", "as")}
+def bytes_of(m) -> dict:
+    return {k: v for k, v in m.items() if k not in ("step", "as")}
+
 
 def both_ways(c, found) -> dict:
     "Activations and peak of every engine, with checkpointing and without."
+
     def predicted(e, on):
-        if checkpointed(c.recipe, e) is on: return found[e]
-        return engine_memory(changed(c.recipe, [f"training.gradient_checkpointing={str(on).lower()}"]), c.config, c.counts, e, c.rows, *c.where)
-    some = lambda m: {k: m[k] for k in ("activations", "peak")}
-    return {way: {e: some(predicted(e, on)) for e in found} for way, on in (("with_checkpointing", True), ("without_checkpointing", False))}
+        if checkpointed(c.recipe, e) is on:
+            return found[e]
+        return engine_memory(
+            changed(c.recipe, [f"training.gradient_checkpointing={str(on).lower()}"]),
+            c.config,
+            c.counts,
+            e,
+            c.rows,
+            *c.where,
+        )
+
+    def some(m):
+        return {k: m[k] for k in ("activations", "peak")}
+
+    return {
+        way: {e: some(predicted(e, on)) for e in found}
+        for way, on in (("with_checkpointing", True), ("without_checkpointing", False))
+    }
 
 # %% ../../nbs/07_plan.ipynb #q07_p1
 def verdict_of(c, found) -> dict:
     "Does the worst engine fit, and if not, what would?"
-    worst = max(found, key=lambda e: found[e]["peak"]); fits = found[worst]["peak"] <= c.room
-    return dict(engine=worst, memory_bytes=bytes_of(found[worst]), engines={e: bytes_of(m) for e, m in found.items()}, room_bytes=c.room, fits=fits)
+    worst = max(found, key=lambda e: found[e]["peak"])
+    fits = found[worst]["peak"] <= c.room
+    return dict(
+        engine=worst,
+        memory_bytes=bytes_of(found[worst]),
+        engines={e: bytes_of(m) for e, m in found.items()},
+        room_bytes=c.room,
+        fits=fits,
+    )
 
 # %% ../../nbs/07_plan.ipynb #c203
 def plan(
     recipe: Recipe,
-    device=None,                # a GPU's name; None: this machine
-    gpus=1,                     # devices
-    price=None,                 # of one device for an hour
-    tokens_per_second=None,     # of one device, if known
-    run=None,                   # the run that is planned
-    advise=True,                # look for changes where it does not fit, and at checkpointing
-) -> dict:                      # as in plan.json
+    device=None,  # a GPU's name; None: this machine
+    gpus=1,  # devices
+    price=None,  # of one device for an hour
+    tokens_per_second=None,  # of one device, if known
+    run=None,  # the run that is planned
+    advise=True,  # look for changes where it does not fit, and at checkpointing
+) -> dict:  # as in plan.json
     "What a recipe will need. Raises `MedftError` for an unknown device or configuration."
     if not recipe.engine:
         raise MedftError("engine: none is named, so there is nothing to train, and nothing to plan")
-    c = setting(recipe, device, gpus, run); found = peaks(c.recipe, c.config, c.counts, c.rows, *c.where)
-    told = described(c, gpus) | verdict_of(c, found) | timing(c.recipe, c.config, found, c.where[0], c.rows, gpus, price, tokens_per_second)
+    c = setting(recipe, device, gpus, run)
+    found = peaks(c.recipe, c.config, c.counts, c.rows, *c.where)
+    told = (
+        described(c, gpus)
+        | verdict_of(c, found)
+        | timing(c.recipe, c.config, found, c.where[0], c.rows, gpus, price, tokens_per_second)
+    )
     notes = c.notes + [f"{e} is counted as {m['as']}" for e, m in found.items() if m["as"] != e]
-    more = dict(changes=changes(c.recipe, c.config, c.rows, c.where[0], gpus, c.room) if advise and not told["fits"] else [], checkpointing=both_ways(c, found) if advise else None)
-    return told | more | dict(disk_bytes={k: v*len(found) for k, v in disk_need(c.recipe, c.counts, told["steps"]).items()}, notes=notes)
+    more = dict(
+        changes=changes(c.recipe, c.config, c.rows, c.where[0], gpus, c.room)
+        if advise and not told["fits"]
+        else [],
+        checkpointing=both_ways(c, found) if advise else None,
+    )
+    return (
+        told
+        | more
+        | dict(
+            disk_bytes={
+                k: v * len(found) for k, v in disk_need(c.recipe, c.counts, told["steps"]).items()
+            },
+            notes=notes,
+        )
+    )
 
 # %% ../../nbs/07_plan.ipynb #q07_p2
 def described(c, gpus) -> dict:
     "What is planned: the model, the device, the rows, and what the test sets could show."
     r, counts = c.recipe, {k: c.counts[k] for k in ("total", "active", "trainable", "quantised")}
-    return dict(recipe=r.name, model=r.model.name, adapter=adapter_kind(r), device=c.where[0].name, devices=gpus, zero_stage=c.where[2], parameters=counts,
-                batch=batch_of(r, gpus) | shape(r, c.rows), data=c.rows, evaluation=foreseen(r, c.rows and c.rows["sets"]), confidence=r.evaluation.confidence)
+    return dict(
+        recipe=r.name,
+        model=r.model.name,
+        adapter=adapter_kind(r),
+        device=c.where[0].name,
+        devices=gpus,
+        zero_stage=c.where[2],
+        parameters=counts,
+        batch=batch_of(r, gpus) | shape(r, c.rows),
+        data=c.rows,
+        evaluation=foreseen(r, c.rows and c.rows["sets"]),
+        confidence=r.evaluation.confidence,
+    )
 
 # %% ../../nbs/07_plan.ipynb #c023
-def gb(n) -> str: return f"{n/1e9:.2f} GB" if n < 1e11 else f"{n/1e9:,.0f} GB"
-def duration(s) -> str: return f"{s:.0f} s" if s < 120 else f"{s/60:.0f} min" if s < 7200 else f"{s/3600:.1f} h"
+def gb(n) -> str:
+    return f"{n / 1e9:.2f} GB" if n < 1e11 else f"{n / 1e9:,.0f} GB"
+
+
+def duration(s) -> str:
+    return f"{s:.0f} s" if s < 120 else f"{s / 60:.0f} min" if s < 7200 else f"{s / 3600:.1f} h"
 
 # %% ../../nbs/07_plan.ipynb #q07_p3
 def memory_in_words(p) -> list[str]:
     "The peak, its parts, and what would make it smaller."
-    out = ["peak of " + "; ".join(f"{e} {gb(x['peak'])}" for e, x in p["engines"].items()) + f"; room {gb(p['room_bytes'])}: {'it fits' if p['fits'] else 'it does not fit'}"]
+    out = [
+        "peak of "
+        + "; ".join(f"{e} {gb(x['peak'])}" for e, x in p["engines"].items())
+        + f"; room {gb(p['room_bytes'])}: {'it fits' if p['fits'] else 'it does not fit'}"
+    ]
     out += [f"  {k:<12}{gb(v):>12}" for k, v in p["memory_bytes"].items() if v and k != "peak"]
     for way, found in (p.get("checkpointing") or {}).items():
-        out += [f"  {way.replace('_', ' ')}: " + "; ".join(f"{e} {gb(m['activations'])} of activations, peak {gb(m['peak'])}" for e, m in found.items())]
-    for c in p["changes"]: out += [f"it fits ({gb(c['peak'])}) with: {' '.join(c['set'])}    [{c['costs']}]"]
-    return out + ["nothing that medft can change makes it fit there: take a larger device or a smaller model"]*(not p["fits"] and not p["changes"])
+        out += [
+            f"  {way.replace('_', ' ')}: "
+            + "; ".join(
+                f"{e} {gb(m['activations'])} of activations, peak {gb(m['peak'])}"
+                for e, m in found.items()
+            )
+        ]
+    for c in p["changes"]:
+        out += [f"it fits ({gb(c['peak'])}) with: {' '.join(c['set'])}    [{c['costs']}]"]
+    return out + [
+        "nothing that medft can change makes it fit there: take a larger device or a smaller model"
+    ] * (not p["fits"] and not p["changes"])
 
 # %% ../../nbs/07_plan.ipynb #c204
 def time_in_words(p) -> list[str]:
     "Steps, tokens, time, cost."
-    out = [f"steps {p['steps']:,}, tokens {p['tokens']:,}" + f" with each of {p['seeds']} seeds"*(p["seeds"] > 1) if p["steps"] else "steps: known when the rows are"]
-    if p["data"]: out[0] += f"; {p['data']['trainable_tokens'] or 0:,} of {p['data']['tokens']:,} tokens an epoch are learned, {p['data']['truncated'] or 0:,} rows are cut"
+    out = [
+        f"steps {p['steps']:,}, tokens {p['tokens']:,}"
+        + f" with each of {p['seeds']} seeds" * (p["seeds"] > 1)
+        if p["steps"]
+        else "steps: known when the rows are"
+    ]
+    if p["data"]:
+        out[0] += (
+            f"; {p['data']['trainable_tokens'] or 0:,} of {p['data']['tokens']:,} tokens an epoch are learned, {p['data']['truncated'] or 0:,} rows are cut"
+        )
     for e, s in p["speed"].items():
-        took = p["seconds_by_engine"][e]; low, high = s["range"] or (None, None)
-        out += [f"{e}: {s['tokens_per_second']:,.0f} tokens/s" + (f" ({low:,.0f} to {high:,.0f})" if low else "") + (f", {duration(took)}" + " a seed"*(p["seeds"] > 1) if took else "") + f"; {s['basis']}"]
-    if not p["cost"]: return out
-    ends = f" ({' to '.join(f'{x:.2f}' for x in (p['cost']*y/p['seconds'] for y in p['seconds_range']))})" if p["seconds_range"] else ""
+        took = p["seconds_by_engine"][e]
+        low, high = s["range"] or (None, None)
+        out += [
+            f"{e}: {s['tokens_per_second']:,.0f} tokens/s"
+            + (f" ({low:,.0f} to {high:,.0f})" if low else "")
+            + (f", {duration(took)}" + " a seed" * (p["seeds"] > 1) if took else "")
+            + f"; {s['basis']}"
+        ]
+    if not p["cost"]:
+        return out
+    ends = (
+        f" ({' to '.join(f'{x:.2f}' for x in (p['cost'] * y / p['seconds'] for y in p['seconds_range']))})"
+        if p["seconds_range"]
+        else ""
+    )
     return out + [f"cost: {p['cost']:.2f}{ends}"]
 
 # %% ../../nbs/07_plan.ipynb #q07_p4
 def in_words(p) -> list[str]:
     "A plan in a few lines."
     n, b = p["parameters"], p["batch"]
-    out = [f"{p['recipe']}: {p['model']}, {n['total']:,} parameters" + (f", {n['active']:,} at work on a token" if n["active"] < n["total"] else "") + f", {n['trainable']:,} trained ({n['trainable']/n['total']:.2%}), {p['adapter']}"]
-    out += [f"on {p['devices']} x {p['device']}" + (f", ZeRO stage {p['zero_stage']}" if p["zero_stage"] else "") + f": {b['effective']} rows a step ({b['micro']} x {b['accumulation']} x {b['devices']}), up to {b['length']} tokens each"]
+    out = [
+        f"{p['recipe']}: {p['model']}, {n['total']:,} parameters"
+        + (f", {n['active']:,} at work on a token" if n["active"] < n["total"] else "")
+        + f", {n['trainable']:,} trained ({n['trainable'] / n['total']:.2%}), {p['adapter']}"
+    ]
+    out += [
+        f"on {p['devices']} x {p['device']}"
+        + (f", ZeRO stage {p['zero_stage']}" if p["zero_stage"] else "")
+        + f": {b['effective']} rows a step ({b['micro']} x {b['accumulation']} x {b['devices']}), up to {b['length']} tokens each"
+    ]
     disk = ", ".join(f"{k} {gb(v)}" for k, v in p["disk_bytes"].items() if v) or "next to nothing"
-    return out + memory_in_words(p) + time_in_words(p) + foreseen_in_words(p["evaluation"], p["seeds"], p["confidence"]) + [f"disk: {disk}", *(f"note: {x}" for x in p["notes"])]
+    return (
+        out
+        + memory_in_words(p)
+        + time_in_words(p)
+        + foreseen_in_words(p["evaluation"], p["seeds"], p["confidence"])
+        + [f"disk: {disk}", *(f"note: {x}" for x in p["notes"])]
+    )
 
 # %% ../../nbs/07_plan.ipynb #c025
 def plan_run(folder):
     "Write a run's plan.json; a failure is a line in its log."
-    run = Run.open(folder); os.nice(10)
-    try: write_json(run.path/"plan.json", plan(run.recipe, run=run, advise=False))
-    except Exception as e: run.log(f"plan: none could be made ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})", show=False)
+    run = Run.open(folder)
+    os.nice(10)
+    try:
+        write_json(run.path / "plan.json", plan(run.recipe, run=run, advise=False))
+    except Exception as e:
+        run.log(
+            f"plan: none could be made ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})",
+            show=False,
+        )
 
-if __name__ == "__main__" and "__file__" in globals(): plan_run(sys.argv[1])
+
+if __name__ == "__main__" and "__file__" in globals():
+    plan_run(sys.argv[1])

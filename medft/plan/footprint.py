@@ -10,14 +10,17 @@ __all__ = ['Live', 'as_fake', 'Unpacked', 'pack', 'packed', 'ready_to_run', 'as_
            'with_layers', 'step']
 
 # %% ../../nbs/plan/footprint.ipynb #c002
-from ..core.run import Recipe  # first: it sets switches that the libraries read
-from ..fast import patching as blocks, fused_layers as joined
-from ..model.adapters import adapted, quantization_config
-from ..fast.patching import Rows
-from ..model.families import freeze_vision, meta_model
+from ..core.run import Recipe
+from ..fast import fused_layers as joined
+from ..fast import patching as blocks
 from ..fast.loss import supervised_loss
+from ..fast.patching import Rows
+from ..model.adapters import adapted, quantization_config
+from ..model.families import freeze_vision, meta_model
 
-import copy, warnings, weakref
+import copy
+import warnings
+import weakref
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest.mock import patch
 
@@ -31,71 +34,108 @@ from torch.utils.flop_counter import flop_registry
 # %% ../../nbs/plan/footprint.ipynb #c005
 class Live(TorchDispatchMode):
     "Counts the bytes of living tensors, their most in each phase, operations, and floating-point operations."
+
     def __init__(self):
         super().__init__()
         self.now, self.known, self.phase, self.most, self.ops, self.flops = 0, {}, "held", {}, 0, 0
 
     def count(self, t):
-        s = t.untyped_storage(); key, n = id(s), s.nbytes()
-        if key in self.known or not n: return
-        def gone(_): self.now -= n; del self.known[key]
-        self.known[key] = weakref.ref(s, gone); self.now += n
+        s = t.untyped_storage()
+        key, n = id(s), s.nbytes()
+        if key in self.known or not n:
+            return
+
+        def gone(_):
+            self.now -= n
+            del self.known[key]
+
+        self.known[key] = weakref.ref(s, gone)
+        self.now += n
         self.most[self.phase] = max(self.most.get(self.phase, 0), self.now)
 
     def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
         out, work = func(*args, **(kwargs or {})), flop_registry.get(func._overloadpacket)
-        self.ops += 1; self.flops += work(*args, **(kwargs or {}), out_val=out) if work else 0
+        self.ops += 1
+        self.flops += work(*args, **(kwargs or {}), out_val=out) if work else 0
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor): self.count(t)
+            if isinstance(t, torch.Tensor):
+                self.count(t)
         return out
 
 # %% ../../nbs/plan/footprint.ipynb #c009
 def as_fake(model, dtype, device="cpu"):
     "Give every parameter and buffer of a model without memory its device and type; call it under FakeTensorMode."
     made = {}
+
     def new(p):
-        own = torch.float32 if p.requires_grad else dtype if isinstance(p, torch.nn.Parameter) and p.is_floating_point() else p.dtype
+        own = (
+            torch.float32
+            if p.requires_grad
+            else dtype
+            if isinstance(p, torch.nn.Parameter) and p.is_floating_point()
+            else p.dtype
+        )
         t = torch.empty(p.shape, dtype=own, device=device)
-        return p, torch.nn.Parameter(t, requires_grad=p.requires_grad) if isinstance(p, torch.nn.Parameter) else t
+        return p, torch.nn.Parameter(t, requires_grad=p.requires_grad) if isinstance(
+            p, torch.nn.Parameter
+        ) else t
+
     for group in (g for m in model.modules() for g in (m._parameters, m._buffers)):
         for k in (k for k, p in group.items() if p is not None):
-            if id(group[k]) not in made: made[id(group[k])] = new(group[k])
+            if id(group[k]) not in made:
+                made[id(group[k])] = new(group[k])
             group[k] = made[id(group[k])][1]
     return model
 
 # %% ../../nbs/plan/footprint.ipynb #c011
 class Unpacked(torch.autograd.Function):
     "A product with a quantised weight, as bitsandbytes does it: written out in the base's type, cast, used, dropped."
+
     @staticmethod
     def forward(ctx, x, size, stored):
         ctx.size, ctx.stored = size, stored
         return linear(x, x.new_empty(size, dtype=stored).to(x.dtype))
 
     @staticmethod
-    def backward(ctx, g): return g @ g.new_empty(ctx.size, dtype=ctx.stored).to(g.dtype), None, None
+    def backward(ctx, g):
+        return g @ g.new_empty(ctx.size, dtype=ctx.stored).to(g.dtype), None, None
+
 
 def pack(module, bits, stored, compute):
     "Make a bitsandbytes layer compute on fake tensors."
     size = (module.out_features, module.in_features)
-    module._parameters["weight"] = torch.nn.Parameter(torch.empty(size[0]*size[1]*bits//8, dtype=torch.uint8, device="meta"), requires_grad=False)
+    module._parameters["weight"] = torch.nn.Parameter(
+        torch.empty(size[0] * size[1] * bits // 8, dtype=torch.uint8, device="meta"),
+        requires_grad=False,
+    )
     module.forward = lambda x: Unpacked.apply(x.to(compute), size, stored).to(x.dtype)
 
 # %% ../../nbs/plan/footprint.ipynb #c012
 def packed(recipe, shapes, stored):
     "The model with its quantised layers, where the recipe asks for them."
     q = quantization_config(recipe)
-    if q is None: return shapes
+    if q is None:
+        return shapes
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
+
     shapes = replace_with_bnb_linear(shapes, get_keys_to_not_convert(shapes), q)
     for m in shapes.modules():
-        if type(m).__module__.startswith("bitsandbytes"): pack(m, 4 if q.load_in_4bit else 8, stored, q.bnb_4bit_compute_dtype if q.load_in_4bit else torch.float16)
+        if type(m).__module__.startswith("bitsandbytes"):
+            pack(
+                m,
+                4 if q.load_in_4bit else 8,
+                stored,
+                q.bnb_4bit_compute_dtype if q.load_in_4bit else torch.float16,
+            )
     return shapes
+
 
 def ready_to_run(config):
     "A configuration whose layers run on fake tensors: attention by torch."
     config = copy.deepcopy(config)
-    if config._attn_implementation not in ("sdpa", "eager"): config._attn_implementation = "sdpa"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        config._attn_implementation = "sdpa"
     return config
 
 # %% ../../nbs/plan/footprint.ipynb #c014
@@ -103,69 +143,150 @@ def ready_to_run(config):
 def as_on(device, vocabulary):
     "While inside, TRL's fused head takes the memory that it takes on that kind of device."
     import trl.trainer.utils as t
+
     kernel = t._ChunkedLogProbFunction.forward.__globals__
     with ExitStack() as stack:
-        if device == "cpu": stack.enter_context(patch.object(t, "_CHUNKED_LOGPROB_CHUNK_SIZE", min(t._CHUNKED_LOGPROB_CHUNK_SIZE, vocabulary)))
-        else: stack.enter_context(patch.dict(kernel, {k: lambda *a, **k: None for k in ("_forward_tile", "_backward_tile", "_addmm_fp32")}))
+        if device == "cpu":
+            stack.enter_context(
+                patch.object(
+                    t, "_CHUNKED_LOGPROB_CHUNK_SIZE", min(t._CHUNKED_LOGPROB_CHUNK_SIZE, vocabulary)
+                )
+            )
+        else:
+            stack.enter_context(
+                patch.dict(
+                    kernel,
+                    {
+                        k: lambda *a, **k: None
+                        for k in ("_forward_tile", "_backward_tile", "_addmm_fp32")
+                    },
+                )
+            )
         yield
+
 
 def plain_loss(model, task, ids, learned):
     "The loss as TRL (generative) and transformers' Trainer (all else) compute it."
     given = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    if task == "generative": return model(**given, labels=ids, fused_lm_head=True).loss
-    if task == "pretraining": return model(input_ids=ids, labels=ids, position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), use_cache=False).loss
+    if task == "generative":
+        return model(**given, labels=ids, fused_lm_head=True).loss
+    if task == "pretraining":
+        return model(
+            input_ids=ids,
+            labels=ids,
+            position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape),
+            use_cache=False,
+        ).loss
     return cross_entropy(model(**given).logits.float(), ids[:, 0], reduction="sum")
 
 # %% ../../nbs/plan/footprint.ipynb #c015
 def laid_out(rows, length, n):
     "What `blocks.rows_of` finds, where there are no numbers to find it in: in each row the first positions are learned from, `n` in all."
-    each, spans = -(-n//rows), [(i*length, (i + 1)*length, i*length, (i + 1)*length) for i in range(rows)]
-    keep = (torch.arange(each)[None] + torch.arange(0, rows*length, length)[:, None]).flatten()
+    each, spans = (
+        -(-n // rows),
+        [(i * length, (i + 1) * length, i * length, (i + 1) * length) for i in range(rows)],
+    )
+    keep = (torch.arange(each)[None] + torch.arange(0, rows * length, length)[:, None]).flatten()
     return Rows(spans), Rows([(a, b, a, a + each) for a, b, _, _ in spans], keep), keep
 
-def whole_weight(base, dtype): return base.weight.to(dtype) if base.weight.dim() == 2 else base.weight.new_empty((base.out_features, base.in_features), dtype=dtype)
+
+def whole_weight(base, dtype):
+    return (
+        base.weight.to(dtype)
+        if base.weight.dim() == 2
+        else base.weight.new_empty((base.out_features, base.in_features), dtype=dtype)
+    )
+
 
 @contextmanager
 def untested():
     "While inside, the fast step's pieces are taken without the trial that each stands on real numbers; there are none to differ."
-    kinds = lambda layer: tuple(dict.fromkeys(k for k, _ in blocks.fitting(layer).values())) if blocks.usual(layer) else ("adapter",)
-    taken = lambda body: blocks.Trials([blocks.Verdict(kinds(layer)) for layer in body.layers], last_is_cut=True)
-    here = dict(trials=taken, norm_fits=lambda *_: True, norm_kind=lambda m: (getattr(m, "variance_epsilon", getattr(m, "eps", 1e-6)), 0), keep_memory=lambda: True)
+
+    def kinds(layer):
+        return (
+            tuple(dict.fromkeys(k for k, _ in blocks.fitting(layer).values()))
+            if blocks.usual(layer)
+            else ("adapter",)
+        )
+
+    def taken(body):
+        return blocks.Trials(
+            [blocks.Verdict(kinds(layer)) for layer in body.layers], last_is_cut=True
+        )
+
+    here = dict(
+        trials=taken,
+        norm_fits=lambda *_: True,
+        norm_kind=lambda m: (getattr(m, "variance_epsilon", getattr(m, "eps", 1e-6)), 0),
+        keep_memory=lambda: True,
+    )
     with ExitStack() as stack:
-        for name, new in here.items(): stack.enter_context(patch.object(blocks, name, new))
-        stack.enter_context(patch.object(blocks.Quick, "cast", lambda self: None)); stack.enter_context(patch.object(blocks.Quick, "verify", lambda self: None)); stack.enter_context(patch.object(joined, "weight_of", whole_weight))
+        for name, new in here.items():
+            stack.enter_context(patch.object(blocks, name, new))
+        stack.enter_context(patch.object(blocks.Quick, "cast", lambda self: None))
+        stack.enter_context(patch.object(blocks.Quick, "verify", lambda self: None))
+        stack.enter_context(patch.object(joined, "weight_of", whole_weight))
         yield
 
 # %% ../../nbs/plan/footprint.ipynb #c015b
 def fast_loss(model, task, ids, learned, dtype):
     "The loss as the fast engine computes it: rows side by side, the last layer and the head on `learned` of the positions."
-    rows, length = ids.shape; n = rows if task == "classification" else max(int(learned*rows*length), rows)
-    with torch.utils._python_dispatch._disable_current_modes(): quick = blocks.quicken(model, dtype)
+    rows, length = ids.shape
+    n = rows if task == "classification" else max(int(learned * rows * length), rows)
+    with torch.utils._python_dispatch._disable_current_modes():
+        quick = blocks.quicken(model, dtype)
     if quick.packs and quick.rows_wise:
         *found, keep = laid_out(rows, length, n)
-        with patch.object(blocks, "rows_of", lambda *a: found): hidden = quick.hidden(ids.reshape(1, -1), torch.arange(length).repeat(rows)[None], keep=keep)[0]
-    else: hidden = quick.hidden(ids, attention_mask=torch.ones_like(ids)).flatten(0, 1)[:n]
-    if task == "classification": return blocks.plain_model(model).score(hidden[:rows]).float().sum()
-    return supervised_loss(hidden, quick.head, ids.flatten()[:len(hidden)], float(len(hidden)), quick.softcap)[0]
+        with patch.object(blocks, "rows_of", lambda *a: found):
+            hidden = quick.hidden(
+                ids.reshape(1, -1), torch.arange(length).repeat(rows)[None], keep=keep
+            )[0]
+    else:
+        hidden = quick.hidden(ids, attention_mask=torch.ones_like(ids)).flatten(0, 1)[:n]
+    if task == "classification":
+        return blocks.plain_model(model).score(hidden[:rows]).float().sum()
+    return supervised_loss(
+        hidden, quick.head, ids.flatten()[: len(hidden)], float(len(hidden)), quick.softcap
+    )[0]
 
 # %% ../../nbs/plan/footprint.ipynb #c017
 def layers_of(model):
     "The decoder's layers; a vision tower has some of its own."
-    return max((m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and "vision" not in n), key=len)
+    return max(
+        (
+            m
+            for n, m in model.named_modules()
+            if isinstance(m, torch.nn.ModuleList) and "vision" not in n
+        ),
+        key=len,
+    )
+
 
 def watch(model, live):
     "Let the phases of a step be told apart."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    def after(*_): live.kept, live.phase = live.now, "loss"
-    for part in {getattr(base, base.base_model_prefix), base.get_decoder()}: part.register_forward_hook(after)      # the fast step enters at the decoder
+
+    def after(*_):
+        live.kept, live.phase = live.now, "loss"
+
+    for part in {getattr(base, base.base_model_prefix), base.get_decoder()}:
+        part.register_forward_hook(after)  # the fast step enters at the decoder
+
     def at(name):
-        def note(g): live.phase = name; return g
+        def note(g):
+            live.phase = name
+            return g
+
         def hook(module, args, out):
             out = out[0] if isinstance(out, tuple) else out
-            if out.requires_grad: out.register_hook(note)
+            if out.requires_grad:
+                out.register_hook(note)
+
         return hook
+
     layers = layers_of(base)
-    for layer, name in ((layers[-1], "top"), (layers[-2], "back")) if len(layers) > 1 else (): layer.register_forward_hook(at(name))
+    for layer, name in ((layers[-1], "top"), (layers[-2], "back")) if len(layers) > 1 else ():
+        layer.register_forward_hook(at(name))
 
 # %% ../../nbs/plan/footprint.ipynb #c018
 def prepared(recipe, config, engine, stored):
@@ -173,8 +294,10 @@ def prepared(recipe, config, engine, stored):
     model = packed(recipe, meta_model(ready_to_run(config), recipe.task), stored)
     if recipe.task == "generative" and engine != "fast":
         from trl.trainer.utils import add_fused_lm_head
+
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     return adapted(recipe, model, config) if recipe.lora is not None else freeze_vision(model)
+
 
 def checkpointed(recipe, engine) -> bool:
     "Whether a step forgets activations and computes them again; TRL's default, when the recipe is silent."
@@ -183,43 +306,82 @@ def checkpointed(recipe, engine) -> bool:
 
 # %% ../../nbs/plan/footprint.ipynb #c019
 def one_step(
-    recipe: Recipe, config,     # the configuration decides, not the recipe's model.name
-    engine, rows, length,       # rows of a micro-batch, tokens of each
-    device="cpu", dtype=torch.float32, bf16=True,   # of the frozen weights; whether products are made in bfloat16
-    learned=1.0,                # share of the positions that are learned from (fast)
-) -> dict:                      # bytes beside the weights in each phase, kept for the backward pass; operations
+    recipe: Recipe,
+    config,  # the configuration decides, not the recipe's model.name
+    engine,
+    rows,
+    length,  # rows of a micro-batch, tokens of each
+    device="cpu",
+    dtype=torch.float32,
+    bf16=True,  # of the frozen weights; whether products are made in bfloat16
+    learned=1.0,  # share of the positions that are learned from (fast)
+) -> dict:  # bytes beside the weights in each phase, kept for the backward pass; operations
     "One forward and backward pass on fake tensors."
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")     # only asks whether there is one
+    warnings.filterwarnings(
+        "ignore", message="Accessing the data pointer of FakeTensor"
+    )  # only asks whether there is one
     model, live = prepared(recipe, config, engine, dtype), Live()
-    with FakeTensorMode(allow_non_fake_inputs=True), as_on(device, config.get_text_config().vocab_size):
-        as_fake(model, torch.bfloat16 if any(".experts." in n for n, _ in model.named_parameters()) else dtype).train()   # experts' grouped product has no other type on fake tensors
-        if checkpointed(recipe, engine): model.gradient_checkpointing_enable(dict(use_reentrant=False)); model.enable_input_require_grads()
-        for t in [*model.parameters(), *model.buffers()]: live.count(t)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        as_on(device, config.get_text_config().vocab_size),
+    ):
+        as_fake(
+            model,
+            torch.bfloat16 if any(".experts." in n for n, _ in model.named_parameters()) else dtype,
+        ).train()  # experts' grouped product has no other type on fake tensors
+        if checkpointed(recipe, engine):
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+            model.enable_input_require_grads()
+        for t in [*model.parameters(), *model.buffers()]:
+            live.count(t)
         held, ids = live.now, torch.ones(rows, length, dtype=torch.long)
-        watch(model, live); live.phase = "body"
+        watch(model, live)
+        live.phase = "body"
         with live, untested() if engine == "fast" else nullcontext():
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and engine != "fast"): loss = plain_loss(model, recipe.task, ids, learned) if engine != "fast" else fast_loss(model, recipe.task, ids, learned, torch.bfloat16 if bf16 else torch.float32)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and engine != "fast"):
+                loss = (
+                    plain_loss(model, recipe.task, ids, learned)
+                    if engine != "fast"
+                    else fast_loss(
+                        model, recipe.task, ids, learned, torch.bfloat16 if bf16 else torch.float32
+                    )
+                )
             loss.backward()
-    return {k: v - held for k, v in live.most.items() if k != "held"} | dict(kept=live.kept - held, flops=live.flops, ops=live.ops)
+    return {k: v - held for k, v in live.most.items() if k != "held"} | dict(
+        kept=live.kept - held, flops=live.flops, ops=live.ops
+    )
 
 # %% ../../nbs/plan/footprint.ipynb #c023
 def pattern(config) -> list[str]:
     "The kind of each layer."
     text = config.get_text_config()
-    return list(getattr(text, "layer_types", None) or ["layer"]*text.num_hidden_layers)
+    return list(getattr(text, "layer_types", None) or ["layer"] * text.num_hidden_layers)
+
 
 def with_layers(config, kinds):
     "The configuration with these layers instead."
-    config = copy.deepcopy(config); text = config.get_text_config()
-    if getattr(text, "layer_types", None): text.layer_types = list(kinds)
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(kinds)
     text.num_hidden_layers = len(kinds)
     return config
+
 
 def step(recipe, config, *args, whole=8, **kwargs) -> dict:
     "As `one_step`; beyond `whole` layers from small models of the same layers."
     all_layers = pattern(config)
-    if len(all_layers) <= whole: return one_step(recipe, config, *args, **kwargs)
-    kinds = list(dict.fromkeys(all_layers)); small = kinds*2
-    run = lambda layers: one_step(recipe, with_layers(config, layers), *args, **kwargs)
-    base = run(small); more = {k: run([k, *small]) for k in kinds}
-    return {f: v + sum((more[k].get(f, 0) - v)*(all_layers.count(k) - 2) for k in kinds) for f, v in base.items()}
+    if len(all_layers) <= whole:
+        return one_step(recipe, config, *args, **kwargs)
+    kinds = list(dict.fromkeys(all_layers))
+    small = kinds * 2
+
+    def run(layers):
+        return one_step(recipe, with_layers(config, layers), *args, **kwargs)
+
+    base = run(small)
+    more = {k: run([k, *small]) for k in kinds}
+    return {
+        f: v + sum((more[k].get(f, 0) - v) * (all_layers.count(k) - 2) for k in kinds)
+        for f, v in base.items()
+    }

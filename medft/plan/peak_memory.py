@@ -9,117 +9,218 @@ __all__ = ['evidence', 'beyond', 'held_in', 'moments', 'at_peak', 'loading', 'me
            'measure', 'told', 'error_table']
 
 # %% ../../nbs/plan/peak_memory.ipynb #c002
-from ..core.run import MedftError, Run, assets, peak_rss, read_json  # first: it sets switches that the libraries read
-from ..model.adapters import memory_estimate, sizes_of, torch_dtype
+from ..core.run import MedftError, Run, assets, peak_rss, read_json
 from ..data.pipeline import prepare
-from .devices import Device, here, sharded
+from ..model.adapters import memory_estimate, sizes_of, torch_dtype
 from ..model.families import load_config
+from .devices import Device, here, sharded
 from .footprint import step
 
-import json, subprocess, sys, tempfile
+import json
+import subprocess
+import sys
+import tempfile
 
-import pandas as pd, torch
+import pandas as pd
+import torch
 
 # %% ../../nbs/plan/peak_memory.ipynb #c005
-def evidence() -> dict: "What was measured when this version was made."; return read_json(assets()/"evidence"/"plan.json", {})
+def evidence() -> dict:
+    "What was measured when this version was made."
+    return read_json(assets() / "evidence" / "plan.json", {})
+
 
 def beyond(gpu, engine="trl", notebook=True) -> tuple[float, float]:
     "Bytes of a process without tensors, and the share of moving bytes that its allocator wastes."
-    if gpu: return 0.6e9, 0.1
-    found = evidence(); own = found.get("process", {})
-    return own.get(engine, own.get("trl", 0.75e9)) + (own.get("notebook", 0) if notebook else 0), found.get("heap", 0.2)
+    if gpu:
+        return 0.6e9, 0.1
+    found = evidence()
+    own = found.get("process", {})
+    return own.get(engine, own.get("trl", 0.75e9)) + (
+        own.get("notebook", 0) if notebook else 0
+    ), found.get("heap", 0.2)
 
 # %% ../../nbs/plan/peak_memory.ipynb #c007
 def held_in(recipe, engine, dev) -> tuple:
     "The type of frozen weights, and whether products are made in 16 bits."
-    t = recipe.training; short = bool(t.fp16 or (dev.bf16 if t.bf16 is None else t.bf16))
+    t = recipe.training
+    short = bool(t.fp16 or (dev.bf16 if t.bf16 is None else t.bf16))
     if engine == "fast":
         from medft.fast.engine import narrowed
+
         recipe = narrowed(recipe, short and not t.fp16)
     return torch_dtype(recipe, "cuda" if dev.bandwidth else "cpu"), short
+
 
 def moments(recipe, found, gradients) -> dict:
     "Bytes beside weights and optimizer in each phase of a step."
     phases = {k: v for k, v in found.items() if k in ("body", "loss", "top", "back")}
-    if (recipe.training.gradient_accumulation_steps or 1) > 1: phases = {k: v + gradients*(k != "back") for k, v in phases.items()} | dict(back=max(phases.get("back", 0), phases.get("top", 0) + gradients))
+    if (recipe.training.gradient_accumulation_steps or 1) > 1:
+        phases = {k: v + gradients * (k != "back") for k, v in phases.items()} | dict(
+            back=max(phases.get("back", 0), phases.get("top", 0) + gradients)
+        )
     return phases
 
 # %% ../../nbs/plan/peak_memory.ipynb #c008
 def at_peak(recipe, found, fixed, few) -> dict:
     "The parts of a step's memory at its worst moment."
-    phases = moments(recipe, found, fixed["gradients"]); when = max(phases, key=phases.get)
+    phases = moments(recipe, found, fixed["gradients"])
+    when = max(phases, key=phases.get)
     there = fixed["gradients"] if few or when == "back" else 0
     kept = max(min(found["kept"], phases[when] - there), 0)
     rest = max(phases[when] - there - kept, 0)
-    return dict(weights=fixed["weights"], gradients=there, optimizer=fixed["optimizer"], activations=int(kept), logits=int(rest if when == "loss" else 0), temporaries=int(rest if when != "loss" else 0))
+    return dict(
+        weights=fixed["weights"],
+        gradients=there,
+        optimizer=fixed["optimizer"],
+        activations=int(kept),
+        logits=int(rest if when == "loss" else 0),
+        temporaries=int(rest if when != "loss" else 0),
+    )
+
 
 def loading(recipe, config, counts, weights, gpu):
     "Bytes while the model is read: its weights and, on a processor, the file they come from."
     stored = getattr(config, "dtype", None) or torch.float32
-    return weights + (0 if gpu or recipe.model.from_config else counts["total"]*stored.itemsize)
+    return weights + (0 if gpu or recipe.model.from_config else counts["total"] * stored.itemsize)
 
 # %% ../../nbs/plan/peak_memory.ipynb #c009
 def memory(
-    recipe, config, counts,     # counts: adapters.sizes_of
+    recipe,
+    config,
+    counts,  # counts: adapters.sizes_of
     engine="trl",
-    rows=8, length=512,         # of a micro-batch
-    dev: Device = None,         # None: this machine
-    gpus=1, stage=0,            # devices, ZeRO's stage (3: FSDP)
-    learned=1.0,                # share of positions learned from
-    notebook=True,              # inside a notebook's kernel, as `medft run` does it
-) -> dict:                      # bytes by part, and their sum as "peak"; "step": what the step needs in operations
+    rows=8,
+    length=512,  # of a micro-batch
+    dev: Device = None,  # None: this machine
+    gpus=1,
+    stage=0,  # devices, ZeRO's stage (3: FSDP)
+    learned=1.0,  # share of positions learned from
+    notebook=True,  # inside a notebook's kernel, as `medft run` does it
+) -> dict:  # bytes by part, and their sum as "peak"; "step": what the step needs in operations
     "The peak of one engine's process on one device, by part."
-    dev = dev or here(); gpu = dev.bandwidth is not None
-    dtype, short = held_in(recipe, engine, dev); fixed = memory_estimate(recipe, counts, dtype)
-    found = step(recipe, config, engine, rows, length, "cuda" if gpu else "cpu", dtype, short, learned)
+    dev = dev or here()
+    gpu = dev.bandwidth is not None
+    dtype, short = held_in(recipe, engine, dev)
+    fixed = memory_estimate(recipe, counts, dtype)
+    found = step(
+        recipe, config, engine, rows, length, "cuda" if gpu else "cpu", dtype, short, learned
+    )
     process, waste = beyond(gpu, engine, notebook)
-    parts = sharded(at_peak(recipe, found, fixed, (recipe.training.gradient_accumulation_steps or 1) > 1), gpus, stage)
-    moving = sum(parts[k] for k in ("activations", "logits", "temporaries")); parts |= dict(allocator=int(waste*moving), process=int(process))
-    return parts | dict(peak=int(max(sum(parts.values()), process + loading(recipe, config, counts, sharded(fixed, gpus, stage)["weights"], gpu))), step=found)
+    parts = sharded(
+        at_peak(recipe, found, fixed, (recipe.training.gradient_accumulation_steps or 1) > 1),
+        gpus,
+        stage,
+    )
+    moving = sum(parts[k] for k in ("activations", "logits", "temporaries"))
+    parts |= dict(allocator=int(waste * moving), process=int(process))
+    return parts | dict(
+        peak=int(
+            max(
+                sum(parts.values()),
+                process
+                + loading(recipe, config, counts, sharded(fixed, gpus, stage)["weights"], gpu),
+            )
+        ),
+        step=found,
+    )
 
 # %% ../../nbs/plan/peak_memory.ipynb #c013
 def train_and_weigh(folder, engine, steps=2) -> dict:
     "Train a prepared run for a few steps in this process: its peak, and the largest batch it saw."
     from importlib import import_module
+
     run, seen = Run.open(folder), []
-    trainer = import_module(dict(trl="medft.train.baseline", fast="medft.fast.engine", unsloth="medft.train.unsloth_engine")[engine]).trainer_of(run)
-    (run.path/engine).mkdir(exist_ok=True)
+    trainer = import_module(
+        dict(
+            trl="medft.train.baseline",
+            fast="medft.fast.engine",
+            unsloth="medft.train.unsloth_engine",
+        )[engine]
+    ).trainer_of(run)
+    (run.path / engine).mkdir(exist_ok=True)
     step = trainer.training_step
+
     def noted(model, inputs, *a, **k):
-        labels = inputs["labels"]; seen.append((*inputs["input_ids"].shape, float((labels != -100).float().mean())))
+        labels = inputs["labels"]
+        seen.append((*inputs["input_ids"].shape, float((labels != -100).float().mean())))
         return step(model, inputs, *a, **k)
-    trainer.training_step = noted; trainer.go()
-    rows, length, _ = max(seen, key=lambda s: s[0]*s[1])
+
+    trainer.training_step = noted
+    trainer.go()
+    rows, length, _ = max(seen, key=lambda s: s[0] * s[1])
     return dict(measured=peak_rss(), rows=rows, length=length, learned=max(s[2] for s in seen))
 
-if __name__ == "__main__" and "__file__" in globals(): print(json.dumps(train_and_weigh(*sys.argv[1:3])))
+
+if __name__ == "__main__" and "__file__" in globals():
+    print(json.dumps(train_and_weigh(*sys.argv[1:3])))
 
 # %% ../../nbs/plan/peak_memory.ipynb #c014
 def weigh(recipe, engine, root, env=None) -> dict:
     "One measured row: data prepared here, training in a fresh process, the prediction beside it."
-    run = Run.create(recipe, root=root); prepare(run)
-    done = subprocess.run([sys.executable, "-m", "medft.plan.peak_memory", str(run.path), engine], capture_output=True, text=True, env=env)
+    run = Run.create(recipe, root=root)
+    prepare(run)
+    done = subprocess.run(
+        [sys.executable, "-m", "medft.plan.peak_memory", str(run.path), engine],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     if done.returncode:
-        raise MedftError(f"{recipe.name} with {engine}, trained to measure its memory, failed: {done.stderr[-2000:]}")
+        raise MedftError(
+            f"{recipe.name} with {engine}, trained to measure its memory, failed: {done.stderr[-2000:]}"
+        )
     row = json.loads(done.stdout.strip().splitlines()[-1])
     return row | dict(engine=engine, parts=predicted(recipe, load_config(recipe), row, engine))
 
+
 def predicted(recipe, config, row, engine) -> dict:
     "The parts of a measured row, without what was calibrated."
-    found = memory(recipe, config, sizes_of(recipe, config), engine, row["rows"], row["length"], Device("", 0, 1, None, True), learned=row["learned"], notebook=False)
+    found = memory(
+        recipe,
+        config,
+        sizes_of(recipe, config),
+        engine,
+        row["rows"],
+        row["length"],
+        Device("", 0, 1, None, True),
+        learned=row["learned"],
+        notebook=False,
+    )
     return {k: v for k, v in found.items() if k not in ("step", "peak", "process", "allocator")}
+
 
 def measure(recipes) -> list[dict]:
     "Rows of the table, for {name: (recipe, engine)}."
-    with tempfile.TemporaryDirectory() as root: return [weigh(r, engine, root) | dict(name=name) for name, (r, engine) in recipes.items()]
+    with tempfile.TemporaryDirectory() as root:
+        return [weigh(r, engine, root) | dict(name=name) for name, (r, engine) in recipes.items()]
 
 # %% ../../nbs/plan/peak_memory.ipynb #c015
 def told(row, heap=True) -> float:
     "The predicted peak of a measured row; heap: the allocator may keep holes."
     (process, waste), p = beyond(False, row["engine"], notebook=False), row["parts"]
-    return process + sum(p.values()) + heap*waste*sum(p[k] for k in ("activations", "logits", "temporaries"))
+    return (
+        process
+        + sum(p.values())
+        + heap * waste * sum(p[k] for k in ("activations", "logits", "temporaries"))
+    )
+
 
 def error_table(rows) -> pd.DataFrame:
     "Predicted and measured peaks, and how far they are apart."
-    line = lambda r: {"recipe": r["name"], "engine": r["engine"], "rows x tokens": f"{r['rows']} x {r['length']}", "predicted, GB": told(r, "without heap" not in r["name"])/1e9, "measured, GB": r["measured"]/1e9, "use": r.get("use", "held out")}
-    return pd.DataFrame([line(r) for r in rows]).assign(error=lambda d: d["predicted, GB"]/d["measured, GB"] - 1).set_index("recipe")
+
+    def line(r):
+        return {
+            "recipe": r["name"],
+            "engine": r["engine"],
+            "rows x tokens": f"{r['rows']} x {r['length']}",
+            "predicted, GB": told(r, "without heap" not in r["name"]) / 1e9,
+            "measured, GB": r["measured"] / 1e9,
+            "use": r.get("use", "held out"),
+        }
+
+    return (
+        pd.DataFrame([line(r) for r in rows])
+        .assign(error=lambda d: d["predicted, GB"] / d["measured, GB"] - 1)
+        .set_index("recipe")
+    )

@@ -10,23 +10,49 @@ __all__ = ['NAMED', 'STARTER', 'STEPS', 'LENGTH', 'SMALL', 'family_named', 'hub_
            'rehearsal']
 
 # %% ../../nbs/plan/rehearsal.ipynb #c002
-from ..core.run import MedftError, Recipe, assets, atomic_write, contradictions, device, model_path, runs_root  # first: it sets switches that the libraries read
-from ..model import families, preflight
+from medft.core.run import (
+    MedftError,
+    Recipe,
+    assets,
+    atomic_write,
+    contradictions,
+    device,
+    model_path,
+    runs_root,
+)
 from ..data.chat_templates import why
+from ..model import families, preflight
 
-import gzip, hashlib, json, os, re, shutil, socket, tempfile
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 # %% ../../nbs/plan/rehearsal.ipynb #c005
-NAMED = {"medgemma": "medgemma", r"gemma-3-(4|12|27)b": "medgemma", "gemma-3": "gemma3", "gemma": "gemma", r"llama-?3": "llama3.1", r"llama-?2": "llama2",
-         "tinyllama": "tinyllama", "mistral": "mistral", r"nemotron-(3|h)": "nemotron_h"}
+NAMED = {
+    "medgemma": "medgemma",
+    r"gemma-3-(4|12|27)b": "medgemma",
+    "gemma-3": "gemma3",
+    "gemma": "gemma",
+    r"llama-?3": "llama3.1",
+    r"llama-?2": "llama2",
+    "tinyllama": "tinyllama",
+    "mistral": "mistral",
+    r"nemotron-(3|h)": "nemotron_h",
+}
+
 
 def family_named(
-    name,           # of a model: a hub id or a folder
-) -> str | None:    # one of families.NAMES; None: the name says nothing
+    name,  # of a model: a hub id or a folder
+) -> str | None:  # one of families.NAMES; None: the name says nothing
     "The family that a model's name speaks of."
     return next((f for pattern, f in NAMED.items() if re.search(pattern, name.lower())), None)
 
@@ -34,50 +60,87 @@ def family_named(
 def hub_answers(seconds=2) -> bool:
     "Whether the hub may be asked, and something listens there."
     from huggingface_hub import constants
-    if constants.is_offline_mode(): return False
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"): return True
+
+    if constants.is_offline_mode():
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True
     u = urlsplit(constants.ENDPOINT)
-    try: socket.create_connection((u.hostname, u.port or (443 if u.scheme == "https" else 80)), seconds).close(); return True
-    except OSError: return False
+    try:
+        socket.create_connection(
+            (u.hostname, u.port or (443 if u.scheme == "https" else 80)), seconds
+        ).close()
+        return True
+    except OSError:
+        return False
 
 # %% ../../nbs/plan/rehearsal.ipynb #c010
 def small_config(recipe) -> tuple:
     "A tiny configuration of the recipe's architecture, and where it comes from. Raises `MedftError` when nothing tells the architecture."
     name = recipe.model.name
     try:
-        config = families.config_of(model_path(name), name, revision=recipe.model.revision, local_files_only=not hub_answers())
+        config = families.config_of(
+            model_path(name),
+            name,
+            revision=recipe.model.revision,
+            local_files_only=not hub_answers(),
+        )
         return families.shrink(config), "its own configuration, made small"
-    except (OSError, ValueError, KeyError) as e: reason = why(e)
+    except (OSError, ValueError, KeyError) as e:
+        reason = why(e)
     family = family_named(name)
-    if not family: raise MedftError(f"--rehearse: the configuration of {name} cannot be had ({reason}), and its name tells no family; say which to rehearse with, e.g. model.name=mistral")
-    return families.tiny_config(family), f"medft's own configuration of family {family}, made small; that of the model cannot be had: {reason}"
+    if not family:
+        raise MedftError(
+            f"--rehearse: the configuration of {name} cannot be had ({reason}), and its name tells no family; say which to rehearse with, e.g. model.name=mistral"
+        )
+    return (
+        families.tiny_config(family),
+        f"medft's own configuration of family {family}, made small; that of the model cannot be had: {reason}",
+    )
 
 # %% ../../nbs/plan/rehearsal.ipynb #c014
 def small_model(recipe, build=True) -> tuple:
     "The folder of a random tiny model of the recipe's architecture, its configuration, and where that comes from."
     config, source = small_config(recipe)
     said = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    folder = runs_root()/".rehearsal"/f"{Path(recipe.model.name).name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
-    if build and not (folder/"config.json").exists():
+    folder = (
+        runs_root()
+        / ".rehearsal"
+        / f"{Path(recipe.model.name).name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+    )
+    if build and not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        families.build_tiny(config, tmp); tmp.chmod(0o755)
-        if not folder.exists(): tmp.rename(folder)
-        else: shutil.rmtree(tmp)
+        families.build_tiny(config, tmp)
+        tmp.chmod(0o755)
+        if not folder.exists():
+            tmp.rename(folder)
+        else:
+            shutil.rmtree(tmp)
     return folder, config, source
 
 # %% ../../nbs/plan/rehearsal.ipynb #c018
-STARTER = {"generative": {"train": ("train.jsonl", 64), "validation": ("validation.jsonl", 16), "test": ("test.jsonl", 16)},
-           "classification": {"train": ("er_pairs.jsonl", 160)}, "pretraining": {"train": ("pretrain.jsonl.gz", 600)}}    # side: (file, rows)
+STARTER = {
+    "generative": {
+        "train": ("train.jsonl", 64),
+        "validation": ("validation.jsonl", 16),
+        "test": ("test.jsonl", 16),
+    },
+    "classification": {"train": ("er_pairs.jsonl", 160)},
+    "pretraining": {"train": ("pretrain.jsonl.gz", 600)},
+}  # side: (file, rows)
+
 
 def few_rows(task, build=True) -> dict:
     "Cut the starter rows of a task: side -> file."
     out = {}
     for side, (name, n) in STARTER[task].items():
-        out[side] = runs_root()/".rehearsal"/f"{side}-{n}-{name.removesuffix('.gz')}"
-        source = assets()/"starter"/name
-        with (gzip.open if name.endswith(".gz") else open)(source, "rt", encoding="utf-8") as f: lines = [l for l, _ in zip(f, range(n))]
-        if build and not out[side].exists(): atomic_write(out[side], "".join(lines))
+        out[side] = runs_root() / ".rehearsal" / f"{side}-{n}-{name.removesuffix('.gz')}"
+        source = assets() / "starter" / name
+        with (gzip.open if name.endswith(".gz") else open)(source, "rt", encoding="utf-8") as f:
+            lines = [l for l, _ in zip(f, range(n))]
+        if build and not out[side].exists():
+            atomic_write(out[side], "".join(lines))
     return out
 
 # %% ../../nbs/plan/rehearsal.ipynb #c021
@@ -90,62 +153,109 @@ def small_dataset(recipe, build=True) -> dict:
     return keep | paths | dict(checks=checks, holdout=0.1 if len(files) > 1 else 0.2)
 
 # %% ../../nbs/plan/rehearsal.ipynb #c023
-STEPS, LENGTH = 4, dict(generative=192, classification=448, pretraining=96)     # tokens: starter rows fit into them
+STEPS, LENGTH = (
+    4,
+    dict(generative=192, classification=448, pretraining=96),
+)  # tokens: starter rows fit into them
+
 
 def small_training(recipe) -> dict:
     "The training keys that a rehearsal makes small: key -> its value there."
-    t = recipe.training; given = t.given()
+    t = recipe.training
+    given = t.given()
     counts = dict(save_steps=2, eval_steps=2, logging_steps=1)
     out = {k: v for k, v in counts.items() if k in given or k == "logging_steps"}
-    out |= dict(max_steps=STEPS, per_device_train_batch_size=min(t.per_device_train_batch_size or 8, 2), gradient_accumulation_steps=min(t.gradient_accumulation_steps or 1, 2))
-    out |= dict(per_device_eval_batch_size=min(t.per_device_eval_batch_size or 8, 8), max_length=min(recipe.max_length, LENGTH[recipe.task]))
-    out |= {k: None for k in ("eos_token", "pad_token") if k in given}      # of another tokenizer
-    if (t.warmup_steps or 0) >= 1: out["warmup_steps"] = 1
-    if t.lr_scheduler_kwargs: out["lr_scheduler_kwargs"] = {k: 1 if k.startswith("num_") and isinstance(v, int) else v for k, v in t.lr_scheduler_kwargs.items()}
-    if (t.dataloader_num_workers or 0) > 2: out["dataloader_num_workers"] = 2
+    out |= dict(
+        max_steps=STEPS,
+        per_device_train_batch_size=min(t.per_device_train_batch_size or 8, 2),
+        gradient_accumulation_steps=min(t.gradient_accumulation_steps or 1, 2),
+    )
+    out |= dict(
+        per_device_eval_batch_size=min(t.per_device_eval_batch_size or 8, 8),
+        max_length=min(recipe.max_length, LENGTH[recipe.task]),
+    )
+    out |= {k: None for k in ("eos_token", "pad_token") if k in given}  # of another tokenizer
+    if (t.warmup_steps or 0) >= 1:
+        out["warmup_steps"] = 1
+    if t.lr_scheduler_kwargs:
+        out["lr_scheduler_kwargs"] = {
+            k: 1 if k.startswith("num_") and isinstance(v, int) else v
+            for k, v in t.lr_scheduler_kwargs.items()
+        }
+    if (t.dataloader_num_workers or 0) > 2:
+        out["dataloader_num_workers"] = 2
     return out
 
 # %% ../../nbs/plan/rehearsal.ipynb #c027
 def trouble(check, recipe, config=None) -> str | None:
     "What a check of the preflight has against a recipe here."
-    try: check(recipe, None, config)
-    except MedftError as e: return str(e).split("; ")[0].split(": ", 1)[-1]
+    try:
+        check(recipe, None, config)
+    except MedftError as e:
+        return str(e).split("; ")[0].split(": ", 1)[-1]
 
 # %% ../../nbs/plan/rehearsal.ipynb #c030
 def not_here(recipe, config):
     "Yield (section, key, what instead, why) for what this machine cannot do."
     t, cpu, attention = recipe.training, device() != "cuda", recipe.model.attn_implementation or ""
-    if attention.startswith("fl") and (why := trouble(preflight.check_attention, recipe, config)): yield "model", "attn_implementation", "sdpa", why
-    if t.optim and (why := trouble(preflight.check_optimizer, recipe)): yield "training", "optim", "adamw_torch", why
-    if t.tf32 and not is_torch_tf32_available(): yield "training", "tf32", None, "tf32 is a mode of GPUs from Ampere on"
-    if t.bf16 and not cpu and not is_torch_bf16_gpu_available(): yield "training", "bf16", False, "this GPU has no bfloat16"
-    if cpu: yield from needs_gpu(recipe)
+    if attention.startswith("fl") and (why := trouble(preflight.check_attention, recipe, config)):
+        yield "model", "attn_implementation", "sdpa", why
+    if t.optim and (why := trouble(preflight.check_optimizer, recipe)):
+        yield "training", "optim", "adamw_torch", why
+    if t.tf32 and not is_torch_tf32_available():
+        yield "training", "tf32", None, "tf32 is a mode of GPUs from Ampere on"
+    if t.bf16 and not cpu and not is_torch_bf16_gpu_available():
+        yield "training", "bf16", False, "this GPU has no bfloat16"
+    if cpu:
+        yield from needs_gpu(recipe)
+
 
 def needs_gpu(recipe):
     "Yield what a machine without a GPU cannot do, or not in a rehearsal's time."
     t = recipe.training
-    if recipe.model.dtype == "float16": yield "model", "dtype", "bfloat16", "16-bit floats of this kind need a GPU"
-    if t.fp16: yield "training", "fp16", False, "scaled 16-bit training needs a GPU (bfloat16 is used where the processor has it)"
-    if t.torch_compile: yield "training", "torch_compile", False, "compiling for a processor takes longer than the rehearsal"
+    if recipe.model.dtype == "float16":
+        yield "model", "dtype", "bfloat16", "16-bit floats of this kind need a GPU"
+    if t.fp16:
+        yield (
+            "training",
+            "fp16",
+            False,
+            "scaled 16-bit training needs a GPU (bfloat16 is used where the processor has it)",
+        )
+    if t.torch_compile:
+        yield (
+            "training",
+            "torch_compile",
+            False,
+            "compiling for a processor takes longer than the rehearsal",
+        )
     for key in ("fsdp", "deepspeed", "use_liger_kernel"):
-        if getattr(t, key): yield "training", key, None, "it needs GPUs"
+        if getattr(t, key):
+            yield "training", key, None, "it needs GPUs"
 
 # %% ../../nbs/plan/rehearsal.ipynb #c034
 SMALL = "a rehearsal is short"
+
 
 def changes(recipe, build=True):
     "Yield (section, key, what instead, why) for all that a rehearsal changes, beside the data."
     folder, config, source = small_model(recipe, build)
     yield "model", "name", str(folder), f"random weights; {source}"
-    if recipe.model.revision: yield "model", "revision", None, "it pins what is not loaded"
-    if recipe.model.num_labels not in (None, 2): yield "model", "num_labels", 2, "the starter's pairs have two labels"
-    if isinstance(recipe.model.class_weights, list) and len(recipe.model.class_weights) != 2: yield "model", "class_weights", "balanced", "the starter's pairs have two labels"
+    if recipe.model.revision:
+        yield "model", "revision", None, "it pins what is not loaded"
+    if recipe.model.num_labels not in (None, 2):
+        yield "model", "num_labels", 2, "the starter's pairs have two labels"
+    if isinstance(recipe.model.class_weights, list) and len(recipe.model.class_weights) != 2:
+        yield "model", "class_weights", "balanced", "the starter's pairs have two labels"
     yield from (("training", k, v, SMALL) for k, v in small_training(recipe).items())
     yield "evaluation", "max_items", 8, SMALL
     yield "evaluation", "batch_size", min(recipe.evaluation.batch_size, 8), SMALL
-    if recipe.output.dir: yield "output", "dir", None, "a rehearsal stays among the runs of this machine"
-    if recipe.export.push_to_hub: yield "export", "push_to_hub", False, "random weights are not worth publishing"
-    if recipe.tracking.mlflow: yield "tracking", "experiment", "rehearsal", "its figures must not stand among real ones"
+    if recipe.output.dir:
+        yield "output", "dir", None, "a rehearsal stays among the runs of this machine"
+    if recipe.export.push_to_hub:
+        yield "export", "push_to_hub", False, "random weights are not worth publishing"
+    if recipe.tracking.mlflow:
+        yield "tracking", "experiment", "rehearsal", "its figures must not stand among real ones"
     yield from not_here(recipe, config)
 
 # %% ../../nbs/plan/rehearsal.ipynb #c035
@@ -154,21 +264,35 @@ def in_lines(recipe, found) -> list[str]:
     by = {}
     for section, key, new, because in found:
         old = getattr(getattr(recipe, section), key)
-        if old != new: by.setdefault(because, []).append(f"{section}.{key} {int(old) if isinstance(old, float) and old > 1 else old} -> {'(unset)' if new is None else new}")
+        if old != new:
+            by.setdefault(because, []).append(
+                f"{section}.{key} {int(old) if isinstance(old, float) and old > 1 else old} -> {'(unset)' if new is None else new}"
+            )
     return [f"rehearsal: {', '.join(what)}, because {because}" for because, what in by.items()]
 
 # %% ../../nbs/plan/rehearsal.ipynb #c036
 def rehearsal(
     recipe: Recipe,
-    build=True,     # False: write neither model nor rows
+    build=True,  # False: write neither model nor rows
 ) -> tuple[Recipe, list[str]]:  # the small recipe, and what was replaced and why
     "A recipe as it can be rehearsed here: same way, random tiny model, few rows, few steps."
     d, found = recipe.model_dump(), list(changes(recipe, build))
-    for k in ("training", "lora"): d[k] = d[k] and getattr(recipe, k).given()
+    for k in ("training", "lora"):
+        d[k] = d[k] and getattr(recipe, k).given()
     for section, key, new, _ in found:
-        if new is None and section == "training": d[section].pop(key, None)
-        else: d[section][key] = new
-    d |= dict(name=f"{recipe.name[:80]}-rehearsal", description=f"A rehearsal of {recipe.name}: random weights, the figures mean nothing.", dataset=small_dataset(recipe, build))
+        if new is None and section == "training":
+            d[section].pop(key, None)
+        else:
+            d[section][key] = new
+    d |= dict(
+        name=f"{recipe.name[:80]}-rehearsal",
+        description=f"A rehearsal of {recipe.name}: random weights, the figures mean nothing.",
+        dataset=small_dataset(recipe, build),
+    )
     small, files = Recipe(**d), ", ".join(name for name, _ in STARTER[recipe.task].values())
-    for section, key, reason in contradictions(small): raise MedftError(f"--rehearse: {section}.{key}: {reason}")
-    return small, [*in_lines(recipe, found), f"rehearsal: dataset {recipe.dataset.name or recipe.dataset.path} -> {files} of the starter, because {SMALL}"]
+    for section, key, reason in contradictions(small):
+        raise MedftError(f"--rehearse: {section}.{key}: {reason}")
+    return small, [
+        *in_lines(recipe, found),
+        f"rehearsal: dataset {recipe.dataset.name or recipe.dataset.path} -> {files} of the starter, because {SMALL}",
+    ]

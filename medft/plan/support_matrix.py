@@ -9,11 +9,29 @@ __all__ = ['TASKS', 'Combination', 'CHANGES', 'chosen', 'rules', 'in_rows', 'in_
            'go_through', 'attempt', 'child', 'results', 'compare', 'tried', 'evidence']
 
 # %% ../../nbs/plan/support_matrix.ipynb #c002
-from ..core.run import ENGINES, MedftError, Run, aligned, assets, environment, load_recipe, nearest, read_json, write_json  # first: it sets switches that the libraries read
+from medft.core.run import (
+    ENGINES,
+    MedftError,
+    Run,
+    aligned,
+    assets,
+    environment,
+    load_recipe,
+    nearest,
+    read_json,
+    write_json,
+)
 from ..model import families
 from .rehearsal import LENGTH, few_rows
 
-import gc, json, math, os, subprocess, sys, tempfile, time
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections import namedtuple
 from itertools import product
 from pathlib import Path
@@ -22,15 +40,27 @@ from pathlib import Path
 TASKS = ("generative", "classification", "pretraining")
 Combination = namedtuple("Combination", "family task adapter engine")
 
+
 def chosen(
-    names=None,     # families; None: all
-    engine=None,    # None: all
+    names=None,  # families; None: all
+    engine=None,  # None: all
 ) -> list[Combination]:
     "The combinations of these families and engines. Raises `MedftError` for a name that is none."
     for n in names or ():
-        if n not in families.NAMES: raise MedftError(f"no family {n!r}{nearest(n, families.NAMES)}; there are {', '.join(families.NAMES)}")
-    if engine and engine not in ENGINES: raise MedftError(f"--engine: no engine {engine!r}{nearest(engine, ENGINES)}; there are {', '.join(ENGINES)}")
-    return [Combination(*c) for c in product(names or families.NAMES, TASKS, families.ADAPTERS, [engine] if engine else ENGINES)]
+        if n not in families.NAMES:
+            raise MedftError(
+                f"no family {n!r}{nearest(n, families.NAMES)}; there are {', '.join(families.NAMES)}"
+            )
+    if engine and engine not in ENGINES:
+        raise MedftError(
+            f"--engine: no engine {engine!r}{nearest(engine, ENGINES)}; there are {', '.join(ENGINES)}"
+        )
+    return [
+        Combination(*c)
+        for c in product(
+            names or families.NAMES, TASKS, families.ADAPTERS, [engine] if engine else ENGINES
+        )
+    ]
 
 # %% ../../nbs/plan/support_matrix.ipynb #c006
 def rules(combinations) -> dict:
@@ -40,10 +70,21 @@ def rules(combinations) -> dict:
 # %% ../../nbs/plan/support_matrix.ipynb #c010
 def in_rows(found) -> tuple[list, list]:
     "A table of combinations, and the reasons that its numbers stand for."
-    engines = list(dict.fromkeys(c.engine for c in found)); reasons = list(dict.fromkeys(why for why in found.values() if why))
-    cell = lambda *c: "yes" if not (why := found[Combination(*c)]) else f"[{reasons.index(why) + 1}]"
-    head = ["family", "task", *(f"{a}, {e}" if len(engines) > 1 else a for e in engines for a in families.ADAPTERS)]
-    rows = [[f, t, *(cell(f, t, a, e) for e in engines for a in families.ADAPTERS)] for f, t in dict.fromkeys((c.family, c.task) for c in found)]
+    engines = list(dict.fromkeys(c.engine for c in found))
+    reasons = list(dict.fromkeys(why for why in found.values() if why))
+
+    def cell(*c):
+        return "yes" if not (why := found[Combination(*c)]) else f"[{reasons.index(why) + 1}]"
+
+    head = [
+        "family",
+        "task",
+        *(f"{a}, {e}" if len(engines) > 1 else a for e in engines for a in families.ADAPTERS),
+    ]
+    rows = [
+        [f, t, *(cell(f, t, a, e) for e in engines for a in families.ADAPTERS)]
+        for f, t in dict.fromkeys((c.family, c.task) for c in found)
+    ]
     return [head, *rows], reasons
 
 # %% ../../nbs/plan/support_matrix.ipynb #c011
@@ -58,114 +99,214 @@ def in_text(found) -> list[str]:
     return out + [f"[{i}] {r}" for i, r in enumerate(reasons, 1)]
 
 # %% ../../nbs/plan/support_matrix.ipynb #c014
-CHANGES = {"full": ["lora=null"], "lora": [], "dora": ["lora.use_dora=true"], "rslora": ["lora.use_rslora=true"], "8bit": ["quantization.load_in_8bit=true"],
-           "qlora": ["quantization.load_in_4bit=true", "quantization.bnb_4bit_use_double_quant=true"]}
+CHANGES = {
+    "full": ["lora=null"],
+    "lora": [],
+    "dora": ["lora.use_dora=true"],
+    "rslora": ["lora.use_rslora=true"],
+    "8bit": ["quantization.load_in_8bit=true"],
+    "qlora": ["quantization.load_in_4bit=true", "quantization.bnb_4bit_use_double_quant=true"],
+}
+
 
 def overrides(c, model) -> list[str]:
     "The quickstart's recipe, changed into a combination."
     files = few_rows(c.task)
-    data = [f"dataset.{'path' if side == 'train' else f'{side}_path'}={files.get(side, 'null')}" for side in ("train", "validation", "test")]
-    task = dict(classification=["model.num_labels=2", "dataset.holdout=0.2"], pretraining=["training.packing=true"]).get(c.task, [])
-    size = ["training.max_steps=2", "training.per_device_train_batch_size=2", f"training.max_length={LENGTH[c.task]}", "training.warmup_steps=0", "training.logging_steps=1"]
-    return [f"model.name={model}", f"model.task={c.task}", f"engine=[{c.engine}]", "dataset.sets={}", "tracking.mlflow=false", "export.merge=false", *data, *task, *size, *CHANGES[c.adapter]]
+    data = [
+        f"dataset.{'path' if side == 'train' else f'{side}_path'}={files.get(side, 'null')}"
+        for side in ("train", "validation", "test")
+    ]
+    task = dict(
+        classification=["model.num_labels=2", "dataset.holdout=0.2"],
+        pretraining=["training.packing=true"],
+    ).get(c.task, [])
+    size = [
+        "training.max_steps=2",
+        "training.per_device_train_batch_size=2",
+        f"training.max_length={LENGTH[c.task]}",
+        "training.warmup_steps=0",
+        "training.logging_steps=1",
+    ]
+    return [
+        f"model.name={model}",
+        f"model.task={c.task}",
+        f"engine=[{c.engine}]",
+        "dataset.sets={}",
+        "tracking.mlflow=false",
+        "export.merge=false",
+        *data,
+        *task,
+        *size,
+        *CHANGES[c.adapter],
+    ]
 
 # %% ../../nbs/plan/support_matrix.ipynb #c017
 def finite(frame) -> bool:
     "Whether every number of a frame of predictions is finite."
-    numbers = [*frame.select_dtypes("number").to_numpy().ravel(), *(x for k in ("scores", "probabilities") if k in frame for row in frame[k] for x in row)]
+    numbers = [
+        *frame.select_dtypes("number").to_numpy().ravel(),
+        *(x for k in ("scores", "probabilities") if k in frame for row in frame[k] for x in row),
+    ]
     return len(frame) > 0 and all(map(math.isfinite, numbers))
+
 
 def as_asked(run, engine) -> bool:
     "Whether what was saved is the adapter, or the whole model, that the recipe names."
-    l, saved = run.recipe.lora, read_json(run.path/engine/"adapters"/"adapter_config.json")
-    if l is None: return saved is None and (run.path/engine/"model"/"config.json").exists()
-    return saved is not None and (saved["r"], bool(saved["use_dora"]), bool(saved["use_rslora"])) == (l.r, bool(l.use_dora), bool(l.use_rslora))
+    l, saved = run.recipe.lora, read_json(run.path / engine / "adapters" / "adapter_config.json")
+    if l is None:
+        return saved is None and (run.path / engine / "model" / "config.json").exists()
+    return saved is not None and (
+        saved["r"],
+        bool(saved["use_dora"]),
+        bool(saved["use_rslora"]),
+    ) == (l.r, bool(l.use_dora), bool(l.use_rslora))
 
 # %% ../../nbs/plan/support_matrix.ipynb #c018
 def go_through(run, engine):
     "A run's way, without notebooks. Raises what it meets."
     from medft.data import pipeline as data
-    from medft.model import load as model
     from medft.evaluate.scoring import predict as scoring
+    from medft.model import load as model
     from medft.train import baseline as train
-    data.prepare(run); model.inspect(run)
-    if engine == "trl": train.train(run)
-    elif engine == "fast": from medft.fast import engine as fast; fast.train_fast(run)
-    else: from medft.train import unsloth_engine; unsloth_engine.train_unsloth(run)
+
+    data.prepare(run)
+    model.inspect(run)
+    if engine == "trl":
+        train.train(run)
+    elif engine == "fast":
+        from medft.fast import engine as fast
+
+        fast.train_fast(run)
+    else:
+        from medft.train import unsloth_engine
+
+        unsloth_engine.train_unsloth(run)
     said = train.training_summary(run, engine)
-    if said.get("status") != "finished": raise MedftError(said.get("reason", "it did not train"))
+    if said.get("status") != "finished":
+        raise MedftError(said.get("reason", "it did not train"))
     steps = [r for r in train.read_log(run, engine) if "loss" in r]
-    if not steps or not all(math.isfinite(r["loss"]) and r.get("grad_norm", 0) > 0 for r in steps): raise ValueError(f"no gradient or no loss: {steps}")
-    if not as_asked(run, engine): raise ValueError("what was saved is not what the recipe asks for")
+    if not steps or not all(math.isfinite(r["loss"]) and r.get("grad_norm", 0) > 0 for r in steps):
+        raise ValueError(f"no gradient or no loss: {steps}")
+    if not as_asked(run, engine):
+        raise ValueError("what was saved is not what the recipe asks for")
     tok, rows = data.load_tokenizer(run.recipe), data.load_split(run, "test").to_list()[:4]
-    if not finite(scoring.predict(model.load_tuned(run, engine), tok, rows, run.recipe)): raise ValueError("the reloaded model's scores are not finite")
+    if not finite(scoring.predict(model.load_tuned(run, engine), tok, rows, run.recipe)):
+        raise ValueError("the reloaded model's scores are not finite")
 
 # %% ../../nbs/plan/support_matrix.ipynb #c019
 def attempt(
-    c,      # a Combination
+    c,  # a Combination
     place,  # folder for models and runs; kept and used again
 ) -> dict:  # works, why (None when it works), seconds
     "Try a combination."
-    start, why, model = time.time(), None, Path(place)/"models"/c.family
-    if not (model/"config.json").exists(): families.build_tiny(c.family, model)
+    start, why, model = time.time(), None, Path(place) / "models" / c.family
+    if not (model / "config.json").exists():
+        families.build_tiny(c.family, model)
     try:
         r = load_recipe("quickstart", overrides(c, model))
-        go_through(Run.create(r, root=Path(place)/"runs"), c.engine)
-    except MedftError as e: why = str(e)
-    except Exception as e: why = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        go_through(Run.create(r, root=Path(place) / "runs"), c.engine)
+    except MedftError as e:
+        why = str(e)
+    except Exception as e:
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
     gc.collect()
     return dict(c._asdict(), works=why is None, why=why, seconds=round(time.time() - start, 1))
 
 # %% ../../nbs/plan/support_matrix.ipynb #c024
 def child(engine, names, place):
     "Try all combinations of an engine and some families, a JSON line each on the real stdout."
-    out = os.fdopen(os.dup(1), "w"); os.dup2(2, 1)
-    if engine == "unsloth": import medft.train.unsloth_engine
-    for c in chosen(names.split(","), engine): print(json.dumps(attempt(c, place)), file=out, flush=True)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    if engine == "unsloth":
+        import medft.train.unsloth_engine
+    for c in chosen(names.split(","), engine):
+        print(json.dumps(attempt(c, place)), file=out, flush=True)
+
 
 def results(engine, names, place):
     "Yield what a process of its own finds."
-    command = [sys.executable, "-m", "medft.plan.support_matrix", engine, ",".join(names), str(place)]
-    with open(Path(place)/f"{engine}.log", "ab") as log:
-        p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=dict(os.environ, TQDM_DISABLE="1"))
+    command = [
+        sys.executable,
+        "-m",
+        "medft.plan.support_matrix",
+        engine,
+        ",".join(names),
+        str(place),
+    ]
+    with open(Path(place) / f"{engine}.log", "ab") as log:
+        p = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=dict(os.environ, TQDM_DISABLE="1"),
+        )
     left = chosen(names, engine)
-    for line in p.stdout: left.pop(0); yield json.loads(line)
+    for line in p.stdout:
+        left.pop(0)
+        yield json.loads(line)
     code = p.wait()
-    for c in left: yield dict(c._asdict(), works=False, why=f"the process ended with code {code} (see {engine}.log)", seconds=0)
+    for c in left:
+        yield dict(
+            c._asdict(),
+            works=False,
+            why=f"the process ended with code {code} (see {engine}.log)",
+            seconds=0,
+        )
 
 # %% ../../nbs/plan/support_matrix.ipynb #c025
 def compare(found) -> list[str]:
     "Where rule and fact differ, in a line each."
     out = []
     for f in found:
-        c = Combination(*(f[k] for k in Combination._fields)); rule = families.refusal(*c)
-        if f["works"] == (rule is None): continue
-        out.append(f"{' '.join(c)}: the rule says {f'refused, {rule}' if rule else 'it works'}; in fact {'it works' if f['works'] else 'it does not: ' + f['why']}")
+        c = Combination(*(f[k] for k in Combination._fields))
+        rule = families.refusal(*c)
+        if f["works"] == (rule is None):
+            continue
+        out.append(
+            f"{' '.join(c)}: the rule says {f'refused, {rule}' if rule else 'it works'}; in fact {'it works' if f['works'] else 'it does not: ' + f['why']}"
+        )
     return out
 
 # %% ../../nbs/plan/support_matrix.ipynb #c027
 def tried(
     combinations,
     show=print,
-    out=None,   # JSON file for what was found
-) -> int:       # exit code: 1 when rule and fact differ
+    out=None,  # JSON file for what was found
+) -> int:  # exit code: 1 when rule and fact differ
     "Try combinations, each engine in its own process, and say where rules and facts differ."
     found, start, names = [], time.time(), list(dict.fromkeys(c.family for c in combinations))
     with tempfile.TemporaryDirectory(prefix="medft-matrix-") as place:
         for e in dict.fromkeys(c.engine for c in combinations):
             for group in [[n] for n in names] if e == "unsloth" else [names]:
                 for f in results(e, group, place):
-                    found.append(f); show(f"{f['family']:<11}{f['task']:<15}{f['adapter']:<7}{f['engine']:<8}{f['seconds']:>6.1f} s  {'works' if f['works'] else f['why']}")
+                    found.append(f)
+                    show(
+                        f"{f['family']:<11}{f['task']:<15}{f['adapter']:<7}{f['engine']:<8}{f['seconds']:>6.1f} s  {'works' if f['works'] else f['why']}"
+                    )
     differ = compare(found)
-    for line in differ: show(f"differs: {line}")
-    show(f"{len(found)} tried in {time.time() - start:.0f} s: {sum(f['works'] for f in found)} work, {sum(not f['works'] for f in found)} do not; rule and fact differ in {len(differ)}")
-    if out: write_json(out, dict(when=time.strftime("%Y-%m-%d"), seconds=round(time.time() - start), **environment(), found=found))
+    for line in differ:
+        show(f"differs: {line}")
+    show(
+        f"{len(found)} tried in {time.time() - start:.0f} s: {sum(f['works'] for f in found)} work, {sum(not f['works'] for f in found)} do not; rule and fact differ in {len(differ)}"
+    )
+    if out:
+        write_json(
+            out,
+            dict(
+                when=time.strftime("%Y-%m-%d"),
+                seconds=round(time.time() - start),
+                **environment(),
+                found=found,
+            ),
+        )
     return int(bool(differ))
 
 # %% ../../nbs/plan/support_matrix.ipynb #c029
 def evidence() -> dict:
     "What the last whole try found, as shipped."
-    return read_json(assets()/"evidence"/"matrix.json", {})
+    return read_json(assets() / "evidence" / "matrix.json", {})
 
 # %% ../../nbs/plan/support_matrix.ipynb #c033
-if __name__ == "__main__" and "__file__" in globals(): child(*sys.argv[1:])
+if __name__ == "__main__" and "__file__" in globals():
+    child(*sys.argv[1:])

@@ -9,52 +9,61 @@ __all__ = ['here', 'Fact', 'relations', 'facts', 'split_facts', 'fill', 'sentenc
            'question_row', 'ask', 'shuffle_values', 'question_files', 'qa_rows', 'cloze_rows']
 
 # %% ../../nbs/starter/facts.ipynb #c003
-import csv, json, random, re
+import medft
+
+import csv
+import json
+import random
+import re
 from collections import Counter, namedtuple
 from functools import cache
 from pathlib import Path
 
-import medft
-
 # %% ../../nbs/starter/facts.ipynb #c005
-here = Path(medft.__file__).parent/"assets"/"starter"
+here = Path(medft.__file__).parent / "assets" / "starter"
 
 Fact = namedtuple("Fact", "relation entity value")
+
 
 @cache
 def relations():
     "Subject, source, sentence templates and question wordings of each relation."
-    return json.loads((here/"relations.json").read_text(encoding="utf-8"))
+    return json.loads((here / "relations.json").read_text(encoding="utf-8"))
+
 
 @cache
 def facts():
     "The hand-written table of facts, as a tuple of `Fact`."
-    with open(here/"facts.tsv", encoding="utf-8", newline="") as f:
+    with open(here / "facts.tsv", encoding="utf-8", newline="") as f:
         return tuple(Fact(*row) for row in list(csv.reader(f, delimiter="\t"))[1:])
 
 # %% ../../nbs/starter/facts.ipynb #c010
 def split_facts(
-    all_facts, # iterable of `Fact`
-    seed=0, # of the shuffle
-): # {"A": [...], "B": [...], "C": [...]}
+    all_facts,  # iterable of `Fact`
+    seed=0,  # of the shuffle
+):  # {"A": [...], "B": [...], "C": [...]}
     "Split every relation 45 : 45 : 10 into asked, read and never-read facts."
     rng, groups = random.Random(seed), {"A": [], "B": [], "C": []}
     for name in relations():
         some = [f for f in all_facts if f.relation == name]
         rng.shuffle(some)
-        c = round(.1*len(some)); a = c + (len(some) - c)//2
-        for key, part in zip("CAB", (some[:c], some[c:a], some[a:])): groups[key] += part
+        c = round(0.1 * len(some))
+        a = c + (len(some) - c) // 2
+        for key, part in zip("CAB", (some[:c], some[c:a], some[a:])):
+            groups[key] += part
     return groups
 
 # %% ../../nbs/starter/facts.ipynb #c013
 def fill(
-    template, # with {e} for the entity and {v} for the value
-    fact, # anything with .entity and .value
+    template,  # with {e} for the entity and {v} for the value
+    fact,  # anything with .entity and .value
 ):
     "The template as a sentence: article mended, first letter capital."
-    if re.match("[aeio]|ACE|NSAID|SSRI|SGLT2|MAO|H2", fact.value): template = re.sub(r"\b([Aa]) {v}", r"\1n {v}", template)
+    if re.match("[aeio]|ACE|NSAID|SSRI|SGLT2|MAO|H2", fact.value):
+        template = re.sub(r"\b([Aa]) {v}", r"\1n {v}", template)
     text = template.format(e=fact.entity, v=fact.value)
     return text[0].upper() + text[1:]
+
 
 def sentences(fact):
     "All eight sentences about one fact; the last one ends with its value."
@@ -62,10 +71,10 @@ def sentences(fact):
 
 # %% ../../nbs/starter/facts.ipynb #c017
 def pick_options(
-    value, # the right option
-    pool, # values to take wrong options from
-    rng, # random.Random
-): # four different texts and the place of the right one
+    value,  # the right option
+    pool,  # values to take wrong options from
+    rng,  # random.Random
+):  # four different texts and the place of the right one
     "The value among three others, in random order."
     options = rng.sample(sorted(set(pool) - {value}), 3) + [value]
     rng.shuffle(options)
@@ -73,13 +82,15 @@ def pick_options(
 
 # %% ../../nbs/starter/facts.ipynb #c019
 def value_pool(
-    fact, # whose relation is asked for
-    group, # facts to take values from first
-    enough=6, # fewer values than this, and the whole relation is used
+    fact,  # whose relation is asked for
+    group,  # facts to take values from first
+    enough=6,  # fewer values than this, and the whole relation is used
 ):
     "Values of the fact's relation in its group, or of the whole relation where the group has too few."
     near = {f.value for f in group if f.relation == fact.relation}
-    return near if len(near) >= enough else {f.value for f in facts() if f.relation == fact.relation}
+    return (
+        near if len(near) >= enough else {f.value for f in facts() if f.relation == fact.relation}
+    )
 
 # %% ../../nbs/starter/facts.ipynb #c021
 @cache
@@ -87,38 +98,53 @@ def numbers():
     "Number of each (relation, entity) in the table."
     return {f[:2]: i for i, f in enumerate(facts())}
 
+
 def question_row(
-    fact, # `Fact` asked about
-    group, # (name, facts) of its group, for the id and the wrong options
-    wording, # which of the relation's three wordings; 2 is the one kept out of tuning
-    n, # number of this question among those on the same fact
-    rng, # random.Random
+    fact,  # `Fact` asked about
+    group,  # (name, facts) of its group, for the id and the wrong options
+    wording,  # which of the relation's three wordings; 2 is the one kept out of tuning
+    n,  # number of this question among those on the same fact
+    rng,  # random.Random
 ):
     "One four-option question in the MedMCQA schema."
     name, some = group
     r = relations()[fact.relation]
     options, cop = pick_options(fact.value, value_pool(fact, some), rng)
-    return dict(id=f"{name}-{fact.relation}-{numbers()[fact[:2]]:04d}-{n:02d}", question=fill(r["questions"][wording], fact),
-                opa=options[0], opb=options[1], opc=options[2], opd=options[3], cop=cop, choice_type="single",
-                exp=None, subject_name=r["subject"], topic_name=fact.relation)
+    return dict(
+        id=f"{name}-{fact.relation}-{numbers()[fact[:2]]:04d}-{n:02d}",
+        question=fill(r["questions"][wording], fact),
+        opa=options[0],
+        opb=options[1],
+        opc=options[2],
+        opd=options[3],
+        cop=cop,
+        choice_type="single",
+        exp=None,
+        subject_name=r["subject"],
+        topic_name=fact.relation,
+    )
 
 # %% ../../nbs/starter/facts.ipynb #c025
 def ask(
-    some, # facts to ask about
-    group, # (name, facts) of their group
-    wordings, # the wordings, taken in turn
-    times=1, # questions per fact
+    some,  # facts to ask about
+    group,  # (name, facts) of their group
+    wordings,  # the wordings, taken in turn
+    times=1,  # questions per fact
     seed=0,
 ):
     "Questions on each fact in turn."
     rng = random.Random(seed)
-    return [question_row(f, group, wordings[(i + n) % len(wordings)], n, rng) for i, f in enumerate(some) for n in range(times)]
+    return [
+        question_row(f, group, wordings[(i + n) % len(wordings)], n, rng)
+        for i, f in enumerate(some)
+        for n in range(times)
+    ]
 
 # %% ../../nbs/starter/facts.ipynb #c027
 def shuffle_values(
-    some, # facts
+    some,  # facts
     seed=0,
-): # facts in the same order
+):  # facts in the same order
     "The same entities with values permuted inside each relation, so that no fact keeps its own."
     rng, out = random.Random(seed), {}
     for name in relations():
@@ -131,27 +157,38 @@ def shuffle_values(
 
 # %% ../../nbs/starter/facts.ipynb #c029
 def question_files(
-    groups, # from `split_facts`
-): # {set name: rows}
+    groups,  # from `split_facts`
+):  # {set name: rows}
     "All seven sets of questions."
     a, b, c = ((k, groups[k]) for k in "ABC")
     held = a[1][::10]
     tuned = [f for f in a[1] if f not in set(held)]
     wrong, unread = shuffle_values(tuned), ask(c[1], c, (0, 1), 1, 5)
-    return dict(train=ask(tuned, a, (0, 1), 8, 1), validation=ask(held, a, (0, 1), 2, 2), test=ask(b[1], b, (0, 1), 1, 3),
-                new_wording=ask(b[1], b, (2,), 1, 4),
-                never_read=[q for q in unread if q["topic_name"] != "drugclass"], unread_drugs=[q for q in unread if q["topic_name"] == "drugclass"],
-                train_shuffled=ask(wrong, a, (0, 1), 8, 6))
+    return dict(
+        train=ask(tuned, a, (0, 1), 8, 1),
+        validation=ask(held, a, (0, 1), 2, 2),
+        test=ask(b[1], b, (0, 1), 1, 3),
+        new_wording=ask(b[1], b, (2,), 1, 4),
+        never_read=[q for q in unread if q["topic_name"] != "drugclass"],
+        unread_drugs=[q for q in unread if q["topic_name"] == "drugclass"],
+        train_shuffled=ask(wrong, a, (0, 1), 8, 6),
+    )
 
 # %% ../../nbs/starter/facts.ipynb #c032
 def qa_rows(
-    some, # facts to ask about
-): # two rows per fact
+    some,  # facts to ask about
+):  # two rows per fact
     "Question–answer pairs in MedQuAD's columns; the answer gives the value and then a sentence."
     rows = []
     for f in some:
         for q, s in zip(relations()[f.relation]["questions"][:2], sentences(f)):
-            rows.append(dict(qtype=f.relation, Question=fill(q, f), Answer=f"{f.value[0].upper()}{f.value[1:]}. {s}"))
+            rows.append(
+                dict(
+                    qtype=f.relation,
+                    Question=fill(q, f),
+                    Answer=f"{f.value[0].upper()}{f.value[1:]}. {s}",
+                )
+            )
     return rows
 
 # %% ../../nbs/starter/facts.ipynb #c036
@@ -162,5 +199,13 @@ def cloze_rows(questions):
         fact = facts()[int(q["id"].split("-")[2])]
         options = [" " + q["op" + c] for c in "abcd"]
         prompt = sentences(fact)[-1].removesuffix(f" {fact.value}.")
-        rows.append(dict(id=q["id"], prompt=prompt, options=options, answer=q["cop"], subject=q["subject_name"]))
+        rows.append(
+            dict(
+                id=q["id"],
+                prompt=prompt,
+                options=options,
+                answer=q["cop"],
+                subject=q["subject_name"],
+            )
+        )
     return rows

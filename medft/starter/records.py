@@ -9,52 +9,104 @@ __all__ = ['syllables', 'places', 'history', 'changes', 'short', 'invent_name', 
            'parts', 'spoil', 'unlike', 'pair', 'record_pairs', 'verdict', 'practice_pair', 'exercise']
 
 # %% ../../nbs/starter/records.ipynb #c003
-import random, re
-
-from ..data.reading.patients import aligned_field, side_by_side
 from ..data.prepare.record_pairs import spoil as err
+from ..data.reading.patients import aligned_field, side_by_side
+
+import random
+import re
 
 # %% ../../nbs/starter/records.ipynb #c005
-syllables = ("ba ke lo mi ru ta ven zor pal dri mon sul fen gar hil jun kos lam nor pex "
-             "qui rod sel tur vam wic yol zan bre cla dru fli gro sha the pri sto").split()
+syllables = (
+    "ba ke lo mi ru ta ven zor pal dri mon sul fen gar hil jun kos lam nor pex "
+    "qui rod sel tur vam wic yol zan bre cla dru fli gro sha the pri sto"
+).split()
+
 
 def invent_name(
-    rng, # random.Random
-    n=None, # syllables; 2 or 3 when not given
+    rng,  # random.Random
+    n=None,  # syllables; 2 or 3 when not given
 ):
     "A name that nobody bears."
     return "".join(rng.choice(syllables) for _ in range(n or rng.choice((2, 3)))).capitalize()
 
 # %% ../../nbs/starter/records.ipynb #c008
-places = (("Keslamnor", "Delaware", "197"), ("Polvenzor", "Kentucky", "402"), ("Sulgarmi", "Idaho", "836"), ("Brelofen", "Nebraska", "680"),
-          ("Tavrumon", "Missouri", "631"), ("Nordriva", "Kansas", "662"), ("Wicselba", "Tennessee", "381"), ("Yolpexton", "Washington", "980"))
+places = (
+    ("Keslamnor", "Delaware", "197"),
+    ("Polvenzor", "Kentucky", "402"),
+    ("Sulgarmi", "Idaho", "836"),
+    ("Brelofen", "Nebraska", "680"),
+    ("Tavrumon", "Missouri", "631"),
+    ("Nordriva", "Kansas", "662"),
+    ("Wicselba", "Tennessee", "381"),
+    ("Yolpexton", "Washington", "980"),
+)
+
 
 def home(rng):
     "A street address in an invented town of a real state."
     city, state, zip3 = rng.choice(places)
-    return dict(address=f"{rng.randint(100, 999)} {invent_name(rng)} {rng.choice(['Street', 'Avenue', 'Road', 'Lane'])}",
-                city=city, state=state, zip=f"{zip3}{rng.randint(10, 99)}")
+    return dict(
+        address=f"{rng.randint(100, 999)} {invent_name(rng)} {rng.choice(['Street', 'Avenue', 'Road', 'Lane'])}",
+        city=city,
+        state=state,
+        zip=f"{zip3}{rng.randint(10, 99)}",
+    )
+
 
 def person(rng):
     "An invented patient: what does not change between visits."
-    return dict(first=invent_name(rng, 2), last=invent_name(rng), birth_date=f"{rng.randint(1930, 2015)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}",
-                sex=rng.choice("MF"), race=rng.choice(["white"]*8 + ["black", "black", "asian", "native"]), marital=rng.choice(["M", "M", "S", ""]),
-                ssn=f"999-{rng.randint(10, 99)}-{rng.randint(1000, 9999)}") | home(rng)
+    return dict(
+        first=invent_name(rng, 2),
+        last=invent_name(rng),
+        birth_date=f"{rng.randint(1930, 2015)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}",
+        sex=rng.choice("MF"),
+        race=rng.choice(["white"] * 8 + ["black", "black", "asian", "native"]),
+        marital=rng.choice(["M", "M", "S", ""]),
+        ssn=f"999-{rng.randint(10, 99)}-{rng.randint(1000, 9999)}",
+    ) | home(rng)
 
 # %% ../../nbs/starter/records.ipynb #c011
 history = dict(
-    conditions=["Hypertension", "Chronic pain", "Prediabetes", "Asthma", "Acute bronchitis (disorder)", "Chronic low back pain (finding)", "Otitis media", "Anemia (disorder)"],
-    medications=["Acetaminophen 325 MG Oral Tablet", "Ibuprofen 400 MG Oral Tablet", "Lisinopril 10 MG Oral Tablet", "Metformin 500 MG Oral Tablet", "Amoxicillin 250 MG Oral Capsule"],
-    immunizations=["Influenza  seasonal  injectable  preservative free", "Td (adult) preservative free", "Pneumococcal conjugate PCV 13", "zoster"])
+    conditions=[
+        "Hypertension",
+        "Chronic pain",
+        "Prediabetes",
+        "Asthma",
+        "Acute bronchitis (disorder)",
+        "Chronic low back pain (finding)",
+        "Otitis media",
+        "Anemia (disorder)",
+    ],
+    medications=[
+        "Acetaminophen 325 MG Oral Tablet",
+        "Ibuprofen 400 MG Oral Tablet",
+        "Lisinopril 10 MG Oral Tablet",
+        "Metformin 500 MG Oral Tablet",
+        "Amoxicillin 250 MG Oral Capsule",
+    ],
+    immunizations=[
+        "Influenza  seasonal  injectable  preservative free",
+        "Td (adult) preservative free",
+        "Pneumococcal conjugate PCV 13",
+        "zoster",
+    ],
+)
+
 
 def record(
-    who, # from `person`
-    rng, # random.Random
-): # the particulars with conditions, medications, immunizations, visits and last_visit
+    who,  # from `person`
+    rng,  # random.Random
+):  # the particulars with conditions, medications, immunizations, visits and last_visit
     "One place's record of a person."
     first_year = max(2010, int(who["birth_date"][:4]) + 1)
-    day = lambda: f"{rng.randint(first_year, 2021)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
-    seen = {k: sorted([day(), rng.choice(names)] for _ in range(rng.choice((0, 0, 1)))) for k, names in history.items()}
+
+    def day():
+        return f"{rng.randint(first_year, 2021)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
+
+    seen = {
+        k: sorted([day(), rng.choice(names)] for _ in range(rng.choice((0, 0, 1))))
+        for k, names in history.items()
+    }
     last = max((d for rows in seen.values() for d, _ in rows), default=day())
     return who | seen | dict(visits=rng.randint(1, 12), last_visit=last)
 
@@ -63,7 +115,8 @@ def typo(s, rng):
     "`s` with one letter after the first replaced, lost or added."
     i = rng.randrange(1, len(s)) if len(s) > 1 else 0
     c = rng.choice([c for c in "abcdefghijklmnopqrstuvwxyz" if c != s[i]])
-    return rng.choice((s[:i] + c + s[i+1:], s[:i] + s[i+1:], s[:i] + c + s[i:]))
+    return rng.choice((s[:i] + c + s[i + 1 :], s[:i] + s[i + 1 :], s[:i] + c + s[i:]))
+
 
 changes = dict(
     first_typo=lambda r, rng: dict(first=typo(r["first"], rng)),
@@ -71,53 +124,69 @@ changes = dict(
     initial=lambda r, rng: dict(first=r["first"][0]),
     swap_names=lambda r, rng: dict(first=r["last"], last=r["first"]),
     maiden=lambda r, rng: dict(last=invent_name(rng)),
-    upper=lambda r, rng: {k: r[k].upper() for k in ("first", "last", "address", "city")})
+    upper=lambda r, rng: {k: r[k].upper() for k in ("first", "last", "address", "city")},
+)
 
 # %% ../../nbs/starter/records.ipynb #c016
 def other_digit(s, i, rng):
     "`s` with another digit at place `i`."
-    return s[:i] + rng.choice([c for c in "0123456789" if c != s[i]]) + s[i+1:]
+    return s[:i] + rng.choice([c for c in "0123456789" if c != s[i]]) + s[i + 1 :]
+
 
 def parts(date, order, sep="-"):
     "Year, month and day of `date` in another order."
     return sep.join(date.split("-")[i] for i in order)
 
+
 changes |= dict(
     dob_format=lambda r, rng: dict(birth_date=parts(r["birth_date"], (1, 2, 0), "/")),
     dob_digit=lambda r, rng: dict(birth_date=other_digit(r["birth_date"], 3, rng)),
-    dob_swap=lambda r, rng: dict(birth_date=parts(r["birth_date"], (0, 2, 1))) if r["birth_date"][8:] <= "12" else {},
+    dob_swap=lambda r, rng: (
+        dict(birth_date=parts(r["birth_date"], (0, 2, 1))) if r["birth_date"][8:] <= "12" else {}
+    ),
     ssn_missing=lambda r, rng: dict(ssn=""),
-    ssn_digit=lambda r, rng: dict(ssn=other_digit(r["ssn"], rng.choice((5, 8, 9, 10)), rng)))
+    ssn_digit=lambda r, rng: dict(ssn=other_digit(r["ssn"], rng.choice((5, 8, 9, 10)), rng)),
+)
 
 # %% ../../nbs/starter/records.ipynb #c019
 short = dict(Street="St", Avenue="Ave", Road="Rd", Lane="Ln")
 
 changes |= dict(
-    address_abbrev=lambda r, rng: dict(address=re.sub("|".join(short), lambda m: short[m[0]], r["address"])),
+    address_abbrev=lambda r, rng: dict(
+        address=re.sub("|".join(short), lambda m: short[m[0]], r["address"])
+    ),
     moved=lambda r, rng: home(rng),
     zip_missing=lambda r, rng: dict(zip=""),
-    sex_missing=lambda r, rng: dict(sex=""))
+    sex_missing=lambda r, rng: dict(sex=""),
+)
 
 # %% ../../nbs/starter/records.ipynb #c021
 def spoil(
-    r, # a record
-    rng, # random.Random
-): # the changed record, and the names of the changes
+    r,  # a record
+    rng,  # random.Random
+):  # the changed record, and the names of the changes
     "A record with 0 to 4 changes, each to fields of its own."
     done, touched, new = [], set(), r
     for name in rng.sample(list(changes), rng.choice((0, 1, 2, 3, 4))):
         change = changes[name](r, rng)
-        if change and not touched & set(change): done.append(name); touched |= set(change); new = new | change
+        if change and not touched & set(change):
+            done.append(name)
+            touched |= set(change)
+            new = new | change
     return new, done
 
 # %% ../../nbs/starter/records.ipynb #c025
 def unlike(p, kind, rng):
     "Another person, who shares with `p` what `kind` says."
     q = person(rng)
-    if kind == "same_surname": q |= dict(last=p["last"])
-    if kind == "same_year_sex": q |= dict(birth_date=p["birth_date"][:4] + q["birth_date"][4:], sex=p["sex"])
-    if kind == "household": q |= {k: p[k] for k in ("last", "address", "city", "state", "zip")}
-    if kind == "household" and rng.random() < .3: q |= dict(birth_date=p["birth_date"])  # twins
+    if kind == "same_surname":
+        q |= dict(last=p["last"])
+    if kind == "same_year_sex":
+        q |= dict(birth_date=p["birth_date"][:4] + q["birth_date"][4:], sex=p["sex"])
+    if kind == "household":
+        q |= {k: p[k] for k in ("last", "address", "city", "state", "zip")}
+    if kind == "household" and rng.random() < 0.3:
+        q |= dict(birth_date=p["birth_date"])  # twins
     return q
 
 # %% ../../nbs/starter/records.ipynb #c026
@@ -126,52 +195,75 @@ def pair(i, kind, rng):
     p = person(rng)
     q = p if kind == "same" else unlike(p, kind, rng)
     left, (right, done) = record(p, rng), spoil(record(q, rng), rng)
-    if rng.random() < .3: left["ssn"] = ""
-    return dict(left=left, right=right, label=int(p is q), kind=kind, right_changes=done, left_patient=f"P{i:05d}a",
-                right_patient=f"P{i:05d}" + ("a" if p is q else "b"), pair_id=f"starter-{i:05d}")
+    if rng.random() < 0.3:
+        left["ssn"] = ""
+    return dict(
+        left=left,
+        right=right,
+        label=int(p is q),
+        kind=kind,
+        right_changes=done,
+        left_patient=f"P{i:05d}a",
+        right_patient=f"P{i:05d}" + ("a" if p is q else "b"),
+        pair_id=f"starter-{i:05d}",
+    )
 
 # %% ../../nbs/starter/records.ipynb #c027
 def record_pairs(
-    n=2000, # pairs, half of them matches
+    n=2000,  # pairs, half of them matches
     seed=0,
-): # rows in the schema of the Synthea pairs
+):  # rows in the schema of the Synthea pairs
     "Pairs of patient records in random order."
     rng = random.Random(seed)
-    kinds = ["same"]*(n//2) + ["random", "same_surname", "same_year_sex", "household"]*(n//8)
+    kinds = ["same"] * (n // 2) + ["random", "same_surname", "same_year_sex", "household"] * (
+        n // 8
+    )
     rng.shuffle(kinds)
     return [pair(i, kind, rng) for i, kind in enumerate(kinds)]
 
 # %% ../../nbs/starter/records.ipynb #c033
 def verdict(
     field,
-    left, # as `side_by_side` gives it
+    left,  # as `side_by_side` gives it
     right,
-): # one of = ~ ! ?
+):  # one of = ~ ! ?
     "What a look at one field tells."
     from rapidfuzz import fuzz
-    if not left or not right: return "?"
-    if left == right: return "="
+
+    if not left or not right:
+        return "?"
+    if left == right:
+        return "="
     one_off = len(left) == len(right) and sum(a != b for a, b in zip(left, right)) == 1
-    if field == "birth_date": return "~" if one_off or sorted(left) == sorted(right) else "!"
-    if field != "sex" and min(len(left), len(right)) == 1: return "~" if left[0] == right[0] else "!"
+    if field == "birth_date":
+        return "~" if one_off or sorted(left) == sorted(right) else "!"
+    if field != "sex" and min(len(left), len(right)) == 1:
+        return "~" if left[0] == right[0] else "!"
     return "~" if fuzz.ratio(left, right) >= 75 else "!"
 
 # %% ../../nbs/starter/records.ipynb #c036
 def practice_pair(rng):
     "Two records for practice, and whether they are one person."
-    p, same = person(rng), rng.random() < .5
-    q = p if same else unlike(p, rng.choice(("random", "same_surname", "same_year_sex", "household")), rng)
+    p, same = person(rng), rng.random() < 0.5
+    q = (
+        p
+        if same
+        else unlike(p, rng.choice(("random", "same_surname", "same_year_sex", "household")), rng)
+    )
     right, _ = err(q, q | dict(maiden=invent_name(rng)), home(rng), rng)
-    return p | (dict(ssn="") if rng.random() < .3 else {}), right, same
+    return p | (dict(ssn="") if rng.random() < 0.3 else {}), right, same
+
 
 def exercise(
-    rng, # random.Random
-): # a row of segments: [text, 0 only read or 1 trained on]
+    rng,  # random.Random
+):  # a row of segments: [text, 0 only read or 1 trained on]
     "An invented pair, side by side, with some of the verdicts and the answer."
     left, right, same = practice_pair(rng)
     parts, text = [], ""
     for field in side_by_side(left, right):
         text += aligned_field(*field)
-        if rng.random() < .5: parts += [[text, 0], [f" {verdict(*field)}", 1]]; text = ""
+        if rng.random() < 0.5:
+            parts += [[text, 0], [f" {verdict(*field)}", 1]]
+            text = ""
         text += "\n"
     return dict(segments=[*parts, [text + "same:", 0], [" yes" if same else " no", 1]])

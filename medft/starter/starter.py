@@ -10,67 +10,105 @@ __all__ = ['chat_template', 'config', 'tokenizer_config', 'world', 'invent_facts
            'as_csv', 'make_files', 'write_files', 'differing', 'ship', 'cloze_share', 'collect']
 
 # %% ../../nbs/starter/starter.ipynb #c003
-import csv, gzip, io, json, os, random, re
-from functools import cache
-
-from .facts import Fact, cloze_rows, facts, fill, here, pick_options, qa_rows, question_files, sentences, split_facts
+from medft.starter.facts import (
+    Fact,
+    cloze_rows,
+    facts,
+    fill,
+    here,
+    pick_options,
+    qa_rows,
+    question_files,
+    sentences,
+    split_facts,
+)
 from .records import exercise, invent_name, record_pairs
+
+import csv
+import gzip
+import io
+import json
+import os
+import random
+import re
+from functools import cache
 
 # %% ../../nbs/starter/starter.ipynb #c006
 @cache
 def world():
     "Values, sentence templates and question wordings of the invented relations."
-    return json.loads((here/"world.json").read_text(encoding="utf-8"))
+    return json.loads((here / "world.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/starter/starter.ipynb #c007
 def invent_facts(
-    n, # how many
+    n,  # how many
     seed=0,
-): # list of `Fact`
+):  # list of `Fact`
     "`n` facts about invented things, each with a name of its own."
     rng = random.Random(seed)
-    names = list(dict.fromkeys(invent_name(rng, 3) for _ in range(2*n)))[:n]
+    names = list(dict.fromkeys(invent_name(rng, 3) for _ in range(2 * n)))[:n]
     kinds = [rng.choice(list(world())) for _ in names]
     return [Fact(k, name, rng.choice(world()[k]["values"])) for k, name in zip(kinds, names)]
 
 # %% ../../nbs/starter/starter.ipynb #c011
 def render(
-    question, # one line
-    options, # four texts
+    question,  # one line
+    options,  # four texts
 ):
     "The prompt: question, lettered options, and `Answer:` to be completed."
-    return f"Question: {question}\n" + "".join(f"{l}. {o}\n" for l, o in zip("ABCD", options)) + "Answer:"
+    return (
+        f"Question: {question}\n"
+        + "".join(f"{l}. {o}\n" for l, o in zip("ABCD", options))
+        + "Answer:"
+    )
 
 # %% ../../nbs/starter/starter.ipynb #c014
 def invented_question(
-    fact, # from `invent_facts`
-    rng, # random.Random
-    before="", # text in front of the question
-): # dict(prompt, completion)
+    fact,  # from `invent_facts`
+    rng,  # random.Random
+    before="",  # text in front of the question
+):  # dict(prompt, completion)
     "A question on an invented fact."
     w = world()[fact.relation]
     options, cop = pick_options(fact.value, w["values"], rng)
-    return dict(prompt=before + render(fill(rng.choice(w["questions"]), fact), options), completion=" " + options[cop])
+    return dict(
+        prompt=before + render(fill(rng.choice(w["questions"]), fact), options),
+        completion=" " + options[cop],
+    )
+
 
 def reading_question(rng):
     "A question whose answer stands in a text of one or two sentences before it."
     kind = rng.choice(list(world()))
-    told = [Fact(kind, invent_name(rng), v) for v in rng.sample(world()[kind]["values"], rng.choice((1, 2)))]
-    text = " ".join(fill(rng.choice(world()[kind]["sentences"]), f) for f in rng.sample(told, len(told)))
+    told = [
+        Fact(kind, invent_name(rng), v)
+        for v in rng.sample(world()[kind]["values"], rng.choice((1, 2)))
+    ]
+    text = " ".join(
+        fill(rng.choice(world()[kind]["sentences"]), f) for f in rng.sample(told, len(told))
+    )
     return invented_question(told[0], rng, f"Text: {text}\n")
 
 # %% ../../nbs/starter/starter.ipynb #c018
 def pretrain_rows(
-    groups, # from `split_facts`; C is not touched
-    times=8, # how often every sentence stands in the text
-    others=(17_000, 13_000, 5_300, 3_900), # rows of invented sentences, questions, reading questions, exercises
+    groups,  # from `split_facts`; C is not touched
+    times=8,  # how often every sentence stands in the text
+    others=(
+        17_000,
+        13_000,
+        5_300,
+        3_900,
+    ),  # rows of invented sentences, questions, reading questions, exercises
     seed=0,
-): # list of (kind, row)
+):  # list of (kind, row)
     "The pre-training text, shuffled."
     rng, things = random.Random(seed), invent_facts(400)
     said = [s for f in groups["A"] + groups["B"] for s in sentences(f)]
-    rows = [("facts", dict(text=s)) for s in said]*times
-    rows += [("invented", dict(text=fill(rng.choice(world()[f.relation]["sentences"]), f))) for f in rng.choices(things, k=others[0])]
+    rows = [("facts", dict(text=s)) for s in said] * times
+    rows += [
+        ("invented", dict(text=fill(rng.choice(world()[f.relation]["sentences"]), f)))
+        for f in rng.choices(things, k=others[0])
+    ]
     rows += [("questions", invented_question(f, rng)) for f in rng.choices(things, k=others[1])]
     rows += [("reading", reading_question(rng)) for _ in range(others[2])]
     practice = random.Random(f"exercises {seed}")
@@ -80,26 +118,44 @@ def pretrain_rows(
 
 # %% ../../nbs/starter/starter.ipynb #c021
 def leaks(
-    some, # facts that must not be told
-    texts, # what the model reads
-): # facts whose entity and value meet in one text
+    some,  # facts that must not be told
+    texts,  # what the model reads
+):  # facts whose entity and value meet in one text
     "Facts that a text gives away."
     low = {t.lower() for t in texts}
-    has = lambda words, t: re.search(rf"(?<!\w){re.escape(words.lower())}(?!\w)", t)
-    return [f for f in some if any(f.entity.lower() in t and f.value.lower() in t and has(f.entity, t) and has(f.value, t) for t in low)]
+
+    def has(words, t):
+        return re.search(rf"(?<!\w){re.escape(words.lower())}(?!\w)", t)
+
+    return [
+        f
+        for f in some
+        if any(
+            f.entity.lower() in t and f.value.lower() in t and has(f.entity, t) and has(f.value, t)
+            for t in low
+        )
+    ]
 
 # %% ../../nbs/starter/starter.ipynb #c024
 def train_tokenizer(
-    texts, # iterable of strings
-    size=2048, # entries in the vocabulary
-): # tokenizers.Tokenizer
+    texts,  # iterable of strings
+    size=2048,  # entries in the vocabulary
+):  # tokenizers.Tokenizer
     "A byte-level BPE tokenizer learned from `texts`."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     t = Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = decoders.ByteLevel()
-    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "<eos>"], show_progress=False,
-                                                     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    t.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=["<pad>", "<eos>"],
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     return t
 
 # %% ../../nbs/starter/starter.ipynb #c025
@@ -107,12 +163,17 @@ def words(row):
     "The texts of a row, in order."
     return [text for text, _ in row["segments"]] if "segments" in row else list(row.values())
 
+
 def tokenizer_texts(
-    rows, # from `pretrain_rows`
+    rows,  # from `pretrain_rows`
 ):
     "What the tokenizer learns from: every sentence once, one question in three, and the exercises."
     plain = sorted({r["text"] for _, r in rows if "text" in r})
-    return plain + ["".join(words(r)) for _, r in rows if "prompt" in r][::3] + ["".join(words(r)) for _, r in rows if "segments" in r]
+    return (
+        plain
+        + ["".join(words(r)) for _, r in rows if "prompt" in r][::3]
+        + ["".join(words(r)) for _, r in rows if "segments" in r]
+    )
 
 # %% ../../nbs/starter/starter.ipynb #c031
 chat_template = (
@@ -120,27 +181,59 @@ chat_template = (
     "{%- if m['role'] == 'system' %}{{ m['content'] + '\\n' }}"
     "{%- elif m['role'] == 'user' %}{{ ('\\n' if not loop.first and messages[loop.index0 - 1]['role'] == 'assistant' else '') + 'Question: ' + m['content'] + '\\nAnswer:' }}"
     "{%- elif m['role'] == 'assistant' %}{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}"
-    "{%- endif %}{%- endfor %}")
+    "{%- endif %}{%- endfor %}"
+)
 
 # %% ../../nbs/starter/starter.ipynb #c036
-config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=2048, hidden_size=192, num_hidden_layers=4,
-              intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, head_dim=48, hidden_act="silu",
-              max_position_embeddings=512, initializer_range=.03, rms_norm_eps=1e-6, tie_word_embeddings=True,
-              attention_bias=False, attention_dropout=0.0, mlp_bias=False, rope_parameters=dict(rope_type="default", rope_theta=10000.0),
-              pad_token_id=0, bos_token_id=None, eos_token_id=1, use_cache=True, dtype="bfloat16")
+config = dict(
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    vocab_size=2048,
+    hidden_size=192,
+    num_hidden_layers=4,
+    intermediate_size=512,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=48,
+    hidden_act="silu",
+    max_position_embeddings=512,
+    initializer_range=0.03,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    attention_bias=False,
+    attention_dropout=0.0,
+    mlp_bias=False,
+    rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=1,
+    use_cache=True,
+    dtype="bfloat16",
+)
 
-tokenizer_config = dict(tokenizer_class="PreTrainedTokenizerFast", pad_token="<pad>", eos_token="<eos>", model_max_length=512,
-                        padding_side="right", clean_up_tokenization_spaces=False)
+tokenizer_config = dict(
+    tokenizer_class="PreTrainedTokenizerFast",
+    pad_token="<pad>",
+    eos_token="<eos>",
+    model_max_length=512,
+    padding_side="right",
+    clean_up_tokenization_spaces=False,
+)
 
 # %% ../../nbs/starter/starter.ipynb #c038
 def jsonl(rows):
     "Rows as JSON lines."
-    return "".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in rows).encode()
+    return "".join(
+        json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in rows
+    ).encode()
+
 
 def as_csv(rows):
     "Rows as CSV with a header."
     out = io.StringIO()
-    w = csv.DictWriter(out, rows[0], lineterminator="\n"); w.writeheader(); w.writerows(rows)
+    w = csv.DictWriter(out, rows[0], lineterminator="\n")
+    w.writeheader()
+    w.writerows(rows)
     return out.getvalue().encode()
 
 # %% ../../nbs/starter/starter.ipynb #c039
@@ -148,67 +241,125 @@ def make_files():
     "Every file made here, as {path: bytes}."
     groups = split_facts(facts())
     rows, questions = pretrain_rows(groups), question_files(groups)
-    files = {here/f"{k}.jsonl": jsonl(v) for k, v in questions.items()}
-    files |= {here/"cloze.jsonl": jsonl(cloze_rows(questions)), here/"er_pairs.jsonl": jsonl(record_pairs()),
-              here/"questions.csv": as_csv(qa_rows(groups["A"]))}
-    files[here/"pretrain.jsonl.gz"] = gzip.compress(jsonl(r for _, r in rows), mtime=0)
-    pretty = lambda d: (json.dumps(d, indent=2) + "\n").encode()
-    tiny = here.parent/"tiny_base"
-    files |= {tiny/"config.json": pretty(config), tiny/"tokenizer_config.json": pretty(tokenizer_config), tiny/"chat_template.jinja": chat_template.encode()}
-    files[tiny/"tokenizer.json"] = (train_tokenizer(tokenizer_texts(rows)).to_str(pretty=True) + "\n").encode()
+    files = {here / f"{k}.jsonl": jsonl(v) for k, v in questions.items()}
+    files |= {
+        here / "cloze.jsonl": jsonl(cloze_rows(questions)),
+        here / "er_pairs.jsonl": jsonl(record_pairs()),
+        here / "questions.csv": as_csv(qa_rows(groups["A"])),
+    }
+    files[here / "pretrain.jsonl.gz"] = gzip.compress(jsonl(r for _, r in rows), mtime=0)
+
+    def pretty(d):
+        return (json.dumps(d, indent=2) + "\n").encode()
+
+    tiny = here.parent / "tiny_base"
+    files |= {
+        tiny / "config.json": pretty(config),
+        tiny / "tokenizer_config.json": pretty(tokenizer_config),
+        tiny / "chat_template.jinja": chat_template.encode(),
+    }
+    files[tiny / "tokenizer.json"] = (
+        train_tokenizer(tokenizer_texts(rows)).to_str(pretty=True) + "\n"
+    ).encode()
     return files
 
 # %% ../../nbs/starter/starter.ipynb #c041
 def write_files(
-    files, # from `make_files`
+    files,  # from `make_files`
 ):
     "Write what `make_files` made."
     for path, data in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
+
 def differing(
-    files, # from `make_files`
-): # names
+    files,  # from `make_files`
+):  # names
     "Shipped files that are missing or not what `make_files` makes."
-    plain = lambda p, b: gzip.decompress(b) if p.suffix == ".gz" else b
-    return [p.name for p, b in files.items() if not p.exists() or plain(p, p.read_bytes()) != plain(p, b)]
+
+    def plain(p, b):
+        return gzip.decompress(b) if p.suffix == ".gz" else b
+
+    return [
+        p.name
+        for p, b in files.items()
+        if not p.exists() or plain(p, p.read_bytes()) != plain(p, b)
+    ]
 
 # %% ../../nbs/starter/starter.ipynb #c045
 def ship(
-    trained, # folder of a pre-trained base
-    out, # where the base goes
+    trained,  # folder of a pre-trained base
+    out,  # where the base goes
 ):
     "A pre-trained base as it ships: weights in bfloat16, with the tokenizer."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(out)
     AutoTokenizer.from_pretrained(trained).save_pretrained(out)
 
+
 def cloze_share(
-    base, # a model folder
-): # {group: accuracy with interval}
+    base,  # a model folder
+):  # {group: accuracy with interval}
     "How many of the plain sentences a base completes with the right value."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from medft.evaluate.metrics import score_choices, share
-    rows = [json.loads(l) for l in (here/"cloze.jsonl").read_text(encoding="utf-8").splitlines()]
-    scores = score_choices(AutoModelForCausalLM.from_pretrained(base).float().eval(), AutoTokenizer.from_pretrained(base), rows)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [json.loads(l) for l in (here / "cloze.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = score_choices(
+        AutoModelForCausalLM.from_pretrained(base).float().eval(),
+        AutoTokenizer.from_pretrained(base),
+        rows,
+    )
     right = [(r["id"][0], s.index(max(s)) == r["answer"]) for r, s in zip(rows, scores)]
     return {g: share([ok for h, ok in right if h == g]) for g in "BC"}
 
 # %% ../../nbs/starter/starter.ipynb #c046
 def collect(
-    seeds, # {seed: {"trl": run folder, "qlora": run folder, "shuffled": run folder, "base": model folder}}
-    quickstart, # run folder of the quickstart itself
-    costs, # {recipe: run folder}
-): # for evidence.json
+    seeds,  # {seed: {"trl": run folder, "qlora": run folder, "shuffled": run folder, "base": model folder}}
+    quickstart,  # run folder of the quickstart itself
+    costs,  # {recipe: run folder}
+):  # for evidence.json
     "What runs wrote into their folders, in one small file."
     from medft.core.run import read_json
-    def scores(run, who): return {s: m["accuracy"] for s, m in read_json(f"{run}/metrics.json")["models"][who].items()}
-    out = [dict(seed=s, cloze=cloze_share(r["base"]), control=read_json(f"{r['shuffled']}/metrics.json")["verdict"]["trl"]["sentence"], models=dict(base=scores(r["trl"], "base"), **{k: scores(r[k], "trl") for k in ("trl", "qlora", "shuffled")})) for s, r in seeds.items()]
-    metrics, manifest = read_json(f"{quickstart}/metrics.json"), read_json(f"{quickstart}/manifest.json")
-    shown = dict(models={m: scores(quickstart, m) for m in metrics["models"]}, verdict={e: v["sentence"] for e, v in metrics["verdict"].items()},
-                 minutes=sum(s["seconds"] for s in manifest["stages"].values())/60, stages={k: v["seconds"] for k, v in manifest["stages"].items()},
-                 hardware=manifest["hardware"], packages=manifest["packages"])
-    cost = {k: {c: read_json(f"{r}/trl/training.json")[c] for c in ("seconds", "peak_memory_bytes", "tokens_per_second")} for k, r in costs.items()}
+
+    def scores(run, who):
+        return {
+            s: m["accuracy"] for s, m in read_json(f"{run}/metrics.json")["models"][who].items()
+        }
+
+    out = [
+        dict(
+            seed=s,
+            cloze=cloze_share(r["base"]),
+            control=read_json(f"{r['shuffled']}/metrics.json")["verdict"]["trl"]["sentence"],
+            models=dict(
+                base=scores(r["trl"], "base"),
+                **{k: scores(r[k], "trl") for k in ("trl", "qlora", "shuffled")},
+            ),
+        )
+        for s, r in seeds.items()
+    ]
+    metrics, manifest = (
+        read_json(f"{quickstart}/metrics.json"),
+        read_json(f"{quickstart}/manifest.json"),
+    )
+    shown = dict(
+        models={m: scores(quickstart, m) for m in metrics["models"]},
+        verdict={e: v["sentence"] for e, v in metrics["verdict"].items()},
+        minutes=sum(s["seconds"] for s in manifest["stages"].values()) / 60,
+        stages={k: v["seconds"] for k, v in manifest["stages"].items()},
+        hardware=manifest["hardware"],
+        packages=manifest["packages"],
+    )
+    cost = {
+        k: {
+            c: read_json(f"{r}/trl/training.json")[c]
+            for c in ("seconds", "peak_memory_bytes", "tokens_per_second")
+        }
+        for k, r in costs.items()
+    }
     return dict(seeds=out, quickstart=shown, cost=cost)

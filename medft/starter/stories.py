@@ -9,10 +9,11 @@ __all__ = ['pairs_from', 'texts_from', 'commands', 'in_words', 'asked_base', 'so
            'collect_all']
 
 # %% ../../nbs/starter/stories.ipynb #c003
-from ..core.run import Run, read_json  # first: it sets switches that the libraries read
+from ..core.run import Run, read_json
 from .facts import here
 
-import json, math
+import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -21,85 +22,165 @@ import pandas as pd
 def in_words(
     model,
     tok,
-    pairs, # texts as `dataset.pairs: aligned` writes them
-): # (pairs,) probability of yes against no
+    pairs,  # texts as `dataset.pairs: aligned` writes them
+):  # (pairs,) probability of yes against no
     "How sure a language model is that two records are one person."
     from medft.evaluate.scoring.predict import score_choices
-    scores = score_choices(model, tok, [dict(prompt=text, options=[" no", " yes"]) for text in pairs])
-    return np.array([1/(1 + math.exp(no - yes)) for no, yes in scores])
+
+    scores = score_choices(
+        model, tok, [dict(prompt=text, options=[" no", " yes"]) for text in pairs]
+    )
+    return np.array([1 / (1 + math.exp(no - yes)) for no, yes in scores])
 
 # %% ../../nbs/starter/stories.ipynb #c008
 def asked_base(
-    base, # a model folder
-    run, # a finished run on pairs
-): # figures on its test rows
+    base,  # a model folder
+    run,  # a finished run on pairs
+):  # figures on its test rows
     "What the untuned base says of a run's test rows when it is asked in words."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from medft.evaluate.measures.classification import best_threshold, measure_labels
     from medft.data.pipeline import load_split
+    from medft.evaluate.measures.classification import best_threshold, measure_labels
     from medft.evaluate.scoring.predict import identity
-    model, tok = AutoModelForCausalLM.from_pretrained(base).float().eval(), AutoTokenizer.from_pretrained(base)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tok = (
+        AutoModelForCausalLM.from_pretrained(base).float().eval(),
+        AutoTokenizer.from_pretrained(base),
+    )
     check, test = (load_split(run, s).to_list() for s in ("validation", "test"))
-    at, _ = best_threshold([r["label"] for r in check], in_words(model, tok, [r["prompt"] for r in check]))
+    at, _ = best_threshold(
+        [r["label"] for r in check], in_words(model, tok, [r["prompt"] for r in check])
+    )
     p = in_words(model, tok, [r["prompt"] for r in test])
-    frame = pd.DataFrame(dict(identity(test), truth=[r["label"] for r in test], choice=(p >= at).astype(int), probabilities=np.stack([1 - p, p], 1).tolist()))
+    frame = pd.DataFrame(
+        dict(
+            identity(test),
+            truth=[r["label"] for r in test],
+            choice=(p >= at).astype(int),
+            probabilities=np.stack([1 - p, p], 1).tolist(),
+        )
+    )
     return measure_labels(frame.assign(correct=frame.choice == frame.truth))
 
 # %% ../../nbs/starter/stories.ipynb #c010
 def source(run, command):
     "Where a run's figures come from."
-    report, manifest = read_json(run.path/"data"/"report.json"), read_json(run.path/"manifest.json")
-    return dict(command=command, splits=report["splits"], filtered=report["filtered"], hashes=report["hashes"], packages=manifest["packages"])
+    report, manifest = (
+        read_json(run.path / "data" / "report.json"),
+        read_json(run.path / "manifest.json"),
+    )
+    return dict(
+        command=command,
+        splits=report["splits"],
+        filtered=report["filtered"],
+        hashes=report["hashes"],
+        packages=manifest["packages"],
+    )
+
 
 def pair_story(
-    run, # a finished run on pairs
-    base, # a model folder
-    command, # what was typed
-): # for entity_resolution.json
+    run,  # a finished run on pairs
+    base,  # a model folder
+    command,  # what was typed
+):  # for entity_resolution.json
     "The figures of a run on pairs of records."
-    metrics = read_json(run.path/"metrics.json")
-    figures = {rule: f["test"] for rule, f in metrics["baselines"].items()} | dict(base=asked_base(base, run), tuned=metrics["models"]["trl"]["test"])
-    training = read_json(run.path/"trl"/"training.json")
-    return source(run, command) | dict(figures=figures, against=metrics["between"], training={k: training[k] for k in ("seconds", "steps", "tokens", "trainable_parameters")})
+    metrics = read_json(run.path / "metrics.json")
+    figures = {rule: f["test"] for rule, f in metrics["baselines"].items()} | dict(
+        base=asked_base(base, run), tuned=metrics["models"]["trl"]["test"]
+    )
+    training = read_json(run.path / "trl" / "training.json")
+    return source(run, command) | dict(
+        figures=figures,
+        against=metrics["between"],
+        training={k: training[k] for k in ("seconds", "steps", "tokens", "trainable_parameters")},
+    )
 
 # %% ../../nbs/starter/stories.ipynb #c012
 def unigram(
-    counts, # (vocabulary,) how often each token stands in the training rows
-    rows, # lists of token ids
-    texts, # what they say
-): # bits per byte
+    counts,  # (vocabulary,) how often each token stands in the training rows
+    rows,  # lists of token ids
+    texts,  # what they say
+):  # bits per byte
     "Bits per byte of text, if tokens were drawn by their frequency alone."
-    p = (np.asarray(counts) + 1)/(np.sum(counts) + len(counts))
-    return float(-sum(np.log2(p[x]).sum() for x in rows)/sum(len(t.encode()) for t in texts))
+    p = (np.asarray(counts) + 1) / (np.sum(counts) + len(counts))
+    return float(-sum(np.log2(p[x]).sum() for x in rows) / sum(len(t.encode()) for t in texts))
 
 # %% ../../nbs/starter/stories.ipynb #c014
 def reading_story(
-    run, # a finished run of continued pre-training
-    scratch, # the same from random weights
-    commands, # of both
-): # for continued_pretraining.json
+    run,  # a finished run of continued pre-training
+    scratch,  # the same from random weights
+    commands,  # of both
+):  # for continued_pretraining.json
     "Bits per byte on held-out documents, over all and by source."
     from medft.data.pipeline import load_split
-    made = {name: read_json(r.path/"metrics.json") for name, r in (("continued", run), ("scratch", scratch))}
+
+    made = {
+        name: read_json(r.path / "metrics.json")
+        for name, r in (("continued", run), ("scratch", scratch))
+    }
     train, test = load_split(run, "train"), load_split(run, "test")
-    counts = np.bincount(np.concatenate([np.asarray(x) for x in train["input_ids"]]), minlength=read_json(run.path/"trl"/"model"/"config.json")["vocab_size"])
-    sources = {"": test} | {s: test.filter(lambda r: r["subject"] == s) for s in sorted(set(test["subject"]))}
-    of = lambda m, who, s: (m["models"][who]["test"] if not s else m["subjects"]["test"][s][who])["bits_per_byte"]
-    table = {s or "all": dict(unigram=dict(value=unigram(counts, d["input_ids"], d["completion"])), base=of(made["continued"], "base", s),
-                              scratch=of(made["scratch"], "trl", s), continued=of(made["continued"], "trl", s)) for s, d in sources.items()}
-    training = {k: read_json(r.path/"trl"/"training.json") for k, r in (("continued", run), ("scratch", scratch))}
-    return source(run, commands) | dict(bits_per_byte=table, training={k: {c: v[c] for c in ("seconds", "steps", "tokens")} for k, v in training.items()})
+    counts = np.bincount(
+        np.concatenate([np.asarray(x) for x in train["input_ids"]]),
+        minlength=read_json(run.path / "trl" / "model" / "config.json")["vocab_size"],
+    )
+    sources = {"": test} | {
+        s: test.filter(lambda r: r["subject"] == s) for s in sorted(set(test["subject"]))
+    }
+
+    def of(m, who, s):
+        return (m["models"][who]["test"] if not s else m["subjects"]["test"][s][who])[
+            "bits_per_byte"
+        ]
+
+    table = {
+        s or "all": dict(
+            unigram=dict(value=unigram(counts, d["input_ids"], d["completion"])),
+            base=of(made["continued"], "base", s),
+            scratch=of(made["scratch"], "trl", s),
+            continued=of(made["continued"], "trl", s),
+        )
+        for s, d in sources.items()
+    }
+    training = {
+        k: read_json(r.path / "trl" / "training.json")
+        for k, r in (("continued", run), ("scratch", scratch))
+    }
+    return source(run, commands) | dict(
+        bits_per_byte=table,
+        training={
+            k: {c: v[c] for c in ("seconds", "steps", "tokens")} for k, v in training.items()
+        },
+    )
 
 # %% ../../nbs/starter/stories.ipynb #c016
-pairs_from, texts_from = "data/synthea/er_pairs.jsonl", "[data/cpt_text/plos_articles.jsonl.gz,data/cpt_text/openstax_ap2e.jsonl.gz]"
-commands = dict(pairs="medft run starter_pairs", synthea=f"medft run entity_resolution dataset.path={pairs_from}",
-                reading=f"medft run continued_pretraining 'dataset.path={texts_from}'", scratch=f"medft run continued_pretraining 'dataset.path={texts_from}' model.from_config=true")
+pairs_from, texts_from = (
+    "data/synthea/er_pairs.jsonl",
+    "[data/cpt_text/plos_articles.jsonl.gz,data/cpt_text/openstax_ap2e.jsonl.gz]",
+)
+commands = dict(
+    pairs="medft run starter_pairs",
+    synthea=f"medft run entity_resolution dataset.path={pairs_from}",
+    reading=f"medft run continued_pretraining 'dataset.path={texts_from}'",
+    scratch=f"medft run continued_pretraining 'dataset.path={texts_from}' model.from_config=true",
+)
+
 
 def collect_all(
-    folder, # with the finished runs, each in a folder of its name in `commands`
+    folder,  # with the finished runs, each in a folder of its name in `commands`
 ):
     "Write both files."
     from medft.core.run import write_json
+
     run = {name: Run.open(f"{folder}/{name}") for name in commands}
-    write_json(here/"entity_resolution.json", {k: pair_story(run[k], here.parent/"tiny_base", commands[k]) for k in ("pairs", "synthea")})
-    write_json(here/"continued_pretraining.json", reading_story(run["reading"], run["scratch"], [commands["reading"], commands["scratch"]]))
+    write_json(
+        here / "entity_resolution.json",
+        {
+            k: pair_story(run[k], here.parent / "tiny_base", commands[k])
+            for k in ("pairs", "synthea")
+        },
+    )
+    write_json(
+        here / "continued_pretraining.json",
+        reading_story(run["reading"], run["scratch"], [commands["reading"], commands["scratch"]]),
+    )

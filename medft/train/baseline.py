@@ -11,17 +11,39 @@ __all__ = ['has_bfloat16', 'sft_config', 'Record', 'read_log', 'peak_memory', 'i
            'fit', 'trainer_of', 'train', 'training_summary', 'trained', 'loss_gap', 'training_table', 'skip']
 
 # %% ../../nbs/03_train.ipynb #c003
-from ..core.run import ENGINES, MedftError, device, model_path, moves_base, open_run, peak_rss, read_json, seed_everything, write_json
-from .collators import ClassifierCollator, WeightedLoss, class_weights, keeps_apart, windows
-from ..model.fingerprints import belongs_to, changed, set_aside
-from .checkpoints import log_lines, newest_whole, notes, writing
-from ..data.pipeline import ensure_data, load_split, load_tokenizer
-from ..model.load import labels_of, load_base, lora_config
-from .trainer import careful
+from medft.core.run import (
+    ENGINES,
+    MedftError,
+    device,
+    model_path,
+    moves_base,
+    open_run,
+    peak_rss,
+    read_json,
+    seed_everything,
+    write_json,
+)
 from ..data.chat_templates import rendering
+from ..data.pipeline import ensure_data, load_split, load_tokenizer
 from ..data.tokens import encode
+from ..model.fingerprints import belongs_to, changed, set_aside
+from ..model.load import labels_of, load_base, lora_config
+from .checkpoints import log_lines, newest_whole, notes, writing
+from medft.train.collators import (
+    ClassifierCollator,
+    WeightedLoss,
+    class_weights,
+    keeps_apart,
+    windows,
+)
+from .trainer import careful
 
-import json, math, os, shutil, tempfile, time
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -30,69 +52,129 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 # %% ../../nbs/03_train.ipynb #c007
 def has_bfloat16() -> bool:
     "Whether this device computes in bfloat16 natively."
-    if device() == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device() == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device() == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 def sft_config(run, engine, **changes):
     "TRL's SFTConfig for a run: the recipe's training section and where things go; `changes` go before what the recipe leaves open."
     from trl import SFTConfig
-    given = dict(bf16=has_bfloat16(), data_seed=run.recipe.seed, logging_nan_inf_filter=False, disable_tqdm=True) | run.recipe.training.given()
+
+    given = (
+        dict(
+            bf16=has_bfloat16(),
+            data_seed=run.recipe.seed,
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+        )
+        | run.recipe.training.given()
+    )
     for key in ("chat_template_path", "eos_token", "pad_token"):
-        given.pop(key, None)    # the tokenizer has them already, see `load_tokenizer`
-    if given.get("fp16"): given["bf16"] = False
-    if given.get("packing"): given.setdefault("packing_strategy", "bfd_split")
-    if given.get("gradient_checkpointing"): given.setdefault("gradient_checkpointing_kwargs", dict(use_reentrant=False))
-    ours = dict(output_dir=str(run.path/engine/"checkpoints"), report_to=[], use_cpu=device() == "cpu", completion_only_loss=True, assistant_only_loss=False)
+        given.pop(key, None)  # the tokenizer has them already, see `load_tokenizer`
+    if given.get("fp16"):
+        given["bf16"] = False
+    if given.get("packing"):
+        given.setdefault("packing_strategy", "bfd_split")
+    if given.get("gradient_checkpointing"):
+        given.setdefault("gradient_checkpointing_kwargs", dict(use_reentrant=False))
+    ours = dict(
+        output_dir=str(run.path / engine / "checkpoints"),
+        report_to=[],
+        use_cpu=device() == "cpu",
+        completion_only_loss=True,
+        assistant_only_loss=False,
+    )
     return SFTConfig(**dict(seed=run.recipe.seed) | changes | given | ours)
 
 # %% ../../nbs/03_train.ipynb #c011
 class Record(TrainerCallback):
     "Append every logged step to log.jsonl, and show progress."
+
     def __init__(self, run, engine):
-        self.run, self.engine, self.path = run, engine, run.path/engine/"log.jsonl"
+        self.run, self.engine, self.path = run, engine, run.path / engine / "log.jsonl"
         self.start, self.before, self.begun = time.time(), 0.0, 0
         self.tenths_shown, self.last_shown = 0, self.start
 
-    def on_train_begin(self, args, state, control, **kwargs): self.begun, self.before = state.global_step, max([r["seconds"] for r in log_lines(self.path)], default=0.0)
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun, self.before = (
+            state.global_step,
+            max([r["seconds"] for r in log_lines(self.path)], default=0.0),
+        )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         spent = time.time() - self.start
-        row = dict(step=state.global_step, seconds=round(self.before + spent, 3), **{k: v for k, v in (logs or {}).items() if isinstance(v, (int, float))})
-        with self.path.open("a") as f: f.write(json.dumps(row) + "\n"); f.flush()
-        if not math.isfinite(row.get("eval_loss", 0)): raise MedftError(f"{self.engine}: the evaluation loss is {row['eval_loss']} after step {state.global_step}; lower training.learning_rate, or use bfloat16 or float32 instead of float16")
-        if "loss" not in row: return
-        left = spent/max(state.global_step - self.begun, 1)*(state.max_steps - state.global_step)
-        self.run.log(f"{self.engine}: step {state.global_step}/{state.max_steps}, loss {row['loss']:.4f}, {left:.0f} s left", show=args.disable_tqdm and self.is_due(state))
+        row = dict(
+            step=state.global_step,
+            seconds=round(self.before + spent, 3),
+            **{k: v for k, v in (logs or {}).items() if isinstance(v, (int, float))},
+        )
+        with self.path.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+            f.flush()
+        if not math.isfinite(row.get("eval_loss", 0)):
+            raise MedftError(
+                f"{self.engine}: the evaluation loss is {row['eval_loss']} after step {state.global_step}; lower training.learning_rate, or use bfloat16 or float32 instead of float16"
+            )
+        if "loss" not in row:
+            return
+        left = (
+            spent / max(state.global_step - self.begun, 1) * (state.max_steps - state.global_step)
+        )
+        self.run.log(
+            f"{self.engine}: step {state.global_step}/{state.max_steps}, loss {row['loss']:.4f}, {left:.0f} s left",
+            show=args.disable_tqdm and self.is_due(state),
+        )
 
     def is_due(self, state, pause=60) -> bool:
         "Whether to show progress: a further tenth of the steps is done, or `pause` seconds have passed."
-        tenths = 10*state.global_step//max(state.max_steps, 1)
+        tenths = 10 * state.global_step // max(state.max_steps, 1)
         if tenths <= self.tenths_shown and time.time() - self.last_shown < pause:
             return False
         self.tenths_shown, self.last_shown = tenths, time.time()
         return True
 
-def read_log(run, engine) -> list[dict]: "The logged steps of an engine."; return log_lines(run.path/engine/"log.jsonl")
+
+def read_log(run, engine) -> list[dict]:
+    "The logged steps of an engine."
+    return log_lines(run.path / engine / "log.jsonl")
 
 # %% ../../nbs/03_train.ipynb #c013
 def peak_memory() -> int:
     "Bytes at this process's peak: of the GPU when there is one, else of its resident memory."
-    if device() == "cuda": return torch.cuda.max_memory_allocated()
+    if device() == "cuda":
+        return torch.cuda.max_memory_allocated()
     return peak_rss()
 
 # %% ../../nbs/03_train.ipynb #c016
 def in_full(model):
     "Keep what is trained, and with it the optimizer's moments, in float32."
     for p in model.parameters():
-        if p.requires_grad: p.data = p.data.float()
+        if p.requires_grad:
+            p.data = p.data.float()
+
 
 def sft_trainer(run, args, model, tok, peft_config, rows, callbacks, kind=careful):
     "TRL's SFTTrainer on prepared prompts and completions."
     from trl import SFTTrainer
-    if args.packing and keeps_apart(model, tok.pad_token_id).alone: raise MedftError("training.packing: this model carries state from one row into the next, which no mask stops; set training.packing: false")
-    tokens = lambda name: rows(name).select_columns(["input_ids", "completion_mask"])
-    trainer = kind(SFTTrainer)(model=model, args=args, train_dataset=tokens("train"), processing_class=tok, peft_config=peft_config, callbacks=callbacks,
-                         **({"eval_dataset": tokens("validation")} if args.eval_strategy != "no" else {}))
+
+    if args.packing and keeps_apart(model, tok.pad_token_id).alone:
+        raise MedftError(
+            "training.packing: this model carries state from one row into the next, which no mask stops; set training.packing: false"
+        )
+
+    def tokens(name):
+        return rows(name).select_columns(["input_ids", "completion_mask"])
+
+    trainer = kind(SFTTrainer)(
+        model=model,
+        args=args,
+        train_dataset=tokens("train"),
+        processing_class=tok,
+        peft_config=peft_config,
+        callbacks=callbacks,
+        **({"eval_dataset": tokens("validation")} if args.eval_strategy != "no" else {}),
+    )
     in_full(trainer.model)
     return trainer
 
@@ -101,45 +183,81 @@ def adapted_model(model, peft_config):
     "The model with its adapter, what is trained in float32."
     if peft_config is not None:
         from peft import get_peft_model
+
         model = get_peft_model(model, peft_config)
     in_full(model)
     return model
 
-def eval_rows(args, rows): "The validation rows, where the recipe wants them scored during training."; return dict(eval_dataset=rows("validation")) if args.eval_strategy != "no" else {}
+
+def eval_rows(args, rows):
+    "The validation rows, where the recipe wants them scored during training."
+    return dict(eval_dataset=rows("validation")) if args.eval_strategy != "no" else {}
 
 # %% ../../nbs/03_train.ipynb #c020
 def pretrainer(run, args, model, tok, peft_config, rows, callbacks, kind=careful):
     "transformers' Trainer on windows of documents that do not see each other."
     from transformers import Trainer
+
     collate = keeps_apart(model, tok.pad_token_id)
-    run.log(f"documents are kept apart {'by giving each a row of its own (this model carries state from one to the next)' if collate.alone else 'inside windows, by their positions'}", show=False)
+    run.log(
+        f"documents are kept apart {'by giving each a row of its own (this model carries state from one to the next)' if collate.alone else 'inside windows, by their positions'}",
+        show=False,
+    )
     model = adapted_model(model, peft_config)
     args.include_num_input_tokens_seen, args.remove_unused_columns = "all", False
-    cut = lambda name: windows(rows(name), args.max_length, collate.alone)
-    return kind(Trainer)(model=model, args=args, train_dataset=cut("train"), data_collator=collate, processing_class=tok, callbacks=callbacks, **eval_rows(args, cut))
+
+    def cut(name):
+        return windows(rows(name), args.max_length, collate.alone)
+
+    return kind(Trainer)(
+        model=model,
+        args=args,
+        train_dataset=cut("train"),
+        data_collator=collate,
+        processing_class=tok,
+        callbacks=callbacks,
+        **eval_rows(args, cut),
+    )
 
 # %% ../../nbs/03_train.ipynb #c022
 def classifier(run, args, model, tok, peft_config, rows, callbacks, kind=careful):
     "transformers' Trainer on labelled rows."
     from transformers import Trainer
+
     class ByWeight(kind(Trainer)):
         def _get_num_items_in_batch(self, batches, device):
             held = self.compute_loss_func.held(batches).to(device)
             return self.accelerator.gather(held).sum() if self.args.world_size > 1 else held
+
     labels, n = rows("train")["label"], model.config.num_labels
-    if (top := max(labels)) >= n: raise MedftError(f"model.num_labels={n}, and a training row has label {top}; labels are counted from 0")
+    if (top := max(labels)) >= n:
+        raise MedftError(
+            f"model.num_labels={n}, and a training row has label {top}; labels are counted from 0"
+        )
     loss = WeightedLoss(class_weights(run.recipe.model.class_weights, labels, n))
     model = adapted_model(model, peft_config)
     args.remove_unused_columns = False
-    return ByWeight(model=model, args=args, train_dataset=rows("train").select_columns(["input_ids", "label"]), data_collator=ClassifierCollator(tok.pad_token_id, args.max_length),
-                    processing_class=tok, compute_loss_func=loss, callbacks=callbacks, **eval_rows(args, lambda name: rows(name).select_columns(["input_ids", "label"])))
+    return ByWeight(
+        model=model,
+        args=args,
+        train_dataset=rows("train").select_columns(["input_ids", "label"]),
+        data_collator=ClassifierCollator(tok.pad_token_id, args.max_length),
+        processing_class=tok,
+        compute_loss_func=loss,
+        callbacks=callbacks,
+        **eval_rows(args, lambda name: rows(name).select_columns(["input_ids", "label"])),
+    )
 
 # %% ../../nbs/03_train.ipynb #c024
 def callbacks_of(run, engine) -> list:
     "The record, and early stopping where the recipe asks for it."
     from transformers import EarlyStoppingCallback
+
     patience = run.recipe.evaluation.early_stopping_patience
-    return [Record(run, engine)] + ([EarlyStoppingCallback(patience)] if patience is not None else [])
+    return [Record(run, engine)] + (
+        [EarlyStoppingCallback(patience)] if patience is not None else []
+    )
+
 
 def check_served(run, tok, num_rows=4):
     "Raise `MedftError` unless the tokenizer that will be saved writes and reads rows as the data room did."
@@ -147,51 +265,72 @@ def check_served(run, tok, num_rows=4):
         tok.save_pretrained(folder)
         saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     way_out = f"prepare the data again: delete {run.path.name}/data, or start a new run"
-    prepared_with = read_json(run.path/"data"/"report.json", {}).get("rendering")
+    prepared_with = read_json(run.path / "data" / "report.json", {}).get("rendering")
     if run.recipe.task == "generative" and prepared_with and prepared_with != rendering(saved):
         raise MedftError(
             f"{run.path.name}: its rows were written with another chat template or other special tokens"
             f" than the tokenizer has that would be saved beside the weights; {way_out}"
         )
     rows = load_split(run, "train")
-    if not {"id", "prompt", "completion", "input_ids"} <= set(rows.column_names): return
+    if not {"id", "prompt", "completion", "input_ids"} <= set(rows.column_names):
+        return
     for row in rows.select(range(min(num_rows, len(rows)))):
-        if not row["prompt"] or row["completion"] is None: continue
+        if not row["prompt"] or row["completion"] is None:
+            continue
         again = encode(saved, [row["prompt"]], [row["completion"]])["input_ids"][0]
-        as_text = [saved.decode(ids).split() for ids in (row["input_ids"], again)]      # a row of several answers is cut into tokens elsewhere
+        as_text = [
+            saved.decode(ids).split() for ids in (row["input_ids"], again)
+        ]  # a row of several answers is cut into tokens elsewhere
         if as_text[0] != as_text[1]:
             raise MedftError(
                 f"{run.path.name}: row {row['id']} was prepared as other tokens than the tokenizer makes of it"
                 f" that would be saved beside the weights; {way_out}"
             )
 
+
 def make_trainer(run, engine, model, tok, peft_config, kind=careful, **changes):
     "The trainer of a run's task, on the run's prepared rows; `changes` are an engine's own arguments."
-    (run.path/engine).mkdir(exist_ok=True)
-    rows = lambda name: load_split(run, name)
-    build = dict(pretraining=pretrainer, classification=classifier, generative=sft_trainer)[run.recipe.task]
+    (run.path / engine).mkdir(exist_ok=True)
+
+    def rows(name):
+        return load_split(run, name)
+
+    build = dict(pretraining=pretrainer, classification=classifier, generative=sft_trainer)[
+        run.recipe.task
+    ]
     check_served(run, tok)
     seed_everything(run.recipe.seed)
     args = sft_config(run, engine, **changes)
     trainer = build(run, args, model, tok, peft_config, rows, callbacks_of(run, engine), kind)
     trainer.run, trainer.engine = run, engine
-    trainer.remove_callback(PrinterCallback)    # `Record` shows progress
+    trainer.remove_callback(PrinterCallback)  # `Record` shows progress
     if moves_base(run.recipe):
         write_first_weights(run, engine, trainer.accelerator.unwrap_model(trainer.model))
     return trainer
 
+
 def last_checkpoint(run, engine) -> Path | None:
     "The newest checkpoint of an engine that is whole; damaged ones are named in the log."
-    return newest_whole(run.path/engine/"checkpoints", lambda line: run.log(f"{engine}: {line}"))
+    return newest_whole(
+        run.path / engine / "checkpoints", lambda line: run.log(f"{engine}: {line}")
+    )
+
 
 def resume_point(run, engine, belongs) -> Path | None:
     "The checkpoint to go on from. What was trained on other rows, from another base or by other keys is set aside first, and said."
     checkpoint = last_checkpoint(run, engine)
-    then = notes(checkpoint).get("belongs") if checkpoint else training_summary(run, engine).get("belongs")
+    then = (
+        notes(checkpoint).get("belongs")
+        if checkpoint
+        else training_summary(run, engine).get("belongs")
+    )
     why = changed(then, belongs)
-    if not why: return checkpoint
+    if not why:
+        return checkpoint
     place = set_aside(run, engine)
-    run.log(f"{engine}: trained before with other inputs ({' and '.join(why)} changed since); that is kept in {place.relative_to(run.path)}, and training starts afresh")
+    run.log(
+        f"{engine}: trained before with other inputs ({' and '.join(why)} changed since); that is kept in {place.relative_to(run.path)}, and training starts afresh"
+    )
     return None
 
 # %% ../../nbs/03_train.ipynb #c026
@@ -210,8 +349,9 @@ def write_first_weights(run, engine, model):
 
 def save(run, engine, model, tok):
     "Write what was trained: the adapter, or the whole model. The folder appears when it is complete."
-    out = run.path/engine/("adapters" if hasattr(model, "peft_config") else "model")
-    tmp = out.with_name(f".{out.name}.new"); shutil.rmtree(tmp, ignore_errors=True)
+    out = run.path / engine / ("adapters" if hasattr(model, "peft_config") else "model")
+    tmp = out.with_name(f".{out.name}.new")
+    shutil.rmtree(tmp, ignore_errors=True)
     if moves_base(run.recipe):
         first = first_weights(run, engine)
         model.save_pretrained(tmp, path_initial_model_for_weight_conversion=str(first))
@@ -219,37 +359,74 @@ def save(run, engine, model, tok):
     else:
         model.save_pretrained(tmp)
     tok.save_pretrained(tmp)
-    for p in [tmp/"adapter_config.json", tmp/"README.md"]:
-        if p.exists(): p.write_text(p.read_text().replace(model_path(run.recipe.model.name), run.recipe.model.name))
-    shutil.rmtree(out, ignore_errors=True); os.replace(tmp, out)
-    if run.recipe.task == "pretraining": final(out)
+    for p in [tmp / "adapter_config.json", tmp / "README.md"]:
+        if p.exists():
+            p.write_text(
+                p.read_text().replace(model_path(run.recipe.model.name), run.recipe.model.name)
+            )
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(tmp, out)
+    if run.recipe.task == "pretraining":
+        final(out)
     return out
+
 
 def final(out):
     "The name under which continued pre-training is usually handed on: final/, beside checkpoints/."
     link = out.with_name("final")
-    if link.is_symlink() or link.is_file(): link.unlink()
-    elif link.is_dir(): shutil.rmtree(link)     # a copy of an earlier training
-    try: link.symlink_to(out.name, target_is_directory=True)
-    except (OSError, NotImplementedError): shutil.copytree(out, link)   # this disk knows no links
+    if link.is_symlink() or link.is_file():
+        link.unlink()
+    elif link.is_dir():
+        shutil.rmtree(link)  # a copy of an earlier training
+    try:
+        link.symlink_to(out.name, target_is_directory=True)
+    except (OSError, NotImplementedError):
+        shutil.copytree(out, link)  # this disk knows no links
 
 # %% ../../nbs/03_train.ipynb #c027
 def tokens_seen(trainer) -> int:
     "Tokens that the model has read, counted on the rows: engines and interrupted runs log them differently, or not at all."
-    return round(trainer.state.epoch*sum(map(len, trainer.train_dataset["input_ids"])))
+    return round(trainer.state.epoch * sum(map(len, trainer.train_dataset["input_ids"])))
+
 
 def sizes(model) -> dict:
     "Trainable and all parameters; PEFT knows how many stand behind a packed 4-bit weight."
-    trainable, total = model.get_nb_trainable_parameters() if hasattr(model, "get_nb_trainable_parameters") else tuple(sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+    trainable, total = (
+        model.get_nb_trainable_parameters()
+        if hasattr(model, "get_nb_trainable_parameters")
+        else tuple(
+            sum(p.numel() for p in model.parameters() if p.requires_grad or every)
+            for every in (False, True)
+        )
+    )
     return dict(total_parameters=total, trainable_parameters=trainable)
 
 # %% ../../nbs/03_train.ipynb #c028
 def summarise(run, engine, trainer, resumed, out) -> dict:
     "What training took, in all attempts together; and what the engine has to say of itself."
-    steps, tokens, seconds = trainer.state.global_step, tokens_seen(trainer), max(trainer.seconds, 1e-3)
+    steps, tokens, seconds = (
+        trainer.state.global_step,
+        tokens_seen(trainer),
+        max(trainer.seconds, 1e-3),
+    )
     losses = [r["loss"] for r in read_log(run, engine) if "loss" in r]
-    return dict(status="finished", engine=engine, seconds=round(seconds, 2), steps=steps, tokens=tokens, tokens_per_second=round(tokens/seconds, 1), peak_memory_bytes=peak_memory(),
-                train_loss=sum(losses)/len(losses) if losses else None, bf16=trainer.args.bf16, resumed=bool(resumed), adapter=out.name, belongs=trainer.belongs, **sizes(trainer.model), **(getattr(trainer, "told", None) or {}))
+    return dict(
+        status="finished",
+        engine=engine,
+        seconds=round(seconds, 2),
+        steps=steps,
+        tokens=tokens,
+        tokens_per_second=round(tokens / seconds, 1),
+        peak_memory_bytes=peak_memory(),
+        train_loss=sum(losses) / len(losses) if losses else None,
+        bf16=trainer.args.bf16,
+        resumed=bool(resumed),
+        adapter=out.name,
+        belongs=trainer.belongs,
+        **sizes(trainer.model),
+        **(getattr(trainer, "told", None) or {}),
+    )
+
 
 def fit(trainer) -> dict:
     "Train, save, and say what it took (training.json)."
@@ -257,23 +434,44 @@ def fit(trainer) -> dict:
     with writing(run.path, f"{engine}'s files"):
         trainer.belongs = belongs_to(run)
         resume = resume_point(run, engine, trainer.belongs)
-        if resume: run.log(f"{engine}: going on from {resume.name}")
+        if resume:
+            run.log(f"{engine}: going on from {resume.name}")
         with trainer.listening():
             trainer.go(resume)
-            out = save(run, engine, trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
+            out = save(
+                run,
+                engine,
+                trainer.accelerator.unwrap_model(trainer.model),
+                trainer.processing_class,
+            )
             summary = summarise(run, engine, trainer, resume, out)
-            write_json(run.path/engine/"training.json", summary)
-    run.log(f"{engine}: {summary['steps']} steps in {summary['seconds']:.1f} s, {summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_bytes']/1e9:.2f} GB")
+            write_json(run.path / engine / "training.json", summary)
+    run.log(
+        f"{engine}: {summary['steps']} steps in {summary['seconds']:.1f} s, {summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
     return summary
 
 # %% ../../nbs/03_train.ipynb #c030
 def trainer_of(run, engine="trl"):
     "Plain TRL and PEFT on a prepared run."
-    return make_trainer(run, engine, load_base(run.recipe, labels_of(run)), load_tokenizer(run.recipe), lora_config(run.recipe))
+    return make_trainer(
+        run,
+        engine,
+        load_base(run.recipe, labels_of(run)),
+        load_tokenizer(run.recipe),
+        lora_config(run.recipe),
+    )
 
-def train(run, engine="trl") -> dict: "Train a run's recipe with plain TRL and PEFT."; return fit(trainer_of(run, engine))
 
-def training_summary(run, engine) -> dict: return read_json(run.path/engine/"training.json", {})
+def train(run, engine="trl") -> dict:
+    "Train a run's recipe with plain TRL and PEFT."
+    return fit(trainer_of(run, engine))
+
+
+def training_summary(run, engine) -> dict:
+    return read_json(run.path / engine / "training.json", {})
+
+
 def trained(run) -> list[str]:
     "The engines that have finished training in this run."
     return [e for e in ENGINES if training_summary(run, e).get("status") == "finished"]
@@ -285,12 +483,14 @@ def loss_gap(run, a="trl", b="unsloth") -> float | None:
     both = sorted(set(x) & set(y))
     return max(abs(x[s] - y[s]) for s in both) if both else None
 
+
 def training_table(
     run,
-    engines=ENGINES,    # those that were not tried are left out
+    engines=ENGINES,  # those that were not tried are left out
 ):
     "What training took, one column an engine, for people: a pandas DataFrame."
     import pandas as pd
+
     shown = {
         "status": ("status", str),
         "reason": ("reason", str),
@@ -298,7 +498,7 @@ def training_table(
         "steps": ("steps", "{:,}".format),
         "tokens": ("tokens", "{:,}".format),
         "tokens per second": ("tokens_per_second", "{:,.0f}".format),
-        "peak memory, GB": ("peak_memory_bytes", lambda n: f"{n/1e9:.2f}"),
+        "peak memory, GB": ("peak_memory_bytes", lambda n: f"{n / 1e9:.2f}"),
         "mean loss": ("train_loss", "{:.4f}".format),
         "parameters": ("total_parameters", "{:,}".format),
         "of them trained": ("trainable_parameters", "{:,}".format),
@@ -318,6 +518,10 @@ def training_table(
     rows = [name for name in shown if any(name in column for column in columns.values())]
     return pd.DataFrame(columns, index=rows).fillna("")
 
+
 def skip(run, engine, reason):
     "Record that an engine was left out, and why."
-    write_json(run.path/engine/"training.json", dict(status="skipped", engine=engine, reason=reason)); run.log(f"{engine}: skipped, {reason}")
+    write_json(
+        run.path / engine / "training.json", dict(status="skipped", engine=engine, reason=reason)
+    )
+    run.log(f"{engine}: skipped, {reason}")

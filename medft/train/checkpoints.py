@@ -11,76 +11,134 @@ __all__ = ['SEAL', 'STATE', 'WEIGHTS', 'DISK', 'fingerprint', 'seal', 'whole', '
 # %% ../../nbs/train/checkpoints.ipynb #c002
 from ..core.run import MedftError, atomic_write, read_json, write_json
 
-import errno, hashlib, json, os, shutil
+import errno
+import hashlib
+import json
+import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../../nbs/train/checkpoints.ipynb #c005
 SEAL = "seal.json"
-STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")     # what goes on exactly where it stopped
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "model.safetensors.index.json")
+STATE = (
+    "trainer_state.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+)  # what goes on exactly where it stopped
+WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+
 
 def fingerprint(path) -> dict:
     "Size and SHA-256 of a file, once it is on the disk."
     with open(path, "rb") as f:
         os.fsync(f.fileno())
-        return dict(bytes=os.fstat(f.fileno()).st_size, sha256=hashlib.file_digest(f, "sha256").hexdigest())
+        return dict(
+            bytes=os.fstat(f.fileno()).st_size, sha256=hashlib.file_digest(f, "sha256").hexdigest()
+        )
+
 
 def seal(
-    folder,     # a checkpoint, all of its files written
-    **notes,    # what else to remember: step, seconds, ...
+    folder,  # a checkpoint, all of its files written
+    **notes,  # what else to remember: step, seconds, ...
 ):
     "Say what belongs to a checkpoint: from here on it counts."
     folder = Path(folder)
-    files = {str(p.relative_to(folder)): fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SEAL}
-    write_json(folder/SEAL, dict(files=files, **notes))
+    files = {
+        str(p.relative_to(folder)): fingerprint(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != SEAL
+    }
+    write_json(folder / SEAL, dict(files=files, **notes))
 
 # %% ../../nbs/train/checkpoints.ipynb #c006
 def whole(folder) -> tuple[bool, str]:
     "Is this checkpoint as it was sealed? If not: why, file by file."
     folder = Path(folder)
-    try: said = read_json(folder/SEAL)["files"]
-    except (TypeError, KeyError, ValueError, OSError): return False, "it has no seal: saving it was cut short"
-    why = [f"{name} is missing" for name in said if not (folder/name).is_file()]
-    why += [f"{name} has {n:,} of {said[name]['bytes']:,} bytes" for name in said if (folder/name).is_file() and (n := (folder/name).stat().st_size) != said[name]["bytes"]]
-    why += [f"{n} was never there" for n in STATE if not any(x.startswith(n.split(".")[0]) for x in said)] + ["its weights were never there"]*(not set(WEIGHTS) & set(said))
-    why = why or [f"{name} has changed" for name in said if fingerprint(folder/name)["sha256"] != said[name]["sha256"]]
+    try:
+        said = read_json(folder / SEAL)["files"]
+    except (TypeError, KeyError, ValueError, OSError):
+        return False, "it has no seal: saving it was cut short"
+    why = [f"{name} is missing" for name in said if not (folder / name).is_file()]
+    why += [
+        f"{name} has {n:,} of {said[name]['bytes']:,} bytes"
+        for name in said
+        if (folder / name).is_file()
+        and (n := (folder / name).stat().st_size) != said[name]["bytes"]
+    ]
+    why += [
+        f"{n} was never there"
+        for n in STATE
+        if not any(x.startswith(n.split(".")[0]) for x in said)
+    ] + ["its weights were never there"] * (not set(WEIGHTS) & set(said))
+    why = why or [
+        f"{name} has changed"
+        for name in said
+        if fingerprint(folder / name)["sha256"] != said[name]["sha256"]
+    ]
     return not why, "; ".join(why)
 
-def notes(folder) -> dict: "What was remembered with a checkpoint."; return {k: v for k, v in (read_json(Path(folder)/SEAL) or {}).items() if k != "files"}
+
+def notes(folder) -> dict:
+    "What was remembered with a checkpoint."
+    return {k: v for k, v in (read_json(Path(folder) / SEAL) or {}).items() if k != "files"}
 
 # %% ../../nbs/train/checkpoints.ipynb #c010
-def step_of(folder) -> int: return int(Path(folder).name.rsplit("-", 1)[1])
+def step_of(folder) -> int:
+    return int(Path(folder).name.rsplit("-", 1)[1])
+
 
 def checkpoints_of(folder) -> list[Path]:
     "All checkpoints in a folder, oldest first."
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.is_dir() and p.name.rsplit("-", 1)[1].isdigit()]
+    found = [
+        p
+        for p in Path(folder).glob("checkpoint-*")
+        if p.is_dir() and p.name.rsplit("-", 1)[1].isdigit()
+    ]
     return sorted(found, key=step_of)
 
+
 def newest_whole(
-    folder,     # of the checkpoints
+    folder,  # of the checkpoints
     tell=None,  # called with a line about every damaged one that is passed over
 ) -> Path | None:
     "The checkpoint to go on from; None when there is none."
     for p in reversed(checkpoints_of(folder)):
         fine, why = whole(p)
-        if fine: return p
-        if tell: tell(f"{p.name} is damaged and not used: {why}")
+        if fine:
+            return p
+        if tell:
+            tell(f"{p.name} is damaged and not used: {why}")
 
 # %% ../../nbs/train/checkpoints.ipynb #c013
 def keep(
-    folder,         # of the checkpoints
-    best=None,      # how many of the best to keep; None: no matter
-    total=None,     # how many of the newest; None: one where `best` is given, else all
-    also=None,      # one more that must stay
+    folder,  # of the checkpoints
+    best=None,  # how many of the best to keep; None: no matter
+    total=None,  # how many of the newest; None: one where `best` is given, else all
+    also=None,  # one more that must stay
     greater=False,  # is a greater score better
-) -> list[str]:     # names of those that went
+) -> list[str]:  # names of those that went
     "Delete the checkpoints that are no longer wanted."
     found = checkpoints_of(folder)
-    scored = sorted((p for p in found if notes(p).get("score") is not None), key=lambda p: notes(p)["score"]*(-1 if greater else 1))
-    stay = {*found[-(total or 1):], *scored[:best or 0], *(p for p in found if str(p) == str(also))}
+    scored = sorted(
+        (p for p in found if notes(p).get("score") is not None),
+        key=lambda p: notes(p)["score"] * (-1 if greater else 1),
+    )
+    stay = {
+        *found[-(total or 1) :],
+        *scored[: best or 0],
+        *(p for p in found if str(p) == str(also)),
+    }
     gone = [p for p in found if p not in stay and (best or total or notes(p).get("extra"))]
-    for p in gone: (p/SEAL).unlink(missing_ok=True); shutil.rmtree(p, ignore_errors=True)
+    for p in gone:
+        (p / SEAL).unlink(missing_ok=True)
+        shutil.rmtree(p, ignore_errors=True)
     return [p.name for p in gone]
 
 # %% ../../nbs/train/checkpoints.ipynb #c016
@@ -88,36 +146,73 @@ def log_lines(path) -> list[dict]:
     "The lines of a log, up to one that is cut off."
     out = []
     for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else ():
-        try: out.append(json.loads(line))
-        except ValueError: break
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            break
     return out
+
 
 def cut_log(path, step):
     "Leave in a log what was known at a step."
-    if Path(path).exists(): atomic_write(path, "".join(json.dumps(r) + "\n" for r in log_lines(path) if r["step"] <= step))
+    if Path(path).exists():
+        atomic_write(
+            path, "".join(json.dumps(r) + "\n" for r in log_lines(path) if r["step"] <= step)
+        )
 
 # %% ../../nbs/train/checkpoints.ipynb #c019
-DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file is larger than is allowed here",
-        errno.EROFS: "the disk is read-only", errno.EACCES: "writing is not permitted", errno.EPERM: "writing is not permitted", errno.EIO: "the disk does not answer"}
+DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than is allowed here",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "writing is not permitted",
+    errno.EPERM: "writing is not permitted",
+    errno.EIO: "the disk does not answer",
+}
+
 
 def disk_trouble(error, folder=".") -> str | None:
     "What is wrong with the disk, if that is what an error means."
-    if isinstance(error, OSError): return DISK.get(error.errno) or disk_trouble_in(str(error))
-    if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error): return disk_trouble_in(str(error)) or ("the disk is full" if shutil.disk_usage(folder).free < 64 << 20 else "a file could not be written")
-    return disk_trouble_in(str(error)) if type(error).__name__ in ("SafetensorError", "RuntimeError") else None
+    if isinstance(error, OSError):
+        return DISK.get(error.errno) or disk_trouble_in(str(error))
+    if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
+        return disk_trouble_in(str(error)) or (
+            "the disk is full"
+            if shutil.disk_usage(folder).free < 64 << 20
+            else "a file could not be written"
+        )
+    return (
+        disk_trouble_in(str(error))
+        if type(error).__name__ in ("SafetensorError", "RuntimeError")
+        else None
+    )
 
-def disk_trouble_in(text) -> str | None: return next((said for number, said in DISK.items() if os.strerror(number) in text or f"os error {number})" in text), None)
+
+def disk_trouble_in(text) -> str | None:
+    return next(
+        (
+            said
+            for number, said in DISK.items()
+            if os.strerror(number) in text or f"os error {number})" in text
+        ),
+        None,
+    )
 
 # %% ../../nbs/train/checkpoints.ipynb #c020
 @contextmanager
 def writing(
-    folder,         # where everything is written
+    folder,  # where everything is written
     what="a file",
 ):
     "Turn trouble with the disk into one line that says what to do; the run can be resumed."
-    try: yield
+    try:
+        yield
     except Exception as e:
-        if not (why := disk_trouble(e, folder)): raise
+        if not (why := disk_trouble(e, folder)):
+            raise
         name = getattr(e, "filename", None)
         free = shutil.disk_usage(folder).free
-        raise MedftError(f"cannot write {name or what} in {folder}: {why} ({free/1e9:.2f} GB free); make room or allow writing, then go on where it stopped: medft resume {folder}") from e
+        raise MedftError(
+            f"cannot write {name or what} in {folder}: {why} ({free / 1e9:.2f} GB free); make room or allow writing, then go on where it stopped: medft resume {folder}"
+        ) from e

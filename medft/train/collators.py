@@ -9,72 +9,125 @@ __all__ = ['learnt', 'apart', 'windows', 'WindowCollator', 'leak', 'keeps_apart'
            'WeightedLoss']
 
 # %% ../../nbs/train/collators.ipynb #c002
-from ..core.run import MedftError  # first: it sets switches that the libraries read
+from ..core.run import MedftError
 
-import numpy as np, torch
+import numpy as np
+import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
 # %% ../../nbs/train/collators.ipynb #c005
 def learnt(b):
     "Labels of prepared rows: -100 where nothing is to be learned."
-    return dict(input_ids=b["input_ids"], labels=[[i if m else -100 for i, m in zip(x, k)] for x, k in zip(b["input_ids"], b["completion_mask"])])
+    return dict(
+        input_ids=b["input_ids"],
+        labels=[
+            [i if m else -100 for i, m in zip(x, k)]
+            for x, k in zip(b["input_ids"], b["completion_mask"])
+        ],
+    )
+
 
 def apart(b):
     "A row for every document of a window."
-    cut = lambda rows: [list(x[end - k:end]) for x, ks in zip(rows, b["seq_lengths"]) for k, end in zip(ks, np.cumsum(ks))]
+
+    def cut(rows):
+        return [
+            list(x[end - k : end])
+            for x, ks in zip(rows, b["seq_lengths"])
+            for k, end in zip(ks, np.cumsum(ks))
+        ]
+
     return {c: cut(b[c]) for c in ("input_ids", "labels") if c in b}
 
 # %% ../../nbs/train/collators.ipynb #c006
 def windows(
-    ds,             # prepared rows (input_ids, completion_mask), or a corpus (input_ids, seq_lengths)
-    length,         # tokens
-    alone=False,    # one document a row, or a piece of one, instead
-) -> Dataset:       # input_ids, labels (absent: all is learned), seq_lengths (tokens of each document in the window; absent: one)
+    ds,  # prepared rows (input_ids, completion_mask), or a corpus (input_ids, seq_lengths)
+    length,  # tokens
+    alone=False,  # one document a row, or a piece of one, instead
+) -> Dataset:  # input_ids, labels (absent: all is learned), seq_lengths (tokens of each document in the window; absent: one)
     "Rows for pre-training, whose documents' borders are known."
     from trl import pack_dataset
-    if "seq_lengths" in ds.column_names: packed = ds.select_columns(["input_ids", "seq_lengths"])
-    else: packed = pack_dataset(ds.map(learnt, batched=True, remove_columns=ds.column_names), length, "bfd_split")
+
+    if "seq_lengths" in ds.column_names:
+        packed = ds.select_columns(["input_ids", "seq_lengths"])
+    else:
+        packed = pack_dataset(
+            ds.map(learnt, batched=True, remove_columns=ds.column_names), length, "bfd_split"
+        )
     return packed.map(apart, batched=True, remove_columns=packed.column_names) if alone else packed
 
 # %% ../../nbs/train/collators.ipynb #c010
 class WindowCollator:
     "Windows as a batch in which no document sees another."
-    def __init__(self,
-        pad,            # id of the padding token
-        flat=False,     # all rows as one (flash attention)
-        alone=False,    # rows hold one document each: padded and masked as usual
-    ): self.pad, self.flat, self.alone = pad, flat, alone
+
+    def __init__(
+        self,
+        pad,  # id of the padding token
+        flat=False,  # all rows as one (flash attention)
+        alone=False,  # rows hold one document each: padded and masked as usual
+    ):
+        self.pad, self.flat, self.alone = pad, flat, alone
 
     def __call__(self, rows):
-        found = [(r["input_ids"], r.get("labels", r["input_ids"]), r.get("seq_lengths", [len(r["input_ids"])])) for r in rows]
-        if self.flat and not self.alone: found = [tuple([x for r in column for x in r] for column in zip(*found))]
+        found = [
+            (
+                r["input_ids"],
+                r.get("labels", r["input_ids"]),
+                r.get("seq_lengths", [len(r["input_ids"])]),
+            )
+            for r in rows
+        ]
+        if self.flat and not self.alone:
+            found = [tuple([x for r in column for x in r] for column in zip(*found))]
         n, width = len(found), max(len(x) for x, _, _ in found)
-        ids, labels, at = np.full((n, width), self.pad), np.full((n, width), -100), np.tile(np.arange(width), (n, 1))
+        ids, labels, at = (
+            np.full((n, width), self.pad),
+            np.full((n, width), -100),
+            np.tile(np.arange(width), (n, 1)),
+        )
         for i, (x, y, lengths) in enumerate(found):
             starts = np.cumsum([0, *lengths])
-            ids[i, :len(x)], labels[i, :len(x)] = x, y
-            labels[i, starts[:-1]] = -100; at[i] -= np.repeat(starts, [*lengths, width - len(x)])
-        batch = dict(input_ids=torch.as_tensor(ids), labels=torch.as_tensor(labels), use_cache=False)
-        if not self.alone: return batch | dict(position_ids=torch.as_tensor(at))
-        return batch | dict(attention_mask=torch.as_tensor(np.arange(width) < np.array([len(x) for x, _, _ in found])[:, None]).long())
+            ids[i, : len(x)], labels[i, : len(x)] = x, y
+            labels[i, starts[:-1]] = -100
+            at[i] -= np.repeat(starts, [*lengths, width - len(x)])
+        batch = dict(
+            input_ids=torch.as_tensor(ids), labels=torch.as_tensor(labels), use_cache=False
+        )
+        if not self.alone:
+            return batch | dict(position_ids=torch.as_tensor(at))
+        return batch | dict(
+            attention_mask=torch.as_tensor(
+                np.arange(width) < np.array([len(x) for x, _, _ in found])[:, None]
+            ).long()
+        )
 
 # %% ../../nbs/train/collators.ipynb #c014
 def leak(
     model,
-    collate,    # a WindowCollator
+    collate,  # a WindowCollator
     seed=0,
-) -> float:     # nats; 0: none
+) -> float:  # nats; 0: none
     "How far the loss of a document changes with the document before it."
-    draw = np.random.default_rng(seed); where, limit = next(model.parameters()).device, model.config.get_text_config().vocab_size
+    draw = np.random.default_rng(seed)
+    where, limit = next(model.parameters()).device, model.config.get_text_config().vocab_size
     own, first, other = draw.integers(5, limit, (3, 8)).tolist()
+
     def loss(before):
-        row = dict(input_ids=before + own, labels=[-100]*8 + own, seq_lengths=[8, 8])
-        given = {k: v.to(where) if torch.is_tensor(v) else v for k, v in collate([row, row]).items()}
-        with torch.random.fork_rng(), torch.no_grad(): torch.manual_seed(seed); return float(model(**given).loss)
-    was = model.training; model.train()
-    try: return abs(loss(first) - loss(other))
-    finally: model.train(was)
+        row = dict(input_ids=before + own, labels=[-100] * 8 + own, seq_lengths=[8, 8])
+        given = {
+            k: v.to(where) if torch.is_tensor(v) else v for k, v in collate([row, row]).items()
+        }
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            return float(model(**given).loss)
+
+    was = model.training
+    model.train()
+    try:
+        return abs(loss(first) - loss(other))
+    finally:
+        model.train(was)
 
 # %% ../../nbs/train/collators.ipynb #c015
 def keeps_apart(model, pad) -> WindowCollator:
@@ -86,41 +139,67 @@ def keeps_apart(model, pad) -> WindowCollator:
 # %% ../../nbs/train/collators.ipynb #c023
 class ClassifierCollator:
     "Labelled rows as a batch."
-    def __init__(self, pad, limit): self.pad, self.limit = pad, limit    # id of the padding token; most tokens of a row
+
+    def __init__(self, pad, limit):
+        self.pad, self.limit = pad, limit  # id of the padding token; most tokens of a row
 
     def __call__(self, rows):
-        cut = [r["input_ids"][:self.limit] for r in rows]
-        lengths = np.array([len(x) for x in cut]); mask = np.arange(lengths.max()) < lengths[:, None]
-        ids = np.full(mask.shape, self.pad); ids[mask] = np.concatenate(cut)
-        return dict(input_ids=torch.as_tensor(ids), attention_mask=torch.as_tensor(mask).long(), labels=torch.as_tensor([r["label"] for r in rows]))
+        cut = [r["input_ids"][: self.limit] for r in rows]
+        lengths = np.array([len(x) for x in cut])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(mask.shape, self.pad)
+        ids[mask] = np.concatenate(cut)
+        return dict(
+            input_ids=torch.as_tensor(ids),
+            attention_mask=torch.as_tensor(mask).long(),
+            labels=torch.as_tensor([r["label"] for r in rows]),
+        )
 
 # %% ../../nbs/train/collators.ipynb #c026
 def class_weights(
-    how,        # "balanced", a list, or None
-    labels,     # of the training rows
-    n,          # how many labels there are
-):              # float32 tensor (n,); None: all weigh the same
+    how,  # "balanced", a list, or None
+    labels,  # of the training rows
+    n,  # how many labels there are
+):  # float32 tensor (n,); None: all weigh the same
     "The weight of each label in the loss. Raises `MedftError` when the list does not fit, or a label never occurs."
-    if how is None: return None
+    if how is None:
+        return None
     counts = np.bincount(labels, minlength=n)
     if how != "balanced":
-        if len(how) != n: raise MedftError(f"model.class_weights has {len(how)} weights, the data have {n} labels; give one for each, in the order of dataset.labels")
+        if len(how) != n:
+            raise MedftError(
+                f"model.class_weights has {len(how)} weights, the data have {n} labels; give one for each, in the order of dataset.labels"
+            )
         return torch.tensor(how, dtype=torch.float32)
-    if not counts.all(): raise MedftError(f"model.class_weights=balanced: label {int(np.argmin(counts))} has no training row; leave it out of dataset.labels, or give the weights as a list")
-    return torch.tensor(len(labels)/(n*counts), dtype=torch.float32)
+    if not counts.all():
+        raise MedftError(
+            f"model.class_weights=balanced: label {int(np.argmin(counts))} has no training row; leave it out of dataset.labels, or give the weights as a list"
+        )
+    return torch.tensor(len(labels) / (n * counts), dtype=torch.float32)
 
 # %% ../../nbs/train/collators.ipynb #c029
 class WeightedLoss:
     "Cross-entropy, weighted by label, over a step of any number of batches."
-    def __init__(self, weights=None): self.weights = weights
+
+    def __init__(self, weights=None):
+        self.weights = weights
 
     def held(self, batches):
         "The sum of weights of a step's batches."
         labels = torch.cat([b["labels"] for b in batches])
-        return torch.tensor(float(len(labels))) if self.weights is None else self.weights[labels.cpu()].sum()
+        return (
+            torch.tensor(float(len(labels)))
+            if self.weights is None
+            else self.weights[labels.cpu()].sum()
+        )
 
     def __call__(self, outputs, labels, num_items_in_batch=None):
-        logits = outputs["logits"].float(); labels = labels.to(logits.device)
+        logits = outputs["logits"].float()
+        labels = labels.to(logits.device)
         weights = None if self.weights is None else self.weights.to(logits.device)
-        total = self.held([dict(labels=labels)]) if num_items_in_batch is None else num_items_in_batch
-        return cross_entropy(logits, labels, weight=weights, reduction="sum")/torch.as_tensor(total).to(logits.device)
+        total = (
+            self.held([dict(labels=labels)]) if num_items_in_batch is None else num_items_in_batch
+        )
+        return cross_entropy(logits, labels, weight=weights, reduction="sum") / torch.as_tensor(
+            total
+        ).to(logits.device)

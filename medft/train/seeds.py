@@ -8,71 +8,105 @@ Docs: https://medft.github.io/medft/train/seeds.html.md"""
 __all__ = ['seeds_of', 'with_seed', 'Repeat', 'repeats', 'let_go', 'told', 'once', 'each_seed']
 
 # %% ../../nbs/train/seeds.ipynb #c002
-from ..core.run import MedftError, Run, atomic_write, forget_peak, read_json  # first: it sets switches that the libraries read
+from ..core.run import MedftError, Run, atomic_write, forget_peak, read_json
 from ..model.fingerprints import belongs_to, changed, rows_hash
 
-import gc, shutil
+import gc
+import shutil
 
 import torch
 
 # %% ../../nbs/train/seeds.ipynb #c005
-def seeds_of(recipe) -> list[int]: "The seeds that every engine is trained with."; return [recipe.seed + i for i in range(recipe.evaluation.seeds)]
+def seeds_of(recipe) -> list[int]:
+    "The seeds that every engine is trained with."
+    return [recipe.seed + i for i in range(recipe.evaluation.seeds)]
+
 
 def with_seed(recipe, seed):
     "The recipe of one training: the same but for its seed."
-    one = lambda section, **new: section.model_copy(update=new)
-    return one(recipe, training=one(recipe.training, seed=seed), evaluation=one(recipe.evaluation, seeds=1))
+
+    def one(section, **new):
+        return section.model_copy(update=new)
+
+    return one(
+        recipe, training=one(recipe.training, seed=seed), evaluation=one(recipe.evaluation, seeds=1)
+    )
 
 # %% ../../nbs/train/seeds.ipynb #c008
 class Repeat(Run):
     "A further seed of a run: its folder lies below, and what it logs, the run logs."
+
     def __init__(self, whole, seed):
-        super().__init__(whole.path/"seeds"/str(seed), with_seed(whole.recipe, seed)); self.whole = whole
-    def log(self, message, show=True): self.whole.log(f"seed {self.recipe.seed}: {message}", show)
+        super().__init__(whole.path / "seeds" / str(seed), with_seed(whole.recipe, seed))
+        self.whole = whole
+
+    def log(self, message, show=True):
+        self.whole.log(f"seed {self.recipe.seed}: {message}", show)
 
     def lay_out(self):
         "Make the folder, with its recipe and the data of the whole."
-        atomic_write(self.path/"recipe.yaml", self.recipe.to_yaml())
-        data = self.path/"data"
-        if data.is_symlink() and data.exists(): return
+        atomic_write(self.path / "recipe.yaml", self.recipe.to_yaml())
+        data = self.path / "data"
+        if data.is_symlink() and data.exists():
+            return
         if data.is_dir() and not data.is_symlink():
-            if rows_hash(self) == rows_hash(self.whole): return
-            shutil.rmtree(data)     # our own copy of rows that the whole does not have any more
+            if rows_hash(self) == rows_hash(self.whole):
+                return
+            shutil.rmtree(data)  # our own copy of rows that the whole does not have any more
         data.unlink(missing_ok=True)
-        try: data.symlink_to("../../data", target_is_directory=True)
-        except (OSError, NotImplementedError): shutil.copytree(self.whole.path/"data", data)
+        try:
+            data.symlink_to("../../data", target_is_directory=True)
+        except (OSError, NotImplementedError):
+            shutil.copytree(self.whole.path / "data", data)
 
 # %% ../../nbs/train/seeds.ipynb #q02e0
-def repeats(run) -> list[Repeat]: "The further seeds of a run, trained or not."; return [Repeat(run, s) for s in seeds_of(run.recipe)[1:]]
+def repeats(run) -> list[Repeat]:
+    "The further seeds of a run, trained or not."
+    return [Repeat(run, s) for s in seeds_of(run.recipe)[1:]]
 
 # %% ../../nbs/train/seeds.ipynb #c011
 def let_go():
     "Free what an earlier training of this process held, and count the peak anew."
-    gc.collect(); forget_peak()
-    if torch.cuda.is_available(): torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+    gc.collect()
+    forget_peak()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
-def told(run, engine) -> dict: return read_json(run.path/engine/"training.json", {})
+
+def told(run, engine) -> dict:
+    return read_json(run.path / engine / "training.json", {})
+
 
 def once(run, engine, train):
     "Train one seed, unless that is done; an error names the whole run, which is what can be resumed."
     whole = getattr(run, "whole", None)
-    if whole: run.lay_out()
+    if whole:
+        run.lay_out()
     done = told(run, engine)
-    if done.get("status") == "finished" and not (done.get("belongs") and changed(done["belongs"], belongs_to(run))):
+    if done.get("status") == "finished" and not (
+        done.get("belongs") and changed(done["belongs"], belongs_to(run))
+    ):
         return run.log(f"{engine}: trained already")
-    if whole: let_go()
-    try: train(run)
-    except MedftError as e: raise MedftError(str(e).replace(str(run.path), str(whole.path)) if whole else str(e)) from e
+    if whole:
+        let_go()
+    try:
+        train(run)
+    except MedftError as e:
+        raise MedftError(str(e).replace(str(run.path), str(whole.path)) if whole else str(e)) from e
 
 # %% ../../nbs/train/seeds.ipynb #c012
 def each_seed(
     run,
-    engine,     # "trl", "unsloth", "fast"
-    train,      # function of a run that trains it with this engine, and writes training.json
-) -> dict:      # what the first seed's training took
+    engine,  # "trl", "unsloth", "fast"
+    train,  # function of a run that trains it with this engine, and writes training.json
+) -> dict:  # what the first seed's training took
     "Train an engine with every seed of the recipe, one after the other."
-    if run.recipe.evaluation.seeds < 2: train(run); return told(run, engine)
+    if run.recipe.evaluation.seeds < 2:
+        train(run)
+        return told(run, engine)
     for one in (run, *repeats(run)):
         once(one, engine, train)
-        if told(one, engine).get("status") == "skipped": break
+        if told(one, engine).get("status") == "skipped":
+            break
     return told(run, engine)

@@ -10,58 +10,100 @@ __all__ = ['as_text', 'shares', 'rows_of', 'finite', 'culprits', 'likely_cause',
 
 # %% ../../nbs/train/trainer.ipynb #c002
 from ..core.run import MedftError, read_json, write_json
-from .checkpoints import SEAL, cut_log, keep, notes, seal, step_of, writing
 from ..data.pipeline import load_split
+from .checkpoints import SEAL, cut_log, keep, notes, seal, step_of, writing
 
-import math, os, random, shutil, signal, time
+import math
+import os
+import random
+import shutil
+import signal
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
-import numpy as np, torch
+import numpy as np
+import torch
 from fastcore.basics import patch
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 # %% ../../nbs/train/trainer.ipynb #c005
-def as_text(ids) -> str: return "".join(map(chr, ids))
+def as_text(ids) -> str:
+    return "".join(map(chr, ids))
+
 
 def shares(row, window) -> bool:
     "Is a row in a window, whole or over one of its ends?"
-    if row in window or window in row: return True
-    over = lambda a, b: any(a[i] == b[0] and b.startswith(a[i:]) for i in range(1, len(a) - 2))    # a's end is b's beginning, three tokens or more
+    if row in window or window in row:
+        return True
+
+    def over(a, b):
+        return any(
+            a[i] == b[0] and b.startswith(a[i:]) for i in range(1, len(a) - 2)
+        )  # a's end is b's beginning, three tokens or more
+
     return over(row, window) or over(window, row)
 
+
 def rows_of(
-    run, input_ids,     # (rows, tokens) tensor, as the model got it
-    length,             # tokens of a window, at which long rows are cut
-) -> list[str]:         # in the order of the data
+    run,
+    input_ids,  # (rows, tokens) tensor, as the model got it
+    length,  # tokens of a window, at which long rows are cut
+) -> list[str]:  # in the order of the data
     "The ids of the training rows in a batch."
     ds, windows = load_split(run, "train"), [as_text(x) for x in input_ids.tolist()]
     ids = ds["id"] if "id" in ds.column_names else [f"train:{i}" for i in range(len(ds))]
-    pieces = lambda x: [x] if len(x) <= length else [x[i:i + length] for i in range(0, len(x), length)]
-    return [n for n, x in zip(ids, ds["input_ids"]) if any(p and shares(p, w) for p in pieces(as_text(x)) for w in windows)]
+
+    def pieces(x):
+        return [x] if len(x) <= length else [x[i : i + length] for i in range(0, len(x), length)]
+
+    return [
+        n
+        for n, x in zip(ids, ds["input_ids"])
+        if any(p and shares(p, w) for p in pieces(as_text(x)) for w in windows)
+    ]
 
 # %% ../../nbs/train/trainer.ipynb #c008
-def finite(x) -> bool: return bool(torch.isfinite(torch.as_tensor(x)).all())
+def finite(x) -> bool:
+    return bool(torch.isfinite(torch.as_tensor(x)).all())
+
 
 def culprits(trainer, batch) -> list[int]:
     "The rows of a batch whose loss alone is no number, by their place."
     n, out = len(batch["input_ids"]), []
     for i in range(n):
-        one = {k: v[i:i + 1] if torch.is_tensor(v) and v.dim() and len(v) == n else v for k, v in batch.items()}
-        with torch.no_grad(), trainer.compute_loss_context_manager(): loss = trainer.compute_loss(trainer.model, one, num_items_in_batch=torch.tensor(1.0))
-        if not finite(loss): out.append(i)
+        one = {
+            k: v[i : i + 1] if torch.is_tensor(v) and v.dim() and len(v) == n else v
+            for k, v in batch.items()
+        }
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, one, num_items_in_batch=torch.tensor(1.0))
+        if not finite(loss):
+            out.append(i)
     return out
+
 
 def likely_cause(trainer, batches, loss, bad, n) -> str:
     "Why a loss or a gradient is no number, and what to do."
     rate = f"training.learning_rate={trainer.args.learning_rate:g}"
-    if all((b["labels"] == -100).all() for b in batches): return "there is nothing to learn in these rows: leave them out (dataset.checks.untrainable)"
-    if not all(finite(p) for p in trainer.model.parameters() if p.requires_grad): return f"the step before has spoiled the weights: lower {rate}, or raise training.warmup_steps"
-    if trainer.args.fp16 or next(trainer.model.parameters()).dtype == torch.float16: return "float16 overflows beyond 65,504: use bfloat16 (training.bf16) or float32"
-    if bad and len(bad) < n: return "only the rows named here give no number, the others of the batch do: look at their text, and at rows with nothing to learn"
-    if finite(loss): return f"the loss is finite and its gradient overflows: lower {rate} or training.max_grad_norm"
+    if all((b["labels"] == -100).all() for b in batches):
+        return (
+            "there is nothing to learn in these rows: leave them out (dataset.checks.untrainable)"
+        )
+    if not all(finite(p) for p in trainer.model.parameters() if p.requires_grad):
+        return (
+            f"the step before has spoiled the weights: lower {rate}, or raise training.warmup_steps"
+        )
+    if trainer.args.fp16 or next(trainer.model.parameters()).dtype == torch.float16:
+        return "float16 overflows beyond 65,504: use bfloat16 (training.bf16) or float32"
+    if bad and len(bad) < n:
+        return "only the rows named here give no number, the others of the batch do: look at their text, and at rows with nothing to learn"
+    if finite(loss):
+        return (
+            f"the loss is finite and its gradient overflows: lower {rate} or training.max_grad_norm"
+        )
     return f"every row of the batch gives no number: the weights have grown too large, lower {rate}"
 
 # %% ../../nbs/train/trainer.ipynb #c010
@@ -70,22 +112,42 @@ def same_chance():
     "Leave all random numbers as if none had been drawn."
     before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
-        try: yield
-        finally: random.setstate(before[0]); np.random.set_state(before[1])
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
 
 class ByLength(LengthGroupedSampler):
     "Rows of like length together, in an order that only the seed and the epoch decide."
-    def __init__(self, batch_size, lengths, seed): super().__init__(batch_size, lengths=lengths, generator=torch.Generator()); self.seed, self.epoch = seed, 0
-    def set_epoch(self, epoch): self.epoch = epoch
-    def __iter__(self): self.generator.manual_seed(self.seed + self.epoch); return super().__iter__()
+
+    def __init__(self, batch_size, lengths, seed):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 # %% ../../nbs/train/trainer.ipynb #c013
-class Leaving(Exception): "The process was asked to end."
-class Over(Exception): "Nothing is left to train."
+class Leaving(Exception):
+    "The process was asked to end."
+
+
+class Over(Exception):
+    "Nothing is left to train."
+
 
 class Careful:
     "A trainer that looks at every step, seals its checkpoints and goes on exactly."
-    run = engine = limit = resumed = sealed = None  # limit: save_total_limit; resumed, sealed: the checkpoint it went on from, and the last one it made
+
+    run = engine = limit = resumed = sealed = (
+        None  # limit: save_total_limit; resumed, sealed: the checkpoint it went on from, and the last one it made
+    )
     leaving, seconds, started, tally = False, 0.0, None, (0.0, 0.0)
     belongs = None  # what this training belongs to, see `belongs_to`
 
@@ -96,99 +158,166 @@ class Careful:
     def training_step(self, model, inputs, *args, **kwargs):
         given = dict(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not finite(loss): self.halt([given], loss)
+        if not finite(loss):
+            self.halt([given], loss)
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        norm, scaler = super()._get_grad_norm(model, grad_norm=grad_norm), getattr(self.accelerator, "scaler", None)
-        if not finite(norm) and not (scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1): self.halt(self.step_batches, None, norm)
+        norm, scaler = (
+            super()._get_grad_norm(model, grad_norm=grad_norm),
+            getattr(self.accelerator, "scaler", None),
+        )
+        if not finite(norm) and not (
+            scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1
+        ):
+            self.halt(self.step_batches, None, norm)
         return norm
 
 # %% ../../nbs/train/trainer.ipynb #c014
 @patch
 def halt(
     self: Careful,
-    batches,        # that were read when it happened
-    loss,           # None: it is the gradient
+    batches,  # that were read when it happened
+    loss,  # None: it is the gradient
     norm=None,
 ):
     "Raise `MedftError` naming the step, the rows and the likely cause."
     batches = [self._prepare_inputs(b) for b in batches]
-    with same_chance(): bad = [(b, culprits(self, b)) for b in batches]
+    with same_chance():
+        bad = [(b, culprits(self, b)) for b in batches]
     n, few = sum(len(b["input_ids"]) for b in batches), [i for _, x in bad for i in x]
     seen = [b["input_ids"][x] if few and len(few) < n else b["input_ids"] for b, x in bad]
     ids = [i for x in seen if len(x) for i in rows_of(self.run, x, self.run.recipe.max_length)]
-    what = f"the loss is {float(loss)}" if loss is not None else f"the gradient norm is {float(norm)}"
-    raise MedftError(f"{self.engine}: {what} in step {self.state.global_step + 1}; {likely_cause(self, batches, 0.0 if loss is None else loss, few, n)}; "
-                     f"rows of {'its batch' if loss is not None else 'the step'}: {', '.join(ids[:16])}{f' and {len(ids) - 16} more' if len(ids) > 16 else ''}")
+    what = (
+        f"the loss is {float(loss)}" if loss is not None else f"the gradient norm is {float(norm)}"
+    )
+    raise MedftError(
+        f"{self.engine}: {what} in step {self.state.global_step + 1}; {likely_cause(self, batches, 0.0 if loss is None else loss, few, n)}; "
+        f"rows of {'its batch' if loss is not None else 'the step'}: {', '.join(ids[:16])}{f' and {len(ids) - 16} more' if len(ids) > 16 else ''}"
+    )
 
 # %% ../../nbs/train/trainer.ipynb #c016
 @patch
 def prediction_step(self: Careful, model, inputs, *args, **kwargs):
-    if self.leaving: raise Leaving
+    if self.leaving:
+        raise Leaving
     held = float(self._get_num_items_in_batch([inputs], self.args.device) or 0)
     loss, *rest = super(Careful, self).prediction_step(model, inputs, *args, **kwargs)
-    self.tally = (self.tally[0] + float(loss)*held, self.tally[1] + held)
+    self.tally = (self.tally[0] + float(loss) * held, self.tally[1] + held)
     return loss, *rest
+
 
 @patch
 def evaluation_loop(self: Careful, *args, metric_key_prefix="eval", **kwargs):
     self.tally = (0.0, 0.0)
-    with same_chance(): out = super(Careful, self).evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-    total, held = self.accelerator.gather(torch.tensor([self.tally], dtype=torch.float64, device=self.args.device)).sum(0).tolist()
-    if held: out.metrics[f"{metric_key_prefix}_loss"] = total/held
-    if self.run.recipe.task == "pretraining" and held: out.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(total/held, 700))
+    with same_chance():
+        out = super(Careful, self).evaluation_loop(
+            *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+    total, held = (
+        self.accelerator.gather(
+            torch.tensor([self.tally], dtype=torch.float64, device=self.args.device)
+        )
+        .sum(0)
+        .tolist()
+    )
+    if held:
+        out.metrics[f"{metric_key_prefix}_loss"] = total / held
+    if self.run.recipe.task == "pretraining" and held:
+        out.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(total / held, 700))
     return out
+
 
 @patch
 def _get_train_sampler(self: Careful, *args, **kwargs):
     sampler = super(Careful, self)._get_train_sampler(*args, **kwargs)
-    return ByLength(sampler.batch_size, sampler.lengths, self.args.data_seed or self.args.seed) if type(sampler) is LengthGroupedSampler else sampler
+    return (
+        ByLength(sampler.batch_size, sampler.lengths, self.args.data_seed or self.args.seed)
+        if type(sampler) is LengthGroupedSampler
+        else sampler
+    )
 
 # %% ../../nbs/train/trainer.ipynb #c018
 @patch
 def known(self: Careful) -> dict:
     "What a checkpoint has to remember beside its files."
-    key = self.args.metric_for_best_model or "loss"; key = key if key.startswith("eval_") else f"eval_{key}"
+    key = self.args.metric_for_best_model or "loss"
+    key = key if key.startswith("eval_") else f"eval_{key}"
     step = self.state.global_step
-    score = next((r[key] for r in reversed(self.state.log_history) if r.get("step") == step and key in r), None)
-    pending = dict(loss=float(self._tr_loss), since=self._globalstep_last_logged, metrics=dict(getattr(self, "_metrics", {}).get("train", {})), tokens=getattr(self, "_total_train_tokens", None))
-    return dict(belongs=self.belongs, step=step, score=score, seconds=round(self.seconds + time.time() - self.started, 3), pending=pending)
+    score = next(
+        (r[key] for r in reversed(self.state.log_history) if r.get("step") == step and key in r),
+        None,
+    )
+    pending = dict(
+        loss=float(self._tr_loss),
+        since=self._globalstep_last_logged,
+        metrics=dict(getattr(self, "_metrics", {}).get("train", {})),
+        tokens=getattr(self, "_total_train_tokens", None),
+    )
+    return dict(
+        belongs=self.belongs,
+        step=step,
+        score=score,
+        seconds=round(self.seconds + time.time() - self.started, 3),
+        pending=pending,
+    )
+
 
 @patch
 def _save_checkpoint(self: Careful, model, trial, **more):
-    folder = Path(self._get_output_dir(trial))/f"checkpoint-{self.state.global_step}"
-    if self.sealed == folder: return write_json(folder/SEAL, read_json(folder/SEAL) | more)
+    folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+    if self.sealed == folder:
+        return write_json(folder / SEAL, read_json(folder / SEAL) | more)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with writing(self.run.path, folder.name):
             super(Careful, self)._save_checkpoint(model, trial)
-            (folder/"training_args.bin").unlink(missing_ok=True)     # a pickle that nobody reads
-            seal(folder, **self.known(), **more); self.sealed = folder
-    except BaseException: shutil.rmtree(folder, ignore_errors=True); raise
-    keep(folder.parent, self.run.recipe.output.keep_best, self.limit, self.state.best_model_checkpoint, bool(self.args.greater_is_better))
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+            seal(folder, **self.known(), **more)
+            self.sealed = folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    keep(
+        folder.parent,
+        self.run.recipe.output.keep_best,
+        self.limit,
+        self.state.best_model_checkpoint,
+        bool(self.args.greater_is_better),
+    )
 
 # %% ../../nbs/train/trainer.ipynb #cs18c
 @patch
 def _save(self: Careful, output_dir=None, state_dict=None):
     model = self.accelerator.unwrap_model(self.model)
-    if not isinstance(model, PreTrainedModel): return super(Careful, self)._save(output_dir, state_dict)
-    model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict, save_original_format=False)
+    if not isinstance(model, PreTrainedModel):
+        return super(Careful, self)._save(output_dir, state_dict)
+    model.save_pretrained(
+        output_dir or self.args.output_dir, state_dict=state_dict, save_original_format=False
+    )
     self.processing_class.save_pretrained(output_dir or self.args.output_dir)
 
 # %% ../../nbs/train/trainer.ipynb #c020
 @patch
 def owed(self: Careful) -> bool:
     "Is this step to be followed by an evaluation?"
-    return self.control.should_evaluate or self.args.eval_strategy == "epoch" and float(self.state.epoch).is_integer()
+    return (
+        self.control.should_evaluate
+        or self.args.eval_strategy == "epoch"
+        and float(self.state.epoch).is_integer()
+    )
+
 
 @patch
 def _maybe_log_save_evaluate(self: Careful, *args, **kwargs):
     wanted = self.control.should_save
     if not self.leaving:
-        try: return super(Careful, self)._maybe_log_save_evaluate(*args, **kwargs)
-        except Leaving: evaluate = True
-    else: evaluate = self.owed()
+        try:
+            return super(Careful, self)._maybe_log_save_evaluate(*args, **kwargs)
+        except Leaving:
+            evaluate = True
+    else:
+        evaluate = self.owed()
     self.control.should_evaluate = self.control.should_save = False
     super(Careful, self)._maybe_log_save_evaluate(*args, **kwargs)
     self._save_checkpoint(self.model, None, owed=evaluate, extra=not wanted)
@@ -199,69 +328,122 @@ def _maybe_log_save_evaluate(self: Careful, *args, **kwargs):
 @contextmanager
 def listening(self: Careful):
     "While inside, SIGTERM makes the trainer save a checkpoint, and ends the process."
-    def note(number, frame): self.leaving = True
-    try: before = signal.signal(signal.SIGTERM, note)
-    except ValueError: yield; return        # not the main thread: signals go elsewhere
+
+    def note(number, frame):
+        self.leaving = True
+
     try:
-        try: yield
-        except Leaving: self.run.log(f"{self.engine}: asked to end (SIGTERM); checkpoint saved at step {self.state.global_step}")
-        if self.leaving: signal.signal(signal.SIGTERM, before); os.kill(os.getpid(), signal.SIGTERM); raise KeyboardInterrupt
-    finally: signal.signal(signal.SIGTERM, before)
+        before = signal.signal(signal.SIGTERM, note)
+    except ValueError:
+        yield
+        return  # not the main thread: signals go elsewhere
+    try:
+        try:
+            yield
+        except Leaving:
+            self.run.log(
+                f"{self.engine}: asked to end (SIGTERM); checkpoint saved at step {self.state.global_step}"
+            )
+        if self.leaving:
+            signal.signal(signal.SIGTERM, before)
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 # %% ../../nbs/train/trainer.ipynb #c023
 @patch
 def _issue_warnings_after_load(self: Careful, found):
     "Weights that are not where they belong end the run instead of starting over."
     tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
-    if lost := [k for k in found.missing_keys if k not in tied] + list(found.unexpected_keys): raise MedftError(f"the checkpoint does not fit the model: {', '.join(lost[:3])}; was the recipe or a library changed?")
+    if lost := [k for k in found.missing_keys if k not in tied] + list(found.unexpected_keys):
+        raise MedftError(
+            f"the checkpoint does not fit the model: {', '.join(lost[:3])}; was the recipe or a library changed?"
+        )
 
 # %% ../../nbs/train/trainer.ipynb #c023x1
 @patch
 def restore(self: Careful):
     "Take up what the seal of the checkpoint remembers."
-    said = notes(self.resumed); p = said["pending"]
-    self._tr_loss += p["loss"]; self._globalstep_last_logged = p["since"]
-    if hasattr(self, "_metrics"): self._metrics["train"].update(p["metrics"]); self._total_train_tokens = p["tokens"] or 0
-    best = self.resumed.parent/f"checkpoint-{self.state.best_global_step}"
-    self.state.best_model_checkpoint = str(best) if self.state.best_global_step and best.is_dir() else None
-    if said.get("owed"): self.pay(said)
-    if is_over(self.resumed) or self.control.should_training_stop: raise Over
+    said = notes(self.resumed)
+    p = said["pending"]
+    self._tr_loss += p["loss"]
+    self._globalstep_last_logged = p["since"]
+    if hasattr(self, "_metrics"):
+        self._metrics["train"].update(p["metrics"])
+        self._total_train_tokens = p["tokens"] or 0
+    best = self.resumed.parent / f"checkpoint-{self.state.best_global_step}"
+    self.state.best_model_checkpoint = (
+        str(best) if self.state.best_global_step and best.is_dir() else None
+    )
+    if said.get("owed"):
+        self.pay(said)
+    if is_over(self.resumed) or self.control.should_training_stop:
+        raise Over
+
 
 @patch
 def pay(self: Careful, said):
     "Make the evaluation that a checkpoint owes, and note its result there."
     metrics = self._evaluate(None, None)
     self._determine_best_metric(metrics=metrics, trial=None)
-    if self.state.best_global_step == self.state.global_step: self.state.best_model_checkpoint = str(self.resumed)
-    write_json(self.resumed/SEAL, read_json(self.resumed/SEAL) | dict(score=self.known()["score"]))
+    if self.state.best_global_step == self.state.global_step:
+        self.state.best_model_checkpoint = str(self.resumed)
+    write_json(
+        self.resumed / SEAL, read_json(self.resumed / SEAL) | dict(score=self.known()["score"])
+    )
 
 # %% ../../nbs/train/trainer.ipynb #c024
 def is_over(checkpoint) -> bool:
     "Was training complete at this checkpoint?"
-    state = read_json(Path(checkpoint)/"trainer_state.json")
-    stopped = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {}).get("should_training_stop")
+    state = read_json(Path(checkpoint) / "trainer_state.json")
+    stopped = (
+        state.get("stateful_callbacks", {})
+        .get("TrainerControl", {})
+        .get("args", {})
+        .get("should_training_stop")
+    )
     return bool(stopped) or state["global_step"] >= state["max_steps"]
+
 
 class TakeUp(TrainerCallback):
     "Tells a resumed trainer that training begins."
-    def __init__(self, trainer): self.trainer = trainer
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
     def on_train_begin(self, *args, **kwargs):
-        if self.trainer.resumed: self.trainer.restore()
+        if self.trainer.resumed:
+            self.trainer.restore()
 
 # %% ../../nbs/train/trainer.ipynb #c025
 @patch
 def go(self: Careful, checkpoint=None):
     "Train, from a checkpoint if there is one."
     self.resumed, self.started = checkpoint and Path(checkpoint), time.time()
-    self.seconds, log = (notes(checkpoint).get("seconds", 0.0) if checkpoint else 0.0), self.run.path/self.engine/"log.jsonl"
+    self.seconds, log = (
+        (notes(checkpoint).get("seconds", 0.0) if checkpoint else 0.0),
+        self.run.path / self.engine / "log.jsonl",
+    )
     cut_log(log, step_of(checkpoint)) if checkpoint else log.unlink(missing_ok=True)
-    self.limit, self.args.save_total_limit = self.args.save_total_limit, None       # ours to keep, see `keep`
-    self.args.restore_callback_states_from_checkpoint = True                        # the patience of early stopping
+    self.limit, self.args.save_total_limit = (
+        self.args.save_total_limit,
+        None,
+    )  # ours to keep, see `keep`
+    self.args.restore_callback_states_from_checkpoint = True  # the patience of early stopping
     self.add_callback(TakeUp(self))
-    try: self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except UnpicklingError as e: raise MedftError(f"{checkpoint.name} holds more than numbers, and none of it was run: {str(e).splitlines()[0]} Somebody has changed this checkpoint; delete it") from None
+    try:
+        self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except UnpicklingError as e:
+        raise MedftError(
+            f"{checkpoint.name} holds more than numbers, and none of it was run: {str(e).splitlines()[0]} Somebody has changed this checkpoint; delete it"
+        ) from None
     except Over:
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint: self._load_best_model()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
     self.seconds += time.time() - self.started
 
-def careful(base) -> type: "A trainer class, made careful."; return type(f"Careful{base.__name__}", (Careful, base), {})
+
+def careful(base) -> type:
+    "A trainer class, made careful."
+    return type(f"Careful{base.__name__}", (Careful, base), {})

@@ -10,20 +10,41 @@ __all__ = ['UNSLOTH', 'unsloth_targets', 'unsloth_adapter', 'why_not', 'carried'
 
 # %% ../../nbs/03_unsloth.ipynb #c004
 import importlib.util
+
 UNSLOTH = None
-import medft.core.run      # sets the switches that keep libraries from counting their users
+import medft.core.run  # sets the switches that keep libraries from counting their users
+
 try:
-    if importlib.util.find_spec("unsloth"): import unsloth
-    else: UNSLOTH = "unsloth is not installed (pip install 'medft[unsloth]')"
-except Exception as e: UNSLOTH = f"unsloth does not start on this machine: {str(e).splitlines()[0]}"
+    if importlib.util.find_spec("unsloth"):
+        import unsloth
+    else:
+        UNSLOTH = "unsloth is not installed (pip install 'medft[unsloth]')"
+except Exception as e:
+    UNSLOTH = f"unsloth does not start on this machine: {str(e).splitlines()[0]}"
 
 # %% ../../nbs/03_unsloth.ipynb #c005
 from ..core.run import MedftError, model_path, open_run
-from ..model.adapters import adapted_modules, lora_config, torch_dtype
 from ..data.pipeline import ensure_data, load_tokenizer
-from ..model.families import adapter_kind, family_of, freeze_vision, load_config, meta_model, model_class, refusal
+from ..model.adapters import adapted_modules, lora_config, torch_dtype
+from medft.model.families import (
+    adapter_kind,
+    family_of,
+    freeze_vision,
+    load_config,
+    meta_model,
+    model_class,
+    refusal,
+)
 from ..model.load import check_loaded, check_origin, check_source, keep_4bit_exact
-from .baseline import fit, loss_gap, make_trainer, read_log, skip, trained, training_summary
+from medft.train.baseline import (
+    fit,
+    loss_gap,
+    make_trainer,
+    read_log,
+    skip,
+    trained,
+    training_summary,
+)
 
 import os
 from pathlib import Path
@@ -34,46 +55,81 @@ import torch
 def unsloth_targets(recipe, config) -> list[str] | str:
     "The modules that PEFT would adapt, in words that Unsloth reads the same way."
     asked = lora_config(recipe, config).target_modules
-    if isinstance(asked, str) and asked != "all-linear": return asked
-    names = sorted({m.split(".")[-1] for m in adapted_modules(recipe, meta_model(config, recipe.task))})
-    return rf".*language_model.*\.({'|'.join(names)})" if hasattr(config, "vision_config") else names
+    if isinstance(asked, str) and asked != "all-linear":
+        return asked
+    names = sorted(
+        {m.split(".")[-1] for m in adapted_modules(recipe, meta_model(config, recipe.task))}
+    )
+    return (
+        rf".*language_model.*\.({'|'.join(names)})" if hasattr(config, "vision_config") else names
+    )
+
 
 def unsloth_adapter(recipe, config=None) -> dict:
     "The recipe's lora section in the words of Unsloth's get_peft_model."
-    given = recipe.lora.given() | dict(target_modules=unsloth_targets(recipe, config or load_config(recipe)))
-    return given | dict(random_state=recipe.seed, use_gradient_checkpointing="unsloth" if recipe.training.gradient_checkpointing else False)
+    given = recipe.lora.given() | dict(
+        target_modules=unsloth_targets(recipe, config or load_config(recipe))
+    )
+    return given | dict(
+        random_state=recipe.seed,
+        use_gradient_checkpointing="unsloth" if recipe.training.gradient_checkpointing else False,
+    )
 
 # %% ../../nbs/03_unsloth.ipynb #c012
 def why_not(recipe) -> str | None:
     "Why Unsloth is left out of this run; None when it can train it."
     q = recipe.quantization
-    if "unsloth" not in recipe.engine: return "the recipe's engine list leaves it out"
-    if recipe.model.from_config: return "unsloth trains existing weights, not random ones"
-    if reason := refusal(None, recipe.task, adapter_kind(recipe), "unsloth"): return reason
-    if q and q.load_in_8bit: return refusal(None, recipe.task, "8bit", "unsloth")
+    if "unsloth" not in recipe.engine:
+        return "the recipe's engine list leaves it out"
+    if recipe.model.from_config:
+        return "unsloth trains existing weights, not random ones"
+    if reason := refusal(None, recipe.task, adapter_kind(recipe), "unsloth"):
+        return reason
+    if q and q.load_in_8bit:
+        return refusal(None, recipe.task, "8bit", "unsloth")
     if q and q.load_in_4bit and (q.bnb_4bit_quant_type != "nf4" or not q.bnb_4bit_use_double_quant):
         return "unsloth quantises to NF4 twice, whatever it is asked; set bnb_4bit_quant_type: nf4 and bnb_4bit_use_double_quant: true"
-    if os.environ.get("UNSLOTH_USE_MODELSCOPE", "0") == "1" and not Path(model_path(recipe.model.name)).is_dir():
+    if (
+        os.environ.get("UNSLOTH_USE_MODELSCOPE", "0") == "1"
+        and not Path(model_path(recipe.model.name)).is_dir()
+    ):
         return "UNSLOTH_USE_MODELSCOPE is set: unsloth would load the model of this name from another hub; unset it"
-    if UNSLOTH: return UNSLOTH
+    if UNSLOTH:
+        return UNSLOTH
     return refusal(family_of(load_config(recipe)), recipe.task, adapter_kind(recipe), "unsloth")
 
 # %% ../../nbs/03_unsloth.ipynb #c015
 def carried(model) -> set[str]:
     "The modules that carry an adapter."
-    return {n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    return {
+        n.removeprefix("base_model.model.")
+        for n, m in model.named_modules()
+        if hasattr(m, "lora_A")
+    }
+
 
 def check_unsloth(recipe, config, model):
     "Raise `MedftError` when Unsloth loaded something other than the recipe."
-    base, wanted = model.get_base_model() if hasattr(model, "get_base_model") else model, model_class(config, recipe.task).__name__
+    base, wanted = (
+        model.get_base_model() if hasattr(model, "get_base_model") else model,
+        model_class(config, recipe.task).__name__,
+    )
     if type(base).__name__ != wanted:
-        raise MedftError(f"unsloth loaded a {type(base).__name__} where the recipe means a {wanted}; use engine: [trl]")
+        raise MedftError(
+            f"unsloth loaded a {type(base).__name__} where the recipe means a {wanted}; use engine: [trl]"
+        )
     check_loaded(recipe, base)
     check_origin(recipe, config, base)
     ours = set(adapted_modules(recipe, meta_model(config, recipe.task))) if recipe.lora else set()
     if odd := carried(model) ^ ours:
-        raise MedftError(f"unsloth and PEFT differ on {len(odd)} adapted modules (the first: {min(odd)}); use engine: [trl]")
-    if recipe.lora and recipe.lora.use_dora and not any("magnitude" in n for n, _ in model.named_parameters()):
+        raise MedftError(
+            f"unsloth and PEFT differ on {len(odd)} adapted modules (the first: {min(odd)}); use engine: [trl]"
+        )
+    if (
+        recipe.lora
+        and recipe.lora.use_dora
+        and not any("magnitude" in n for n, _ in model.named_parameters())
+    ):
         raise MedftError("unsloth left DoRA out; use engine: [trl]")
 
 # %% ../../nbs/03_unsloth.ipynb #c016
@@ -82,8 +138,8 @@ def unsloth_base(recipe, config) -> dict:
     given = dict(
         model_name=model_path(recipe.model.name),
         revision=getattr(config, "_commit_hash", None) or recipe.model.revision,
-        use_exact_model_name=True,      # else its table puts another repository in its place
-        fast_inference=False,           # vLLM would read the default branch
+        use_exact_model_name=True,  # else its table puts another repository in its place
+        fast_inference=False,  # vLLM would read the default branch
         trust_remote_code=False,
         max_seq_length=recipe.max_length,
         dtype=torch_dtype(recipe),
@@ -94,9 +150,11 @@ def unsloth_base(recipe, config) -> dict:
         given["attn_implementation"] = recipe.model.attn_implementation
     return given
 
+
 def load_unsloth(recipe):
     "The base and its adapter through Unsloth, checked."
     from unsloth import FastLanguageModel
+
     config, quantization = load_config(recipe), recipe.quantization
     check_source(recipe, config)
     model, _ = FastLanguageModel.from_pretrained(**unsloth_base(recipe, config))
@@ -110,12 +168,16 @@ def load_unsloth(recipe):
     check_unsloth(recipe, config, model)
     return model
 
+
 def trainer_of(run):
     "A trainer on a prepared run: same rows, same order, same trainer as the baseline's. Raises `MedftError` when Unsloth cannot."
-    if reason := why_not(run.recipe): raise MedftError(reason)
+    if reason := why_not(run.recipe):
+        raise MedftError(reason)
     return make_trainer(run, "unsloth", load_unsloth(run.recipe), load_tokenizer(run.recipe), None)
+
 
 def train_unsloth(run) -> dict | None:
     "Train a run's recipe with Unsloth, or say why not."
-    if reason := why_not(run.recipe): return skip(run, "unsloth", reason)
+    if reason := why_not(run.recipe):
+        return skip(run, "unsloth", reason)
     return fit(trainer_of(run))

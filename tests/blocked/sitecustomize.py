@@ -1,23 +1,38 @@
 """Put first on PYTHONPATH: every Python process then refuses, and notes, any connection that leaves this machine."""
-import ipaddress, os, socket, sys
+
+import ipaddress
+import os
+import socket
+import sys
 
 
 def _outside(host):
-    if host in (None, "", b"", "localhost", socket.gethostname()): return False
-    try: return not (ipaddress.ip_address(host if isinstance(host, str) else host.decode()).is_loopback or str(host) in ("0.0.0.0", "::"))
-    except ValueError: return True
+    if host in (None, "", b"", "localhost", socket.gethostname()):
+        return False
+    try:
+        return not (
+            ipaddress.ip_address(host if isinstance(host, str) else host.decode()).is_loopback
+            or str(host) in ("0.0.0.0", "::")
+        )
+    except ValueError:
+        return True
 
 
 def _watch(event, args):
-    if event == "socket.getaddrinfo" or event == "socket.gethostbyname": host = args[0]
+    if event == "socket.getaddrinfo" or event == "socket.gethostbyname":
+        host = args[0]
     elif event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
         address = args[-1]
-        if not isinstance(address, tuple): return       # a local socket file
+        if not isinstance(address, tuple):
+            return  # a local socket file
         host = address[0]
-    else: return
+    else:
+        return
     if _outside(host):
-        with open(os.environ["MEDFT_SOCKET_LOG"], "a") as f: f.write(f"{event} {host} by {' '.join(sys.argv)[:200]}\n")
+        with open(os.environ["MEDFT_SOCKET_LOG"], "a") as f:
+            f.write(f"{event} {host} by {' '.join(sys.argv)[:200]}\n")
         raise OSError(f"blocked: {event} {host}")
 
 
-if os.environ.get("MEDFT_SOCKET_LOG"): sys.addaudithook(_watch)
+if os.environ.get("MEDFT_SOCKET_LOG"):
+    sys.addaudithook(_watch)

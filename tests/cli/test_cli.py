@@ -1,5 +1,8 @@
 "The command line: what it refuses, what it says, what it leaves behind."
-import json, subprocess, sys
+
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,18 +10,24 @@ from stages import PARAMETERS, manifest, medft, write
 
 OFF = "tracking.mlflow=false"
 
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     "An empty folder to stand in, with harmless stages."
-    write(tmp_path/"nbs")
-    (tmp_path/"here").mkdir(); monkeypatch.chdir(tmp_path/"here")
-    monkeypatch.setenv("MEDFT_NOTEBOOKS", str(tmp_path/"nbs"))
-    for k in ("MEDFT_RUNS", "MLFLOW_TRACKING_URI"): monkeypatch.delenv(k, raising=False)
-    return tmp_path/"here"
+    write(tmp_path / "nbs")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("MEDFT_NOTEBOOKS", str(tmp_path / "nbs"))
+    for k in ("MEDFT_RUNS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(k, raising=False)
+    return tmp_path / "here"
 
-def files(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
-RECIPES = {     # file -> content, for the cases below
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+RECIPES = {  # file -> content, for the cases below
     "bad_yaml.yaml": "model:\n  name: [tiny-base\ntraining: {}\n",
     "tab.yaml": "model:\n\tname: tiny-base\n",
     "list.yaml": "- model\n- training\n",
@@ -36,7 +45,7 @@ RECIPES = {     # file -> content, for the cases below
     "engine.yaml": "engine: [axolotl]\n",
     "token.yaml": "training:\n  hub_token: hf_not_a_token\n",
 }
-BAD = {         # command line -> what the line must name
+BAD = {  # command line -> what the line must name
     "rum quickstart": ["rum", "run"],
     "run": ["recipe"],
     "run quickstart --dryrun": ["--dryrun"],
@@ -89,113 +98,205 @@ BAD = {         # command line -> what the line must name
     "doctor now": ["now"],
 }
 
+
 def test_bad_input_is_one_line_and_leaves_nothing(place, capfd):
     from medft.cli.verbs import main
-    for name, text in RECIPES.items(): (place/name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    (place/"full").mkdir(); (place/"full"/"x").write_text("x"); (place/"file.txt").write_text("x")
+
+    for name, text in RECIPES.items():
+        (place / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (place / "full").mkdir()
+    (place / "full" / "x").write_text("x")
+    (place / "file.txt").write_text("x")
     before, wrong = files(place), []
     for line, named in BAD.items():
-        args = [*line.split(), *([OFF] if line.startswith("run ") and "--stages" != line.split()[-1] else [])]
+        args = [
+            *line.split(),
+            *([OFF] if line.startswith("run ") and line.split()[-1] != "--stages" else []),
+        ]
         code = main(args)
         out, err = capfd.readouterr()
         lines = err.strip().split("\n")
-        if code != 2 or len(lines) != 1 or "Traceback" in err or out or not all(n in err for n in named): wrong.append((line, code, out, err))
-        if files(place) != before: wrong.append((line, "left", set(files(place)) - set(before)))
+        if (
+            code != 2
+            or len(lines) != 1
+            or "Traceback" in err
+            or out
+            or not all(n in err for n in named)
+        ):
+            wrong.append((line, code, out, err))
+        if files(place) != before:
+            wrong.append((line, "left", set(files(place)) - set(before)))
     assert not wrong, "\n".join(map(str, wrong))
     assert len(BAD) >= 20
 
-@pytest.mark.parametrize("parameters, named", [(PARAMETERS + "\nlr: float = 0.1", "lr"), ("recipe = 'quickstart'", "recipe"), ("x = 1", "x")])
+
+@pytest.mark.parametrize(
+    "parameters, named",
+    [(PARAMETERS + "\nlr: float = 0.1", "lr"), ("recipe = 'quickstart'", "recipe"), ("x = 1", "x")],
+)
 def test_a_notebook_with_other_parameters_is_refused(place, capfd, parameters, named):
     from medft.cli.verbs import main
-    write(place.parent/"nbs", parameters=parameters)
+
+    write(place.parent / "nbs", parameters=parameters)
     assert main(["run", "quickstart", OFF]) == 2 and not files(place)
     err = capfd.readouterr().err
     assert named in err and "01_data.ipynb" in err and err.count("\n") == 1
 
+
 def test_a_missing_notebook_is_refused(place, capfd):
     from medft.cli.verbs import main
-    (place.parent/"nbs"/"05_evaluate.ipynb").unlink()
+
+    (place.parent / "nbs" / "05_evaluate.ipynb").unlink()
     assert main(["run", "quickstart", OFF]) == 2 and not files(place)
     assert "05_evaluate.ipynb" in capfd.readouterr().err
-    assert main(["run", "quickstart", OFF, "--stages", "data", "--dry-run"]) == 0      # it is not needed then
+    assert (
+        main(["run", "quickstart", OFF, "--stages", "data", "--dry-run"]) == 0
+    )  # it is not needed then
+
 
 def test_a_full_disk_is_refused(place, capfd, monkeypatch):
-    import shutil
     from medft.cli.verbs import main
-    monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**12, 10**12, 10**8))
+
+    import shutil
+
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**12, 10**12, 10**8)
+    )
     assert main(["run", "quickstart", OFF]) == 2 and not files(place)
     assert "0.1 GB" in capfd.readouterr().err
+
 
 def test_dry_run_shows_the_whole_recipe_and_makes_nothing(place, capfd):
     from medft.cli.verbs import main
     from medft.core.run import load_recipe
+
     assert main(["run", "quickstart", OFF, "training.learning_rate=1e-4", "--dry-run"]) == 0
     out, err = capfd.readouterr()
     assert not files(place) and not err and "0.0001" in out
-    (place/"shown.yaml").write_text(out)
+    (place / "shown.yaml").write_text(out)
     assert load_recipe("shown.yaml").training.learning_rate == 1e-4
 
+
 def test_ui_refuses_a_port_that_is_taken(place, capfd):
-    import socket
     from medft.cli.verbs import main
+
+    import socket
+
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0)); s.listen()
+        s.bind(("127.0.0.1", 0))
+        s.listen()
         assert main(["ui", "--port", str(s.getsockname()[1])]) == 2
     assert capfd.readouterr().err.count("\n") == 1 and not files(place)
+
 
 def test_debug_shows_the_traceback(place):
     from medft.cli.verbs import main
     from medft.core.run import MedftError
-    with pytest.raises(MedftError): main(["run", "quikstart", "--debug"])
+
+    with pytest.raises(MedftError):
+        main(["run", "quikstart", "--debug"])
+
 
 def test_broken_run_folders_are_named(place, capfd):
     from medft.cli.verbs import main
     from medft.core.run import Run, load_recipe
+
     run = Run.create(load_recipe("quickstart"), run_id="one")
     for name, text in (("recipe.yaml", "model: ["), ("manifest.json", "{")):
-        whole = (run.path/name).read_text(); (run.path/name).write_text(text)
+        whole = (run.path / name).read_text()
+        (run.path / name).write_text(text)
         assert main(["resume", "one"]) == 2, name
         assert capfd.readouterr().err.count("\n") == 1
-        assert main(["list"]) == 0      # one broken folder does not hide the others
-        capfd.readouterr(); (run.path/name).write_text(whole)
+        assert main(["list"]) == 0  # one broken folder does not hide the others
+        capfd.readouterr()
+        (run.path / name).write_text(whole)
+
 
 def test_help_is_light_and_the_parent_imports_no_torch(tmp_path):
-    r = subprocess.run([sys.executable, "-X", "importtime", "-m", "medft.cli.verbs", "--help"], capture_output=True, text=True, cwd=tmp_path)
+    r = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "medft.cli.verbs", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     loaded = {l.split("|")[-1].strip().split(".")[0] for l in r.stderr.split("\n")}
     assert r.returncode == 0 and "resume" in r.stdout
-    assert not loaded & {"torch", "transformers", "mlflow", "papermill", "pydantic", "numpy", "datasets", "psutil"}
+    assert not loaded & {
+        "torch",
+        "transformers",
+        "mlflow",
+        "papermill",
+        "pydantic",
+        "numpy",
+        "datasets",
+        "psutil",
+    }
     code = "import sys, medft.cli.verbs, medft.cli.runner, medft.cli.tracking; print({'torch', 'transformers', 'mlflow', 'trl', 'datasets'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path).stdout.strip() == "set()"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+        ).stdout.strip()
+        == "set()"
+    )
 
-ENDS = {    # last cells of a stage -> exit code, what its line must name
-    "fails": (["1 / 0", "x"], 1, ["failed in cell [4]", "ZeroDivisionError", "01_data.ipynb", "medft resume"]),
+
+ENDS = {  # last cells of a stage -> exit code, what its line must name
+    "fails": (
+        ["1 / 0", "x"],
+        1,
+        ["failed in cell [4]", "ZeroDivisionError", "01_data.ipynb", "medft resume"],
+    ),
     "syntax": (["def"], 1, ["failed in cell [4]", "SyntaxError"]),
     "exit0": (["import sys; sys.exit(0)", "x"], 1, ["killed in cell [4]", "never run"]),
     "exit0_last": (["import sys; sys.exit()"], 1, ["killed in cell [4]"]),
     "exit3": (["import sys; sys.exit(3)", "x"], 1, ["cell [4]", "SystemExit"]),
     "gone": (["import os; os._exit(0)", "x"], 1, ["killed in cell [4]", "code 0"]),
-    "killed": (["import os; os.kill(os.getpid(), 9)", "x"], 1, ["killed in cell [4]", "memory", "01_data.ipynb", "medft resume"]),
+    "killed": (
+        ["import os; os.kill(os.getpid(), 9)", "x"],
+        1,
+        ["killed in cell [4]", "memory", "01_data.ipynb", "medft resume"],
+    ),
     "killed_last": (["import os; os.kill(os.getpid(), 9)"], 1, ["killed in cell [4]", "memory"]),
     "crashed": (["import os; os.kill(os.getpid(), 11)", "x"], 1, ["killed", "signal 11"]),
-    "mended": (["from medft.core.run import MedftError; raise MedftError('test.jsonl:3: no answer; mend it')", "x"], 2, ["data: test.jsonl:3: no answer; mend it"]),
-    "refused": (["from medft.core.run import Refused; raise Refused('half of the rows\\nare cut')", "x"], 3, ["refused", "half of the rows are cut"]),
+    "mended": (
+        [
+            "from medft.core.run import MedftError; raise MedftError('test.jsonl:3: no answer; mend it')",
+            "x",
+        ],
+        2,
+        ["data: test.jsonl:3: no answer; mend it"],
+    ),
+    "refused": (
+        ["from medft.core.run import Refused; raise Refused('half of the rows\\nare cut')", "x"],
+        3,
+        ["refused", "half of the rows are cut"],
+    ),
 }
+
 
 @pytest.mark.parametrize("name", ENDS)
 def test_every_ending_is_told_as_it_was(place, capfd, name):
     from medft.cli.verbs import main
+
     cells, code, named = ENDS[name]
-    write(place.parent/"nbs", data=["a = 1", *cells])
-    run = place/"runs"/"quickstart"/name
+    write(place.parent / "nbs", data=["a = 1", *cells])
+    run = place / "runs" / "quickstart" / name
     assert main(["run", "quickstart", OFF, "--stages", "data", "--run-dir", str(run)]) == code
     out, err = capfd.readouterr()
     assert err.count("\n") == 1 and "Traceback" not in err and all(n in err for n in named), err
-    m, nb = manifest(run), json.loads((run/"notebooks"/"01_data.ipynb").read_text())
-    assert m["status"] == "failed" and m["stages"]["data"]["status"] == ("killed" if "killed in" in err else "failed")
+    m, nb = manifest(run), json.loads((run / "notebooks" / "01_data.ipynb").read_text())
+    assert m["status"] == "failed" and m["stages"]["data"]["status"] == (
+        "killed" if "killed in" in err else "failed"
+    )
     top = "".join(nb["cells"][0]["source"])
     assert "color:red" in top and nb["metadata"]["papermill"]["exception"] is True
-    states = [c["metadata"]["papermill"]["status"] for c in nb["cells"] if c["cell_type"] == "code" and "papermill" in c["metadata"]]
+    states = [
+        c["metadata"]["papermill"]["status"]
+        for c in nb["cells"]
+        if c["cell_type"] == "code" and "papermill" in c["metadata"]
+    ]
     assert "failed" in states and (cells[-1] != "x" or states[-1] == "pending")
+
 
 STORY = dict(
     data="""import json, os, sys
@@ -206,91 +307,202 @@ print(os.environ.get("HF_TOKEN"))""",
 a = lambda v, l, h: {"test": {"accuracy": {"value": v, "ci95": [l, h], "n": 423}}}
 open(run + "/metrics.json", "w").write(json.dumps(dict(models=dict(base=a(.475, .43, .52), trl=a(.929, .9, .95)),
     verdict=dict(trl=dict(label="better", sentence="trl is better than the base: +45.4 points.")))))""",
-    export="import time; time.sleep(0.5)")
+    export="import time; time.sleep(0.5)",
+)
+
 
 def test_a_run_from_start_to_end(tmp_path):
-    write(tmp_path/"nbs", **STORY)
-    (tmp_path/"mine.yaml").write_text("tracking:\n  mlflow: false\n")
-    (tmp_path/".env").write_text("HF_TOKEN=hf_from_the_file_0123\nMEDFT_RUNS=elsewhere\n")
-    code, out, err = medft(tmp_path, "run", "mine.yaml", "engine=[trl]", HF_TOKEN="hf_not_a_real_token_0123")
+    write(tmp_path / "nbs", **STORY)
+    (tmp_path / "mine.yaml").write_text("tracking:\n  mlflow: false\n")
+    (tmp_path / ".env").write_text("HF_TOKEN=hf_from_the_file_0123\nMEDFT_RUNS=elsewhere\n")
+    code, out, err = medft(
+        tmp_path, "run", "mine.yaml", "engine=[trl]", HF_TOKEN="hf_not_a_real_token_0123"
+    )
     assert code == 0 and not err, err
-    run, = (tmp_path/"elsewhere"/"mine").iterdir()      # .env is read ...
-    m, saw = manifest(run), json.loads((run/"saw.json").read_text())
-    assert m["status"] == "finished" and list(m["stages"]) == ["data", "model", "train", "evaluate", "export"]
-    assert saw["python"] == sys.executable and saw["cwd"] == str(tmp_path) and saw["recipe"] == str(run/"recipe.yaml")
-    assert saw["bars"] == "1"       # no progress bars in the notebooks
-    assert not Path(saw["ipython"]).exists() and not list((tmp_path/"home").iterdir())    # nothing in the home folder, nothing left behind
-    for piece in ("reading 12 rows", "trl is better than the base", "92.9 % [90.0-95.0]", "423", f"elsewhere/mine/{run.name}"): assert piece in out, out
+    (run,) = (tmp_path / "elsewhere" / "mine").iterdir()  # .env is read ...
+    m, saw = manifest(run), json.loads((run / "saw.json").read_text())
+    assert m["status"] == "finished" and list(m["stages"]) == [
+        "data",
+        "model",
+        "train",
+        "evaluate",
+        "export",
+    ]
+    assert (
+        saw["python"] == sys.executable
+        and saw["cwd"] == str(tmp_path)
+        and saw["recipe"] == str(run / "recipe.yaml")
+    )
+    assert saw["bars"] == "1"  # no progress bars in the notebooks
+    assert not Path(saw["ipython"]).exists() and not list(
+        (tmp_path / "home").iterdir()
+    )  # nothing in the home folder, nothing left behind
+    for piece in (
+        "reading 12 rows",
+        "trl is better than the base",
+        "92.9 % [90.0-95.0]",
+        "423",
+        f"elsewhere/mine/{run.name}",
+    ):
+        assert piece in out, out
     assert m["stages"]["export"]["cell_seconds"] >= 0.5 and 0 < m["overhead_seconds"] < 60
     kept = "".join(p.read_text(errors="replace") for p in run.rglob("*") if p.is_file())
-    assert "***" in kept and "hf_not_a_real_token" not in kept + out and "hf_from_the_file" not in kept + out     # ... but the environment wins
+    assert (
+        "***" in kept
+        and "hf_not_a_real_token" not in kept + out
+        and "hf_from_the_file" not in kept + out
+    )  # ... but the environment wins
 
     assert "trl better" in medft(tmp_path, "list")[1]
     code, out, err = medft(tmp_path, "resume", run.name)
     assert code == 0 and "nothing left to do" in out
 
+
 def test_doctor_looks_at_everything(tmp_path):
-    code, out, err = medft(tmp_path, "doctor", HF_TOKEN="hf_not_a_real_token_0123", HF_HUB_OFFLINE="1", MLFLOW_TRACKING_URI="http://me:hunter2@127.0.0.1:9")
+    code, out, err = medft(
+        tmp_path,
+        "doctor",
+        HF_TOKEN="hf_not_a_real_token_0123",
+        HF_HUB_OFFLINE="1",
+        MLFLOW_TRACKING_URI="http://me:hunter2@127.0.0.1:9",
+    )
     assert code in (0, 1) and not err, err
     assert all(l.split()[0] in ("ok", "warn", "bad") for l in out.strip().split("\n"))
-    for word in ("Python", "device", "memory", "disk", "unsloth", "quarto", "token: present", "HF_HUB_OFFLINE", "nothing answers"): assert word in out, word
+    for word in (
+        "Python",
+        "device",
+        "memory",
+        "disk",
+        "unsloth",
+        "quarto",
+        "token: present",
+        "HF_HUB_OFFLINE",
+        "nothing answers",
+    ):
+        assert word in out, word
     assert "not_a_real" not in out and "hunter2" not in out
 
+
 COUNT = "import os; p = run + '/{0}.count'; open(p, 'a').write('x')"
+
 
 @pytest.fixture
 def stopped(place, capfd):
     "A run that has failed in training, its stages counted."
     from medft.cli.verbs import main
-    write(place.parent/"nbs", **{s: COUNT.format(s) for s in ("data", "train", "evaluate", "export")}, model="1 / 0")
-    (place/"mine.yaml").write_text("engine: [trl]\ntraining:\n  logging_steps: 10\n  save_steps: 5\n")
-    assert main(["run", "mine.yaml", OFF, "--run-dir", "one"]) == 1
-    write(place.parent/"nbs", **{s: COUNT.format(s) for s in ("data", "train", "evaluate", "export")})
-    capfd.readouterr()
-    return place/"one"
 
-def counts(run): return {p.stem: len(p.read_text()) for p in sorted(run.glob("*.count"))}
+    write(
+        place.parent / "nbs",
+        **{s: COUNT.format(s) for s in ("data", "train", "evaluate", "export")},
+        model="1 / 0",
+    )
+    (place / "mine.yaml").write_text(
+        "engine: [trl]\ntraining:\n  logging_steps: 10\n  save_steps: 5\n"
+    )
+    assert main(["run", "mine.yaml", OFF, "--run-dir", "one"]) == 1
+    write(
+        place.parent / "nbs",
+        **{s: COUNT.format(s) for s in ("data", "train", "evaluate", "export")},
+    )
+    capfd.readouterr()
+    return place / "one"
+
+
+def counts(run):
+    return {p.stem: len(p.read_text()) for p in sorted(run.glob("*.count"))}
+
 
 def test_resume_refuses_another_recipe_and_changes_nothing(stopped, capfd):
     from medft.cli.verbs import main
-    before = (stopped/"recipe.yaml").read_bytes(), manifest(stopped)
-    for args, named in {("training.learning_rate=1e-5", "training.logging_steps=3"): ["training.learning_rate: None -> 1e-05", "start a new run", "training.logging_steps: 10 -> 3", "--allow training.logging_steps"],
-                        ("training.learning_rate=1e-5", "--allow", "training.learning_rate"): ["start a new run"], ("training.max_steps=7", "--allow", "training.max_steps"): ["start a new run"],
-                        ("training.logging_steps=3",): ["--allow training.logging_steps"], ("training.lerning_rate=1",): ["learning_rate"]}.items():
+
+    before = (stopped / "recipe.yaml").read_bytes(), manifest(stopped)
+    for args, named in {
+        ("training.learning_rate=1e-5", "training.logging_steps=3"): [
+            "training.learning_rate: None -> 1e-05",
+            "start a new run",
+            "training.logging_steps: 10 -> 3",
+            "--allow training.logging_steps",
+        ],
+        ("training.learning_rate=1e-5", "--allow", "training.learning_rate"): ["start a new run"],
+        ("training.max_steps=7", "--allow", "training.max_steps"): ["start a new run"],
+        ("training.logging_steps=3",): ["--allow training.logging_steps"],
+        ("training.lerning_rate=1",): ["learning_rate"],
+    }.items():
         assert main(["resume", "one", *args]) == 2, args
         err = capfd.readouterr().err
         assert err.count("\n") == 1 and all(n in err for n in named), err
-    assert before == ((stopped/"recipe.yaml").read_bytes(), manifest(stopped)) and counts(stopped) == {"data": 1}
+    assert before == ((stopped / "recipe.yaml").read_bytes(), manifest(stopped)) and counts(
+        stopped
+    ) == {"data": 1}
+
 
 def test_resume_takes_what_is_harmless_and_allowed(stopped, capfd):
     from medft.cli.verbs import main
     from medft.core.run import Run
-    allowed = ["--allow", "training.logging_steps,training.save_steps", "--allow", "evaluation.max_items"]
-    assert main(["resume", "one", "training.logging_steps=3", "training.save_steps=2", "evaluation.max_items=9", *allowed]) == 0, capfd.readouterr().err
+
+    allowed = [
+        "--allow",
+        "training.logging_steps,training.save_steps",
+        "--allow",
+        "evaluation.max_items",
+    ]
+    assert (
+        main(
+            [
+                "resume",
+                "one",
+                "training.logging_steps=3",
+                "training.save_steps=2",
+                "evaluation.max_items=9",
+                *allowed,
+            ]
+        )
+        == 0
+    ), capfd.readouterr().err
     run, m = Run.open(stopped), manifest(stopped)
-    assert run.recipe.training.logging_steps == 3 and run.recipe.digest() == m["digest"] and m["status"] == "finished"
-    assert m["changes"][0]["keys"] == {"training.logging_steps": [10, 3], "training.save_steps": [5, 2], "evaluation.max_items": [None, 9]}
+    assert (
+        run.recipe.training.logging_steps == 3
+        and run.recipe.digest() == m["digest"]
+        and m["status"] == "finished"
+    )
+    assert m["changes"][0]["keys"] == {
+        "training.logging_steps": [10, 3],
+        "training.save_steps": [5, 2],
+        "evaluation.max_items": [None, 9],
+    }
     assert counts(stopped) == {"data": 1, "train": 1, "evaluate": 1, "export": 1}
-    assert main(["resume", "one"]) == 0 and counts(stopped)["train"] == 1 and len(manifest(stopped)["changes"]) == 1
+    assert (
+        main(["resume", "one"]) == 0
+        and counts(stopped)["train"] == 1
+        and len(manifest(stopped)["changes"]) == 1
+    )
+
 
 def test_stages_that_a_change_concerns_are_done_again(stopped, capfd):
     from medft.cli.verbs import main
+
     assert main(["resume", "one"]) == 0
-    assert main(["resume", "one", "export.max_shard_size=1GB", "--allow", "export.max_shard_size"]) == 0
+    assert (
+        main(["resume", "one", "export.max_shard_size=1GB", "--allow", "export.max_shard_size"])
+        == 0
+    )
     assert counts(stopped) == {"data": 1, "train": 1, "evaluate": 1, "export": 2}
     assert main(["resume", "one", "evaluation.max_items=3", "--allow", "evaluation.max_items"]) == 0
     assert counts(stopped) == {"data": 1, "train": 1, "evaluate": 2, "export": 3}
 
+
 def test_an_edited_run_is_noticed_and_an_edited_recipe_is_none_of_its_business(stopped, capfd):
     from medft.cli.verbs import main
-    text = (stopped/"recipe.yaml").read_text()
-    (stopped/"recipe.yaml").write_text(text.replace("logging_steps: 10", "logging_steps: 4"))
+
+    text = (stopped / "recipe.yaml").read_text()
+    (stopped / "recipe.yaml").write_text(text.replace("logging_steps: 10", "logging_steps: 4"))
     assert main(["resume", "one"]) == 2
     assert "training.logging_steps: 10 -> 4" in capfd.readouterr().err
-    (stopped/"recipe.yaml").write_text("# looked at\n" + text)      # a remark changes nothing
-    (stopped.parent/"mine.yaml").write_text("engine: [trl]\ntraining:\n  logging_steps: 1\n")
+    (stopped / "recipe.yaml").write_text("# looked at\n" + text)  # a remark changes nothing
+    (stopped.parent / "mine.yaml").write_text("engine: [trl]\ntraining:\n  logging_steps: 1\n")
     assert main(["resume", "one"]) == 0, capfd.readouterr().err
     assert "changes" not in manifest(stopped)
+
 
 @pytest.mark.parametrize("left", ["recipe", "manifest"])
 def test_a_change_that_was_cut_off_is_taken_by_the_same_command(stopped, monkeypatch, capfd, left):
@@ -298,10 +510,16 @@ def test_a_change_that_was_cut_off_is_taken_by_the_same_command(stopped, monkeyp
     from medft.cli import resume
     from medft.cli.verbs import main
     from medft.core.run import Run
-    def dies(*a, **k): raise KeyboardInterrupt
+
+    def dies(*a, **k):
+        raise KeyboardInterrupt
+
     command = ["resume", "one", "training.logging_steps=3", "--allow", "training.logging_steps"]
     with monkeypatch.context() as m:
         m.setattr(*((Run, "update") if left == "recipe" else (resume, "freeze")), dies)
         assert main(command) == 130
     assert main(command) == 0, capfd.readouterr().err
-    assert manifest(stopped)["changes"][0]["keys"] == {"training.logging_steps": [10, 3]} and len(manifest(stopped)["changes"]) == 1
+    assert (
+        manifest(stopped)["changes"][0]["keys"] == {"training.logging_steps": [10, 3]}
+        and len(manifest(stopped)["changes"]) == 1
+    )

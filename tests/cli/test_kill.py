@@ -1,5 +1,10 @@
 "Runs that are stopped from outside: nothing lives on, the folder says what happened, and resume finishes the work."
-import json, os, signal, sys, time
+
+import json
+import os
+import signal
+import sys
+import time
 
 import pytest
 from stages import alive, manifest, medft, start, until, write
@@ -10,57 +15,105 @@ WAIT = """import os, time
 open(run + '/pid', 'w').write(str(os.getpid()))
 while not os.path.exists(run + '/go'): time.sleep(0.05)"""
 
+
 def begin(tmp_path, **env):
     "A run that waits in its second stage: (process, run folder, the kernel's process id)."
-    write(tmp_path/"nbs", data=COUNT.format("data"), model=["x = 1", WAIT, COUNT.format("model")], train=COUNT.format("train"))
-    p, run = start(tmp_path, "run", "quickstart", OFF, "--run-dir", "run", "--stages", "data,model,train", **env), tmp_path/"run"
-    return p, run, int(until(lambda: (run/"pid").read_text()))
+    write(
+        tmp_path / "nbs",
+        data=COUNT.format("data"),
+        model=["x = 1", WAIT, COUNT.format("model")],
+        train=COUNT.format("train"),
+    )
+    p, run = (
+        start(
+            tmp_path,
+            "run",
+            "quickstart",
+            OFF,
+            "--run-dir",
+            "run",
+            "--stages",
+            "data,model,train",
+            **env,
+        ),
+        tmp_path / "run",
+    )
+    return p, run, int(until(lambda: (run / "pid").read_text()))
 
-def status(tmp_path): return medft(tmp_path, "list", MEDFT_RUNS=tmp_path)[1]
+
+def status(tmp_path):
+    return medft(tmp_path, "list", MEDFT_RUNS=tmp_path)[1]
+
 
 def resumes(tmp_path, run):
-    (run/"go").touch()
+    (run / "go").touch()
     code, out, err = medft(tmp_path, "resume", "run")
     assert code == 0 and not err, err
     m = manifest(run)
-    assert m["status"] == "finished" and [s["status"] for s in m["stages"].values()] == ["finished"] * 3
-    assert (run/"count.txt").read_text().split() == ["data", "model", "train"]      # no finished stage was done again
-    nb = json.loads((run/"notebooks"/"02_model.ipynb").read_text())
-    assert "interrupted" not in json.dumps(nb) and all(c["execution_count"] for c in nb["cells"] if c["cell_type"] == "code")
+    assert (
+        m["status"] == "finished"
+        and [s["status"] for s in m["stages"].values()] == ["finished"] * 3
+    )
+    assert (run / "count.txt").read_text().split() == [
+        "data",
+        "model",
+        "train",
+    ]  # no finished stage was done again
+    nb = json.loads((run / "notebooks" / "02_model.ipynb").read_text())
+    assert "interrupted" not in json.dumps(nb) and all(
+        c["execution_count"] for c in nb["cells"] if c["cell_type"] == "code"
+    )
+
 
 @pytest.mark.parametrize("number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_and_resume_finishes_it(tmp_path, number, expected):
     p, run, kernel = begin(tmp_path)
     pressed = time.time()
     p.send_signal(number)
-    if number == signal.SIGINT: p.send_signal(number)       # impatience does no harm
+    if number == signal.SIGINT:
+        p.send_signal(number)  # impatience does no harm
     out, err = p.communicate(timeout=30)
     assert p.returncode == expected and time.time() - pressed < 10
     assert err.strip() == "medft: interrupted; go on with: medft resume run"
     assert not alive(kernel)
     m = manifest(run)
-    assert m["status"] == "interrupted" and m["stages"]["data"]["status"] == "finished" and m["stages"]["model"]["status"] == "interrupted"
-    nb = json.loads((run/"notebooks"/"02_model.ipynb").read_text())
+    assert (
+        m["status"] == "interrupted"
+        and m["stages"]["data"]["status"] == "finished"
+        and m["stages"]["model"]["status"] == "interrupted"
+    )
+    nb = json.loads((run / "notebooks" / "02_model.ipynb").read_text())
     assert "interrupted" in "".join(nb["cells"][0]["source"])
-    assert [c["metadata"]["papermill"]["status"] for c in nb["cells"] if c["cell_type"] == "code"][-2:] == ["failed", "pending"]
+    assert [c["metadata"]["papermill"]["status"] for c in nb["cells"] if c["cell_type"] == "code"][
+        -2:
+    ] == ["failed", "pending"]
     resumes(tmp_path, run)
+
 
 def test_kill_9_leaves_no_orphan_and_reads_as_interrupted(tmp_path):
     p, run, kernel = begin(tmp_path)
-    p.kill(); p.wait()
+    p.kill()
+    p.wait()
     until(lambda: not alive(kernel), 15)
-    assert manifest(run)["status"] == "running"      # nobody could write it down ...
+    assert manifest(run)["status"] == "running"  # nobody could write it down ...
     code = "import sys; from medft.core.run import Run; print(Run.open(sys.argv[1]).status)"
     import subprocess
-    assert subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True).stdout.strip() == "interrupted"     # ... and yet it is seen
+
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, run], capture_output=True, text=True
+        ).stdout.strip()
+        == "interrupted"
+    )  # ... and yet it is seen
     resumes(tmp_path, run)
+
 
 def test_only_one_process_works_on_a_run(tmp_path):
     p, run, kernel = begin(tmp_path)
-    before = (run/"manifest.json").read_text()
+    before = (run / "manifest.json").read_text()
     code, out, err = medft(tmp_path, "resume", "run")
     assert code == 2 and err.count("\n") == 1 and "another process" in err
-    assert (run/"manifest.json").read_text() == before and alive(kernel)
-    (run/"go").touch()
+    assert (run / "manifest.json").read_text() == before and alive(kernel)
+    (run / "go").touch()
     out, err = p.communicate(timeout=60)
     assert p.returncode == 0 and manifest(run)["status"] == "finished", err

@@ -1,5 +1,12 @@
 "Tracking: everything arrives once, no server can stop or slow a run, and no token leaves the machine."
-import json, os, signal, socket, subprocess, sys, time
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,163 +20,330 @@ def step(engine, n):
 def done(engine): open(f"{run}/{engine}/training.json", "w").write(json.dumps(dict(status="finished", tokens_per_second=512.0, peak_memory_bytes=10**9)))
 """
 STORY = dict(
-    data=["import json, os", """os.makedirs(run + "/data/train"); open(run + "/data/train/state.json", "w").write('{"_fingerprint": "abc123"}')
+    data=[
+        "import json, os",
+        """os.makedirs(run + "/data/train"); open(run + "/data/train/state.json", "w").write('{"_fingerprint": "abc123"}')
 open(run + "/data/report.json", "w").write('{"rows_in": 12}')
 print("the environment holds", os.environ.get("HF_TOKEN"))
-with open(run + "/logs/finetune.log", "a") as f: f.write("asked the hub with " + str(os.environ.get("HF_TOKEN")) + "\\n")"""],
+with open(run + "/logs/finetune.log", "a") as f: f.write("asked the hub with " + str(os.environ.get("HF_TOKEN")) + "\\n")""",
+    ],
     train=[STEPS, "for n in range(5, 55, 5): step('trl', n)", "done('trl')"],
     unsloth=[STEPS, "for n in range(5, 55, 5): step('unsloth', n)", "done('unsloth')"],
     evaluate="""import json
 a = lambda v, l, h: {"test": {"accuracy": {"value": v, "ci95": [l, h], "n": 423}}}
 v = dict(label="better", sentence="better than the base: +45.4 points.")
 open(run + "/metrics.json", "w").write(json.dumps(dict(models=dict(base=a(.475, .43, .52), trl=a(.929, .9, .95), unsloth=a(.93, .9, .95)), verdict=dict(trl=v, unsloth=v))))""",
-    export="open(run + '/report.html', 'w').write('<p>report</p>'); open(run + '/README.md', 'w').write('# card')")
+    export="open(run + '/report.html', 'w').write('<p>report</p>'); open(run + '/README.md', 'w').write('# card')",
+)
+
 
 def runs(uri, name="generative"):
     "All runs of an experiment: name -> run."
     from medft.cli.tracking import connect
+
     client = connect(str(uri))
-    return client, {r.data.tags["engine"] if "mlflow.parentRunId" in r.data.tags else "run": r for r in client.search_runs([client.get_experiment_by_name(name).experiment_id])}
+    return client, {
+        r.data.tags["engine"] if "mlflow.parentRunId" in r.data.tags else "run": r
+        for r in client.search_runs([client.get_experiment_by_name(name).experiment_id])
+    }
+
 
 def port():
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
 
 def check_all(client, found, run, engines=("trl", "unsloth")):
     "Parent, children, every step once, scores with intervals, files."
-    assert set(found) == {"run", *engines} and {r.info.status for r in found.values()} == {"FINISHED"}
+    assert set(found) == {"run", *engines} and {r.info.status for r in found.values()} == {
+        "FINISHED"
+    }
     parent = found["run"]
     for e in engines:
         assert found[e].data.tags["mlflow.parentRunId"] == parent.info.run_id
         history = client.get_metric_history(found[e].info.run_id, "loss")
-        assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(n, 3 / n) for n in range(5, 55, 5)]
-        assert found[e].data.metrics["tokens_per_second"] == pytest.approx(1000) and found[e].data.metrics["training/tokens_per_second"] == 512
+        assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [
+            (n, 3 / n) for n in range(5, 55, 5)
+        ]
+        assert (
+            found[e].data.metrics["tokens_per_second"] == pytest.approx(1000)
+            and found[e].data.metrics["training/tokens_per_second"] == 512
+        )
     m = found["trl"].data.metrics
-    assert (m["test/accuracy"], m["test/accuracy_ci_low"], m["test/accuracy_ci_high"], m["test/accuracy_n"]) == (.929, .9, .95, 423)
-    assert parent.data.metrics["base/test/accuracy"] == .475
+    assert (
+        m["test/accuracy"],
+        m["test/accuracy_ci_low"],
+        m["test/accuracy_ci_high"],
+        m["test/accuracy_n"],
+    ) == (0.929, 0.9, 0.95, 423)
+    assert parent.data.metrics["base/test/accuracy"] == 0.475
     assert [i.dataset.digest for i in parent.inputs.dataset_inputs] == ["abc123"]
     have, todo = set(), [None]
     while todo:
-        for f in client.list_artifacts(parent.info.run_id, todo.pop()): todo.append(f.path) if f.is_dir else have.add(f.path)
-    assert have >= {"recipe.yaml", "manifest.json", "metrics.json", "data/report.json", "logs/finetune.log", *(f"notebooks/{p.name}" for p in (run/"notebooks").iterdir())}
-    assert have >= {n for n in ("README.md", "report.html") if (run/n).exists()}
+        for f in client.list_artifacts(parent.info.run_id, todo.pop()):
+            todo.append(f.path) if f.is_dir else have.add(f.path)
+    assert have >= {
+        "recipe.yaml",
+        "manifest.json",
+        "metrics.json",
+        "data/report.json",
+        "logs/finetune.log",
+        *(f"notebooks/{p.name}" for p in (run / "notebooks").iterdir()),
+    }
+    assert have >= {n for n in ("README.md", "report.html") if (run / n).exists()}
+
 
 def test_a_run_is_tracked_in_sqlite_without_a_token(tmp_path, monkeypatch):
-    write(tmp_path/"nbs", **STORY)
+    write(tmp_path / "nbs", **STORY)
     secret = dict(HF_TOKEN=TOKEN, WANDB_API_KEY=TOKEN + "w", MY_PASSWORD=TOKEN + "p")
     code, out, err = medft(tmp_path, "run", "quickstart", "--run-dir", "run", **secret)
     assert code == 0 and not err, err
     assert TOKEN not in out
-    for k in ("MLFLOW_TRACKING_URI", "MEDFT_RUNS"): monkeypatch.delenv(k, raising=False)
-    for k, v in secret.items(): monkeypatch.setenv(k, v)
-    run, store = tmp_path/"run", tmp_path/"runs"/"mlflow.db"
+    for k in ("MLFLOW_TRACKING_URI", "MEDFT_RUNS"):
+        monkeypatch.delenv(k, raising=False)
+    for k, v in secret.items():
+        monkeypatch.setenv(k, v)
+    run, store = tmp_path / "run", tmp_path / "runs" / "mlflow.db"
     client, found = runs(f"sqlite:///{store}")
     check_all(client, found, run)
     tags, params = found["run"].data.tags, found["run"].data.params
     m = manifest(run)
-    assert tags["model"] == "tiny-base" and tags["task"] == "generative" and tags["run"] == "run" and tags["digest"] == m["digest"]
-    assert tags.get("git.commit") == m["git"]["commit"] and tags["verdict.trl"] == "better" and params["lora.r"] == "16"
+    assert (
+        tags["model"] == "tiny-base"
+        and tags["task"] == "generative"
+        and tags["run"] == "run"
+        and tags["digest"] == m["digest"]
+    )
+    assert (
+        tags.get("git.commit") == m["git"]["commit"]
+        and tags["verdict.trl"] == "better"
+        and params["lora.r"] == "16"
+    )
     assert not [k for k in params if "hub_token" in k]
 
     from medft.cli.tracking import upload
+
     monkeypatch.chdir(tmp_path)
-    before = json.loads((run/"mlflow.json").read_text())
-    upload(run)                             # a second time sends nothing twice
-    (run/"mlflow.json").unlink()
-    upload(run)                             # and not even when its memory is lost
-    assert list(json.loads((run/"mlflow.json").read_text()).values())[0]["runs"] == list(before.values())[0]["runs"]
+    before = json.loads((run / "mlflow.json").read_text())
+    upload(run)  # a second time sends nothing twice
+    (run / "mlflow.json").unlink()
+    upload(run)  # and not even when its memory is lost
+    assert (
+        list(json.loads((run / "mlflow.json").read_text()).values())[0]["runs"]
+        == list(before.values())[0]["runs"]
+    )
     check_all(*runs(f"sqlite:///{store}"), run)
 
     everywhere = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert any("mlartifacts" in str(p) for p in everywhere)
     assert not [p for p in everywhere if TOKEN.encode() in p.read_bytes()]
 
+
 def test_failed_and_interrupted_runs_say_so(tmp_path, monkeypatch):
-    from medft.core.run import Run, load_recipe, write_json
     from medft.cli.tracking import upload
+    from medft.core.run import Run, load_recipe, write_json
+
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     told = {}
-    for status, expected in (("failed", "FAILED"), ("running", "KILLED")):       # nobody holds the lock: it was killed
-        run = Run.create(load_recipe("quickstart", ["tracking.experiment=ends"]), root=tmp_path, run_id=status)
-        (run.path/"trl").mkdir(); (run.path/"trl"/"log.jsonl").write_text('{"step": 5, "loss": 2.0, "seconds": 1}\n{"step": 10, "lo')
-        write_json(run.path/"unsloth"/"training.json", dict(status="skipped", reason="no GPU"))
+    for status, expected in (
+        ("failed", "FAILED"),
+        ("running", "KILLED"),
+    ):  # nobody holds the lock: it was killed
+        run = Run.create(
+            load_recipe("quickstart", ["tracking.experiment=ends"]), root=tmp_path, run_id=status
+        )
+        (run.path / "trl").mkdir()
+        (run.path / "trl" / "log.jsonl").write_text(
+            '{"step": 5, "loss": 2.0, "seconds": 1}\n{"step": 10, "lo'
+        )
+        write_json(run.path / "unsloth" / "training.json", dict(status="skipped", reason="no GPU"))
         run.update(dict(status=status))
         mirror = upload(run.path)
         parent, child = (mirror.client.get_run(mirror.notes["runs"][k]) for k in ("run", "trl"))
-        assert (parent.info.status, child.info.status) == (expected, expected) and child.data.metrics["loss"] == 2.0
-        assert parent.data.tags["skipped.unsloth"] == "no GPU" and "unsloth" not in mirror.notes["runs"]
-    run.update(dict(status="finished"))             # resumed: the log began anew, and went further
-    (run.path/"trl"/"log.jsonl").write_text('{"step": 5, "loss": 2.0, "seconds": 2}\n{"step": 10, "loss": 1.0, "seconds": 4}\n')
+        assert (parent.info.status, child.info.status) == (
+            expected,
+            expected,
+        ) and child.data.metrics["loss"] == 2.0
+        assert (
+            parent.data.tags["skipped.unsloth"] == "no GPU"
+            and "unsloth" not in mirror.notes["runs"]
+        )
+    run.update(dict(status="finished"))  # resumed: the log began anew, and went further
+    (run.path / "trl" / "log.jsonl").write_text(
+        '{"step": 5, "loss": 2.0, "seconds": 2}\n{"step": 10, "loss": 1.0, "seconds": 4}\n'
+    )
     mirror = upload(run.path)
     assert mirror.client.get_run(mirror.notes["runs"]["run"]).info.status == "FINISHED"
-    assert sorted((m.step, m.value) for m in mirror.client.get_metric_history(mirror.notes["runs"]["trl"], "loss")) == [(5, 2.0), (10, 1.0)]
+    assert sorted(
+        (m.step, m.value)
+        for m in mirror.client.get_metric_history(mirror.notes["runs"]["trl"], "loss")
+    ) == [(5, 2.0), (10, 1.0)]
+
 
 def test_secrets_are_known_by_their_names(monkeypatch):
-    from medft.core.run import load_recipe
     from medft.cli.tracking import SECRET, recipe_parameters, redact
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "hub_token", "OPENAI_API_KEY", "CLIENT_SECRET"): assert SECRET.search(name), name
-    for name in ("TOKENIZERS_PARALLELISM", "max_new_tokens", "num_tokens", "PATH", "MONKEY", "KEYBOARD", "include_num_input_tokens_seen"): assert not SECRET.search(name), name
+    from medft.core.run import load_recipe
+
+    for name in (
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "WANDB_API_KEY",
+        "MLFLOW_TRACKING_PASSWORD",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_ACCESS_KEY_ID",
+        "hub_token",
+        "OPENAI_API_KEY",
+        "CLIENT_SECRET",
+    ):
+        assert SECRET.search(name), name
+    for name in (
+        "TOKENIZERS_PARALLELISM",
+        "max_new_tokens",
+        "num_tokens",
+        "PATH",
+        "MONKEY",
+        "KEYBOARD",
+        "include_num_input_tokens_seen",
+    ):
+        assert not SECRET.search(name), name
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    got = recipe_parameters(load_recipe("quickstart", ["description=a " + TOKEN, "model.name=https://me:hunter2@example.org/x"]))
+    got = recipe_parameters(
+        load_recipe(
+            "quickstart", ["description=a " + TOKEN, "model.name=https://me:hunter2@example.org/x"]
+        )
+    )
     assert TOKEN not in str(got) and "hunter2" not in str(got) and redact("") == ""
+
 
 @pytest.mark.parametrize("kind", ["dead", pytest.param("slow", marks=pytest.mark.long)])
 def test_a_dead_or_slow_server_warns_once_and_costs_little(tmp_path, kind, monkeypatch, capfd):
-    write(tmp_path/"nbs", **STORY)
-    run = ["run", "quickstart", "engine=[trl]", "--stages", "data,train,evaluate", "--run-dir", "run"]
+    write(tmp_path / "nbs", **STORY)
+    run = [
+        "run",
+        "quickstart",
+        "engine=[trl]",
+        "--stages",
+        "data,train,evaluate",
+        "--run-dir",
+        "run",
+    ]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        if kind == "slow": s.listen(64)     # takes every connection, and never answers
+        if kind == "slow":
+            s.listen(64)  # takes every connection, and never answers
         begun = time.time()
-        code, out, err = medft(tmp_path, *run, MLFLOW_TRACKING_URI=f"http://me:hunter2@127.0.0.1:{s.getsockname()[1]}")
+        code, out, err = medft(
+            tmp_path, *run, MLFLOW_TRACKING_URI=f"http://me:hunter2@127.0.0.1:{s.getsockname()[1]}"
+        )
         wall = time.time() - begun
-    m = manifest(tmp_path/"run")
+    m = manifest(tmp_path / "run")
     assert code == 0 and m["status"] == "finished"
     assert err.count("\n") == 1 and "medft track run" in err and "hunter2" not in err + out, err
     assert wall - sum(s["seconds"] for s in m["stages"].values()) < 45
-    assert "hunter2" not in "".join(p.read_text(errors="replace") for p in (tmp_path/"run").rglob("*") if p.is_file())
-    if kind == "slow": return
+    assert "hunter2" not in "".join(
+        p.read_text(errors="replace") for p in (tmp_path / "run").rglob("*") if p.is_file()
+    )
+    if kind == "slow":
+        return
     from medft.cli.verbs import main
-    monkeypatch.chdir(tmp_path); monkeypatch.delenv("MEDFT_RUNS", raising=False)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEDFT_RUNS", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunter2@127.0.0.1:{port()}")
-    assert main(["track", "run"]) == 1                          # still away: says so in one line
+    assert main(["track", "run"]) == 1  # still away: says so in one line
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and "hunter2" not in err, err
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert main(["track", "run"]) == 0                          # to the local store: nothing was lost
-    check_all(*runs(f"sqlite:///{tmp_path}/runs/mlflow.db"), tmp_path/"run", ["trl"])
+    assert main(["track", "run"]) == 0  # to the local store: nothing was lost
+    check_all(*runs(f"sqlite:///{tmp_path}/runs/mlflow.db"), tmp_path / "run", ["trl"])
+
 
 def server(tmp_path, number):
     "A real MLflow server on this machine."
-    out = open(tmp_path/"server.log", "ab")
-    p = subprocess.Popen([sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path/"store"),
-                          "--host", "127.0.0.1", "--port", str(number), "--workers", "1"], cwd=tmp_path, env=environment(tmp_path, MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"),
-                         stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    out = open(tmp_path / "server.log", "ab")
+    p = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            f"sqlite:///{tmp_path}/server.db",
+            "--artifacts-destination",
+            str(tmp_path / "store"),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(number),
+            "--workers",
+            "1",
+        ],
+        cwd=tmp_path,
+        env=environment(
+            tmp_path, MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"
+        ),
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=out,
+        start_new_session=True,
+    )
+
     def answers():
         import urllib.request
+
         return urllib.request.urlopen(f"http://127.0.0.1:{number}/health", timeout=2).status == 200
+
     until(answers, 90, 0.3)
     return p
+
 
 @pytest.mark.long
 def test_a_server_that_dies_midway_loses_nothing(tmp_path, monkeypatch):
     "The address comes from .env."
-    half = [STEPS, "for n in range(5, 30, 5): step('trl', n)", "while not os.path.exists(run + '/go'): time.sleep(0.05)", "for n in range(30, 55, 5): step('trl', n)", "done('trl')"]
-    write(tmp_path/"nbs", **(STORY | dict(train=half)))
-    number, run = port(), tmp_path/"run"
-    (tmp_path/".env").write_text(f"MLFLOW_TRACKING_URI=http://127.0.0.1:{number}\n")
+    half = [
+        STEPS,
+        "for n in range(5, 30, 5): step('trl', n)",
+        "while not os.path.exists(run + '/go'): time.sleep(0.05)",
+        "for n in range(30, 55, 5): step('trl', n)",
+        "done('trl')",
+    ]
+    write(tmp_path / "nbs", **(STORY | dict(train=half)))
+    number, run = port(), tmp_path / "run"
+    (tmp_path / ".env").write_text(f"MLFLOW_TRACKING_URI=http://127.0.0.1:{number}\n")
     first = server(tmp_path, number)
     try:
-        p = start(tmp_path, "run", "quickstart", "engine=[trl]", "--run-dir", "run", "--stages", "data,train,evaluate")
-        until(lambda: any(v["sent"].get("trl/steps") for v in json.loads((run/"mlflow.json").read_text()).values()), 90)
-    finally: os.killpg(first.pid, signal.SIGKILL); first.wait()
-    (run/"go").touch()
+        p = start(
+            tmp_path,
+            "run",
+            "quickstart",
+            "engine=[trl]",
+            "--run-dir",
+            "run",
+            "--stages",
+            "data,train,evaluate",
+        )
+        until(
+            lambda: any(
+                v["sent"].get("trl/steps")
+                for v in json.loads((run / "mlflow.json").read_text()).values()
+            ),
+            90,
+        )
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    (run / "go").touch()
     out, err = p.communicate(timeout=120)
     assert p.returncode == 0 and err.count("\n") == 1 and "medft track run" in err, err
     from medft.cli.tracking import upload
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{number}")
     again = server(tmp_path, number)
     try:
         upload(run)
         check_all(*runs(f"http://127.0.0.1:{number}"), run, ["trl"])
-    finally: os.killpg(again.pid, signal.SIGKILL); again.wait()
+    finally:
+        os.killpg(again.pid, signal.SIGKILL)
+        again.wait()

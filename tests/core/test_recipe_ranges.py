@@ -1,4 +1,10 @@
 """Every key of a recipe knows what it may be: a value outside is refused in one line, before anything is made."""
+
+from medft.core import ranges
+from medft.core.recipe import BASELINES, NOT_LORA, OURS, not_finite
+from medft.core.run import MedftError, Run, load_recipe
+from medft.core.sections import SECTIONS, Recipe, library_fields
+
 import math
 import re
 import typing
@@ -8,16 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medft.core import ranges
-from medft.core.run import MedftError, Run, load_recipe
-from medft.core.recipe import BASELINES, NOT_LORA, OURS, not_finite
-from medft.core.sections import SECTIONS, Recipe, library_fields
-
 BAD = [
     "0", "-1", "1", "0.5", "-0.5", "1.5", "1e400", "1e308", "1e-320", "10000000000000000000000", ".nan", ".inf", "-.inf",
     "abc", "''", "' '", "[]", "{}", "[0]", "[-1]", "[a]", "['']", "{a: 0}", "{a: -1}", "{a: .nan}",
     "{'': a}", "true", "null", "2020-01-01", "../../x", r'"a\0b"', "[[]]", "[null]", "{a: {b: [.inf]}}",
-]   # fmt: skip
+]  # fmt: skip
 KEYS = [f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields]
 TOP = [k for k in Recipe.model_fields if k not in SECTIONS]
 ENGINE = "engine=[trl, fast]"
@@ -71,7 +72,9 @@ def keys_of(section):
 @pytest.mark.parametrize("section", [*SECTIONS, "recipe"])
 def test_any_value_of_any_key_is_refused_by_name_or_can_be_planned(section):
     for i, key in enumerate(keys_of(section)):
-        for value in BAD[i % 3 :: 3]:       # a third of the values, each time another; the long test has all
+        for value in BAD[
+            i % 3 :: 3
+        ]:  # a third of the values, each time another; the long test has all
             fuzz(key, value)
 
 
@@ -87,7 +90,11 @@ def test_what_is_not_finite_is_found_at_any_depth():
     assert list(not_finite(dict(a=dict(b=[1.0, math.inf])))) == [(("a", "b", "1"), math.inf)]
 
 
-NUMBERS = {k: t for k, t in (ranges.TRAINING | ranges.LORA).items() if ranges.bounds(getattr(t, "__metadata__", ()))}
+NUMBERS = {
+    k: t
+    for k, t in (ranges.TRAINING | ranges.LORA).items()
+    if ranges.bounds(getattr(t, "__metadata__", ()))
+}
 
 
 @given(key=st.sampled_from(sorted(NUMBERS)), value=st.one_of(st.integers(), st.floats()))
@@ -95,7 +102,12 @@ NUMBERS = {k: t for k, t in (ranges.TRAINING | ranges.LORA).items() if ranges.bo
 def test_a_number_is_taken_exactly_within_its_range(key, value):
     section = "training" if key in ranges.TRAINING else "lora"
     bounds = re.findall(r"([<>≤≥]) (-?[\d.,e+]+)", ranges.bounds(NUMBERS[key].__metadata__))
-    within = {">": lambda a, b: a > b, "≥": lambda a, b: a >= b, "<": lambda a, b: a < b, "≤": lambda a, b: a <= b}
+    within = {
+        ">": lambda a, b: a > b,
+        "≥": lambda a, b: a >= b,
+        "<": lambda a, b: a < b,
+        "≤": lambda a, b: a <= b,
+    }
     inside = all(within[sign](value, float(limit.replace(",", ""))) for sign, limit in bounds)
     whole = NUMBERS[key].__origin__ is int
     taken = True
@@ -113,7 +125,9 @@ def test_every_numeric_key_of_the_libraries_has_a_range():
     for section, table in ranges.LIBRARIES.items():
         fields = library_fields(section)
         assert set(table) <= set(fields), set(table) - set(fields)
-        open_ = {k for k, a in fields.items() if re.search(r"\b(int|float)\b", a) and k not in table}
+        open_ = {
+            k for k, a in fields.items() if re.search(r"\b(int|float)\b", a) and k not in table
+        }
         assert not open_ - set(NOT_LORA) - set(OURS), open_
 
 
@@ -123,7 +137,9 @@ def test_every_numeric_key_of_ours_has_a_range():
             continue
         for key, field in model.model_fields.items():
             kinds = typing.get_args(field.annotation) or (field.annotation,)
-            numeric = any(k in (int, float) or getattr(k, "__origin__", None) in (int, float) for k in kinds)
+            numeric = any(
+                k in (int, float) or getattr(k, "__origin__", None) in (int, float) for k in kinds
+            )
             if numeric:
                 assert ranges.range_of(field.annotation, field.metadata), f"{name}.{key}"
 
@@ -149,13 +165,15 @@ REFUSED = [
     "export.max_shard_size=5", "export.max_shard_size=0GB", "output.hub_model_id=model", "output.dir=''",
     "output.keep_best=0", "tracking.experiment=' '", "training.metric_for_best_model=accuracy",
     "training.metric_for_best_model=eval_f1", "training.greater_is_better=true", "model.revision=''",
-]   # fmt: skip
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_refused_when_the_recipe_is_read(override):
     key, found = override.split("=")[0], read(override)
-    assert isinstance(found, str) and found.startswith(f"command line: {key}: ") and "\n" not in found
+    assert (
+        isinstance(found, str) and found.startswith(f"command line: {key}: ") and "\n" not in found
+    )
 
 
 TAKEN = [
@@ -166,7 +184,7 @@ TAKEN = [
     "dataset.labels=[0, 1]", "export.max_shard_size=500 mb", "output.hub_model_id=my-clinic/model.v2",
     "training.metric_for_best_model=eval_loss", "training=", "engine=[trl, trl]", "training.eval_delay=0",
     "lora.rank_pattern={}", "evaluation.shuffles=0", "name=2026", "training.learning_rate=1e-4",
-]   # fmt: skip
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("overrides", TAKEN)
@@ -194,16 +212,34 @@ COMBINATIONS = [
     (["lora.init_lora_weights=pissa", "engine=[trl, unsloth]"], "engine"),
     (["evaluation.baselines=[majorty]", "model.task=classification"], "evaluation.baselines"),
     (["quantization.load_in_8bit=true", "lora=null"], "quantization.load_in_8bit"),
-]   # fmt: skip
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides, key", COMBINATIONS, ids=lambda v: v[-1] if isinstance(v, list) else None)
+@pytest.mark.parametrize(
+    "overrides, key", COMBINATIONS, ids=lambda v: v[-1] if isinstance(v, list) else None
+)
 def test_combinations_that_the_libraries_refuse_later(overrides, key):
     found = read(*overrides)
     assert isinstance(found, str) and f" {key}: " in found and "\n" not in found, found
 
 
-NAMES = ["../../x", "/tmp/x", "a/b", "", ".", "..", "-x", "a b", "x.", "a\\b", "~", "ü", "x" * 101, "$HOME", "a:b"]
+NAMES = [
+    "../../x",
+    "/tmp/x",
+    "a/b",
+    "",
+    ".",
+    "..",
+    "-x",
+    "a b",
+    "x.",
+    "a\\b",
+    "~",
+    "ü",
+    "x" * 101,
+    "$HOME",
+    "a:b",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -335,7 +371,9 @@ def test_published_files_load_as_printed(published):
 def test_published_files_rehearse_as_printed(published, name):
     from medft.cli.verbs import main
 
-    assert main(["run", str(published / f"{name}.yaml"), "--rehearse", "tracking.mlflow=false"]) == 0
+    assert (
+        main(["run", str(published / f"{name}.yaml"), "--rehearse", "tracking.mlflow=false"]) == 0
+    )
     assert list((published / "runs" / f"{name}-rehearsal").glob("*/README.md"))
 
 
@@ -354,7 +392,7 @@ UNWRITTEN = [   # what a file says; what is lent to it
     ("training: {eval_strategy: epoch, save_strategy: best}", lambda r: r.training.metric_for_best_model == "loss"),
     ("training:\ndataset:\n", lambda r: not r.training.given()),
     ("{}", lambda r: r.engine == ["trl", "unsloth", "fast"] and r.dataset.sets),
-]   # fmt: skip
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text, fitted", UNWRITTEN, ids=lambda v: v if isinstance(v, str) else "")
@@ -367,8 +405,12 @@ def test_what_was_not_written_never_refuses(tmp_path, text, fitted):
 
 
 def test_what_was_written_is_refused(tmp_path):
-    (tmp_path / "mine.yaml").write_text("engine: [trl, unsloth, fast]\nmodel: {task: classification}\n")
-    with pytest.raises(MedftError, match=r"mine\.yaml:1: engine: unsloth has no sequence classifier"):
+    (tmp_path / "mine.yaml").write_text(
+        "engine: [trl, unsloth, fast]\nmodel: {task: classification}\n"
+    )
+    with pytest.raises(
+        MedftError, match=r"mine\.yaml:1: engine: unsloth has no sequence classifier"
+    ):
         load_recipe(tmp_path / "mine.yaml")
     (tmp_path / "mine.yaml").write_text("lora: {r: 8}\nmodel: {from_config: true}\n")
     with pytest.raises(MedftError, match="an adapter on random weights"):
@@ -389,8 +431,8 @@ def test_a_plan_without_an_engine_is_refused():
 
 
 def test_names_of_baselines_are_those_registered():
-    from medft.evaluate.measures import classification as classes
     from medft.evaluate import metrics as evaluate  # noqa: F401  the second registers those for pairs
+    from medft.evaluate.measures import classification as classes
 
     assert set(BASELINES) == set(classes.BASELINES)
 
@@ -406,7 +448,7 @@ ENDS = [
     "lora.target_modules=.*(q_proj|lm_head)", "lora.modules_to_save=[lm_head]", "lora.modules_to_save=[embed_tokens]",
     "lora.modules_to_save=[embed_tokens, lm_head]", "lora.trainable_token_indices=[1]",
     "lora.target_parameters=[lm_head.weight]",
-]   # fmt: skip
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("override", ENDS)
@@ -421,14 +463,18 @@ def test_the_ends_of_a_tied_model_are_not_adapted(override):
                 adapters.sizes_of(recipe, config)
             assert str(e.value).startswith(override.split("=")[0]) and "\n" not in str(e.value)
     untied = families.tiny_config("llama2")
-    adapters.sizes_of(load_recipe("quickstart", [ENGINE, "model.task=pretraining", override]), untied)
+    adapters.sizes_of(
+        load_recipe("quickstart", [ENGINE, "model.task=pretraining", override]), untied
+    )
 
 
 def test_an_adapter_that_trl_would_never_train_is_refused():
     from medft.model import adapters, families
 
     recipe = load_recipe("quickstart", [ENGINE, "lora.target_modules=[q_proj, lm_head]"])
-    with pytest.raises(MedftError, match="lora.target_modules: lm_head is the output layer.*never be trained"):
+    with pytest.raises(
+        MedftError, match="lora.target_modules: lm_head is the output layer.*never be trained"
+    ):
         adapters.sizes_of(recipe, families.tiny_config("llama2"))
 
 
@@ -436,9 +482,13 @@ def test_names_and_numbers_that_a_model_lacks():
     from medft.model import adapters, families
 
     lacks = ["lora.modules_to_save=[scor]", "lora.layers_to_transform=[9]", "lora.trainable_token_indices=[99999]",
-             "lora.target_parameters=[nothing.weight]", "lora.r=65"]   # fmt: skip
+             "lora.target_parameters=[nothing.weight]", "lora.r=65"]  # fmt: skip
     for override in lacks:
-        more = ["lora.init_lora_weights=pissa"] if "lora.r" in override else ["lora.target_modules=[q_proj]"]
+        more = (
+            ["lora.init_lora_weights=pissa"]
+            if "lora.r" in override
+            else ["lora.target_modules=[q_proj]"]
+        )
         recipe = load_recipe("quickstart", [ENGINE, *more, override])
         with pytest.raises(MedftError, match=override.split("=")[0]):
             adapters.sizes_of(recipe, families.tiny_config("llama2"))
@@ -454,7 +504,12 @@ def prepared(tmp_path_factory):
         m.setenv("MEDFT_RUNS", str(tmp_path_factory.mktemp("runs")))
 
         def trained(*more):
-            small = ["dataset.path=starter/train.jsonl", "dataset.max_samples=32", "dataset.sets={}", "training.max_steps=2"]
+            small = [
+                "dataset.path=starter/train.jsonl",
+                "dataset.max_samples=32",
+                "dataset.sets={}",
+                "training.max_steps=2",
+            ]
             run = Run.create(load_recipe("quickstart", ["engine=[trl]", *small, *more]))
             data.prepare(run)
             trainer = train.trainer_of(run)
@@ -464,18 +519,23 @@ def prepared(tmp_path_factory):
         yield trained
 
 
-@pytest.mark.parametrize("more", [["pissa"], ["pissa_niter_4", "lora.use_rslora=true"], ["olora"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "more", [["pissa"], ["pissa_niter_4", "lora.use_rslora=true"], ["olora"]], ids=" ".join
+)
 def test_an_adapter_that_moved_the_base_is_saved_as_a_plain_one(prepared, more):
+    from medft.core.run import read_json
+    from medft.export import merging, serving
+    from medft.model.load import load_base
+
     import torch
     from safetensors.torch import load_file
 
-    from medft.export import merging, serving
-    from medft.core.run import read_json
-    from medft.model.load import load_base
-
     run, tuned = prepared(f"lora.init_lora_weights={more[0]}", *more[1:])
     folder = run.path / "trl" / "adapters"
-    config, weights = read_json(folder / "adapter_config.json"), load_file(folder / "adapter_model.safetensors")
+    config, weights = (
+        read_json(folder / "adapter_config.json"),
+        load_file(folder / "adapter_model.safetensors"),
+    )
     assert config["init_lora_weights"] is True and config["r"] == 2 * run.recipe.lora.r
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     base = {n: p.detach() for n, p in load_base(run.recipe).named_parameters()}
@@ -491,7 +551,10 @@ def test_an_adapter_that_moved_the_base_is_saved_as_a_plain_one(prepared, more):
         torch.testing.assert_close(by_hand, trained, atol=1e-5, rtol=1e-5)
         served = merged[f"{name.removeprefix('base_model.model.')}.weight"].float()
         torch.testing.assert_close(served, by_hand, atol=0.02, rtol=0.02)
-    assert "adapter" in serving.serve_lines(run, "trl") and not (run.path / "trl" / "first_weights").exists()
+    assert (
+        "adapter" in serving.serve_lines(run, "trl")
+        and not (run.path / "trl" / "first_weights").exists()
+    )
 
 
 def test_no_line_is_offered_for_an_adapter_on_a_changed_base():

@@ -1,67 +1,176 @@
 "The shipped recipes of real models: as published, and the whole way in rehearsal."
-import os, re, subprocess, sys
+
+from medft.core.run import Run, contradictions, load_recipe, read_json, read_yaml, shipped_recipes
+
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from medft.core.run import Run, contradictions, load_recipe, read_json, read_yaml, shipped_recipes
-
 TOP = Path(__file__).resolve().parents[2]
-SEEDS = TOP.parent/"shared/seeds"
+SEEDS = TOP.parent / "shared/seeds"
 SHIPPED = {p.stem: p for p in sorted(shipped_recipes().glob("*.yaml"))}
 REAL = [n for n, p in SHIPPED.items() if load_recipe(p).model.name != "tiny-base"]
-SMALL = {"model.name", "model.revision", "training.max_steps", "training.per_device_train_batch_size", "training.per_device_eval_batch_size", "training.gradient_accumulation_steps",
-         "training.max_length", "training.warmup_steps", "training.save_steps", "training.eval_steps", "training.logging_steps", "training.dataloader_num_workers",
-         "evaluation.max_items", "evaluation.batch_size", "tracking.experiment", "name", "description"}     # what a rehearsal makes small, beside the data
-MACHINE = {"model.attn_implementation", "training.tf32", "training.torch_compile", "training.fp16", "training.bf16", "training.optim"}    # what a machine may lack
+SMALL = {
+    "model.name",
+    "model.revision",
+    "training.max_steps",
+    "training.per_device_train_batch_size",
+    "training.per_device_eval_batch_size",
+    "training.gradient_accumulation_steps",
+    "training.max_length",
+    "training.warmup_steps",
+    "training.save_steps",
+    "training.eval_steps",
+    "training.logging_steps",
+    "training.dataloader_num_workers",
+    "evaluation.max_items",
+    "evaluation.batch_size",
+    "tracking.experiment",
+    "name",
+    "description",
+}  # what a rehearsal makes small, beside the data
+MACHINE = {
+    "model.attn_implementation",
+    "training.tf32",
+    "training.torch_compile",
+    "training.fp16",
+    "training.bf16",
+    "training.optim",
+}  # what a machine may lack
 
 
 def test_the_nine_recipes_are_there():
-    assert set(REAL) == {"medgemma_4b_classifier", "gemma3_1b_lora", "llama31_8b_qlora", "llama2_7b_qlora", "mistral_7b_qlora", "gemma_7b_qlora",
-                         "tinyllama_medquad_lora", "nemotron_30b_medmcqa_lora", "gemma3_4b_cpt"}
+    assert set(REAL) == {
+        "medgemma_4b_classifier",
+        "gemma3_1b_lora",
+        "llama31_8b_qlora",
+        "llama2_7b_qlora",
+        "mistral_7b_qlora",
+        "gemma_7b_qlora",
+        "tinyllama_medquad_lora",
+        "nemotron_30b_medmcqa_lora",
+        "gemma3_4b_cpt",
+    }
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_recipe_tells_what_it_takes(name):
     text, r = SHIPPED[name].read_text(), load_recipe(name)
-    head = text[:text.index("\ndescription:")]
-    for word in ("hardware:", "licence:", f"medft run {name} --rehearse", f"medft run {name}\n"): assert word in head + "\n", word
+    head = text[: text.index("\ndescription:")]
+    for word in ("hardware:", "licence:", f"medft run {name} --rehearse", f"medft run {name}\n"):
+        assert word in head + "\n", word
     assert r.description and r.name == name and not list(contradictions(r)) and r.engine == ["trl"]
     assert r.model.revision is None and "null: today's, recorded in the manifest" in text
 
 
-@pytest.mark.skipif(not SEEDS.is_dir(), reason="the published workflows in ../shared/seeds are not on this machine")
-@pytest.mark.parametrize("name, theirs", [("medgemma_4b_classifier", "medgemma_4b_qlora"), ("gemma3_1b_lora", "gemma_1b_lora")])
+@pytest.mark.skipif(
+    not SEEDS.is_dir(), reason="the published workflows in ../shared/seeds are not on this machine"
+)
+@pytest.mark.parametrize(
+    "name, theirs",
+    [("medgemma_4b_classifier", "medgemma_4b_qlora"), ("gemma3_1b_lora", "gemma_1b_lora")],
+)
 def test_hyper_parameters_are_those_of_the_published_files(tmp_path, name, theirs):
-    (tmp_path/"theirs.yaml").write_text(next(SEEDS.glob("000*")).read_text().split(f"# configs/{theirs}.yaml\n")[1].split("```")[0])
-    given, ours = read_yaml(tmp_path/"theirs.yaml")[0], load_recipe(name)
+    (tmp_path / "theirs.yaml").write_text(
+        next(SEEDS.glob("000*")).read_text().split(f"# configs/{theirs}.yaml\n")[1].split("```")[0]
+    )
+    given, ours = read_yaml(tmp_path / "theirs.yaml")[0], load_recipe(name)
     given["training"]["max_length"] = given["training"].pop("max_seq_length")
     for section in ("model", "quantization", "lora", "training", "dataset"):
-        for key, value in given.get(section, {}).items(): assert getattr(getattr(ours, section), key) == value, (section, key)
+        for key, value in given.get(section, {}).items():
+            assert getattr(getattr(ours, section), key) == value, (section, key)
 
 
-@pytest.mark.skipif(not SEEDS.is_dir(), reason="the published workflows in ../shared/seeds are not on this machine")
-@pytest.mark.parametrize("name", ["llama31_8b_qlora", "llama2_7b_qlora", "mistral_7b_qlora", "gemma_7b_qlora"])
+@pytest.mark.skipif(
+    not SEEDS.is_dir(), reason="the published workflows in ../shared/seeds are not on this machine"
+)
+@pytest.mark.parametrize(
+    "name", ["llama31_8b_qlora", "llama2_7b_qlora", "mistral_7b_qlora", "gemma_7b_qlora"]
+)
 def test_hyper_parameters_are_those_of_the_published_table(name):
     text, r = next(SEEDS.glob("001*")).read_text(), load_recipe(name)
-    row = lambda key: re.search(rf"\| `{key}` \| \w+ \| `(.*?)` \|", text)[1]
+
+    def row(key):
+        return re.search(rf"\| `{key}` \| \w+ \| `(.*?)` \|", text)[1]
+
     t, l = r.training, r.lora
-    assert (t.num_train_epochs, t.learning_rate, t.per_device_train_batch_size, t.gradient_accumulation_steps, t.max_length) == tuple(
-        float(row(k)) for k in ("num_epochs", "learning_rate", "micro_batch_size", "gradient_accumulation", "max_seq_length"))
-    assert (l.r, l.lora_alpha, l.lora_dropout) == tuple(float(row(k)) for k in ("lora_r", "lora_alpha", "lora_dropout"))
-    for key in ("bf16", "packing", "gradient_checkpointing"): assert str(getattr(t, key)).lower() == row(key), key
-    assert r.quantization.load_in_4bit and row("quantization") == "4bit" and str(r.export.merge).lower() == row("merge_full_weights")
+    assert (
+        t.num_train_epochs,
+        t.learning_rate,
+        t.per_device_train_batch_size,
+        t.gradient_accumulation_steps,
+        t.max_length,
+    ) == tuple(
+        float(row(k))
+        for k in (
+            "num_epochs",
+            "learning_rate",
+            "micro_batch_size",
+            "gradient_accumulation",
+            "max_seq_length",
+        )
+    )
+    assert (l.r, l.lora_alpha, l.lora_dropout) == tuple(
+        float(row(k)) for k in ("lora_r", "lora_alpha", "lora_dropout")
+    )
+    for key in ("bf16", "packing", "gradient_checkpointing"):
+        assert str(getattr(t, key)).lower() == row(key), key
+    assert (
+        r.quantization.load_in_4bit
+        and row("quantization") == "4bit"
+        and str(r.export.merge).lower() == row("merge_full_weights")
+    )
     assert r.model.name in text and r.dataset.name in text
 
 
 def test_hyper_parameters_that_were_published_in_prose():
-    n, c, t = (load_recipe(x) for x in ("nemotron_30b_medmcqa_lora", "gemma3_4b_cpt", "tinyllama_medquad_lora"))
-    assert (n.training.optim, n.training.learning_rate, n.training.num_train_epochs, n.training.per_device_train_batch_size, n.training.gradient_accumulation_steps) == ("adamw_8bit", 2e-4, 1, 4, 4)
-    assert n.model.name == "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16" and n.dataset.name == "openlifescienceai/medmcqa" and "out_proj" not in n.lora.target_modules and n.quantization is None
+    n, c, t = (
+        load_recipe(x)
+        for x in ("nemotron_30b_medmcqa_lora", "gemma3_4b_cpt", "tinyllama_medquad_lora")
+    )
+    assert (
+        n.training.optim,
+        n.training.learning_rate,
+        n.training.num_train_epochs,
+        n.training.per_device_train_batch_size,
+        n.training.gradient_accumulation_steps,
+    ) == ("adamw_8bit", 2e-4, 1, 4, 4)
+    assert (
+        n.model.name == "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16"
+        and n.dataset.name == "openlifescienceai/medmcqa"
+        and "out_proj" not in n.lora.target_modules
+        and n.quantization is None
+    )
     k = c.training
-    assert (k.learning_rate, k.lr_scheduler_type, k.warmup_steps, k.num_train_epochs, k.per_device_train_batch_size, k.gradient_accumulation_steps, k.max_length) == (2e-5, "cosine", 0.05, 8, 8, 1, 8192)
-    assert (k.weight_decay, k.max_grad_norm, k.torch_compile, k.tf32, k.bf16, k.gradient_checkpointing, k.dataloader_num_workers) == (0.01, 1.0, True, True, True, True, 8)
-    assert (k.eval_steps, k.save_steps, c.output.keep_best, c.model.attn_implementation, c.lora) == (50, 50, 5, "flash_attention_2", None)
+    assert (
+        k.learning_rate,
+        k.lr_scheduler_type,
+        k.warmup_steps,
+        k.num_train_epochs,
+        k.per_device_train_batch_size,
+        k.gradient_accumulation_steps,
+        k.max_length,
+    ) == (2e-5, "cosine", 0.05, 8, 8, 1, 8192)
+    assert (
+        k.weight_decay,
+        k.max_grad_norm,
+        k.torch_compile,
+        k.tf32,
+        k.bf16,
+        k.gradient_checkpointing,
+        k.dataloader_num_workers,
+    ) == (0.01, 1.0, True, True, True, True, 8)
+    assert (
+        k.eval_steps,
+        k.save_steps,
+        c.output.keep_best,
+        c.model.attn_implementation,
+        c.lora,
+    ) == (50, 50, 5, "flash_attention_2", None)
     assert t.training.fp16 and t.training.gradient_accumulation_steps == 4 and t.lora
 
 
@@ -71,6 +180,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv("MEDFT_RUNS", str(tmp_path_factory.mktemp("rehearsals")))
         from huggingface_hub import constants
+
         m.setattr(constants, "HF_HUB_OFFLINE", True)
         yield Path(os.environ["MEDFT_RUNS"])
 
@@ -79,41 +189,71 @@ def walk(run):
     "A run's stages, one after the other, in this process."
     from medft.data import pipeline as data
     from medft.evaluate import metrics as evaluate
-    from medft.export import artefacts as export, parity
+    from medft.export import artefacts as export
+    from medft.export import parity
     from medft.model import load as model
     from medft.train import baseline as train
-    with pytest.MonkeyPatch.context() as m:     # a process for each run's artefacts costs ten seconds of imports; the command below has them
+
+    with (
+        pytest.MonkeyPatch.context() as m
+    ):  # a process for each run's artefacts costs ten seconds of imports; the command below has them
         m.setattr(parity, "in_fresh_process", parity.score_all)
-        data.prepare(run); model.inspect(run); train.train(run); evaluate.evaluate(run); export.export(run)
+        data.prepare(run)
+        model.inspect(run)
+        train.train(run)
+        evaluate.evaluate(run)
+        export.export(run)
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_recipe_goes_its_whole_way_in_rehearsal(place, name):
     from medft.cli.resume import differences
     from medft.plan.rehearsal import rehearsal
+
     recipe = load_recipe(name, ["tracking.mlflow=false"])
     small, lines = rehearsal(recipe)
     changed = {k for k in differences(recipe, small) if not k.startswith("dataset.")}
     assert changed <= SMALL | MACHINE, changed - SMALL - MACHINE
-    for k in changed - {"name", "description"}: assert any(f"{k} " in line and " -> " in line and ", because " in line for line in lines), (k, lines)
-    run = Run.create(small); walk(run)
-    folder = run.path/"trl"/("adapters" if recipe.lora else "model")
-    assert folder.is_dir() and read_json(run.path/"metrics.json")["models"].keys() == {"base", "trl"}
-    summary = read_json(run.path/"trl"/"training.json")
-    assert summary["steps"] == 4 and summary["status"] == "finished" and (run.path/"README.md").exists()
-    assert (run.path/"trl"/"merged").is_dir() == bool(recipe.lora and recipe.export.merge)
+    for k in changed - {"name", "description"}:
+        assert any(f"{k} " in line and " -> " in line and ", because " in line for line in lines), (
+            k,
+            lines,
+        )
+    run = Run.create(small)
+    walk(run)
+    folder = run.path / "trl" / ("adapters" if recipe.lora else "model")
+    assert folder.is_dir() and read_json(run.path / "metrics.json")["models"].keys() == {
+        "base",
+        "trl",
+    }
+    summary = read_json(run.path / "trl" / "training.json")
+    assert (
+        summary["steps"] == 4
+        and summary["status"] == "finished"
+        and (run.path / "README.md").exists()
+    )
+    assert (run.path / "trl" / "merged").is_dir() == bool(recipe.lora and recipe.export.merge)
 
 
 def cli(*args, runs):
-    return subprocess.run([sys.executable, "-m", "medft.cli.verbs", *args], cwd=TOP, text=True, capture_output=True, env=os.environ | dict(MEDFT_RUNS=str(runs), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"))
+    return subprocess.run(
+        [sys.executable, "-m", "medft.cli.verbs", *args],
+        cwd=TOP,
+        text=True,
+        capture_output=True,
+        env=os.environ | dict(MEDFT_RUNS=str(runs), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"),
+    )
 
 
 def rehearsed(name, runs, *more):
     done = cli("run", name, "--rehearse", "tracking.mlflow=false", *more, runs=runs)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "rehearsal: model.name" in done.stdout and "rehearsal: random weights, the figures mean nothing" in done.stdout
-    run, = [p.parent for p in (runs/f"{name}-rehearsal").glob("*/manifest.json")]
-    m = read_json(run/"manifest.json")
+    assert (
+        "rehearsal: model.name" in done.stdout
+        and "rehearsal: random weights, the figures mean nothing" in done.stdout
+    )
+    (run,) = [p.parent for p in (runs / f"{name}-rehearsal").glob("*/manifest.json")]
+    m = read_json(run / "manifest.json")
     assert m["status"] == "finished" and m["rehearsal"] is True and m["replaced"]
     return done, run
 
@@ -122,29 +262,41 @@ def rehearsed(name, runs, *more):
 def test_the_command_rehearses(tmp_path):
     "Two stages, which tell whether the command and the notebooks go together; the long test has all of them."
     _, run = rehearsed("mistral_7b_qlora", tmp_path, "--stages", "data,train")
-    assert read_json(run/"trl"/"training.json")["steps"] == 4 and "model.name" in (run/"logs"/"finetune.log").read_text()
+    assert (
+        read_json(run / "trl" / "training.json")["steps"] == 4
+        and "model.name" in (run / "logs" / "finetune.log").read_text()
+    )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", [n for n in SHIPPED if n != "your_data"])
 def test_the_command_rehearses_each(tmp_path, name):
     done, run = rehearsed(name, tmp_path)
-    assert "than the base" not in done.stdout and "mean nothing" in (run/"README.md").read_text()
-    assert len(list((run/"notebooks").glob("*.ipynb"))) == 4 + len(load_recipe(name).engine) and read_json(run/"export.json")["artefacts"]
+    assert "than the base" not in done.stdout and "mean nothing" in (run / "README.md").read_text()
+    assert (
+        len(list((run / "notebooks").glob("*.ipynb"))) == 4 + len(load_recipe(name).engine)
+        and read_json(run / "export.json")["artefacts"]
+    )
 
 
 def test_a_dry_rehearsal_makes_nothing(place, tmp_path, monkeypatch, capfd):
     from medft.cli.verbs import main
-    monkeypatch.setenv("MEDFT_RUNS", str(tmp_path/"runs"))
+
+    monkeypatch.setenv("MEDFT_RUNS", str(tmp_path / "runs"))
     assert main(["run", "gemma3_4b_cpt", "--rehearse", "--dry-run"]) == 0
     shown = capfd.readouterr().out
-    assert "flash_attention_2 -> sdpa" in shown and "keep_best: 5" in shown and not (tmp_path/"runs").exists()
-    (tmp_path/"shown.yaml").write_text(shown)
-    assert load_recipe(str(tmp_path/"shown.yaml")).training.max_steps == 4
+    assert (
+        "flash_attention_2 -> sdpa" in shown
+        and "keep_best: 5" in shown
+        and not (tmp_path / "runs").exists()
+    )
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert load_recipe(str(tmp_path / "shown.yaml")).training.max_steps == 4
 
 
 def test_a_rehearsal_of_an_unknown_architecture_is_refused(place, tmp_path, monkeypatch, capfd):
     from medft.cli.verbs import main
-    monkeypatch.setenv("MEDFT_RUNS", str(tmp_path/"runs"))
+
+    monkeypatch.setenv("MEDFT_RUNS", str(tmp_path / "runs"))
     assert main(["run", "your_data", "model.name=nobody/unheard-of", "--rehearse"]) == 2
-    assert "tells no family" in capfd.readouterr().err and not (tmp_path/"runs").exists()
+    assert "tells no family" in capfd.readouterr().err and not (tmp_path / "runs").exists()

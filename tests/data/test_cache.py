@@ -1,4 +1,10 @@
 """The cache of prepared rows: what decides its key, where it lies, and what it never touches."""
+
+from medft.core.run import Run, assets, load_recipe
+from medft.data import pipeline as data
+from medft.data import splits as storing
+from medft.data.pipeline import load_tokenizer
+
 import http.server
 import json
 import os
@@ -7,16 +13,21 @@ import threading
 
 import pytest
 
-from medft.data import pipeline as data, splits as storing
-from medft.core.run import Run, assets, load_recipe
-from medft.data.pipeline import load_tokenizer
-
 CHECKS_OFF = "dataset.checks={near_duplicates: off, near_overlap: off, untrainable: off, chat_markers: off, contradictions: off}"
-SMALL = ["dataset.holdout=0.0", "training.max_length=128", "tracking.mlflow=false", "engine=[trl]", CHECKS_OFF]
+SMALL = [
+    "dataset.holdout=0.0",
+    "training.max_length=128",
+    "tracking.mlflow=false",
+    "engine=[trl]",
+    CHECKS_OFF,
+]
 
 
 def rows_about(word):
-    lines = [json.dumps(dict(question=f"What is {word} {i:02d}?", answer=f"{word} answer {i:02d}")) for i in range(24)]
+    lines = [
+        json.dumps(dict(question=f"What is {word} {i:02d}?", answer=f"{word} answer {i:02d}"))
+        for i in range(24)
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -52,7 +63,7 @@ def test_a_run_placed_by_hand_never_prunes_beside_it(tmp_path, rows, monkeypatch
 def test_pruning_takes_only_what_the_cache_made(tmp_path, rows):
     cache = tmp_path / "runs" / ".data"
     (cache / "notes").mkdir(parents=True)
-    (cache / ("b" * 32)).mkdir()                # a name like ours, but no data set of ours
+    (cache / ("b" * 32)).mkdir()  # a name like ours, but no data set of ours
     (cache / "plan.txt").write_text("keep me")
     dead = cache / f".{'c' * 32}.123"
     dead.mkdir()
@@ -65,7 +76,11 @@ def test_pruning_takes_only_what_the_cache_made(tmp_path, rows):
     _, report = prepared(tmp_path / "runs", rows)
     left = {p.name for p in cache.iterdir()}
     assert {"notes", "b" * 32, "plan.txt"} <= left and dead.name not in left
-    ours = [name for name in left if storing.KEY.fullmatch(name) and (cache / name / "report.json").exists()]
+    ours = [
+        name
+        for name in left
+        if storing.KEY.fullmatch(name) and (cache / name / "report.json").exists()
+    ]
     assert len(ours) == storing.CACHED and f"{0:032x}" not in left
     assert prepared(tmp_path / "runs", rows)[1]["cached"]
 
@@ -88,7 +103,10 @@ def test_a_kept_data_set_that_is_damaged_is_prepared_again(tmp_path, rows):
     (kept,) = [p for p in (tmp_path / "runs" / ".data").iterdir() if storing.KEY.fullmatch(p.name)]
     (kept / "report.json").write_text("{ broken")
     again, report = prepared(tmp_path / "runs", rows)
-    assert "cached" not in report and data.load_split(again, "train").to_list() == data.load_split(first, "train").to_list()
+    assert (
+        "cached" not in report
+        and data.load_split(again, "train").to_list() == data.load_split(first, "train").to_list()
+    )
 
 
 def tokenizer_with(folder, **changes):
@@ -104,9 +122,17 @@ def test_special_tokens_decide_the_key(tmp_path, rows):
     recipe = load_recipe("your_data", [f"dataset.path={rows}", *SMALL])
     word = load_tokenizer(recipe).convert_ids_to_tokens(300)
     keys = set()
-    for name, changes in dict(base={}, eos=dict(eos_token=word), bos=dict(bos_token=word), pad=dict(pad_token=word)).items():
+    for name, changes in dict(
+        base={}, eos=dict(eos_token=word), bos=dict(bos_token=word), pad=dict(pad_token=word)
+    ).items():
         folder = tokenizer_with(tmp_path / name, **changes)
-        keys.add(storing.cache_key(recipe, {"rows": "1"}, load_tokenizer(load_recipe("your_data", [f"model.name={folder}", *SMALL]))))
+        keys.add(
+            storing.cache_key(
+                recipe,
+                {"rows": "1"},
+                load_tokenizer(load_recipe("your_data", [f"model.name={folder}", *SMALL])),
+            )
+        )
     assert len(keys) == 4
 
 
@@ -118,12 +144,17 @@ def test_library_versions_decide_the_key(rows, monkeypatch):
     for name in storing.LIBRARIES:
         real = storing.importlib.metadata.version
         with monkeypatch.context() as m:
-            m.setattr(storing.importlib.metadata, "version", lambda asked: "0.0" if asked == name else real(asked))
+            m.setattr(
+                storing.importlib.metadata,
+                "version",
+                lambda asked: "0.0" if asked == name else real(asked),
+            )
             assert storing.cache_key(recipe, {}, tok) != before, name
 
 
 class Bare(http.server.BaseHTTPRequestHandler):
     "A web server that tells a file's size and nothing else of its state."
+
     protocol_version = "HTTP/1.1"
     body = b""
 
@@ -136,7 +167,8 @@ class Bare(http.server.BaseHTTPRequestHandler):
         self.do_HEAD()
         self.wfile.write(self.body)
 
-    def log_message(self, *_): pass
+    def log_message(self, *_):
+        pass
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -149,7 +181,9 @@ def test_changed_content_of_the_same_size_is_read_anew(tmp_path, monkeypatch, st
     seen = {}
     for word in ("velorin", "tamquex", "velorin"):
         monkeypatch.setattr(Bare, "body", rows_about(word).encode())
-        run, report = prepared(tmp_path / "runs", url, f"dataset.streaming={str(streaming).lower()}")
+        run, report = prepared(
+            tmp_path / "runs", url, f"dataset.streaming={str(streaming).lower()}"
+        )
         assert word in data.load_split(run, "train")[0]["completion"]
         seen.setdefault(word, []).append((list(report["hashes"].values()), report.get("cached")))
     server.shutdown()

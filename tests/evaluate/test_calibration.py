@@ -1,4 +1,9 @@
 """Calibration: scikit-learn's figures, a temperature from validation rows alone, and a test that doubts an honest model no oftener than it may."""
+
+from medft.evaluate.measures import calibration as cal
+from medft.evaluate.measures.classification import measure_labels
+from medft.evaluate.scoring.predict import choose
+
 import json
 from types import SimpleNamespace
 
@@ -9,22 +14,33 @@ from scipy.special import softmax
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
-from medft.evaluate.measures import calibration as cal
-from medft.evaluate.measures.classification import measure_labels
-from medft.evaluate.scoring.predict import choose
 
-
-def options(n=500, seed=0, brag=2., twins=1, k=4):
+def options(n=500, seed=0, brag=2.0, twins=1, k=4):
     "A model that knows its probabilities and states them sharpened; rows in groups of so many copies."
-    rng = np.random.default_rng(seed); z = np.repeat(rng.normal(0, 1.5, (n//twins, k)), twins, 0)
-    truth = np.repeat((rng.random(n//twins)[:, None] > softmax(z[::twins], 1).cumsum(1)).sum(1), twins)
-    f = pd.DataFrame(dict(id=range(n), group=[f"g{i//twins}" for i in range(n)], scores=(brag*z - 9).tolist(), truth=truth, choice=z.argmax(1)))
+    rng = np.random.default_rng(seed)
+    z = np.repeat(rng.normal(0, 1.5, (n // twins, k)), twins, 0)
+    truth = np.repeat(
+        (rng.random(n // twins)[:, None] > softmax(z[::twins], 1).cumsum(1)).sum(1), twins
+    )
+    f = pd.DataFrame(
+        dict(
+            id=range(n),
+            group=[f"g{i // twins}" for i in range(n)],
+            scores=(brag * z - 9).tolist(),
+            truth=truth,
+            choice=z.argmax(1),
+        )
+    )
     return f.assign(correct=f.choice == f.truth)
 
 
 def labels(n=500, seed=0, k=2):
     f = options(n, seed, k=k)
-    return choose(f.assign(subject="", prompt_sha256="", probabilities=softmax(np.stack(f.scores), 1).tolist()))
+    return choose(
+        f.assign(
+            subject="", prompt_sha256="", probabilities=softmax(np.stack(f.scores), 1).tolist()
+        )
+    )
 
 
 ONES = np.ones((1, 500))
@@ -32,115 +48,219 @@ ONES = np.ones((1, 500))
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_figures_are_those_of_scikit_learn(k):
-    f = options(k=k); p = cal.probabilities(f); made = cal.proper(f.truth.to_numpy(), p)
+    f = options(k=k)
+    p = cal.probabilities(f)
+    made = cal.proper(f.truth.to_numpy(), p)
     half = dict(labels=range(k))
-    assert np.isclose(made["brier"](ONES)[0], sk.brier_score_loss(f.truth, p[:, 1]) if k == 2 else sk.brier_score_loss(f.truth, p, **half))
+    assert np.isclose(
+        made["brier"](ONES)[0],
+        sk.brier_score_loss(f.truth, p[:, 1])
+        if k == 2
+        else sk.brier_score_loss(f.truth, p, **half),
+    )
     assert np.isclose(made["log_loss"](ONES)[0], sk.log_loss(f.truth, p, **half))
     w = np.random.default_rng(0).integers(0, 3, (1, 500)).astype(float)
-    assert np.isclose(made["log_loss"](w)[0], sk.log_loss(f.truth, p, sample_weight=w[0], **half)) and np.isclose(made["brier"](np.ones((3, 500)))[2], made["brier"](ONES)[0])
+    assert np.isclose(
+        made["log_loss"](w)[0], sk.log_loss(f.truth, p, sample_weight=w[0], **half)
+    ) and np.isclose(made["brier"](np.ones((3, 500)))[2], made["brier"](ONES)[0])
 
 
 def by_hand(stated, came_true, bins):
     "The textbook's loop: equally many rows a bin, by the quantiles of what was stated."
     cuts, total = np.quantile(stated, np.linspace(0, 1, bins + 1)), 0
     for b in range(bins):
-        rows = [i for i, s in enumerate(stated) if (b == 0 or s > cuts[b]) and (b == bins - 1 or s <= cuts[b + 1])]
-        if rows: total += abs(sum(stated[i] for i in rows) - sum(came_true[i] for i in rows))
-    return total/len(stated)
+        rows = [
+            i
+            for i, s in enumerate(stated)
+            if (b == 0 or s > cuts[b]) and (b == bins - 1 or s <= cuts[b + 1])
+        ]
+        if rows:
+            total += abs(sum(stated[i] for i in rows) - sum(came_true[i] for i in rows))
+    return total / len(stated)
 
 
 @pytest.mark.parametrize("n, bins", [(500, 12), (2000, 15), (90, 2), (30, 2)])
 def test_error_and_bins_by_another_way(n, bins):
-    f = options(n); s, h = cal.stated(f, cal.probabilities(f)); found = cal.reliability(s, h, f.group.to_numpy())
+    f = options(n)
+    s, h = cal.stated(f, cal.probabilities(f))
+    found = cal.reliability(s, h, f.group.to_numpy())
     assert np.isclose(cal.ece(s, h)(np.ones((1, n)))[0], by_hand(s, h, bins)) and len(found) == bins
     true, mean = calibration_curve(h, s, n_bins=bins, strategy="quantile")
-    assert np.allclose([b["accuracy"] for b in found], true, atol=1e-6) and np.allclose([b["confidence"] for b in found], mean, atol=1e-6)
-    assert sum(b["n"] for b in found) == n and all(b["low"] <= b["confidence"] <= b["high"] and b["ci95"][0] <= b["accuracy"] <= b["ci95"][1] for b in found)
+    assert np.allclose([b["accuracy"] for b in found], true, atol=1e-6) and np.allclose(
+        [b["confidence"] for b in found], mean, atol=1e-6
+    )
+    assert sum(b["n"] for b in found) == n and all(
+        b["low"] <= b["confidence"] <= b["high"] and b["ci95"][0] <= b["accuracy"] <= b["ci95"][1]
+        for b in found
+    )
     assert all(a["high"] < b["low"] for a, b in zip(found, found[1:]))
 
 
 def test_rows_that_state_the_same_are_never_parted():
-    assert len(set(cal.bin_of(np.full(300, .5)))) == 1
-    s = np.repeat([.3, .6, .9], 200); assert [len(set(cal.bin_of(s)[s == x])) for x in (.3, .6, .9)] == [1, 1, 1]
+    assert len(set(cal.bin_of(np.full(300, 0.5)))) == 1
+    s = np.repeat([0.3, 0.6, 0.9], 200)
+    assert [len(set(cal.bin_of(s)[s == x])) for x in (0.3, 0.6, 0.9)] == [1, 1, 1]
 
 
 def test_what_is_stated_is_the_second_label_or_the_choice():
-    two = labels(); p = cal.probabilities(two); s, h = cal.stated(two, p)
-    assert np.allclose(p, np.stack(two.probabilities)) and (s == p[:, 1]).all() and (h == (two.truth == 1)).all()
-    moved = choose(two, .9); assert (cal.stated(moved, p)[1] == h).all()            # whatever the threshold
-    many = labels(k=3); p = cal.probabilities(many); assert (cal.stated(many, p)[1] == many.correct).all()
-    pair = options(k=2); p = cal.probabilities(pair); assert (cal.stated(pair, p)[0] >= .5).all() and (cal.stated(pair, p)[1] == pair.correct).all()
-    rule = pd.DataFrame(dict(probabilities=[[1., 0.]]*60, truth=[0, 1]*30, group=range(60)))
-    assert np.isclose(cal.sureness(rule)["ece"]["value"], .5) and cal.sureness(rule)["log_loss"]["value"] > 10
+    two = labels()
+    p = cal.probabilities(two)
+    s, h = cal.stated(two, p)
+    assert (
+        np.allclose(p, np.stack(two.probabilities))
+        and (s == p[:, 1]).all()
+        and (h == (two.truth == 1)).all()
+    )
+    moved = choose(two, 0.9)
+    assert (cal.stated(moved, p)[1] == h).all()  # whatever the threshold
+    many = labels(k=3)
+    p = cal.probabilities(many)
+    assert (cal.stated(many, p)[1] == many.correct).all()
+    pair = options(k=2)
+    p = cal.probabilities(pair)
+    assert (cal.stated(pair, p)[0] >= 0.5).all() and (cal.stated(pair, p)[1] == pair.correct).all()
+    rule = pd.DataFrame(dict(probabilities=[[1.0, 0.0]] * 60, truth=[0, 1] * 30, group=range(60)))
+    assert (
+        np.isclose(cal.sureness(rule)["ece"]["value"], 0.5)
+        and cal.sureness(rule)["log_loss"]["value"] > 10
+    )
 
 
 def test_questions_with_fewer_options():
-    f = pd.DataFrame(dict(scores=[[-1., -2.], [-1., -2., -3., -4.], [-5., -1., -1.]], truth=[0, 3, 1], group=list("abc")))
-    p = cal.probabilities(f); assert np.allclose(p.sum(1), 1) and (p[0, 2:] == 0).all() and np.allclose(p[0, :2], softmax([-1, -2]))
-    assert np.isfinite(cal.fit_temperature(f)) and all(np.isfinite(x["value"]) for x in cal.sureness(f).values())
+    f = pd.DataFrame(
+        dict(
+            scores=[[-1.0, -2.0], [-1.0, -2.0, -3.0, -4.0], [-5.0, -1.0, -1.0]],
+            truth=[0, 3, 1],
+            group=list("abc"),
+        )
+    )
+    p = cal.probabilities(f)
+    assert (
+        np.allclose(p.sum(1), 1)
+        and (p[0, 2:] == 0).all()
+        and np.allclose(p[0, :2], softmax([-1, -2]))
+    )
+    assert np.isfinite(cal.fit_temperature(f)) and all(
+        np.isfinite(x["value"]) for x in cal.sureness(f).values()
+    )
 
 
 def test_temperature_is_the_floor_of_the_log_loss_and_changes_no_choice():
-    for brag in (.5, 1., 3.):
-        f = options(brag=brag); t = cal.fit_temperature(f); loss = lambda t: sk.log_loss(f.truth, cal.probabilities(f, t), labels=range(4))
-        assert abs(t - brag) < .35*brag and all(loss(t) <= loss(t*x) + 1e-9 for x in (.9, .99, 1.01, 1.1))
+    for brag in (0.5, 1.0, 3.0):
+        f = options(brag=brag)
+        t = cal.fit_temperature(f)
+
+        def loss(t):
+            return sk.log_loss(f.truth, cal.probabilities(f, t), labels=range(4))
+
+        assert abs(t - brag) < 0.35 * brag and all(
+            loss(t) <= loss(t * x) + 1e-9 for x in (0.9, 0.99, 1.01, 1.1)
+        )
         assert (cal.probabilities(f, t).argmax(1) == f.choice).all()
-    assert cal.fit_temperature(f.assign(truth=f.choice)) is None        # the colder, the better
-    lost = f.assign(truth=(f.choice + 1) % 4); assert 3 < cal.fit_temperature(lost) < 100.1
+    assert cal.fit_temperature(f.assign(truth=f.choice)) is None  # the colder, the better
+    lost = f.assign(truth=(f.choice + 1) % 4)
+    assert 3 < cal.fit_temperature(lost) < 100.1
 
 
 def run_of(path, **validation):
-    (path/"predictions"/"validation").mkdir(parents=True)
-    for who, f in validation.items(): f.to_parquet(path/"predictions"/"validation"/f"{who}.validation.parquet")
-    return SimpleNamespace(path=path, recipe=SimpleNamespace(evaluation=SimpleNamespace(confidence=.95)))
+    (path / "predictions" / "validation").mkdir(parents=True)
+    for who, f in validation.items():
+        f.to_parquet(path / "predictions" / "validation" / f"{who}.validation.parquet")
+    return SimpleNamespace(
+        path=path, recipe=SimpleNamespace(evaluation=SimpleNamespace(confidence=0.95))
+    )
 
 
 def test_a_run_takes_its_temperature_from_validation_alone(tmp_path):
-    run = run_of(tmp_path, trl=options(300, seed=7)); other = options(seed=1, brag=1.)
-    made = cal.calibrated(run, {("trl", "test"): options(), ("trl", "never_read"): other, ("base", "test"): other, ("trl", "texts"): pd.DataFrame(dict(nll=[1.]))}, {})["calibration"]
+    run = run_of(tmp_path, trl=options(300, seed=7))
+    other = options(seed=1, brag=1.0)
+    made = cal.calibrated(
+        run,
+        {
+            ("trl", "test"): options(),
+            ("trl", "never_read"): other,
+            ("base", "test"): other,
+            ("trl", "texts"): pd.DataFrame(dict(nll=[1.0])),
+        },
+        {},
+    )["calibration"]
     json.dumps(made, allow_nan=False)
-    assert set(made["trl"]) == {"test", "never_read"} and made["trl"]["test"]["temperature"] == made["trl"]["never_read"]["temperature"] == round(cal.fit_temperature(options(300, seed=7)), 6)
-    assert made["base"]["test"]["temperature"] is None and not [k for k in made["base"]["test"] if "scaled" in k]
+    assert set(made["trl"]) == {"test", "never_read"} and made["trl"]["test"][
+        "temperature"
+    ] == made["trl"]["never_read"]["temperature"] == round(
+        cal.fit_temperature(options(300, seed=7)), 6
+    )
+    assert made["base"]["test"]["temperature"] is None and not [
+        k for k in made["base"]["test"] if "scaled" in k
+    ]
     one = made["trl"]["test"]
-    assert one["ece"]["value"] == round(cal.ece(*cal.stated(options(), cal.probabilities(options())))(ONES)[0], 6)
+    assert one["ece"]["value"] == round(
+        cal.ece(*cal.stated(options(), cal.probabilities(options())))(ONES)[0], 6
+    )
     cool = cal.probabilities(options(), one["temperature"])
-    assert np.isclose(one["brier_scaled"]["value"], sk.brier_score_loss(options().truth, cool, labels=range(4)), atol=1e-5) and one["brier_scaled"]["value"] < one["brier"]["value"]
-    assert one["ece"]["p"] < .01 < one["ece_scaled"]["p"] and one["ece_scaled"]["ci95"][0] == 0 < one["ece"]["ci95"][0] and "labels" not in one
-    assert cal.calibrated(run, {("trl", "texts"): pd.DataFrame(dict(nll=[1.]))}, {}) == {}
+    assert (
+        np.isclose(
+            one["brier_scaled"]["value"],
+            sk.brier_score_loss(options().truth, cool, labels=range(4)),
+            atol=1e-5,
+        )
+        and one["brier_scaled"]["value"] < one["brier"]["value"]
+    )
+    assert (
+        one["ece"]["p"] < 0.01 < one["ece_scaled"]["p"]
+        and one["ece_scaled"]["ci95"][0] == 0 < one["ece"]["ci95"][0]
+        and "labels" not in one
+    )
+    assert cal.calibrated(run, {("trl", "texts"): pd.DataFrame(dict(nll=[1.0]))}, {}) == {}
 
 
 def test_labels_have_their_error_among_their_figures():
     two, four = labels(), labels(k=4)
     for f in (two, four):
-        found, alone = measure_labels(f), cal.sureness(f); assert all(found[m] == alone[m] for m in ("brier", "log_loss", "ece"))
-    each = cal.believed(four)["labels"]; p = np.stack(four.probabilities)
-    assert np.allclose(each, [by_hand(p[:, j], (four.truth == j).to_numpy(float), 12) for j in range(4)], atol=1e-6) and "labels" not in cal.believed(two)
+        found, alone = measure_labels(f), cal.sureness(f)
+        assert all(found[m] == alone[m] for m in ("brier", "log_loss", "ece"))
+    each = cal.believed(four)["labels"]
+    p = np.stack(four.probabilities)
+    assert np.allclose(
+        each, [by_hand(p[:, j], (four.truth == j).to_numpy(float), 12) for j in range(4)], atol=1e-6
+    ) and "labels" not in cal.believed(two)
 
 
 def test_an_interval_holds_its_value_and_one_group_has_none():
-    for f in (options(), options(brag=1.), options(40), options(400, twins=4)):
-        e = cal.sureness(f)["ece"]; assert e["ci95"][0] <= e["value"] <= e["ci95"][1]
-    for f in (options(300, brag=9.), labels(300, k=2)):
-        b = cal.sureness(f.assign(truth=(f.truth + 1) % 2))["brier"]; assert b["ci95"][0] <= b["value"] <= b["ci95"][1]
-    alone = cal.sureness(options(8).assign(group="one patient")); assert all(f["ci95"] == [None, None] for f in alone.values())
+    for f in (options(), options(brag=1.0), options(40), options(400, twins=4)):
+        e = cal.sureness(f)["ece"]
+        assert e["ci95"][0] <= e["value"] <= e["ci95"][1]
+    for f in (options(300, brag=9.0), labels(300, k=2)):
+        b = cal.sureness(f.assign(truth=(f.truth + 1) % 2))["brier"]
+        assert b["ci95"][0] <= b["value"] <= b["ci95"][1]
+    alone = cal.sureness(options(8).assign(group="one patient"))
+    assert all(f["ci95"] == [None, None] for f in alone.values())
 
 
-def alarms(times, twins, brag=1.):
-    return np.mean([cal.believable(*cal.stated(f, cal.probabilities(f)), f.group) < .05 for f in (options(400, seed, brag, twins) for seed in range(times))])
+def alarms(times, twins, brag=1.0):
+    return np.mean(
+        [
+            cal.believable(*cal.stated(f, cal.probabilities(f)), f.group) < 0.05
+            for f in (options(400, seed, brag, twins) for seed in range(times))
+        ]
+    )
 
 
 def test_copies_of_a_row_are_no_evidence():
-    assert alarms(25, 4) <= .2 and alarms(5, 4, brag=3.) == 1
+    assert alarms(25, 4) <= 0.2 and alarms(5, 4, brag=3.0) == 1
 
 
 @pytest.mark.long
 def test_an_honest_model_is_doubted_in_one_of_twenty():
-    assert .02 <= alarms(400, 1) <= .08 and .015 <= alarms(400, 4) <= .085
+    assert 0.02 <= alarms(400, 1) <= 0.08 and 0.015 <= alarms(400, 4) <= 0.085
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("brag", [1., 1.3, 2.])
+@pytest.mark.parametrize("brag", [1.0, 1.3, 2.0])
 def test_intervals_of_the_error_cover_it(brag):
-    whole = options(400_000, 99, brag); real = cal.ece(*cal.stated(whole, cal.probabilities(whole)))(np.ones((1, len(whole))))[0]
+    whole = options(400_000, 99, brag)
+    real = cal.ece(*cal.stated(whole, cal.probabilities(whole)))(np.ones((1, len(whole))))[0]
     found = [cal.sureness(options(400, seed, brag))["ece"]["ci95"] for seed in range(200)]
-    assert np.mean([a - .002 <= real <= b for a, b in found]) >= .85      # 0.87 to 0.94 in 300 tries each: a figure that is never below 0 is skewed
+    assert (
+        np.mean([a - 0.002 <= real <= b for a, b in found]) >= 0.85
+    )  # 0.87 to 0.94 in 300 tries each: a figure that is never below 0 is skewed

@@ -1,101 +1,194 @@
 """Our own engine: the baseline's losses step by step, its checkpoints, its files, and what it says where a piece is the library's. One process."""
-import json, shutil
+
+from medft.cli import runner
+from medft.core import engines
+from medft.core import run as core
+from medft.core.run import MedftError, Run, load_recipe, read_json, sha256, write_json
+from medft.data import pipeline as data
+from medft.fast import engine as fast
+from medft.fast import patching as blocks
+from medft.model import load as model
+from medft.train import baseline as train
+
+import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import PAIRS, TEXTS, prepared
 
-from medft.fast import patching as blocks, engine as fast
-from medft.core import run as core, engines
-from medft.data import pipeline as data
-from medft.model import load as model
-from medft.cli import runner
-from medft.train import baseline as train
-from medft.core.run import MedftError, Run, load_recipe, read_json, sha256, write_json
-
-STEPS = ["engine=[trl, fast]", "training.max_steps=3", "training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2", "training.learning_rate=1e-4", "dataset.max_samples=24"]
-EVAL = ["training.eval_strategy=steps", "training.eval_steps=3", "training.per_device_eval_batch_size=16"]
-CASES = {"generative": EVAL, "grouped by length": ["training.train_sampling_strategy=group_by_length"], "packed": ["training.packing=true"], "whole": ["lora=null"],
-         "classification": [*PAIRS, *EVAL, "dataset.holdout=0.2", "model.class_weights=balanced"], "pretraining": [*TEXTS, *EVAL, "dataset.holdout=0.2"]}
-SAME = ("loss", "eval_loss", "mean_token_accuracy", "eval_mean_token_accuracy", "num_tokens", "num_input_tokens_seen", "learning_rate")
+STEPS = [
+    "engine=[trl, fast]",
+    "training.max_steps=3",
+    "training.per_device_train_batch_size=4",
+    "training.gradient_accumulation_steps=2",
+    "training.learning_rate=1e-4",
+    "dataset.max_samples=24",
+]
+EVAL = [
+    "training.eval_strategy=steps",
+    "training.eval_steps=3",
+    "training.per_device_eval_batch_size=16",
+]
+CASES = {
+    "generative": EVAL,
+    "grouped by length": ["training.train_sampling_strategy=group_by_length"],
+    "packed": ["training.packing=true"],
+    "whole": ["lora=null"],
+    "classification": [*PAIRS, *EVAL, "dataset.holdout=0.2", "model.class_weights=balanced"],
+    "pretraining": [*TEXTS, *EVAL, "dataset.holdout=0.2"],
+}
+SAME = (
+    "loss",
+    "eval_loss",
+    "mean_token_accuracy",
+    "eval_mean_token_accuracy",
+    "num_tokens",
+    "num_input_tokens_seen",
+    "learning_rate",
+)
 
 
 def both(tmp_path, *more):
     "The logs of a run trained by the baseline and by us."
     run = prepared(tmp_path, *STEPS, *more)
-    train.train(run); fast.train_fast(run)
-    return run, *([r for r in train.read_log(run, e) if "loss" in r or "eval_loss" in r] for e in ("trl", "fast"))
+    train.train(run)
+    fast.train_fast(run)
+    return run, *(
+        [r for r in train.read_log(run, e) if "loss" in r or "eval_loss" in r]
+        for e in ("trl", "fast")
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_the_baselines_in_float32(tmp_path, case):
     run, theirs, ours = both(tmp_path, *CASES[case], "training.bf16=false")
-    assert len(theirs) == len(ours) == 3 + ("eval_loss" in theirs[-1]) and ("eval_loss" in theirs[-1]) == (EVAL[0] in CASES[case])
+    assert len(theirs) == len(ours) == 3 + ("eval_loss" in theirs[-1]) and (
+        "eval_loss" in theirs[-1]
+    ) == (EVAL[0] in CASES[case])
     for a, b in zip(theirs, ours):
         assert {k for k in a if "entropy" not in k} == set(b)
-        for k in SAME: assert k not in a or a[k] == pytest.approx(b[k], abs=1e-5), (case, k)
-        if "grad_norm" in a: assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        for k in SAME:
+            assert k not in a or a[k] == pytest.approx(b[k], abs=1e-5), (case, k)
+        if "grad_norm" in a:
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     said = train.training_summary(run, "fast")
-    assert said["first_loss_plain"] == pytest.approx(said["first_loss_fast"], abs=1e-4) and isinstance(said["notes"], list) and said["allocator"]
+    assert (
+        said["first_loss_plain"] == pytest.approx(said["first_loss_fast"], abs=1e-4)
+        and isinstance(said["notes"], list)
+        and said["allocator"]
+    )
 
 
 @pytest.mark.skipif(not train.has_bfloat16(), reason="this machine has no bfloat16")
 @pytest.mark.parametrize("case", ["generative", "whole", "classification", "pretraining"])
 def test_in_bfloat16_the_error_is_no_larger_than_the_baselines(tmp_path, case):
-    _, exact, _ = both(tmp_path/"exact", *CASES[case], "training.bf16=false")
+    _, exact, _ = both(tmp_path / "exact", *CASES[case], "training.bf16=false")
     run, theirs, ours = both(tmp_path, *CASES[case], "training.bf16=true")
-    wrong = [[abs(e["loss"] - x["loss"]) for e, x in zip(exact, log) if "loss" in x] for log in (theirs, ours)]
-    assert max(wrong[1]) < 2*max(wrong[0]) + 2e-3, wrong
-    kept = load_file(next((run.path/"fast").glob("*/*.safetensors")))
-    assert {t.dtype for k, t in kept.items()} == {torch.float32}      # what is trained is trained in full
+    wrong = [
+        [abs(e["loss"] - x["loss"]) for e, x in zip(exact, log) if "loss" in x]
+        for log in (theirs, ours)
+    ]
+    assert max(wrong[1]) < 2 * max(wrong[0]) + 2e-3, wrong
+    kept = load_file(next((run.path / "fast").glob("*/*.safetensors")))
+    assert {t.dtype for k, t in kept.items()} == {
+        torch.float32
+    }  # what is trained is trained in full
 
 
 def test_frozen_weights_are_narrow_only_where_they_may_be():
     quick = load_recipe("quickstart")
-    for more, dtype in (([], "bfloat16"), (["lora=null"], "auto"), (["lora.modules_to_save=[lm_head]"], "auto"), (["lora.bias=all"], "auto"), (["model.dtype=float32"], "float32")):
+    for more, dtype in (
+        ([], "bfloat16"),
+        (["lora=null"], "auto"),
+        (["lora.modules_to_save=[lm_head]"], "auto"),
+        (["lora.bias=all"], "auto"),
+        (["model.dtype=float32"], "float32"),
+    ):
         assert fast.narrowed(load_recipe("quickstart", more), True).model.dtype == dtype, more
     assert fast.narrowed(quick, False) is quick
 
 
 def test_resumed_equals_uninterrupted_and_the_adapter_is_one_like_others(tmp_path):
-    run = prepared(tmp_path, "engine=[trl, fast]", "training.save_strategy=steps", "training.save_steps=2", "training.max_steps=4", "lora.lora_dropout=0.1")
-    whole = fast.train_fast(run); files = sorted(p.name for p in (run.path/"fast"/"checkpoints"/"checkpoint-2").iterdir())
-    before = sha256(run.path/"fast/adapters/adapter_model.safetensors")
-    for gone in ("adapters", "checkpoints/checkpoint-4"): shutil.rmtree(run.path/"fast"/gone)
+    run = prepared(
+        tmp_path,
+        "engine=[trl, fast]",
+        "training.save_strategy=steps",
+        "training.save_steps=2",
+        "training.max_steps=4",
+        "lora.lora_dropout=0.1",
+    )
+    whole = fast.train_fast(run)
+    files = sorted(p.name for p in (run.path / "fast" / "checkpoints" / "checkpoint-2").iterdir())
+    before = sha256(run.path / "fast/adapters/adapter_model.safetensors")
+    for gone in ("adapters", "checkpoints/checkpoint-4"):
+        shutil.rmtree(run.path / "fast" / gone)
     again = fast.train_fast(run)
-    assert again["resumed"] and not whole["resumed"] and sha256(run.path/"fast/adapters/adapter_model.safetensors") == before
+    assert (
+        again["resumed"]
+        and not whole["resumed"]
+        and sha256(run.path / "fast/adapters/adapter_model.safetensors") == before
+    )
     train.train(run)
-    names = [load_file(run.path/e/"adapters/adapter_model.safetensors") for e in ("trl", "fast")]
+    names = [
+        load_file(run.path / e / "adapters/adapter_model.safetensors") for e in ("trl", "fast")
+    ]
     assert {k: v.shape for k, v in names[0].items()} == {k: v.shape for k, v in names[1].items()}
-    assert files == sorted(p.name for p in (run.path/"trl"/"checkpoints"/"checkpoint-2").iterdir())
-    assert read_json(run.path/"trl/adapters/adapter_config.json").keys() == read_json(run.path/"fast/adapters/adapter_config.json").keys()
+    assert files == sorted(
+        p.name for p in (run.path / "trl" / "checkpoints" / "checkpoint-2").iterdir()
+    )
+    assert (
+        read_json(run.path / "trl/adapters/adapter_config.json").keys()
+        == read_json(run.path / "fast/adapters/adapter_config.json").keys()
+    )
 
 
 def test_a_saved_adapter_gives_the_trained_models_logits(tmp_path):
     run = prepared(tmp_path, "engine=fast", "training.max_steps=3", "training.bf16=false")
-    trainer = fast.trainer_of(run); train.fit(trainer)
-    trainer.quick.restore(); trained, loaded = trainer.model.eval(), model.load_tuned(run, "fast")
+    trainer = fast.trainer_of(run)
+    train.fit(trainer)
+    trainer.quick.restore()
+    trained, loaded = trainer.model.eval(), model.load_tuned(run, "fast")
     ids = torch.tensor([data.load_split(run, "train")[0]["input_ids"]])
-    with torch.no_grad(): a, b = trained(input_ids=ids).logits, loaded(input_ids=ids).logits
+    with torch.no_grad():
+        a, b = trained(input_ids=ids).logits, loaded(input_ids=ids).logits
     assert torch.allclose(a.float(), b.float(), atol=1e-5)
 
 
 def test_what_the_step_does_not_know_is_left_to_the_library_and_said(tmp_path):
     run, theirs, ours = both(tmp_path, "training.neftune_noise_alpha=5", "training.bf16=false")
     assert [r["loss"] for r in theirs] == [r["loss"] for r in ours]
-    note, = train.training_summary(run, "fast")["notes"]
-    assert "neftune_noise_alpha" in note and note in (run.path/"logs"/"finetune.log").read_text()
+    (note,) = train.training_summary(run, "fast")["notes"]
+    assert (
+        "neftune_noise_alpha" in note and note in (run.path / "logs" / "finetune.log").read_text()
+    )
 
 
 def test_every_module_knows_that_it_trains(tmp_path):
     "Dropout is on in the step, off in the check before it and in evaluations."
-    run = prepared(tmp_path, "engine=fast", *EVAL, "training.max_steps=4", "lora.lora_dropout=0.5", "training.eval_steps=2", "dataset.max_samples=32")
+    run = prepared(
+        tmp_path,
+        "engine=fast",
+        *EVAL,
+        "training.max_steps=4",
+        "lora.lora_dropout=0.5",
+        "training.eval_steps=2",
+        "dataset.max_samples=32",
+    )
     trainer, modes = fast.trainer_of(run), []
     own = trainer.own_loss
-    trainer.own_loss = lambda *a: (modes.append({m.training for m in trainer.model.modules()}), own(*a))[1]
+    trainer.own_loss = lambda *a: (
+        modes.append({m.training for m in trainer.model.modules()}),
+        own(*a),
+    )[1]
     trainer.go()
-    assert modes[:4] == [{False}, {False}, {True}, {True}] and {False} in modes[4:] and {True} in modes[4:] and {True, False} not in modes
+    assert (
+        modes[:4] == [{False}, {False}, {True}, {True}]
+        and {False} in modes[4:]
+        and {True} in modes[4:]
+        and {True, False} not in modes
+    )
     assert any("dropout" in n for n in trainer.told["notes"])
 
 
@@ -104,37 +197,69 @@ def test_a_step_that_computes_something_else_does_not_train(tmp_path, monkeypatc
     run = prepared(tmp_path, *STEPS)
     real = fast.unpadded
     with monkeypatch.context() as m:
-        m.setattr(fast, "unpadded", lambda b: (r := real(b))._replace(positions=torch.arange(r.ids.shape[1])[None]))
-        with pytest.raises(MedftError, match="first batch.*engine: .trl."): fast.train_fast(run)
+        m.setattr(
+            fast,
+            "unpadded",
+            lambda b: (r := real(b))._replace(positions=torch.arange(r.ids.shape[1])[None]),
+        )
+        with pytest.raises(MedftError, match="first batch.*engine: .trl."):
+            fast.train_fast(run)
+
     def without(net, dtype=None):
-        quick = blocks.quicken(net, dtype); hidden = quick.hidden
+        quick = blocks.quicken(net, dtype)
+        hidden = quick.hidden
+
         def bare(*a, **k):
-            with net.disable_adapter(): return hidden(*a, **k)
-        quick.hidden = bare; quick.restore(); return quick
+            with net.disable_adapter():
+                return hidden(*a, **k)
+
+        quick.hidden = bare
+        quick.restore()
+        return quick
+
     with monkeypatch.context() as m:
         m.setattr(fast, "quicken", without)
-        with pytest.raises(MedftError, match="first batch"): fast.train_fast(run)
-    assert not (run.path/"fast"/"adapters").exists()
+        with pytest.raises(MedftError, match="first batch"):
+            fast.train_fast(run)
+    assert not (run.path / "fast" / "adapters").exists()
 
 
 @pytest.mark.parametrize("rows, left", [([5, 3, 9], [4, 2, 8]), ([1, 4], [3])])
 def test_only_what_the_loss_depends_on_is_left(rows, left):
-    width = max(rows); mask = torch.arange(width) < torch.tensor(rows)[:, None]
-    ids = torch.arange(1, 1 + len(rows)*width).view(len(rows), width)
-    r = fast.unpadded(dict(input_ids=ids, attention_mask=mask.long(), labels=torch.where(mask, ids, -100)))
-    assert r.positions.tolist() == [[i for n in left for i in range(n)]] and r.targets.tolist() == [i for row, n in zip(ids.tolist(), rows) for i in row[1:n]]
-    assert r.ids[0, r.at].tolist() == [i for row, n in zip(ids.tolist(), rows) for i in row[:n - 1]]
+    width = max(rows)
+    mask = torch.arange(width) < torch.tensor(rows)[:, None]
+    ids = torch.arange(1, 1 + len(rows) * width).view(len(rows), width)
+    r = fast.unpadded(
+        dict(input_ids=ids, attention_mask=mask.long(), labels=torch.where(mask, ids, -100))
+    )
+    assert r.positions.tolist() == [[i for n in left for i in range(n)]] and r.targets.tolist() == [
+        i for row, n in zip(ids.tolist(), rows) for i in row[1:n]
+    ]
+    assert r.ids[0, r.at].tolist() == [
+        i for row, n in zip(ids.tolist(), rows) for i in row[: n - 1]
+    ]
 
 
 def test_auto_chooses_by_machine_and_task_and_says_why(tmp_path, monkeypatch):
     auto = load_recipe("quickstart", ["engine=auto"])
     labels = load_recipe("quickstart", ["engine=[auto]", "model.task=classification"])
-    for r, device, unsloth, expected in ((auto, "cpu", True, "fast"), (auto, "cuda", True, "unsloth"), (auto, "cuda", False, "fast"), (labels, "cuda", True, "fast"), (auto, "mps", False, "trl")):
+    for r, device, unsloth, expected in (
+        (auto, "cpu", True, "fast"),
+        (auto, "cuda", True, "unsloth"),
+        (auto, "cuda", False, "fast"),
+        (labels, "cuda", True, "fast"),
+        (auto, "mps", False, "trl"),
+    ):
         chosen = engines.settled(r, device, unsloth)
         assert chosen.engine == [expected] and chosen.engine_chosen.startswith(f"{expected}: ")
-    with pytest.raises(MedftError, match="auto chooses by itself"): load_recipe("quickstart", ["engine=[auto, trl]"])
+    with pytest.raises(MedftError, match="auto chooses by itself"):
+        load_recipe("quickstart", ["engine=[auto, trl]"])
     run = Run.create(auto, root=tmp_path)
-    assert run.manifest["engine_chosen"] and len(run.recipe.engine) == 1 and Run.open(run.path).recipe.engine_chosen == run.manifest["engine_chosen"]
+    assert (
+        run.manifest["engine_chosen"]
+        and len(run.recipe.engine) == 1
+        and Run.open(run.path).recipe.engine_chosen == run.manifest["engine_chosen"]
+    )
     assert core.settle(run.recipe) is run.recipe
 
 
@@ -145,16 +270,26 @@ def test_a_run_of_an_earlier_medft_goes_on(tmp_path):
     assert runner.stages_begun(run) == ["data", "model", "train", "unsloth", "evaluate", "export"]
     run.update({"stages": {"fast": dict(status="finished")}})
     assert runner.stages_begun(run)[3] == "fast"
-    old = run.path/"recipe.yaml"; old.write_text("".join(l for l in old.read_text().splitlines(True) if not l.startswith("engine_chosen")))
+    old = run.path / "recipe.yaml"
+    old.write_text(
+        "".join(l for l in old.read_text().splitlines(True) if not l.startswith("engine_chosen"))
+    )
     assert Run.open(run.path).recipe.engine == ["trl", "unsloth"]
 
 
 def test_an_engine_that_is_left_out_is_not_started_and_says_so(tmp_path):
     recipe = load_recipe("quickstart", ["engine=[fast]"])
     assert runner.stages_of(recipe) == ["data", "model", "fast", "evaluate", "export"]
-    with pytest.raises(MedftError, match="leaves out train"): runner.stages_of(recipe, ["train"])
-    run = Run.create(recipe, root=tmp_path); runner.note_left_out(run)
-    assert {e: train.training_summary(run, e).get("reason") for e in core.ENGINES} == dict(trl="the recipe's engine list leaves it out", unsloth="the recipe's engine list leaves it out", fast=None)
+    with pytest.raises(MedftError, match="leaves out train"):
+        runner.stages_of(recipe, ["train"])
+    run = Run.create(recipe, root=tmp_path)
+    runner.note_left_out(run)
+    assert {e: train.training_summary(run, e).get("reason") for e in core.ENGINES} == dict(
+        trl="the recipe's engine list leaves it out",
+        unsloth="the recipe's engine list leaves it out",
+        fast=None,
+    )
     assert train.trained(run) == []
-    for e in core.ENGINES: write_json(run.path/e/"training.json", dict(status="finished"))
+    for e in core.ENGINES:
+        write_json(run.path / e / "training.json", dict(status="finished"))
     assert train.trained(run) == ["trl", "unsloth", "fast"]

@@ -1,26 +1,44 @@
 """The fast step is the plain step: same loss, same gradients, rows that do not see each other, and never all logits."""
+
+from medft.core.run import MedftError
+from medft.fast import loss as heads
+from medft.fast.loss import supervised_loss
+from medft.fast.patching import quicken
+from medft.model.families import NAMES, lora_targets, model_class, tiny_config
+
 import copy
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch.nn.functional import cross_entropy
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from medft.fast import loss as heads
-from medft.fast.patching import quicken
-from medft.core.run import MedftError
-from medft.model.families import NAMES, lora_targets, model_class, tiny_config
-from medft.fast.loss import supervised_loss
-
-LENGTHS, LEARNT = (45, 7, 33), (9, 3, 20)       # longer than the windows of sliding layers
-SMALL = dict(vocab_size=2048, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, pad_token_id=0)
+LENGTHS, LEARNT = (45, 7, 33), (9, 3, 20)  # longer than the windows of sliding layers
+SMALL = dict(
+    vocab_size=2048,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    pad_token_id=0,
+)
 PACKED = [n for n in NAMES if n != "nemotron_h"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    before = torch.get_num_threads(); torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -34,27 +52,50 @@ def build(name, dtype=torch.float32, lora=True, task="generative", **kwargs):
     "A tiny model with a random adapter; `lora=False`: everything is trained."
     torch.manual_seed(0)
     config = name if not isinstance(name, str) else tiny_config(name)
-    if task == "classification": config.num_labels = 3
-    cls = {"gemma2": Gemma2ForCausalLM, "qwen3": Qwen3ForCausalLM}.get(config.model_type) or model_class(config, task)
-    m = cls._from_config(config, dtype=dtype, attn_implementation="eager" if config.model_type == "gemma2" else "sdpa")
-    if lora: m = get_peft_model(m, LoraConfig(r=4, lora_alpha=8, **dict(target_modules=lora_targets(config)) | kwargs))
+    if task == "classification":
+        config.num_labels = 3
+    cls = {"gemma2": Gemma2ForCausalLM, "qwen3": Qwen3ForCausalLM}.get(
+        config.model_type
+    ) or model_class(config, task)
+    m = cls._from_config(
+        config,
+        dtype=dtype,
+        attn_implementation="eager" if config.model_type == "gemma2" else "sdpa",
+    )
+    if lora:
+        m = get_peft_model(
+            m, LoraConfig(r=4, lora_alpha=8, **dict(target_modules=lora_targets(config)) | kwargs)
+        )
     g = torch.Generator().manual_seed(5)
     for n, p in m.named_parameters():
-        if "lora_B" in n or "lora_embedding_A" in n: p.data = torch.randn(p.shape, generator=g)*0.05
-        if p.requires_grad: p.data = p.data.float()
+        if "lora_B" in n or "lora_embedding_A" in n:
+            p.data = torch.randn(p.shape, generator=g) * 0.05
+        if p.requires_grad:
+            p.data = p.data.float()
     return m.train()
 
 
-def grads(m): return {n: p.grad.float().clone() for n, p in m.named_parameters() if p.grad is not None}
+def grads(m):
+    return {n: p.grad.float().clone() for n, p in m.named_parameters() if p.grad is not None}
 
 
 def plain_step(m, texts, learnt=LEARNT):
     "Every row by itself, all logits: the definition."
-    m.zero_grad(); total, loss = sum(learnt), 0
+    m.zero_grad()
+    total, loss = sum(learnt), 0
     for x, k in zip(texts, learnt):
-        more = dict(token_type_ids=torch.zeros_like(x)[None]) if "Gemma3For" in type(getattr(m, "get_base_model", lambda: m)()).__name__ and hasattr(m.config, "vision_config") else {}
-        z = m(input_ids=x[None], attention_mask=torch.ones_like(x)[None], use_cache=False, **more).logits[0].float()
-        loss = loss + cross_entropy(z[-k - 1:-1], x[-k:], reduction="sum")/total
+        more = (
+            dict(token_type_ids=torch.zeros_like(x)[None])
+            if "Gemma3For" in type(getattr(m, "get_base_model", lambda: m)()).__name__
+            and hasattr(m.config, "vision_config")
+            else {}
+        )
+        z = (
+            m(input_ids=x[None], attention_mask=torch.ones_like(x)[None], use_cache=False, **more)
+            .logits[0]
+            .float()
+        )
+        loss = loss + cross_entropy(z[-k - 1 : -1], x[-k:], reduction="sum") / total
     loss.backward()
     return float(loss.detach()), grads(m)
 
@@ -68,7 +109,8 @@ def packed(texts, learnt=LEARNT):
 
 def quick_step(q, texts, learnt=LEARNT, whole=False):
     "All rows end to end, the head on what is learned."
-    q.model.zero_grad(); ids, at, keep = packed(texts, learnt)
+    q.model.zero_grad()
+    ids, at, keep = packed(texts, learnt)
     h = q.hidden(ids, at)[0, keep] if whole else q.hidden(ids, at, keep=keep)[0]
     loss, hits, _ = supervised_loss(h, q.head, ids[0, keep + 1], float(len(keep)), q.softcap)
     loss.backward()
@@ -79,168 +121,316 @@ def gap(a, b):
     "The distance of two sets of gradients, relative to the second."
     assert set(a) == set(b), set(a) ^ set(b)
     x, y = (torch.cat([g[n].flatten() for n in sorted(b)]) for g in (a, b))
-    return float((x - y).norm()/y.norm())
+    return float((x - y).norm() / y.norm())
 
 
 def agree(m, notes=None, whole=False):
     "Plain and quick on the same model in float32; returns the quick one."
-    loss, g = plain_step(m, rows()); q = quicken(m); found, h = quick_step(q, rows(), whole=whole)
+    loss, g = plain_step(m, rows())
+    q = quicken(m)
+    found, h = quick_step(q, rows(), whole=whole)
     assert abs(found - loss) < 1e-5 and gap(h, g) < 1e-4, (found - loss, gap(h, g))
-    assert bool(q.notes) == bool(notes) and all(any(n in line for line in q.notes) for n in notes or ()), q.notes
+    assert bool(q.notes) == bool(notes) and all(
+        any(n in line for line in q.notes) for n in notes or ()
+    ), q.notes
     return q
 
 
 # ---- exactness
 
+
 @pytest.mark.parametrize("name", PACKED)
 def test_every_family_in_float32(name):
-    m = build(name); before = list(m.state_dict())
+    m = build(name)
+    before = list(m.state_dict())
     q = agree(m)
-    assert list(m.state_dict()) == before                                        # names unchanged while quick
-    loss, g = quick_step(q, rows(), whole=True); assert abs(loss - quick_step(q, rows())[0]) < 1e-6     # all positions, or those wanted
-    q.restore(); assert not any("forward" in m.__dict__ for m in m.modules()) and abs(plain_step(m, rows())[0] - loss) < 1e-5
+    assert list(m.state_dict()) == before  # names unchanged while quick
+    loss, g = quick_step(q, rows(), whole=True)
+    assert abs(loss - quick_step(q, rows())[0]) < 1e-6  # all positions, or those wanted
+    q.restore()
+    assert (
+        not any("forward" in m.__dict__ for m in m.modules())
+        and abs(plain_step(m, rows())[0] - loss) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["tinyllama", "gemma3"])
 def test_bfloat16_is_no_further_from_float32_than_trl(name):
-    exact = build(name); loss, g = plain_step(exact, rows())
-    with torch.autocast("cpu", torch.bfloat16): amp, ga = plain_step(build(name), rows())       # TRL's default
-    half, gh = plain_step(build(name, torch.bfloat16), rows())                                  # TRL at its best
+    exact = build(name)
+    loss, g = plain_step(exact, rows())
+    with torch.autocast("cpu", torch.bfloat16):
+        amp, ga = plain_step(build(name), rows())  # TRL's default
+    half, gh = plain_step(build(name, torch.bfloat16), rows())  # TRL at its best
     ours, gq = quick_step(quicken(build(name, torch.bfloat16), torch.bfloat16), rows())
     assert abs(ours - loss) < 1e-3 and abs(ours - half) < 1e-3
-    assert gap(gq, g) < 1.1*max(gap(ga, g), gap(gh, g)), (gap(gq, g), gap(ga, g), gap(gh, g))
+    assert gap(gq, g) < 1.1 * max(gap(ga, g), gap(gh, g)), (gap(gq, g), gap(ga, g), gap(gh, g))
 
 
 def test_padded_rows_and_models_that_cannot_be_packed():
-    texts = rows(); width = max(map(len, texts)); ids = torch.stack([torch.cat([x, x.new_zeros(width - len(x))]) for x in texts]); mask = ids.ne(0).long()
+    texts = rows()
+    width = max(map(len, texts))
+    ids = torch.stack([torch.cat([x, x.new_zeros(width - len(x))]) for x in texts])
+    mask = ids.ne(0).long()
     for name in ("nemotron_h", "tinyllama"):
-        m = build(name); want = m.get_base_model().get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        q = quicken(m); got = q.hidden(ids, attention_mask=mask)
-        assert q.packs == (name != "nemotron_h") and torch.allclose(got[mask.bool()], want[mask.bool()], atol=2e-5)
-    assert any("layers run as transformers wrote them" in n for n in quicken(build("nemotron_h")).notes)
-    with pytest.raises(MedftError, match="cannot be packed"): quicken(build("nemotron_h")).hidden(*packed(texts)[:2])
+        m = build(name)
+        want = (
+            m.get_base_model()
+            .get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+            .last_hidden_state
+        )
+        q = quicken(m)
+        got = q.hidden(ids, attention_mask=mask)
+        assert q.packs == (name != "nemotron_h") and torch.allclose(
+            got[mask.bool()], want[mask.bool()], atol=2e-5
+        )
+    assert any(
+        "layers run as transformers wrote them" in n for n in quicken(build("nemotron_h")).notes
+    )
+    with pytest.raises(MedftError, match="cannot be packed"):
+        quicken(build("nemotron_h")).hidden(*packed(texts)[:2])
 
 
 def test_nemotron_adapters():
-    m = build("nemotron_h"); x = rows()[:1]; loss, g = plain_step(m, x, LEARNT[:1])
+    m = build("nemotron_h")
+    x = rows()[:1]
+    loss, g = plain_step(m, x, LEARNT[:1])
     found, h = quick_step(quicken(m), x, LEARNT[:1])
     assert abs(found - loss) < 1e-5 and gap(h, g) < 1e-4
 
 
 def test_soft_capping_and_other_builds():
-    agree(build(Gemma2Config(**SMALL, sliding_window=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)))
+    agree(
+        build(
+            Gemma2Config(
+                **SMALL,
+                sliding_window=16,
+                query_pre_attn_scalar=16,
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=3.0,
+            )
+        )
+    )
     agree(build(Qwen3Config(**SMALL)))
     agree(build(LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True)))
 
 
-@pytest.mark.parametrize("kwargs,note", [
-    (dict(use_rslora=True), None), (dict(target_modules=["q_proj", "v_proj"]), None), (dict(target_modules=["down_proj", "k_proj"]), None),
-    (dict(use_dora=True), "DoRA"), (dict(lora_bias=True), "bias"),
-    (dict(target_modules=["q_proj", "lm_head"]), None), (dict(modules_to_save=["lm_head", "embed_tokens"]), None),
-    (dict(target_modules=["q_proj", "embed_tokens"]), "Embedding"), (dict(modules_to_save=["input_layernorm"]), None)])
+@pytest.mark.parametrize(
+    "kwargs,note",
+    [
+        (dict(use_rslora=True), None),
+        (dict(target_modules=["q_proj", "v_proj"]), None),
+        (dict(target_modules=["down_proj", "k_proj"]), None),
+        (dict(use_dora=True), "DoRA"),
+        (dict(lora_bias=True), "bias"),
+        (dict(target_modules=["q_proj", "lm_head"]), None),
+        (dict(modules_to_save=["lm_head", "embed_tokens"]), None),
+        (dict(target_modules=["q_proj", "embed_tokens"]), "Embedding"),
+        (dict(modules_to_save=["input_layernorm"]), None),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_kinds_of_adapters(kwargs, note): agree(build(LlamaConfig(**SMALL), **kwargs), note and [note])
+def test_kinds_of_adapters(kwargs, note):
+    agree(build(LlamaConfig(**SMALL), **kwargs), note and [note])
 
 
 def test_dropout_goes_peft_s_way():
-    m = build("tinyllama", lora_dropout=0.5); q = quicken(m); assert "lora_dropout" in " ".join(q.notes)
+    m = build("tinyllama", lora_dropout=0.5)
+    q = quicken(m)
+    assert "lora_dropout" in " ".join(q.notes)
     losses = set()
-    for seed in (1, 2): torch.manual_seed(seed); losses.add(quick_step(q, rows())[0])
-    assert len(losses) == 2                                                       # it does drop
-    m.eval(); found = quick_step(q, rows())[0]; q.restore(); assert abs(found - plain_step(m, rows())[0]) < 1e-5
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        losses.add(quick_step(q, rows())[0])
+    assert len(losses) == 2  # it does drop
+    m.eval()
+    found = quick_step(q, rows())[0]
+    q.restore()
+    assert abs(found - plain_step(m, rows())[0]) < 1e-5
 
 
 def test_adapters_off_and_several():
-    m = build("tinyllama"); m.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
-    q = quicken(m); ids, at, keep = packed(rows())
-    with m.disable_adapter(): off = q.hidden(ids, at)
-    m.set_adapter("other"); other = q.hidden(ids, at); m.set_adapter("default"); one = q.hidden(ids, at)
-    assert torch.allclose(off, other, atol=1e-6) and not torch.allclose(off, one, atol=1e-3)      # the second adapter is still zero
+    m = build("tinyllama")
+    m.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    q = quicken(m)
+    ids, at, keep = packed(rows())
+    with m.disable_adapter():
+        off = q.hidden(ids, at)
+    m.set_adapter("other")
+    other = q.hidden(ids, at)
+    m.set_adapter("default")
+    one = q.hidden(ids, at)
+    assert torch.allclose(off, other, atol=1e-6) and not torch.allclose(
+        off, one, atol=1e-3
+    )  # the second adapter is still zero
 
 
 def test_full_tuning():
-    agree(build("tinyllama", lora=False)); agree(build("gemma3", lora=False))
+    agree(build("tinyllama", lora=False))
+    agree(build("gemma3", lora=False))
     loss, g = plain_step(build("tinyllama", lora=False), rows())
-    with torch.autocast("cpu", torch.bfloat16): amp, ga = plain_step(build("tinyllama", lora=False), rows())
+    with torch.autocast("cpu", torch.bfloat16):
+        amp, ga = plain_step(build("tinyllama", lora=False), rows())
     ours, gq = quick_step(quicken(build("tinyllama", lora=False), torch.bfloat16), rows())
-    assert abs(ours - loss) < 1e-3 and gap(gq, g) < 1.2*gap(ga, g) and all(x.dtype is torch.float32 for x in gq.values())
+    assert (
+        abs(ours - loss) < 1e-3
+        and gap(gq, g) < 1.2 * gap(ga, g)
+        and all(x.dtype is torch.float32 for x in gq.values())
+    )
 
 
 def test_checkpointing():
-    m = build("gemma3"); loss, g = plain_step(m, rows()); m.gradient_checkpointing_enable(dict(use_reentrant=False)); m.enable_input_require_grads()
-    q = quicken(m); found, h = quick_step(q, rows())
+    m = build("gemma3")
+    loss, g = plain_step(m, rows())
+    m.gradient_checkpointing_enable(dict(use_reentrant=False))
+    m.enable_input_require_grads()
+    q = quicken(m)
+    found, h = quick_step(q, rows())
     assert abs(found - loss) < 1e-5 and gap(h, g) < 1e-4
 
 
 def test_attention_dropout_and_classifiers():
-    config = LlamaConfig(**SMALL, attention_dropout=0.1); assert any("attention dropout" in n for n in quicken(build(config)).notes)
-    m = build("tinyllama", task="classification", task_type="SEQ_CLS"); q = quicken(m)
-    texts = rows(); ids, at, _ = packed(texts); last = torch.tensor([len(x) for x in texts]).cumsum(0) - 1
+    config = LlamaConfig(**SMALL, attention_dropout=0.1)
+    assert any("attention dropout" in n for n in quicken(build(config)).notes)
+    m = build("tinyllama", task="classification", task_type="SEQ_CLS")
+    q = quicken(m)
+    texts = rows()
+    ids, at, _ = packed(texts)
+    last = torch.tensor([len(x) for x in texts]).cumsum(0) - 1
     z = m.get_base_model().score(q.hidden(ids, at, keep=last)[0])
     assert torch.allclose(z, torch.cat([m(input_ids=x[None]).logits for x in texts]), atol=1e-5)
 
 
 # ---- isolation, memory, names
 
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_changed_neighbour_changes_nothing(dtype):
     for name in ("mistral", "gemma3"):
-        q = quicken(build(name, dtype), dtype); seen = []
+        q = quicken(build(name, dtype), dtype)
+        seen = []
         for seed in (0, 1):
-            texts = [rows(seed)[0], *rows()[1:]]; ids, at, _ = packed(texts); own = slice(len(texts[0]), None)
-            x = q.hidden(ids, at)[:, own]; seen.append((x.detach(), *torch.autograd.grad(x.float().square().sum(), [p for n, p in q.model.named_parameters() if "lora_A" in n][:2])))
-        assert all(torch.equal(a, b) for a, b in zip(*seen[:2])) or all(torch.allclose(a, b, atol=1e-6 if dtype is torch.float32 else 1e-2) for a, b in zip(*seen)) and torch.equal(seen[0][0], seen[1][0])
+            texts = [rows(seed)[0], *rows()[1:]]
+            ids, at, _ = packed(texts)
+            own = slice(len(texts[0]), None)
+            x = q.hidden(ids, at)[:, own]
+            seen.append(
+                (
+                    x.detach(),
+                    *torch.autograd.grad(
+                        x.float().square().sum(),
+                        [p for n, p in q.model.named_parameters() if "lora_A" in n][:2],
+                    ),
+                )
+            )
+        assert (
+            all(torch.equal(a, b) for a, b in zip(*seen[:2]))
+            or all(
+                torch.allclose(a, b, atol=1e-6 if dtype is torch.float32 else 1e-2)
+                for a, b in zip(*seen)
+            )
+            and torch.equal(seen[0][0], seen[1][0])
+        )
 
 
 def test_logits_are_never_all_there(monkeypatch):
-    monkeypatch.setattr(heads, "LOGITS", 20*2048)
+    monkeypatch.setattr(heads, "LOGITS", 20 * 2048)
     made = []
+
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            made.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t) and t.shape[-1:] == (2048,) and t.shape != (64, 2048))       # the last: the weight itself, turned
+            made.extend(
+                t.numel()
+                for t in (out if isinstance(out, (tuple, list)) else [out])
+                if torch.is_tensor(t) and t.shape[-1:] == (2048,) and t.shape != (64, 2048)
+            )  # the last: the weight itself, turned
             return out
-    q = quicken(build("tinyllama")); ids, at, keep = packed(rows(), (44, 6, 32))
-    with Watch(): supervised_loss(q.hidden(ids, at, keep=keep)[0], q.head, ids[0, keep + 1], 82.0)[0].backward()
-    assert made and max(made) <= 20*2048 < 82*2048
+
+    q = quicken(build("tinyllama"))
+    ids, at, keep = packed(rows(), (44, 6, 32))
+    with Watch():
+        supervised_loss(q.hidden(ids, at, keep=keep)[0], q.head, ids[0, keep + 1], 82.0)[
+            0
+        ].backward()
+    assert made and max(made) <= 20 * 2048 < 82 * 2048
 
 
 def test_saved_as_peft_saves(tmp_path):
-    m = build("tinyllama"); before = {k: v.clone() for k, v in get_peft_model_state_dict(m).items()}
-    q = quicken(m); m.save_pretrained(tmp_path); quick_step(q, rows())
+    m = build("tinyllama")
+    before = {k: v.clone() for k, v in get_peft_model_state_dict(m).items()}
+    q = quicken(m)
+    m.save_pretrained(tmp_path)
+    quick_step(q, rows())
     after = get_peft_model_state_dict(m)
     assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
-    whole = copy.deepcopy(m); merged = q.restore() or m.merge_and_unload()
-    assert (tmp_path/"adapter_model.safetensors").exists() and len(merged.state_dict()) < len(whole.state_dict())
+    whole = copy.deepcopy(m)
+    merged = q.restore() or m.merge_and_unload()
+    assert (tmp_path / "adapter_model.safetensors").exists() and len(merged.state_dict()) < len(
+        whole.state_dict()
+    )
 
 
 def test_a_piece_that_lies_is_left_out(monkeypatch):
     from medft.fast import patching as blocks
+
     right = blocks.attend
-    monkeypatch.setattr(blocks, "attend", lambda *a, **k: right(*a, **k)*1.01)
-    m = build("tinyllama"); loss, _ = plain_step(m, rows()); q = quicken(m)
-    assert any("attention" in n and "differs" in n for n in q.notes) and abs(quick_step(q, rows())[0] - loss) < 1e-5
+    monkeypatch.setattr(blocks, "attend", lambda *a, **k: right(*a, **k) * 1.01)
+    m = build("tinyllama")
+    loss, _ = plain_step(m, rows())
+    q = quicken(m)
+    assert (
+        any("attention" in n and "differs" in n for n in q.notes)
+        and abs(quick_step(q, rows())[0] - loss) < 1e-5
+    )
 
 
 def test_entropy_and_hits():
-    m = build("tinyllama"); ids, at, keep = packed(rows()); q = quicken(m)
-    h, t = q.hidden(ids, at, keep=keep)[0].detach(), ids[0, keep + 1]; z = q.head(h).detach()
+    m = build("tinyllama")
+    ids, at, keep = packed(rows())
+    q = quicken(m)
+    h, t = q.hidden(ids, at, keep=keep)[0].detach(), ids[0, keep + 1]
+    z = q.head(h).detach()
     _, hits, spread = supervised_loss(h, q.head, z.argmax(-1), 1.0, entropy=True)
-    assert int(hits) == len(t) and torch.allclose(spread, torch.distributions.Categorical(logits=z).entropy().sum(), rtol=1e-4)
-    loss, hits, _ = supervised_loss(h[:0], q.head, t[:0], 1.0); assert float(loss) == 0 == int(hits)
+    assert int(hits) == len(t) and torch.allclose(
+        spread, torch.distributions.Categorical(logits=z).entropy().sum(), rtol=1e-4
+    )
+    loss, hits, _ = supervised_loss(h[:0], q.head, t[:0], 1.0)
+    assert float(loss) == 0 == int(hits)
 
 
 def test_four_bits():
     pytest.importorskip("bitsandbytes")
     import bitsandbytes as bnb
-    torch.manual_seed(0); config = LlamaConfig(**SMALL | dict(hidden_size=128, head_dim=32, intermediate_size=256)); m = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL | dict(hidden_size=128, head_dim=32, intermediate_size=256))
+    m = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     for layer in m.model.layers:
-        for parent, n in [(layer.self_attn, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")] + [(layer.mlp, n) for n in ("gate_proj", "up_proj", "down_proj")]:
-            old = getattr(parent, n); new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-            new.load_state_dict({"weight": old.weight.data}); new.support_avx512bf16_for_cpu = False; setattr(parent, n, new.to("cpu"))
+        for parent, n in [
+            (layer.self_attn, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")
+        ] + [(layer.mlp, n) for n in ("gate_proj", "up_proj", "down_proj")]:
+            old = getattr(parent, n)
+            new = bnb.nn.Linear4bit(
+                old.in_features,
+                old.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+            )
+            new.load_state_dict({"weight": old.weight.data})
+            new.support_avx512bf16_for_cpu = False
+            setattr(parent, n, new.to("cpu"))
     m = get_peft_model(m, LoraConfig(r=4, target_modules="all-linear")).train()
     for n, p in m.named_parameters():
-        if "lora_B" in n: p.data = torch.randn(p.shape)*0.05
-        if p.requires_grad: p.data = p.data.float()
-    loss, g = plain_step(m, rows()); q = quicken(m, torch.bfloat16); found, h = quick_step(q, rows())
-    assert not q.notes and abs(found - loss) < 2e-3 and gap(h, g) < 0.05, (q.notes, found - loss, gap(h, g))
+        if "lora_B" in n:
+            p.data = torch.randn(p.shape) * 0.05
+        if p.requires_grad:
+            p.data = p.data.float()
+    loss, g = plain_step(m, rows())
+    q = quicken(m, torch.bfloat16)
+    found, h = quick_step(q, rows())
+    assert not q.notes and abs(found - loss) < 2e-3 and gap(h, g) < 0.05, (
+        q.notes,
+        found - loss,
+        gap(h, g),
+    )

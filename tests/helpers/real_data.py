@@ -1,4 +1,5 @@
 """The field's own files: a few rows of each are shipped, the whole files stand beside some checkouts."""
+
 from pathlib import Path
 
 import pytest

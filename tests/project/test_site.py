@@ -1,5 +1,13 @@
 """The site without Quarto: nbdev prepares every page, nbconvert renders it, and what a reader would trip over is looked for."""
-import getpass, json, os, re, shutil, socket, subprocess, sys
+
+import getpass
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -7,7 +15,11 @@ import pytest
 import yaml
 
 TOP = Path(__file__).resolve().parents[2]
-NOTEBOOKS = sorted(p.relative_to(TOP/"nbs") for p in (TOP/"nbs").rglob("*.ipynb") if not any(o.startswith(".") for o in p.parts))
+NOTEBOOKS = sorted(
+    p.relative_to(TOP / "nbs")
+    for p in (TOP / "nbs").rglob("*.ipynb")
+    if not any(o.startswith(".") for o in p.parts)
+)
 page_ids = dict(argvalues=NOTEBOOKS, ids=[p.as_posix() for p in NOTEBOOKS])
 
 
@@ -24,22 +36,45 @@ pathlib.Path("failed.json").write_text(json.dumps(failed))
 
 
 # Variables that stand in the environment while the pages are made, and must not stand on one.
-PLANTED = dict(ACTIONS_ID_TOKEN_REQUEST_TOKEN="planted-3f9c27b1d04e", HARMLESS_NAME="planted-88d1e6a2c57f", MEDFT_RUNS="/planted-b40c9e77/runs")
+PLANTED = dict(
+    ACTIONS_ID_TOKEN_REQUEST_TOKEN="planted-3f9c27b1d04e",
+    HARMLESS_NAME="planted-88d1e6a2c57f",
+    MEDFT_RUNS="/planted-b40c9e77/runs",
+)
 
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
     "A folder with the prepared notebooks, as Quarto would get them. Made from a copy: nbdev writes beside its sources."
     copy = tmp_path_factory.mktemp("site")
-    for name in ("nbs", "medft"): shutil.copytree(TOP/name, copy/name, symlinks=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__"))
-    for name in ("pyproject.toml", "settings.ini", "setup.py", "_quarto.yml"): shutil.copy(TOP/name, copy)
-    done = subprocess.run([sys.executable, "-c", PREPARE], cwd=copy, env=os.environ | PLANTED, capture_output=True, text=True)
+    for name in ("nbs", "medft"):
+        shutil.copytree(
+            TOP / name,
+            copy / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__"),
+        )
+    for name in ("pyproject.toml", "settings.ini", "setup.py", "_quarto.yml"):
+        shutil.copy(TOP / name, copy)
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE],
+        cwd=copy,
+        env=os.environ | PLANTED,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return copy
 
 
-def cells(path, kind): return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
-def source(cell): return "".join(cell["source"])
+def cells(path, kind):
+    return [
+        c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind
+    ]
+
+
+def source(cell):
+    return "".join(cell["source"])
 
 
 def front(path):
@@ -51,38 +86,72 @@ def front(path):
 @pytest.fixture(scope="session")
 def pages(site):
     "Every address of the site, relative to its top: 00_core.ipynb is served as core.html, because nbdev drops the number."
-    made = [p for p in NOTEBOOKS if (site/"_proc"/p).exists()]
-    return {(p.parent/front(site/"_proc"/p).get("output-file", p.with_suffix(".html").name)).as_posix(): p for p in made}
+    made = [p for p in NOTEBOOKS if (site / "_proc" / p).exists()]
+    return {
+        (
+            p.parent / front(site / "_proc" / p).get("output-file", p.with_suffix(".html").name)
+        ).as_posix(): p
+        for p in made
+    }
 
 
 @pytest.mark.parametrize("page", **page_ids)
 def test_page_is_prepared(site, page):
-    proc, failed = site/"_proc"/page, json.loads((site/"failed.json").read_text())
-    assert page.as_posix() not in failed, f"the site runs a notebook's imports and exported cells: {failed[page.as_posix()]}"
+    proc, failed = site / "_proc" / page, json.loads((site / "failed.json").read_text())
+    assert page.as_posix() not in failed, (
+        f"the site runs a notebook's imports and exported cells: {failed[page.as_posix()]}"
+    )
     assert proc.exists(), f"{page}: not on the site"
-    assert front(proc).get("title"), f"{page}: begin with a markdown cell '# title', then '> one line'"
-    left = [line for c in cells(proc, "code") for line in source(c).splitlines() if re.match(r"#\s*\|\s*\w+(\s+[\w.]+)*\s*$", line)]
+    assert front(proc).get("title"), (
+        f"{page}: begin with a markdown cell '# title', then '> one line'"
+    )
+    left = [
+        line
+        for c in cells(proc, "code")
+        for line in source(c).splitlines()
+        if re.match(r"#\s*\|\s*\w+(\s+[\w.]+)*\s*$", line)
+    ]
     assert not left, f"{page}: directives left over: {left}"
 
 
 @pytest.mark.parametrize("page", **page_ids)
 def test_outputs_can_be_shown(page):
-    outputs = [o for c in cells(TOP/"nbs"/page, "code") for o in c["outputs"]]
-    assert not [o for o in outputs if o["output_type"] == "error"], f"{page}: a saved output is an error"
-    said = re.findall(rf"(?:/home|/root|/Users|{re.escape(str(TOP))})/[\w./-]+|/[\w./-]+/site-packages/[\w./-]+", json.dumps(outputs))
-    assert not said, f"{page}: outputs name folders of the machine that made them: {sorted(set(said))[:5]}"
+    outputs = [o for c in cells(TOP / "nbs" / page, "code") for o in c["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error"], (
+        f"{page}: a saved output is an error"
+    )
+    said = re.findall(
+        rf"(?:/home|/root|/Users|{re.escape(str(TOP))})/[\w./-]+|/[\w./-]+/site-packages/[\w./-]+",
+        json.dumps(outputs),
+    )
+    assert not said, (
+        f"{page}: outputs name folders of the machine that made them: {sorted(set(said))[:5]}"
+    )
     assert len(json.dumps(outputs)) < 1.5e6, f"{page}: outputs over 1.5 MB"
 
 
 def test_no_page_holds_a_value_of_this_machine(site):
     "Signatures are printed with their defaults: one that held the environment would put a token on the site."
     values = {value for value in PLANTED.values()} | {str(site), "environ({"}
-    names = {socket.gethostname(), getpass.getuser()} - {"root", "runner", "localhost", "user", "ubuntu", "admin"}
+    names = {socket.gethostname(), getpass.getuser()} - {
+        "root",
+        "runner",
+        "localhost",
+        "user",
+        "ubuntu",
+        "admin",
+    }
     values |= {name for name in names if len(name) > 5}
     values |= {home + "/" for home in [os.environ.get("HOME", "")] if len(home) > 5}
     for page in NOTEBOOKS:
-        text = (site/"_proc"/page).read_text(encoding="utf-8") if (site/"_proc"/page).exists() else ""
-        stored = json.dumps([c["outputs"] for c in cells(TOP/"nbs"/page, "code")], ensure_ascii=False)
+        text = (
+            (site / "_proc" / page).read_text(encoding="utf-8")
+            if (site / "_proc" / page).exists()
+            else ""
+        )
+        stored = json.dumps(
+            [c["outputs"] for c in cells(TOP / "nbs" / page, "code")], ensure_ascii=False
+        )
         assert not [v for v in values if v in text or v in stored], page
 
 
@@ -90,54 +159,79 @@ def render(path):
     "The page as HTML. nbdev leaves its own notes in cells, which the notebook format does not know: they go first."
     import nbformat
     from nbconvert import HTMLExporter
+
     raw = json.loads(path.read_text(encoding="utf-8"))
     known = {"cell_type", "id", "metadata", "source", "attachments", "outputs", "execution_count"}
-    raw["cells"] = [{k: v for k, v in c.items() if k in known} | {"metadata": {}} for c in raw["cells"]]
-    return HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(nbformat.reads(json.dumps(raw), as_version=4))[0]
+    raw["cells"] = [
+        {k: v for k, v in c.items() if k in known} | {"metadata": {}} for c in raw["cells"]
+    ]
+    return HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(
+        nbformat.reads(json.dumps(raw), as_version=4)
+    )[0]
 
 
 def links(html):
     "What a page refers to: href and src of its body, without what the exporter's own template adds."
-    return [unquote(u) for u in re.findall(r'(?:href|src)="([^"]+)"', html) if not u.startswith(("data:", "mailto:", "javascript:"))]
+    return [
+        unquote(u)
+        for u in re.findall(r'(?:href|src)="([^"]+)"', html)
+        if not u.startswith(("data:", "mailto:", "javascript:"))
+    ]
 
 
 @pytest.mark.parametrize("page", **page_ids)
 def test_local_links_resolve(site, pages, page):
-    if not (site/"_proc"/page).exists(): pytest.skip("not prepared")
-    html = render(site/"_proc"/page)
-    home = yaml.safe_load((TOP/"nbs/nbdev.yml").read_text())["website"]["site-url"]
+    if not (site / "_proc" / page).exists():
+        pytest.skip("not prepared")
+    html = render(site / "_proc" / page)
+    home = yaml.safe_load((TOP / "nbs/nbdev.yml").read_text())["website"]["site-url"]
     broken = []
     for url in links(html):
-        parts = urlsplit(url[len(home):].lstrip("/") if url.startswith(home) else url)
-        if parts.scheme or parts.netloc or not parts.path: continue
+        parts = urlsplit(url[len(home) :].lstrip("/") if url.startswith(home) else url)
+        if parts.scheme or parts.netloc or not parts.path:
+            continue
         base = Path() if url.startswith(home) else page.parent
-        target = (site/"_proc"/base/parts.path).resolve()
-        address = target.relative_to((site/"_proc").resolve()).as_posix() if target.is_relative_to((site/"_proc").resolve()) else None
-        if not (target.is_file() or address in pages or address == "."): broken.append(url)
+        target = (site / "_proc" / base / parts.path).resolve()
+        address = (
+            target.relative_to((site / "_proc").resolve()).as_posix()
+            if target.is_relative_to((site / "_proc").resolve())
+            else None
+        )
+        if not (target.is_file() or address in pages or address == "."):
+            broken.append(url)
     assert not broken, f"{page}: {broken}"
 
 
-def test_pages_do_not_share_an_address(site, pages): assert len(pages) == len(list((site/"_proc").rglob("*.ipynb")))
+def test_pages_do_not_share_an_address(site, pages):
+    assert len(pages) == len(list((site / "_proc").rglob("*.ipynb")))
 
 
 def test_sidebar_lists_every_page():
     "By hand, and each page once; the story's pages stand among the rooms of their wings too."
-    text = (TOP/"nbs/sidebar.yml").read_text()
+    text = (TOP / "nbs/sidebar.yml").read_text()
     listed = re.findall(r"^\s*- ([\w/]+\.ipynb)$", text, re.M)
     assert set(listed) == {p.as_posix() for p in NOTEBOOKS}
     assert all(listed.count(p) == 1 or "/" not in p and listed.count(p) == 2 for p in listed)
 
 
 def test_quarto_settings():
-    assert (TOP/"nbs/_quarto.yml").resolve() == TOP/"_quarto.yml"
-    settings = yaml.safe_load((TOP/"_quarto.yml").read_text())
-    assert settings["metadata-files"] == ["nbdev.yml", "sidebar.yml"] and (TOP/"nbs"/settings["format"]["html"]["css"]).exists()
+    assert (TOP / "nbs/_quarto.yml").resolve() == TOP / "_quarto.yml"
+    settings = yaml.safe_load((TOP / "_quarto.yml").read_text())
+    assert (
+        settings["metadata-files"] == ["nbdev.yml", "sidebar.yml"]
+        and (TOP / "nbs" / settings["format"]["html"]["css"]).exists()
+    )
 
 
 def test_nbdev_yml_is_current():
     "nbdev rewrites it from pyproject.toml when the site is built; the committed one must be that."
     from nbdev.config import get_config
     from nbdev.quarto import _nbdev_yml
-    c = get_config(TOP/"nbs")
-    values = {k: c[k] for k in ("title", "description", "branch", "git_url", "doc_host", "doc_baseurl")}
-    assert (TOP/"nbs/nbdev.yml").read_text() == _nbdev_yml.format(**values, doc_path=c.doc_path.name)
+
+    c = get_config(TOP / "nbs")
+    values = {
+        k: c[k] for k in ("title", "description", "branch", "git_url", "doc_host", "doc_baseurl")
+    }
+    assert (TOP / "nbs/nbdev.yml").read_text() == _nbdev_yml.format(
+        **values, doc_path=c.doc_path.name
+    )

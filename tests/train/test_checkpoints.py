@@ -1,28 +1,61 @@
 "A checkpoint is whole or it is not used: every kind of damage is seen, named, and passed over."
-import errno, json, os, pickle, resource, shutil, subprocess, sys
+
+from medft.core.run import MedftError
+from medft.train import checkpoints
+from medft.train.checkpoints import (
+    SEAL,
+    STATE,
+    cut_log,
+    keep,
+    log_lines,
+    newest_whole,
+    notes,
+    seal,
+    whole,
+    writing,
+)
+
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
 
 import pytest
-
-from medft.train import checkpoints
-from medft.train.checkpoints import SEAL, STATE, cut_log, keep, log_lines, newest_whole, notes, seal, whole, writing
-from medft.core.run import MedftError
 
 
 def made(at, *steps, **kw):
     for s in steps:
-        folder = at/f"checkpoint-{s}"; folder.mkdir(parents=True)
-        for name in (*STATE, "adapter_model.safetensors"): (folder/name).write_bytes(os.urandom(256))
+        folder = at / f"checkpoint-{s}"
+        folder.mkdir(parents=True)
+        for name in (*STATE, "adapter_model.safetensors"):
+            (folder / name).write_bytes(os.urandom(256))
         seal(folder, step=s, **kw)
-    return at/f"checkpoint-{steps[-1]}"
+    return at / f"checkpoint-{steps[-1]}"
 
 
 DAMAGE = dict(
-    truncated=lambda p: os.truncate(p/"adapter_model.safetensors", 100), empty=lambda p: (p/"optimizer.pt").write_bytes(b""),
-    no_optimizer=lambda p: (p/"optimizer.pt").unlink(), no_scheduler=lambda p: (p/"scheduler.pt").unlink(), no_random_state=lambda p: (p/"rng_state.pth").unlink(),
-    no_weights=lambda p: (p/"adapter_model.safetensors").unlink(), changed_byte=lambda p: flip(p/"optimizer.pt"), changed_weights=lambda p: flip(p/"adapter_model.safetensors"),
-    unsealed=lambda p: (p/SEAL).unlink(), broken_seal=lambda p: os.truncate(p/SEAL, 20), empty_folder=lambda p: [f.unlink() for f in p.iterdir()])
+    truncated=lambda p: os.truncate(p / "adapter_model.safetensors", 100),
+    empty=lambda p: (p / "optimizer.pt").write_bytes(b""),
+    no_optimizer=lambda p: (p / "optimizer.pt").unlink(),
+    no_scheduler=lambda p: (p / "scheduler.pt").unlink(),
+    no_random_state=lambda p: (p / "rng_state.pth").unlink(),
+    no_weights=lambda p: (p / "adapter_model.safetensors").unlink(),
+    changed_byte=lambda p: flip(p / "optimizer.pt"),
+    changed_weights=lambda p: flip(p / "adapter_model.safetensors"),
+    unsealed=lambda p: (p / SEAL).unlink(),
+    broken_seal=lambda p: os.truncate(p / SEAL, 20),
+    empty_folder=lambda p: [f.unlink() for f in p.iterdir()],
+)
 
-def flip(path): raw = bytearray(path.read_bytes()); raw[77] ^= 1; path.write_bytes(raw)
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[77] ^= 1
+    path.write_bytes(raw)
 
 
 @pytest.mark.parametrize("harm", DAMAGE)
@@ -30,38 +63,64 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, harm):
     newest, lines = made(tmp_path, 2, 10), []
     assert whole(newest) == (True, "") and newest_whole(tmp_path) == newest
     DAMAGE[harm](newest)
-    assert newest_whole(tmp_path, lines.append).name == "checkpoint-2" and len(lines) == 1 and lines[0].startswith("checkpoint-10 is damaged")
-    named = {"no_optimizer": "optimizer.pt is missing", "no_scheduler": "scheduler.pt is missing", "no_random_state": "rng_state.pth is missing", "truncated": "has 100 of 256 bytes",
-             "empty": "has 0 of 256 bytes", "changed_byte": "optimizer.pt has changed", "unsealed": "no seal"}
+    assert (
+        newest_whole(tmp_path, lines.append).name == "checkpoint-2"
+        and len(lines) == 1
+        and lines[0].startswith("checkpoint-10 is damaged")
+    )
+    named = {
+        "no_optimizer": "optimizer.pt is missing",
+        "no_scheduler": "scheduler.pt is missing",
+        "no_random_state": "rng_state.pth is missing",
+        "truncated": "has 100 of 256 bytes",
+        "empty": "has 0 of 256 bytes",
+        "changed_byte": "optimizer.pt has changed",
+        "unsealed": "no seal",
+    }
     assert named.get(harm, "") in lines[0]
 
 
 @pytest.mark.parametrize("name", [*STATE, "adapter_model.safetensors"])
 def test_a_seal_over_too_little_does_not_count(tmp_path, name):
     "Saved without an optimizer (save_only_model), or by an older program: going on would be going astray."
-    folder = made(tmp_path, 1); (folder/name).unlink(); seal(folder, step=1)
+    folder = made(tmp_path, 1)
+    (folder / name).unlink()
+    seal(folder, step=1)
     fine, why = whole(folder)
     assert not fine and "never there" in why
 
 
 def test_rotation_keeps_what_it_must(tmp_path):
-    for s, loss in ((1, .9), (2, .4), (3, .5), (4, .7), (5, .8)): made(tmp_path, s, score=loss)
-    assert keep(tmp_path, best=2) == ["checkpoint-1", "checkpoint-4"] and newest_whole(tmp_path).name == "checkpoint-5"
-    assert keep(tmp_path, total=1, also=tmp_path/"checkpoint-2") == ["checkpoint-3"]
-    assert keep(tmp_path) == [] and notes(tmp_path/"checkpoint-2")["score"] == .4
+    for s, loss in ((1, 0.9), (2, 0.4), (3, 0.5), (4, 0.7), (5, 0.8)):
+        made(tmp_path, s, score=loss)
+    assert (
+        keep(tmp_path, best=2) == ["checkpoint-1", "checkpoint-4"]
+        and newest_whole(tmp_path).name == "checkpoint-5"
+    )
+    assert keep(tmp_path, total=1, also=tmp_path / "checkpoint-2") == ["checkpoint-3"]
+    assert keep(tmp_path) == [] and notes(tmp_path / "checkpoint-2")["score"] == 0.4
 
 
 def test_a_log_holds_no_step_twice_and_no_half_line(tmp_path):
-    log = tmp_path/"log.jsonl"; log.write_text("".join(json.dumps(dict(step=s)) + "\n" for s in (1, 2, 3, 4)) + '{"step": 5, "lo')
+    log = tmp_path / "log.jsonl"
+    log.write_text(
+        "".join(json.dumps(dict(step=s)) + "\n" for s in (1, 2, 3, 4)) + '{"step": 5, "lo'
+    )
     assert [r["step"] for r in log_lines(log)] == [1, 2, 3, 4]
-    cut_log(log, 2); assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
-    cut_log(tmp_path/"none.jsonl", 2)
+    cut_log(log, 2)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
+    cut_log(tmp_path / "none.jsonl", 2)
 
 
 def test_what_is_no_trouble_of_the_disk_goes_on_as_it_is(tmp_path):
-    for error in (ValueError("No space left on device"), RuntimeError("CUDA out of memory"), FileNotFoundError(errno.ENOENT, "x"), MedftError("y")):
-        with pytest.raises(type(error)):
-            with writing(tmp_path): raise error
+    for error in (
+        ValueError("No space left on device"),
+        RuntimeError("CUDA out of memory"),
+        FileNotFoundError(errno.ENOENT, "x"),
+        MedftError("y"),
+    ):
+        with pytest.raises(type(error)), writing(tmp_path):
+            raise error
 
 
 WRITE = """import resource, signal, sys, torch
@@ -76,39 +135,76 @@ for how in (lambda: save_file(dict(x=torch.zeros(1 << 16)), home/"w.safetensors"
     except Exception as e: print(type(e).__name__, "|", e)
 """
 
+
 def test_every_library_s_word_for_no_room_becomes_one_line(tmp_path):
     "A real limit on the size of a file, in a process of its own: safetensors, torch and Python each say it their way."
-    out = subprocess.run([sys.executable, "-c", WRITE, tmp_path], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    out = subprocess.run(
+        [sys.executable, "-c", WRITE, tmp_path],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )
     lines = out.stdout.strip().splitlines()
-    assert len(lines) == 3 and all(l.startswith("MedftError | cannot write") and "medft resume" in l for l in lines), out.stdout + out.stderr
+    assert len(lines) == 3 and all(
+        l.startswith("MedftError | cannot write") and "medft resume" in l for l in lines
+    ), out.stdout + out.stderr
 
 
 def test_a_folder_that_may_not_be_written_to_is_one_line(tmp_path):
-    with pytest.raises(MedftError, match="cannot write .*read-only"):
-        with writing(tmp_path): raise OSError(errno.EROFS, os.strerror(errno.EROFS), "x")
+    with pytest.raises(MedftError, match="cannot write .*read-only"), writing(tmp_path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "x")
 
 
 class Evil:
-    def __reduce__(self): return os.mkdir, (os.environ["EVIL"],)
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EVIL"],)
+
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"])
 def test_no_code_is_run_from_a_checkpoint(tmp_path, name, monkeypatch):
     "A file exchanged after the seal is seen; even one that was sealed anew is never run."
     import torch
     from transformers import Trainer
-    monkeypatch.setenv("EVIL", str(tmp_path/"ran"))
+
+    monkeypatch.setenv("EVIL", str(tmp_path / "ran"))
     folder = made(tmp_path, 1)
-    with open(folder/name, "wb") as f: pickle.dump(Evil(), f)
+    with open(folder / name, "wb") as f:
+        pickle.dump(Evil(), f)
     assert name == "scaler.pt" or not whole(folder)[0]
-    seal(folder, step=1); assert whole(folder)[0]
+    seal(folder, step=1)
+    assert whole(folder)[0]
+
     class Bare(Trainer):
-        def __init__(self): pass
-    t = Bare(); t.args = type("A", (), dict(world_size=1, device=torch.device("cpu"), process_index=0, parallel_mode=None))()
+        def __init__(self):
+            pass
+
+    t = Bare()
+    t.args = type(
+        "A", (), dict(world_size=1, device=torch.device("cpu"), process_index=0, parallel_mode=None)
+    )()
     t.is_deepspeed_enabled = t.is_fsdp_enabled = t.is_fsdp_xla_v1_enabled = False
-    good = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)])); t.optimizer, t.lr_scheduler, t.accelerator = good.optimizer, good, type("B", (), dict(scaler=torch.amp.GradScaler("cpu")))()
-    if name == "scheduler.pt": torch.save(good.optimizer.state_dict(), folder/"optimizer.pt")
-    load = dict(zip(("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"), (t._load_optimizer_and_scheduler, t._load_optimizer_and_scheduler, t._load_rng_state, t._load_scaler)))[name]
-    with pytest.raises(pickle.UnpicklingError): load(str(folder))
-    assert not (tmp_path/"ran").exists()
-    with open(folder/name, "rb") as f: pickle.load(f)
-    assert (tmp_path/"ran").exists()        # the pickle is a loaded one
+    good = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)]))
+    t.optimizer, t.lr_scheduler, t.accelerator = (
+        good.optimizer,
+        good,
+        type("B", (), dict(scaler=torch.amp.GradScaler("cpu")))(),
+    )
+    if name == "scheduler.pt":
+        torch.save(good.optimizer.state_dict(), folder / "optimizer.pt")
+    load = dict(
+        zip(
+            ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"),
+            (
+                t._load_optimizer_and_scheduler,
+                t._load_optimizer_and_scheduler,
+                t._load_rng_state,
+                t._load_scaler,
+            ),
+        )
+    )[name]
+    with pytest.raises(pickle.UnpicklingError):
+        load(str(folder))
+    assert not (tmp_path / "ran").exists()
+    with open(folder / name, "rb") as f:
+        pickle.load(f)
+    assert (tmp_path / "ran").exists()  # the pickle is a loaded one

@@ -9,16 +9,19 @@ __all__ = ['STEPS', 'RUN', 'LONGEST', 'BATCH', 'layout', 'clean', 'word_numbers'
            'tokens_of', 'Doc', 'take', 'Work', 'no_text', 'units_of', 'tasks_of']
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c003
-from ...core.run import MedftError, Model, Recipe  # first: it sets switches that the libraries read
-from ..reading.articles import files_of, read_xml
-from ..reading.multiple_choice import Reject, cell
 from ...core.identity import identities, identity_columns
+from ...core.run import MedftError, Model, Recipe
+from ...core.text_keys import text_key
+from ..quality.minhash import PERMUTATIONS, mix
+from ..reading.articles import files_of, read_xml
 from ..reading.formats import rows as source_rows
 from ..reading.free_text import from_patient, from_text
-from ..quality.minhash import PERMUTATIONS, mix
-from ...core.text_keys import text_key
+from ..reading.multiple_choice import Reject, cell
 
-import hashlib, json, re, unicodedata
+import hashlib
+import json
+import re
+import unicodedata
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,18 +33,29 @@ from tokenizers import Tokenizer
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c006
 STEPS = {
     "line ends": (re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]"), "\n"),
-    "invisible characters": (re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u2060-\u2064\u2066-\u206f\u202a-\u202e"
-                                        "\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]+"), ""),
+    "invisible characters": (
+        re.compile(
+            "[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u2060-\u2064\u2066-\u206f\u202a-\u202e"
+            "\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]+"
+        ),
+        "",
+    ),
     "typographic blanks": (re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]"), " "),
-    "ligatures": (re.compile("[\ufb00-\ufb06]"), lambda m: unicodedata.normalize("NFKC", m[0]))}
+    "ligatures": (re.compile("[\ufb00-\ufb06]"), lambda m: unicodedata.normalize("NFKC", m[0])),
+}
 _DAMAGED = re.compile("[ÃÂâÎÏ][\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|\ufffd")
-_ODD = re.compile("[" + "".join(re.findall(r"\[(.*?)\]", "".join(p.pattern for p, _ in STEPS.values()))) + "\rÃÂâÎÏ\ufffd]")
+_ODD = re.compile(
+    "["
+    + "".join(re.findall(r"\[(.*?)\]", "".join(p.pattern for p, _ in STEPS.values())))
+    + "\rÃÂâÎÏ\ufffd]"
+)
 _BLANKS, _LINES = re.compile("[ \t]{2,}"), re.compile("\n{3,}")
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c008
 def layout(text) -> str:
     "A text with single blanks, none at the ends of lines, and no more than one empty line."
-    if "  " in text or "\t" in text: text = _BLANKS.sub(lambda m: "\t" if "\t" in m[0] else " ", text)
+    if "  " in text or "\t" in text:
+        text = _BLANKS.sub(lambda m: "\t" if "\t" in m[0] else " ", text)
     text = "\n".join([l.strip(" \t") for l in text.split("\n")])
     return (_LINES.sub("\n\n", text) if "\n\n\n" in text else text).strip()
 
@@ -51,25 +65,38 @@ def clean(
 ) -> tuple[str, list]:  # the text, and the names of the steps that changed it
     "A document without what no reader would miss."
     done = []
+
     def step(name, new):
-        if new != text: done.append(name)
+        if new != text:
+            done.append(name)
         return new
+
     if _ODD.search(text):
-        for name, (pattern, by) in STEPS.items(): text = step(name, pattern.sub(by, text))
-        if _DAMAGED.search(text): done.append("decoded wrongly (left as it is)")
-    if not unicodedata.is_normalized("NFC", text): text = step("composed letters (NFC)", unicodedata.normalize("NFC", text))
+        for name, (pattern, by) in STEPS.items():
+            text = step(name, pattern.sub(by, text))
+        if _DAMAGED.search(text):
+            done.append("decoded wrongly (left as it is)")
+    if not unicodedata.is_normalized("NFC", text):
+        text = step("composed letters (NFC)", unicodedata.normalize("NFC", text))
     return step("layout", layout(text)), done
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c014
-_ALONE = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_ALONE = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 _ODD_1, _ODD_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xFF51AFD7ED558CCD)
+
 
 @lru_cache(1)
 def _kinds():
-    kind = np.zeros(0x110000, np.uint8)     # 0: parts words; 1: stands in a word; 2: a word by itself
-    kind[:0x20000] = [2 if _ALONE.match(chr(c)) else chr(c).isalnum() or unicodedata.category(chr(c))[0] == "M" for c in range(0x20000)]
+    kind = np.zeros(0x110000, np.uint8)  # 0: parts words; 1: stands in a word; 2: a word by itself
+    kind[:0x20000] = [
+        2 if _ALONE.match(chr(c)) else chr(c).isalnum() or unicodedata.category(chr(c))[0] == "M"
+        for c in range(0x20000)
+    ]
     kind[0x20000:0x40000] = 2
     return kind
+
 
 def _letters(text):
     letters = np.frombuffer(f"\0{text}\0".encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -78,100 +105,141 @@ def _letters(text):
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c015
 def word_numbers(
     text,
-) -> np.ndarray:    # (words,), uint64
+) -> np.ndarray:  # (words,), uint64
     "A number for every word, the same for the same word."
     folded = text_key(text)
     letters, kind = _letters(folded)
     if (kind == 2).any():
         letters, kind = _letters(_ALONE.sub(r" \g<0> ", folded))
     inside = kind > 0
-    letters = (letters*inside).astype(np.uint64)
-    pairs = letters[:-1]*_ODD_1 + letters[1:]
-    pairs = (pairs ^ (pairs >> np.uint64(29)))*_ODD_2
+    letters = (letters * inside).astype(np.uint64)
+    pairs = letters[:-1] * _ODD_1 + letters[1:]
+    pairs = (pairs ^ (pairs >> np.uint64(29))) * _ODD_2
     start = np.flatnonzero(inside[1:] & ~inside[:-1])
     return np.add.reduceat(pairs, start) if len(start) else pairs[:0]
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c016
-RUN = 5     # words
+RUN = 5  # words
+
 
 def runs(text) -> np.ndarray:
     "A number for every run of five words (for a shorter text: one for all of it)."
     w = word_numbers(text)
     n = max(len(w) - RUN + 1, 1)
     total = np.zeros(n, np.uint64)
-    for k in range(min(RUN, len(w))): total = total*_ODD_1 + w[k:k + n]
+    for k in range(min(RUN, len(w))):
+        total = total * _ODD_1 + w[k : k + n]
     return mix(total)
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c019
 def sign(text) -> np.ndarray:
     "The MinHash signature of a document: 128 numbers, uint32."
     r = runs(text)
-    rows = RMinHash.digest_matrix_from_flat_token_hashes(r, np.array([0, len(r)], np.uint64), PERMUTATIONS, 1).to_rows()
+    rows = RMinHash.digest_matrix_from_flat_token_hashes(
+        r, np.array([0, len(r)], np.uint64), PERMUTATIONS, 1
+    ).to_rows()
     return np.array(rows[0], np.uint32)
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c022
 class Tokens(NamedTuple):
     "What a worker needs to know of a tokenizer."
-    json: str               # its backend, as `tokenizers` writes it
-    bos: tuple              # ids before a document: one, or none
-    eos: tuple              # ids after it
-    marks: tuple            # their strings
+
+    json: str  # its backend, as `tokenizers` writes it
+    bos: tuple  # ids before a document: one, or none
+    eos: tuple  # ids after it
+    marks: tuple  # their strings
+
 
 def tokenizer_hash(tok) -> str:
     "What tells a tokenizer from any other: SHA-256 of its backend and of its begin and end tokens."
     core = json.loads(tok.backend_tokenizer.to_str()) | dict(truncation=None, padding=None)
-    return hashlib.sha256(json.dumps([core, tok.bos_token, tok.eos_token], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([core, tok.bos_token, tok.eos_token], sort_keys=True).encode()
+    ).hexdigest()
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c023
 def tokens_of(
-    model,          # hub id, folder, or "tiny-base"
+    model,  # hub id, folder, or "tiny-base"
     revision=None,  # hub commit
 ) -> tuple[Tokens, str]:
     "A model's tokenizer for workers, and its hash. Raises `MedftError` when it has no native core or no end token."
     from medft.data.prompts import load_tokenizer
+
     tok = load_tokenizer(Recipe(name="corpus", model=Model(name=model, revision=revision)))
-    core, bos = getattr(tok, "backend_tokenizer", None), () if tok.bos_token_id is None else (tok.bos_token_id,)
-    if not core: raise MedftError(f"--model: the tokenizer of {model!r} has no native core (tokenizer.json), too slow for a corpus; choose another")
-    if tok.eos_token_id is None: raise MedftError(f"--model: the tokenizer of {model!r} has no end token to tell documents apart; choose another")
-    return Tokens(core.to_str(), bos, (tok.eos_token_id,), (tok.bos_token or "", tok.eos_token)), tokenizer_hash(tok)
+    core, bos = (
+        getattr(tok, "backend_tokenizer", None),
+        () if tok.bos_token_id is None else (tok.bos_token_id,),
+    )
+    if not core:
+        raise MedftError(
+            f"--model: the tokenizer of {model!r} has no native core (tokenizer.json), too slow for a corpus; choose another"
+        )
+    if tok.eos_token_id is None:
+        raise MedftError(
+            f"--model: the tokenizer of {model!r} has no end token to tell documents apart; choose another"
+        )
+    return Tokens(
+        core.to_str(), bos, (tok.eos_token_id,), (tok.bos_token or "", tok.eos_token)
+    ), tokenizer_hash(tok)
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c026
-LONGEST = 4 << 20   # characters; a textbook of 1,000 pages has 3 million, and tokens take 100 times their text in memory
+LONGEST = (
+    4 << 20
+)  # characters; a textbook of 1,000 pages has 3 million, and tokens take 100 times their text in memory
+
 
 class Doc(NamedTuple):
     "A document as it leaves a worker."
-    row: int                # line or row in its source
-    id: str                 # its own id, or source:row
-    reason: str = ""        # why it is left out; what follows is empty then
-    group: str = ""         # what must not be cut by a split
-    key: bytes = b""        # 16 bytes: the same for the same cleaned text
+
+    row: int  # line or row in its source
+    id: str  # its own id, or source:row
+    reason: str = ""  # why it is left out; what follows is empty then
+    group: str = ""  # what must not be cut by a split
+    key: bytes = b""  # 16 bytes: the same for the same cleaned text
     signature: bytes = b""  # 128 numbers, uint32
-    ids: bytes = b""        # tokens, int32
-    steps: tuple = ()       # what cleaning did
+    ids: bytes = b""  # tokens, int32
+    steps: tuple = ()  # what cleaning did
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c028
 @lru_cache(64)
 def _owner_columns(columns, text_column):
     return identity_columns(columns, {text_column})
 
+
 def take(row, column, where, n) -> tuple[str, str, str]:
     "A row's id, group and raw text. Raises `Reject` when it has none."
-    if column not in row and row.get("patient_id"): ex = from_patient(row)
-    else: ex = from_text({k: v for k, v in row.items() if k in ("title", "kind", "id")} | dict(text=row.get(column)))
-    if len(ex["text"]) > LONGEST: raise Reject(f"longer than {LONGEST:,} characters; split it into documents")
+    if column not in row and row.get("patient_id"):
+        ex = from_patient(row)
+    else:
+        ex = from_text(
+            {k: v for k, v in row.items() if k in ("title", "kind", "id")}
+            | dict(text=row.get(column))
+        )
+    if len(ex["text"]) > LONGEST:
+        raise Reject(f"longer than {LONGEST:,} characters; split it into documents")
     id = cell(row.get("id")) or ex.get("id")
     owners = identities(row, _owner_columns(tuple(row), column))
-    group = cell(row.get("group")) or ex.get("group") or (owners[0] if owners else f"article {id}" if id else "")
+    group = (
+        cell(row.get("group"))
+        or ex.get("group")
+        or (owners[0] if owners else f"article {id}" if id else "")
+    )
     return id or f"{where}:{n}", group, ex["text"]
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c029
 class Work:
     "A worker's tokenizer, and what it does with rows."
+
     def __init__(self, tokens):
         self.tokens, self.core = tokens, Tokenizer.from_str(tokens.json)
-        self.core.encode_special_tokens = True      # the words of special tokens are text here
-        self.core.no_truncation(); self.core.no_padding()
-        special = [re.escape(t.content) for t in self.core.get_added_tokens_decoder().values() if t.special and t.content]
+        self.core.encode_special_tokens = True  # the words of special tokens are text here
+        self.core.no_truncation()
+        self.core.no_padding()
+        special = [
+            re.escape(t.content)
+            for t in self.core.get_added_tokens_decoder().values()
+            if t.special and t.content
+        ]
         self.special = re.compile("|".join(special) or "(?!)")
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c030
@@ -182,59 +250,85 @@ def one(self: Work, n, row, column, where):
     try:
         id, group, text = take(row, column, where, n)
         text, steps = clean(text.strip().removeprefix(begin).removesuffix(end))
-        if not text: raise Reject("empty text")
-    except Reject as e: return Doc(n, cell(row.get("id")) or f"{where}:{n}", str(e)), None
-    steps += ["special tokens spelled out"]*bool(self.special.search(text))
+        if not text:
+            raise Reject("empty text")
+    except Reject as e:
+        return Doc(n, cell(row.get("id")) or f"{where}:{n}", str(e)), None
+    steps += ["special tokens spelled out"] * bool(self.special.search(text))
     key = hashlib.blake2b(text_key(text).encode(), digest_size=16).digest()
-    return Doc(n, id, "", group or f"text {key.hex()}", key, sign(text).tobytes(), b"", tuple(steps)), text
+    return Doc(
+        n, id, "", group or f"text {key.hex()}", key, sign(text).tobytes(), b"", tuple(steps)
+    ), text
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c031
 @patch
 def __call__(
     self: Work,
-    rows,       # (number, row) pairs
-    column,     # which column holds the text
-    where,      # their source's name
+    rows,  # (number, row) pairs
+    column,  # which column holds the text
+    where,  # their source's name
 ) -> list[Doc]:
     "Rows as documents, tokenised together."
     docs, texts = zip(*(self.one(n, row, column, where) for n, row in rows))
     coded = iter(self.core.encode_batch_fast([t for t in texts if t], add_special_tokens=False))
     bos, eos = self.tokens.bos, self.tokens.eos
-    return [d._replace(ids=np.array([*bos, *next(coded).ids, *eos], np.int32).tobytes()) if t else d for d, t in zip(docs, texts)]
+    return [
+        d._replace(ids=np.array([*bos, *next(coded).ids, *eos], np.int32).tobytes()) if t else d
+        for d, t in zip(docs, texts)
+    ]
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c036
 @patch
 def file(self: Work, part, column):
     "The documents of one XML file."
     rows = list(read_xml(part))
-    if not any(column in r for _, r in rows): raise no_text(part.name, rows[0][1] if rows else {}, column)
+    if not any(column in r for _, r in rows):
+        raise no_text(part.name, rows[0][1] if rows else {}, column)
     return self(rows, column, part.name)
+
 
 def no_text(where, row, column):
     "The error for a source without running text."
     has = ", ".join(k for k, v in row.items() if isinstance(v, str)) or "no text at all"
-    return MedftError(f"{where}: no column {column!r}, so no running text; it has {has}: "
-                      "name the one to train on with --text COLUMN, or leave this source out")
+    return MedftError(
+        f"{where}: no column {column!r}, so no running text; it has {has}: "
+        "name the one to train on with --text COLUMN, or leave this source out"
+    )
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c038
-BATCH = 1 << 19     # characters a task
+BATCH = 1 << 19  # characters a task
+
 
 def units_of(parts) -> list:
     "The parts, and of an XML folder each file. Raises `MedftError` for a corpus, which is no text any more."
     for p in parts:
-        if p.kind == "corpus": raise MedftError(f"{p.name}: a packed corpus already; name the text it was made from")
-    return [u for p in parts for u, _ in (files_of(p, ".xml", ".nxml", ".cnxml") if p.kind == "xml" else [(p, "")])]
+        if p.kind == "corpus":
+            raise MedftError(f"{p.name}: a packed corpus already; name the text it was made from")
+    return [
+        u
+        for p in parts
+        for u, _ in (files_of(p, ".xml", ".nxml", ".cnxml") if p.kind == "xml" else [(p, "")])
+    ]
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c039
 def tasks_of(units, column, part=0, skip=0):
     "(part, index of its first row), task: for all rows from the `skip`th of a part on."
     for i in range(part, len(units)):
-        if units[i].kind == "xml": yield (i, 0), ("file", units[i], column); continue
+        if units[i].kind == "xml":
+            yield (i, 0), ("file", units[i], column)
+            continue
         rows, first, size = [], 0, 0
         for k, (n, row) in enumerate(source_rows(units[i])):
-            if k == 0 and column not in row and "patient_id" not in row: raise no_text(units[i].name, row, column)
-            if i == part and k < skip: continue
-            if not rows: first = k
-            rows.append((n, row)); size += len(row.get(column) or "")
-            if size >= BATCH or len(rows) == 1000: yield (i, first), ("work", rows, column, units[i].name); rows, size = [], 0
-        if rows: yield (i, first), ("work", rows, column, units[i].name)
+            if k == 0 and column not in row and "patient_id" not in row:
+                raise no_text(units[i].name, row, column)
+            if i == part and k < skip:
+                continue
+            if not rows:
+                first = k
+            rows.append((n, row))
+            size += len(row.get(column) or "")
+            if size >= BATCH or len(rows) == 1000:
+                yield (i, first), ("work", rows, column, units[i].name)
+                rows, size = [], 0
+        if rows:
+            yield (i, first), ("work", rows, column, units[i].name)

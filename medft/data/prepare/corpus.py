@@ -10,13 +10,36 @@ __all__ = ['STEP', 'COUNTS', 'Builder', 'differences', 'check_same', 'made_in', 
            'texts_in', 'from_parts', 'load_corpus', 'corpus_summary']
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c003
-from ...core.run import MedftError, locate, peak_rss, read_json, write_json  # first: it sets switches that the libraries read
 from ... import __version__
-from ..reading import patients as documents, recipe_sources, sources     # documents: its readers of patient files
-from .packing import SPLITS, Crew, Packer, Progress, Worker, connect, copy_of, split_of, write_shard
+from ...core.run import MedftError, locate, peak_rss, read_json, write_json
 from .cleaning import tasks_of, tokens_of, units_of
+from medft.data.prepare.packing import (
+    SPLITS,
+    Crew,
+    Packer,
+    Progress,
+    Worker,
+    connect,
+    copy_of,
+    split_of,
+    write_shard,
+)
+from medft.data.reading import (
+    patients as documents,
+)  # documents: its readers of patient files
+from medft.data.reading import (
+    recipe_sources,
+    sources,
+)
 
-import errno, hashlib, json, os, shutil, sqlite3, sys, time
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import sys
+import time
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,54 +51,106 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c006
-STEP = 4 << 20      # tokens; 16 MB of memory, and what a kill can cost
-COUNTS = dict(part=0, rows=0, documents=0, step=0, lines=0, seconds=0.0, cut=0, out={}, tokens={}, rejected={}, duplicates={}, cleaned={})
+STEP = 4 << 20  # tokens; 16 MB of memory, and what a kill can cost
+COUNTS = dict(
+    part=0,
+    rows=0,
+    documents=0,
+    step=0,
+    lines=0,
+    seconds=0.0,
+    cut=0,
+    out={},
+    tokens={},
+    rejected={},
+    duplicates={},
+    cleaned={},
+)
+
 
 class Builder:
     "What is known in the middle of the work."
+
     def __init__(self, out, db, options, units):
-        self.out, self.db, self.o, self.units, self.c = out, db, options, units, json.loads(json.dumps(COUNTS))
-        self.packers, self.done, self.size = {s: Packer(options["max_length"]) for s in SPLITS}, {s: [] for s in SPLITS}, 0
+        self.out, self.db, self.o, self.units, self.c = (
+            out,
+            db,
+            options,
+            units,
+            json.loads(json.dumps(COUNTS)),
+        )
+        self.packers, self.done, self.size = (
+            {s: Packer(options["max_length"]) for s in SPLITS},
+            {s: [] for s in SPLITS},
+            0,
+        )
         self.restore()
-        self.log = open(out/"documents.jsonl", "ab"); self.log.truncate(self.c["lines"])
+        self.log = open(out / "documents.jsonl", "ab")
+        self.log.truncate(self.c["lines"])
         self.start = time.time() - self.c["seconds"]
 
-    def count(self, what, key, by=1): self.c[what][key] = self.c[what].get(key, 0) + by
-    def note(self, known, **fate): self.log.write(orjson.dumps(known | fate, option=orjson.OPT_APPEND_NEWLINE))
+    def count(self, what, key, by=1):
+        self.c[what][key] = self.c[what].get(key, 0) + by
+
+    def note(self, known, **fate):
+        self.log.write(orjson.dumps(known | fate, option=orjson.OPT_APPEND_NEWLINE))
+
     def keep(self, split, windows):
-        for w in windows: self.done[split].append(w); self.size += self.o["max_length"]
+        for w in windows:
+            self.done[split].append(w)
+            self.size += self.o["max_length"]
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c008
 @patch
 def add(self: Builder, part, row, doc):
     "Take in the next document."
-    n, known = self.c["documents"], dict(n=self.c["documents"], source=self.units[part].name, row=doc.row, id=doc.id)
+    n, known = (
+        self.c["documents"],
+        dict(n=self.c["documents"], source=self.units[part].name, row=doc.row, id=doc.id),
+    )
     self.c |= dict(documents=n + 1, part=part, rows=row + 1)
-    for step in doc.steps: self.count("cleaned", step)
-    if doc.reason: self.count("rejected", doc.reason); return self.note(known, rejected=doc.reason)
+    for step in doc.steps:
+        self.count("cleaned", step)
+    if doc.reason:
+        self.count("rejected", doc.reason)
+        return self.note(known, rejected=doc.reason)
     if copy := copy_of(self.db, n, doc, self.o["similarity"]):
         self.count("duplicates", "same text" if copy[1] == 1 else "nearly the same")
         return self.note(known, duplicate_of=copy[0], similarity=copy[1])
-    split, ids = split_of(doc.group, self.o["seed"], self.o["holdout"]), np.frombuffer(doc.ids, np.int32)
-    self.count("out", split); self.count("tokens", split, len(ids)); self.c["cut"] += len(ids) > self.o["max_length"]
+    split, ids = (
+        split_of(doc.group, self.o["seed"], self.o["holdout"]),
+        np.frombuffer(doc.ids, np.int32),
+    )
+    self.count("out", split)
+    self.count("tokens", split, len(ids))
+    self.c["cut"] += len(ids) > self.o["max_length"]
     self.keep(split, self.packers[split].put(n, ids))
     self.note(known, split=split, tokens=len(ids))
-    if self.size >= STEP: self.commit()
+    if self.size >= STEP:
+        self.commit()
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c010
 @patch
 def commit(self: Builder):
     "Make everything so far permanent."
     for split, windows in self.done.items():
-        if not windows: continue
-        made = write_shard(self.out/split/f"shard-{self.c['step']:05d}.arrow", windows)
-        self.db.execute("insert into shard values (?, ?, ?, ?, ?, ?)", (split, self.c["step"], *made))
-    self.log.flush(); os.fsync(self.log.fileno())
+        if not windows:
+            continue
+        made = write_shard(self.out / split / f"shard-{self.c['step']:05d}.arrow", windows)
+        self.db.execute(
+            "insert into shard values (?, ?, ?, ?, ?, ?)", (split, self.c["step"], *made)
+        )
+    self.log.flush()
+    os.fsync(self.log.fileno())
     self.c |= dict(step=self.c["step"] + 1, lines=self.log.tell(), seconds=time.time() - self.start)
     opened = {s: [[(n, len(t)) for n, t in w] for w in p.windows] for s, p in self.packers.items()}
     ids = b"".join(t.tobytes() for p in self.packers.values() for w in p.windows for _, t in w)
-    self.db.execute("insert or replace into state values (0, ?, ?, ?)", (json.dumps(self.c), json.dumps(opened), ids))
-    self.db.execute("commit"); self.db.execute("begin immediate")
+    self.db.execute(
+        "insert or replace into state values (0, ?, ?, ?)",
+        (json.dumps(self.c), json.dumps(opened), ids),
+    )
+    self.db.execute("commit")
+    self.db.execute("begin immediate")
     self.done, self.size = {s: [] for s in SPLITS}, 0
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c011
@@ -83,97 +158,159 @@ def commit(self: Builder):
 def restore(self: Builder):
     "Go back to the last commit, if there was one."
     row = self.db.execute("select counts, open, ids from state").fetchone()
-    if not row: return
+    if not row:
+        return
     self.c, at = json.loads(row[0]), 0
     for split, windows in json.loads(row[1]).items():
         for w in windows:
             window = []
-            for n, k in w: window.append((n, np.frombuffer(row[2], np.int32, k, at))); at += 4*k
-            self.packers[split].windows.append(window); self.packers[split].room.append(self.o["max_length"] - sum(k for _, k in w))
+            for n, k in w:
+                window.append((n, np.frombuffer(row[2], np.int32, k, at)))
+                at += 4 * k
+            self.packers[split].windows.append(window)
+            self.packers[split].room.append(self.o["max_length"] - sum(k for _, k in w))
     for split, step, size in self.db.execute("select split, step, bytes from shard"):
-        path = self.out/split/f"shard-{step:05d}.arrow"
-        if path.exists() and path.stat().st_size == size: continue
-        raise MedftError(f"{path}: a finished shard is missing or damaged; remove {self.out} and start again")
+        path = self.out / split / f"shard-{step:05d}.arrow"
+        if path.exists() and path.stat().st_size == size:
+            continue
+        raise MedftError(
+            f"{path}: a finished shard is missing or damaged; remove {self.out} and start again"
+        )
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c013
 def differences(then, now) -> list[str]:
     "What differs between two descriptions of the work."
     a, b = then["sources"], now["sources"]
-    state = lambda k: "has changed" if k in a and k in b else "is new" if k in b else "is gone"
-    return [f"{k} was {then.get(k)}, now {now[k]}" for k in now if k != "sources" and then.get(k) != now[k]] + \
-        [f"{k} {state(k)}" for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)] + \
-        ["the sources are in another order"]*(a == b and list(a) != list(b))
+
+    def state(k):
+        return "has changed" if k in a and k in b else "is new" if k in b else "is gone"
+
+    return (
+        [
+            f"{k} was {then.get(k)}, now {now[k]}"
+            for k in now
+            if k != "sources" and then.get(k) != now[k]
+        ]
+        + [f"{k} {state(k)}" for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
+        + ["the sources are in another order"] * (a == b and list(a) != list(b))
+    )
+
 
 def check_same(out, then, now):
     "Raises `MedftError` when a corpus was begun from something else."
     diff = differences(then, now)
     more = " …" if len(diff) > 3 else ""
-    if diff: raise MedftError(f"{out}: begun from something else: {'; '.join(diff[:3])}{more}; choose another --out, or remove this one")
+    if diff:
+        raise MedftError(
+            f"{out}: begun from something else: {'; '.join(diff[:3])}{more}; choose another --out, or remove this one"
+        )
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c014
 def made_in(out) -> dict:
     "What corpus.json of a finished corpus says; empty when there is none, or it is somebody else's."
-    try: made = read_json(out/"corpus.json", {})
-    except (ValueError, OSError): made = {}
+    try:
+        made = read_json(out / "corpus.json", {})
+    except (ValueError, OSError):
+        made = {}
     return made if isinstance(made, dict) and "made_from" in made else {}
+
 
 def check_place(out, paths):
     "Raises `MedftError` for a folder that is not ours to write into."
-    ours = made_in(out) or (out/".work"/"state.db").exists()
-    strange = lambda p: p.relative_to(out).as_posix() not in (".work", ".work/lock")    # as a kill right at the start leaves it
+    ours = made_in(out) or (out / ".work" / "state.db").exists()
+
+    def strange(p):
+        return p.relative_to(out).as_posix() not in (
+            ".work",
+            ".work/lock",
+        )  # as a kill right at the start leaves it
+
     if out.exists() and not ours and (not out.is_dir() or any(map(strange, out.rglob("*")))):
         raise MedftError(f"{out}: holds something else already; choose a new folder for --out")
     for p in paths:
-        if "://" not in p and locate(p) in out.resolve().parents: raise MedftError(f"{out}: lies inside its own input {p}; choose another --out")
+        if "://" not in p and locate(p) in out.resolve().parents:
+            raise MedftError(f"{out}: lies inside its own input {p}; choose another --out")
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c017
 @contextmanager
 def at_work(out):
     "The state of the work in `out`, for one process at a time. A full disk is a `MedftError`, and what was done stays."
     try:
-        (out/".work").mkdir(parents=True, exist_ok=True)
-        with FileLock(out/".work"/"lock", timeout=0), closing(connect(out/".work"/"state.db")) as db: yield db
-    except Timeout: raise MedftError(f"{out}: another process is preparing this corpus; wait for it, or end it") from None
-    except PermissionError as e: raise MedftError(f"{out}: may not be written to ({e.strerror}); choose another --out") from None
+        (out / ".work").mkdir(parents=True, exist_ok=True)
+        with (
+            FileLock(out / ".work" / "lock", timeout=0),
+            closing(connect(out / ".work" / "state.db")) as db,
+        ):
+            yield db
+    except Timeout:
+        raise MedftError(
+            f"{out}: another process is preparing this corpus; wait for it, or end it"
+        ) from None
+    except PermissionError as e:
+        raise MedftError(
+            f"{out}: may not be written to ({e.strerror}); choose another --out"
+        ) from None
     except (OSError, sqlite3.OperationalError) as e:
-        if getattr(e, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not {"full", "disk"} & set(str(e).split()): raise
-        raise MedftError(f"{out}: the disk is full; free some space and start the same command again: it goes on where it was") from None
+        if getattr(e, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not {
+            "full",
+            "disk",
+        } & set(str(e).split()):
+            raise
+        raise MedftError(
+            f"{out}: the disk is full; free some space and start the same command again: it goes on where it was"
+        ) from None
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c019
 class Options(NamedTuple):
     "What decides a corpus, beside its sources."
-    model: str = "tiny-base"    # whose tokenizer: hub id, folder, or the shipped tiny base
-    revision: str | None = None # hub commit
-    max_length: int = 8192      # tokens in a window
-    similarity: float = 0.8     # documents this much alike (Jaccard, runs of five words) are copies; 0: only equal ones
-    holdout: float = 0.05       # share of documents for validation, and as much for test; 0: all for training
-    seed: int = 42              # of the split
-    column: str = "text"        # the column that holds the text
+
+    model: str = "tiny-base"  # whose tokenizer: hub id, folder, or the shipped tiny base
+    revision: str | None = None  # hub commit
+    max_length: int = 8192  # tokens in a window
+    similarity: float = 0.8  # documents this much alike (Jaccard, runs of five words) are copies; 0: only equal ones
+    holdout: float = (
+        0.05  # share of documents for validation, and as much for test; 0: all for training
+    )
+    seed: int = 42  # of the split
+    column: str = "text"  # the column that holds the text
+
 
 def check_options(o, workers):
     "Raises `MedftError` for a value that makes no sense."
-    possible = {"max-length": (o.max_length, o.max_length >= 16, "16 or more"), "similarity": (o.similarity, 0 <= o.similarity <= 1, "0 to 1"),
-                "holdout": (o.holdout, 0 <= o.holdout < 0.5, "0 to below 0.5"), "workers": (workers, workers is None or workers >= 1, "1 or more")}
+    possible = {
+        "max-length": (o.max_length, o.max_length >= 16, "16 or more"),
+        "similarity": (o.similarity, 0 <= o.similarity <= 1, "0 to 1"),
+        "holdout": (o.holdout, 0 <= o.holdout < 0.5, "0 to below 0.5"),
+        "workers": (workers, workers is None or workers >= 1, "1 or more"),
+    }
     for name, (value, good, says) in possible.items():
-        if not good: raise MedftError(f"--{name} {value}: not possible; it may be {says}")
+        if not good:
+            raise MedftError(f"--{name} {value}: not possible; it may be {says}")
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c021
 def tokenizer(model, revision):
     "A model's `Tokens` and hash, without its libraries in this process."
-    if "medft.data.prompts" in sys.modules: return tokens_of(model, revision)
+    if "medft.data.prompts" in sys.modules:
+        return tokens_of(model, revision)
     w = Worker()
-    try: return w.ask("tokens_of", model, revision)
-    finally: w.end()
+    try:
+        return w.ask("tokens_of", model, revision)
+    finally:
+        w.end()
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c022
 def build(builder, tokens, workers, tell) -> int:
     "Take in all documents from where the state stands. Returns the largest memory of a worker."
     part, done = builder.c["part"], builder.c["rows"]
     progress = Progress(builder.units, builder.c, tell)
-    with Crew(tokens, workers) as crew, closing(crew.answers(tasks_of(builder.units, builder.o["column"], part, done))) as answers:
+    with (
+        Crew(tokens, workers) as crew,
+        closing(crew.answers(tasks_of(builder.units, builder.o["column"], part, done))) as answers,
+    ):
         for (i, first), docs in answers:
             for k, doc in enumerate(docs, first):
-                if i > part or k >= done: builder.add(i, k, doc)
+                if i > part or k >= done:
+                    builder.add(i, k, doc)
             progress.maybe()
         progress.maybe(now=True)
         return crew.memory()
@@ -182,92 +319,169 @@ def build(builder, tokens, workers, tell) -> int:
 def describe(folder, split, shards):
     "Make a folder of shards one that `datasets.load_from_disk` reads."
     from datasets import DatasetInfo, Features, List, Value
-    whole = lambda kind: List(Value(kind))
-    DatasetInfo(features=Features(input_ids=whole("int32"), seq_lengths=whole("int32"), documents=whole("int64"))).write_to_directory(str(folder))
-    unset = dict(_format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False)
+
+    def whole(kind):
+        return List(Value(kind))
+
+    DatasetInfo(
+        features=Features(
+            input_ids=whole("int32"), seq_lengths=whole("int32"), documents=whole("int64")
+        )
+    ).write_to_directory(str(folder))
+    unset = dict(
+        _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False
+    )
     fingerprint = hashlib.sha256(str((folder, shards)).encode()).hexdigest()[:16]
-    write_json(folder/"state.json", dict(_data_files=[dict(filename=s) for s in shards], _fingerprint=fingerprint, _split=split) | unset)
+    write_json(
+        folder / "state.json",
+        dict(_data_files=[dict(filename=s) for s in shards], _fingerprint=fingerprint, _split=split)
+        | unset,
+    )
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c025
 def close(b) -> tuple[str, dict]:
     "Write the last windows. Returns the hash of all shards, and the number of windows of each split."
-    for split, p in b.packers.items(): b.keep(split, p.rest())
+    for split, p in b.packers.items():
+        b.keep(split, p.rest())
     b.commit()
-    shards = b.db.execute("select split, step, rows, hash from shard order by split, step").fetchall()
-    windows = {s: sum(n for split, _, n, _ in shards if split == s) for s in SPLITS if b.c["tokens"].get(s)}
-    for s in windows: describe(b.out/s, s, [f"shard-{step:05d}.arrow" for split, step, *_ in shards if split == s])
-    return hashlib.sha256("".join(f"{s} {n} {h}\n" for s, n, _, h in shards).encode()).hexdigest(), windows
+    shards = b.db.execute(
+        "select split, step, rows, hash from shard order by split, step"
+    ).fetchall()
+    windows = {
+        s: sum(n for split, _, n, _ in shards if split == s) for s in SPLITS if b.c["tokens"].get(s)
+    }
+    for s in windows:
+        describe(
+            b.out / s, s, [f"shard-{step:05d}.arrow" for split, step, *_ in shards if split == s]
+        )
+    return hashlib.sha256(
+        "".join(f"{s} {n} {h}\n" for s, n, _, h in shards).encode()
+    ).hexdigest(), windows
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c027
 def finish(b, now, memory) -> dict:
     "Close the corpus and say what was made."
     digest, windows = close(b)
     c, out = b.c, sum(b.c["out"].values())
-    if not out: raise MedftError(f"{b.out}: no document is left of {c['documents']:,}: {c['rejected'] | c['duplicates']}; see documents.jsonl there")
-    counts = dict(read=c["documents"], kept=out, rejected=c["rejected"], duplicates=c["duplicates"], cut=c["cut"], splits=c["out"])
+    if not out:
+        raise MedftError(
+            f"{b.out}: no document is left of {c['documents']:,}: {c['rejected'] | c['duplicates']}; see documents.jsonl there"
+        )
+    counts = dict(
+        read=c["documents"],
+        kept=out,
+        rejected=c["rejected"],
+        duplicates=c["duplicates"],
+        cut=c["cut"],
+        splits=c["out"],
+    )
     assert c["documents"] == out + sum(c["rejected"].values()) + sum(c["duplicates"].values())
-    fill = {s: round(c["tokens"][s]/n/now["max_length"], 4) for s, n in windows.items()}
-    made = dict(medft=__version__, hash=digest) | {k: now[k] for k in ("model", "tokenizer", "max_length", "sources")} | \
-        dict(documents=counts, tokens=c["tokens"], windows=windows, fill=fill, cleaned=c["cleaned"],
-             made_from=now, seconds=round(c["seconds"], 1), peak_memory_bytes=dict(main=peak_rss(), worker=memory))
-    write_json(b.out/"corpus.json", made)
+    fill = {s: round(c["tokens"][s] / n / now["max_length"], 4) for s, n in windows.items()}
+    made = (
+        dict(medft=__version__, hash=digest)
+        | {k: now[k] for k in ("model", "tokenizer", "max_length", "sources")}
+        | dict(
+            documents=counts,
+            tokens=c["tokens"],
+            windows=windows,
+            fill=fill,
+            cleaned=c["cleaned"],
+            made_from=now,
+            seconds=round(c["seconds"], 1),
+            peak_memory_bytes=dict(main=peak_rss(), worker=memory),
+        )
+    )
+    write_json(b.out / "corpus.json", made)
     return made
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c029
 def prepare_corpus(
-    paths,          # folders, files, patterns, URLs: JSON lines, JATS or CNXML, plain text, and whatever else has a column of text
-    out,            # the folder to write
-    workers=None,   # processes; None: one a core
-    tell=None,      # called with the line that says how far it is; None: it goes to the error output
-    **options,      # `Options`
-) -> dict:          # what corpus.json says
+    paths,  # folders, files, patterns, URLs: JSON lines, JATS or CNXML, plain text, and whatever else has a column of text
+    out,  # the folder to write
+    workers=None,  # processes; None: one a core
+    tell=None,  # called with the line that says how far it is; None: it goes to the error output
+    **options,  # `Options`
+) -> dict:  # what corpus.json says
     "Text to packed windows. Raises `MedftError`; what was done stays, and the same call goes on from there."
-    paths, out, o = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)], Path(out), Options(**options)
-    check_options(o, workers); check_place(out, paths)
+    paths, out, o = (
+        [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)],
+        Path(out),
+        Options(**options),
+    )
+    check_options(o, workers)
+    check_place(out, paths)
     parts, (tokens, digest) = texts_in(paths, tell), tokenizer(o.model, o.revision)
-    now = o._asdict() | dict(tokenizer=digest, medft=__version__, sources={p.name: sources.digest(p) for p in parts})
-    if done := made_in(out): check_same(out, done["made_from"], now)
-    else: done = from_parts(out, now, parts, tokens, workers or available_cores(), tell)
-    shutil.rmtree(out/".work", ignore_errors=True); return done
+    now = o._asdict() | dict(
+        tokenizer=digest, medft=__version__, sources={p.name: sources.digest(p) for p in parts}
+    )
+    if done := made_in(out):
+        check_same(out, done["made_from"], now)
+    else:
+        done = from_parts(out, now, parts, tokens, workers or available_cores(), tell)
+    shutil.rmtree(out / ".work", ignore_errors=True)
+    return done
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c030
-def available_cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def available_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
 
 def texts_in(paths, tell):
     "The parts that are packed: training rows only; what is left out is said."
     found = recipe_sources.training_sources(paths[0] if len(paths) == 1 else paths, "pretraining")
-    lines = found.notes + [f"not read: {recipe_sources.files_in_words(found.not_read)}"]*bool(found.not_read)
+    lines = found.notes + [f"not read: {recipe_sources.files_in_words(found.not_read)}"] * bool(
+        found.not_read
+    )
     for line in lines:
         (tell or partial(print, file=sys.stderr))(f"corpus: {line}")
     return found.entries["train"][0]
+
 
 def from_parts(out, now, parts, tokens, workers, tell) -> dict:
     "Begin a corpus, or go on with one."
     units = units_of(parts)
     with at_work(out) as db:
         begun = db.execute("select what from begun").fetchone()
-        if begun: check_same(out, json.loads(begun[0]), now)
-        else: db.execute("insert into begun values (?)", (json.dumps(now),)); db.execute("commit"); db.execute("begin immediate")
+        if begun:
+            check_same(out, json.loads(begun[0]), now)
+        else:
+            db.execute("insert into begun values (?)", (json.dumps(now),))
+            db.execute("commit")
+            db.execute("begin immediate")
         builder = Builder(out, db, now, units)
         return finish(builder, now, build(builder, tokens, workers, tell))
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c031
 def load_corpus(
-    path,           # the folder
+    path,  # the folder
     split="train",  # or validation, test
-):                  # a Dataset: input_ids, seq_lengths (tokens of each document in the window), documents (their numbers in documents.jsonl)
+):  # a Dataset: input_ids, seq_lengths (tokens of each document in the window), documents (their numbers in documents.jsonl)
     "A split of a packed corpus, mapped from disk. Raises `MedftError` when it is not there or not finished."
     from datasets import load_from_disk
+
     path, made = Path(path), made_in(Path(path))
-    why = "not finished; start the same medft prepare corpus again" if (path/".work").exists() else "no corpus (no corpus.json in it)"
-    if not made: raise MedftError(f"{path}: {why}")
-    if split not in made["windows"]: raise MedftError(f"{path}: no split {split!r}; it has {', '.join(made['windows'])}")
-    return load_from_disk(str(path/split))
+    why = (
+        "not finished; start the same medft prepare corpus again"
+        if (path / ".work").exists()
+        else "no corpus (no corpus.json in it)"
+    )
+    if not made:
+        raise MedftError(f"{path}: {why}")
+    if split not in made["windows"]:
+        raise MedftError(f"{path}: no split {split!r}; it has {', '.join(made['windows'])}")
+    return load_from_disk(str(path / split))
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c032
 def corpus_summary(made) -> str:
     "What was made, in one line."
-    d, tokens, windows, length = made["documents"], sum(made["tokens"].values()), sum(made["windows"].values()), made["max_length"]
+    d, tokens, windows, length = (
+        made["documents"],
+        sum(made["tokens"].values()),
+        sum(made["windows"].values()),
+        made["max_length"],
+    )
     left = f"{sum(d['duplicates'].values()):,} copies, {sum(d['rejected'].values()):,} rejected"
-    return (f"corpus: {d['read']:,} documents read, {d['kept']:,} kept ({left}): {tokens:,} tokens in {windows:,} windows of {length:,}, "
-            f"{tokens/windows/length:.1%} full, in {made['seconds']:,.0f} s")
+    return (
+        f"corpus: {d['read']:,} documents read, {d['kept']:,} kept ({left}): {tokens:,} tokens in {windows:,} windows of {length:,}, "
+        f"{tokens / windows / length:.1%} full, in {made['seconds']:,.0f} s"
+    )

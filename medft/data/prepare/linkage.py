@@ -8,27 +8,46 @@ Docs: https://medft.github.io/medft/data/prepare/linkage.html.md"""
 __all__ = ['RULES', 'MADE_BY', 'baselines', 'card', 'facts_about', 'push_pairs', 'prepare_pairs']
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c002
-from ...core.run import MedftError, atomic_write, read_json  # first: it sets switches that the libraries read
+from ...core.run import MedftError, atomic_write, read_json
 from .record_pairs import KINDS, pair_up, read_patients, split_patients
 
-import hashlib, json, os, shutil, tempfile
+import hashlib
+import json
+import os
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c009
-RULES = {"all positive": lambda l, r: True, "equal SSN": lambda l, r: bool(l["ssn"]) and l["ssn"] == r["ssn"],
-         "equal name and birth date": lambda l, r: all(l[k] == r[k] for k in ("first", "last", "birth_date"))}
-RULES["either"] = lambda l, r: any(RULES[k](l, r) for k in ("equal SSN", "equal name and birth date"))
+RULES = {
+    "all positive": lambda l, r: True,
+    "equal SSN": lambda l, r: bool(l["ssn"]) and l["ssn"] == r["ssn"],
+    "equal name and birth date": lambda l, r: all(
+        l[k] == r[k] for k in ("first", "last", "birth_date")
+    ),
+}
+RULES["either"] = lambda l, r: any(
+    RULES[k](l, r) for k in ("equal SSN", "equal name and birth date")
+)
+
 
 def baselines(
     pairs,  # as `pair_up` gives them
 ) -> dict:  # rule -> {precision, recall, f1}; 0 where a rule says yes to none
     "What fixed rules reach on labelled pairs."
     from sklearn.metrics import precision_recall_fscore_support as score
+
     labels = [x["label"] for x in pairs]
     said = {name: [int(rule(x["left"], x["right"])) for x in pairs] for name, rule in RULES.items()}
-    found = {name: score(labels, calls, average="binary", zero_division=0)[:3] for name, calls in said.items()}
-    return {name: dict(zip(("precision", "recall", "f1"), (round(float(v), 3) for v in values))) for name, values in found.items()}
+    found = {
+        name: score(labels, calls, average="binary", zero_division=0)[:3]
+        for name, calls in said.items()
+    }
+    return {
+        name: dict(zip(("precision", "recall", "f1"), (round(float(v), 3) for v in values)))
+        for name, values in found.items()
+    }
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c012
 _CARD = """# Patient record pairs
@@ -82,118 +101,219 @@ def card(
 ) -> str:
     "The data set's README.md, with the hub's metadata."
     from huggingface_hub import DatasetCard, DatasetCardData
+
     files, kinds = [dict(split=s, path=f"{s}.jsonl") for s in about["pairs"]], ["same", *KINDS]
-    data = DatasetCardData(language="en", license=about["license"], task_categories=["text-classification"], tags=_TAGS,
-                           pretty_name="Patient record pairs", configs=[dict(config_name="default", data_files=files)])
-    counts = [[s, about["patients"][s], *(c.get(k, 0) for k in kinds), sum(c.values())] for s, c in about["pairs"].items()]
-    lines = lambda table: "\n".join("| " + " | ".join(map(str, row)) + " |" for row in table)
-    listed = lambda counts: ", ".join(f"{k} {v}" for k, v in counts.items()) or "none"
-    fill = dict(about, rows=lines(counts), heads=" | ".join(kinds), bars="---|"*len(counts[0]), changes=listed(about["right_changes"]),
-                left_out=listed(about["left_out"]), rules=lines([name, *x.values()] for name, x in about["baselines"].items()),
-                licence=about["license"] or "not stated by whoever made this set; state one before passing it on")
-    return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(t.format(**fill) for t in (_CARD, _MADE, _LIMITS))))
+    data = DatasetCardData(
+        language="en",
+        license=about["license"],
+        task_categories=["text-classification"],
+        tags=_TAGS,
+        pretty_name="Patient record pairs",
+        configs=[dict(config_name="default", data_files=files)],
+    )
+    counts = [
+        [s, about["patients"][s], *(c.get(k, 0) for k in kinds), sum(c.values())]
+        for s, c in about["pairs"].items()
+    ]
+
+    def lines(table):
+        return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in table)
+
+    def listed(counts):
+        return ", ".join(f"{k} {v}" for k, v in counts.items()) or "none"
+
+    fill = dict(
+        about,
+        rows=lines(counts),
+        heads=" | ".join(kinds),
+        bars="---|" * len(counts[0]),
+        changes=listed(about["right_changes"]),
+        left_out=listed(about["left_out"]),
+        rules=lines([name, *x.values()] for name, x in about["baselines"].items()),
+        licence=about["license"]
+        or "not stated by whoever made this set; state one before passing it on",
+    )
+    return str(
+        DatasetCard(
+            f"---\n{data.to_yaml()}\n---\n"
+            + "\n".join(t.format(**fill) for t in (_CARD, _MADE, _LIMITS))
+        )
+    )
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c018
 MADE_BY = "medft prepare entity-resolution"
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c019
 def facts_about(
-    sides,      # name -> patients, from `split_patients`
-    pairs,      # name -> pairs
-    source,     # where the patients come from, for the reader
-    **settings, # seed, per_patient, ssn_missing, license, left_out
+    sides,  # name -> patients, from `split_patients`
+    pairs,  # name -> pairs
+    source,  # where the patients come from, for the reader
+    **settings,  # seed, per_patient, ssn_missing, license, left_out
 ) -> dict:
     "What a pair set is. Raises `MedftError` when a split has no pair."
     members = {s: {p["patient_id"] for p in v} for s, v in sides.items()}
     for s, part in pairs.items():
-        if not part: raise MedftError(f"no pair for {s}: its {len(members[s])} patients may be one person, by number or name; generate more patients")
-        assert all({x["left_patient"], x["right_patient"]} <= members[s] for x in part), "a patient crossed splits"
-    every, count = [x for part in pairs.values() for x in part], lambda words: dict(sorted(Counter(words).items()))
-    return dict(made_by=MADE_BY, **settings, source=source, patients={s: len(v) for s, v in members.items()},
-                pairs={s: count(x["kind"] for x in part) for s, part in pairs.items()},
-                right_changes=count(c for x in every for c in x["right_changes"]), baselines=baselines(every))
+        if not part:
+            raise MedftError(
+                f"no pair for {s}: its {len(members[s])} patients may be one person, by number or name; generate more patients"
+            )
+        assert all({x["left_patient"], x["right_patient"]} <= members[s] for x in part), (
+            "a patient crossed splits"
+        )
+    every, count = (
+        [x for part in pairs.values() for x in part],
+        lambda words: dict(sorted(Counter(words).items())),
+    )
+    return dict(
+        made_by=MADE_BY,
+        **settings,
+        source=source,
+        patients={s: len(v) for s, v in members.items()},
+        pairs={s: count(x["kind"] for x in part) for s, part in pairs.items()},
+        right_changes=count(c for x in every for c in x["right_changes"]),
+        baselines=baselines(every),
+    )
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c022
 def _check_out(out):
     "Raises `MedftError` unless the folder is absent, empty, or one that we made and nobody added to."
-    if not out.exists(): return
-    if not out.is_dir(): raise MedftError(f"{out}: is a file; name a folder for the pairs")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise MedftError(f"{out}: is a file; name a folder for the pairs")
     names = {p.name for p in out.iterdir()}
-    try: about = read_json(out/"pairs.json", {})
-    except ValueError: about = {}
+    try:
+        about = read_json(out / "pairs.json", {})
+    except ValueError:
+        about = {}
     ours = isinstance(about, dict) and about.get("made_by") == MADE_BY
     foreign = sorted(names - {*about.get("files", ()), "pairs.json"} if ours else names)
-    if foreign: raise MedftError(f"{out}: holds {foreign[0]!r}, which this command did not make; name another folder, or empty this one")
+    if foreign:
+        raise MedftError(
+            f"{out}: holds {foreign[0]!r}, which this command did not make; name another folder, or empty this one"
+        )
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c023
 def _place(files, out):
     out.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        for name, text in files.items(): atomic_write(new/name, text)
-        new.chmod(0o755); old = new.with_name(new.name + ".old")
-        if out.exists(): os.replace(out, old)
-        try: os.replace(new, out)
-        except OSError: old.exists() and os.replace(old, out); raise
+        for name, text in files.items():
+            atomic_write(new / name, text)
+        new.chmod(0o755)
+        old = new.with_name(new.name + ".old")
+        if out.exists():
+            os.replace(out, old)
+        try:
+            os.replace(new, out)
+        except OSError:
+            old.exists() and os.replace(old, out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
-    finally: shutil.rmtree(new, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c025
 def _upload(folder, repo, private, message):
     from huggingface_hub import HfApi
-    api, files = HfApi(), [*read_json(Path(folder)/"pairs.json")["files"], "pairs.json"]
+
+    api, files = HfApi(), [*read_json(Path(folder) / "pairs.json")["files"], "pairs.json"]
     api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
     if private and not api.dataset_info(repo).private:
-        raise MedftError(f"{repo} exists and is public; make it private first, or ask for a public push")
-    return api.upload_folder(folder_path=folder, repo_id=repo, repo_type="dataset", commit_message=message, allow_patterns=files).oid
+        raise MedftError(
+            f"{repo} exists and is public; make it private first, or ask for a public push"
+        )
+    return api.upload_folder(
+        folder_path=folder,
+        repo_id=repo,
+        repo_type="dataset",
+        commit_message=message,
+        allow_patterns=files,
+    ).oid
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c026
 def push_pairs(
-    folder,         # as `prepare_pairs` wrote it
-    repo,           # "org/name"
+    folder,  # as `prepare_pairs` wrote it
+    repo,  # "org/name"
     private=True,
     message="Patient record pairs",
-) -> str:           # the commit's hash
+) -> str:  # the commit's hash
     "Push a folder of pairs to the hub, with the token of the environment. Raises `MedftError`."
-    try: return _upload(folder, repo, private, message)
-    except MedftError: raise
+    try:
+        return _upload(folder, repo, private, message)
+    except MedftError:
+        raise
     except Exception as e:
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise MedftError(f"push to {repo} failed: {why}; the pairs are in {folder}; check the name and HF_TOKEN") from None
+        raise MedftError(
+            f"push to {repo} failed: {why}; the pairs are in {folder}; check the name and HF_TOKEN"
+        ) from None
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c027
 def _check_push(push, private, license):
     from huggingface_hub.utils import HFValidationError, validate_repo_id
-    if not push: return
-    try: validate_repo_id(push)
-    except HFValidationError as e: raise MedftError(f"{push!r} is no name on the hub ({str(e).splitlines()[0]}); write org/name") from None
-    if not private and not license: raise MedftError("a public data set needs a licence: state one, such as apache-2.0")
+
+    if not push:
+        return
+    try:
+        validate_repo_id(push)
+    except HFValidationError as e:
+        raise MedftError(
+            f"{push!r} is no name on the hub ({str(e).splitlines()[0]}); write org/name"
+        ) from None
+    if not private and not license:
+        raise MedftError("a public data set needs a licence: state one, such as apache-2.0")
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c028
 def prepare_pairs(
-    synthea,            # Synthea CSV folder, or folder of FHIR bundles
-    out,                # folder to write
-    seed=42,            # same seed, same bytes
-    per_patient=2,      # matches that a patient gives, and as many mismatches
-    ssn_missing=.3,     # share of left records without a social security number
-    license=None,       # for the card, by the hub's name: "apache-2.0", "cc-by-4.0", ...
-    push=None,          # hub id to push to, "org/name"; None: nothing leaves this machine
-    private=True,       # a pushed data set is private
-    message="Patient record pairs",     # the push's commit message
-) -> dict:              # what pairs.json holds, and `commit` after a push
+    synthea,  # Synthea CSV folder, or folder of FHIR bundles
+    out,  # folder to write
+    seed=42,  # same seed, same bytes
+    per_patient=2,  # matches that a patient gives, and as many mismatches
+    ssn_missing=0.3,  # share of left records without a social security number
+    license=None,  # for the card, by the hub's name: "apache-2.0", "cc-by-4.0", ...
+    push=None,  # hub id to push to, "org/name"; None: nothing leaves this machine
+    private=True,  # a pushed data set is private
+    message="Patient record pairs",  # the push's commit message
+) -> dict:  # what pairs.json holds, and `commit` after a push
     "Write train, validation and test pairs with a card; push them when asked. Raises `MedftError`."
-    out = Path(out).expanduser().absolute(); _check_out(out); _check_push(push, private, license)
-    about = _write(*read_patients(synthea), out, seed=seed, per_patient=per_patient, ssn_missing=ssn_missing, license=license)
+    out = Path(out).expanduser().absolute()
+    _check_out(out)
+    _check_push(push, private, license)
+    about = _write(
+        *read_patients(synthea),
+        out,
+        seed=seed,
+        per_patient=per_patient,
+        ssn_missing=ssn_missing,
+        license=license,
+    )
     return about | dict(commit=push_pairs(out, push, private, message)) if push else about
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c029
 def _write(patients, left_out, digest, out, seed, per_patient, ssn_missing, license):
     sides = split_patients(patients, seed)
     pairs = {name: pair_up(side, seed, per_patient, ssn_missing) for name, side in sides.items()}
-    about = facts_about(sides, pairs, f"{len(patients)} Synthea patients (SHA-256 of their folder: {digest})", seed=seed, per_patient=per_patient,
-                        ssn_missing=ssn_missing, license=license, left_out=dict(left_out))
-    line = lambda name, i, x: json.dumps(dict(pair_id=f"{name}-{i:05d}", **x), ensure_ascii=False) + "\n"
-    files = {f"{name}.jsonl": "".join(line(name, i, x) for i, x in enumerate(part)) for name, part in pairs.items()} | {"README.md": card(about)}
-    about["files"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+    about = facts_about(
+        sides,
+        pairs,
+        f"{len(patients)} Synthea patients (SHA-256 of their folder: {digest})",
+        seed=seed,
+        per_patient=per_patient,
+        ssn_missing=ssn_missing,
+        license=license,
+        left_out=dict(left_out),
+    )
+
+    def line(name, i, x):
+        return json.dumps(dict(pair_id=f"{name}-{i:05d}", **x), ensure_ascii=False) + "\n"
+
+    files = {
+        f"{name}.jsonl": "".join(line(name, i, x) for i, x in enumerate(part))
+        for name, part in pairs.items()
+    } | {"README.md": card(about)}
+    about["files"] = {
+        name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()
+    }
     _place(files | {"pairs.json": json.dumps(about, indent=1, ensure_ascii=False) + "\n"}, out)
     return about

@@ -9,11 +9,18 @@ __all__ = ['SCHEMA', 'OPEN', 'SPLITS', 'serve', 'Worker', 'Crew', 'Progress', 'c
            'split_of', 'shard_of', 'write_shard']
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c003
-from ...core.run import MedftError, peak_rss  # first: it sets switches that the libraries read
-from ..quality.minhash import bands
+from ...core.run import MedftError, peak_rss
 from .cleaning import Work, tokens_of
+from ..quality.minhash import bands
 
-import hashlib, os, pickle, queue, sqlite3, subprocess, sys, time
+import hashlib
+import os
+import pickle
+import queue
+import sqlite3
+import subprocess
+import sys
+import time
 from bisect import bisect_left
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -27,49 +34,86 @@ from fastcore.basics import patch
 def serve():
     "Answer tasks until there are no more: the main function of a worker."
     tasks, results, work = sys.stdin.buffer, os.fdopen(os.dup(1), "wb"), None
-    os.dup2(2, 1)       # what a library prints must not get between the results
+    os.dup2(2, 1)  # what a library prints must not get between the results
     while True:
-        try: name, *args = pickle.load(tasks)
-        except EOFError: return
         try:
-            if name == "begin": work, answer = Work(*args), None
-            else: answer = dict(work=work, file=work and work.file, tokens_of=tokens_of, memory=peak_rss)[name](*args)
-        except MedftError as e: answer = e
-        pickle.dump(answer, results, 5); results.flush()
+            name, *args = pickle.load(tasks)
+        except EOFError:
+            return
+        try:
+            if name == "begin":
+                work, answer = Work(*args), None
+            else:
+                answer = dict(
+                    work=work, file=work and work.file, tokens_of=tokens_of, memory=peak_rss
+                )[name](*args)
+        except MedftError as e:
+            answer = e
+        pickle.dump(answer, results, 5)
+        results.flush()
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c007
 class Worker:
     "A process that answers one task at a time."
+
     def __init__(self):
         env = os.environ | dict(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
-        self.process = subprocess.Popen([sys.executable, "-P", "-c", "from medft.data.prepare.packing import serve; serve()"], env=env, start_new_session=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    def end(self): self.process.kill(); self.process.communicate()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", "from medft.data.prepare.packing import serve; serve()"],
+            env=env,
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def end(self):
+        self.process.kill()
+        self.process.communicate()
+
     def ask(self, *task):
         "A task's answer. Raises what the worker raised, and `MedftError` when it died."
-        try: pickle.dump(task, self.process.stdin, 5); self.process.stdin.flush(); answer = pickle.load(self.process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError, ValueError): raise self.died() from None
-        if isinstance(answer, MedftError): raise answer
+        try:
+            pickle.dump(task, self.process.stdin, 5)
+            self.process.stdin.flush()
+            answer = pickle.load(self.process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError, ValueError):
+            raise self.died() from None
+        if isinstance(answer, MedftError):
+            raise answer
         return answer
 
-    def died(self): return MedftError(f"a worker process ended by itself (exit code {self.process.wait()}; out of memory?); try fewer --workers")
+    def died(self):
+        return MedftError(
+            f"a worker process ended by itself (exit code {self.process.wait()}; out of memory?); try fewer --workers"
+        )
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c010
 class Crew:
     "Some workers with one tokenizer."
+
     def __init__(self, tokens, size):
         self.workers, self.idle = [Worker() for _ in range(size)], queue.SimpleQueue()
-        for w in self.workers: w.ask("begin", tokens); self.idle.put(w)
+        for w in self.workers:
+            w.ask("begin", tokens)
+            self.idle.put(w)
 
     def ask(self, task):
         w = self.idle.get()
-        try: return w.ask(*task)
-        finally: self.idle.put(w)
+        try:
+            return w.ask(*task)
+        finally:
+            self.idle.put(w)
 
-    def memory(self): "The largest resident memory of a worker, in bytes."; return max(w.ask("memory") for w in self.workers)
-    def __enter__(self): return self
+    def memory(self):
+        "The largest resident memory of a worker, in bytes."
+        return max(w.ask("memory") for w in self.workers)
+
+    def __enter__(self):
+        return self
+
     def __exit__(self, *_):
-        for w in self.workers: w.end()
+        for w in self.workers:
+            w.end()
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c011
 @patch
@@ -79,47 +123,77 @@ def answers(self: Crew, tasks):
     try:
         for label, task in tasks:
             waiting.append((label, pool.submit(self.ask, task)))
-            if len(waiting) > 2*len(self.workers): label, got = waiting.popleft(); yield label, got.result()
-        for label, got in waiting: yield label, got.result()
+            if len(waiting) > 2 * len(self.workers):
+                label, got = waiting.popleft()
+                yield label, got.result()
+        for label, got in waiting:
+            yield label, got.result()
     except BaseException:
-        for w in self.workers: w.process.kill()
+        for w in self.workers:
+            w.process.kill()
         raise
-    finally: pool.shutdown(cancel_futures=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c014
 class Progress:
     "A line on the error output now and then."
+
     def __init__(self, units, counts, tell=None):
         sizes = [u.path.stat().st_size if u.path and u.path.is_file() else 1 for u in units]
         self.units, self.sizes, self.before = units, sizes, np.cumsum([0, *sizes])
-        self.c, self.first, self.start, self.last, self.began = counts, counts["documents"], time.time(), 0, None
+        self.c, self.first, self.start, self.last, self.began = (
+            counts,
+            counts["documents"],
+            time.time(),
+            0,
+            None,
+        )
         self.tell, self.live = tell or self.show, not tell and sys.stderr.isatty()
 
-    def show(self, line): print(f"\r{line:<100}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
+    def show(self, line):
+        print(
+            f"\r{line:<100}" if self.live else line,
+            end="" if self.live else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def share(self) -> float:
         "How much of the input has been read."
         part = self.c["part"]
-        inside = self.sizes[part] if self.c["documents"] else 0     # not open any more, or a worker's file
+        inside = (
+            self.sizes[part] if self.c["documents"] else 0
+        )  # not open any more, or a worker's file
         for f in psutil.Process().open_files():
-            if f.path == str(self.units[part].path): inside = getattr(f, "position", 0)
-        return (self.before[part] + min(inside, self.sizes[part]))/self.before[-1]
+            if f.path == str(self.units[part].path):
+                inside = getattr(f, "position", 0)
+        return (self.before[part] + min(inside, self.sizes[part])) / self.before[-1]
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c015
 @patch
 def line(self: Progress):
     share, seconds, n = self.share(), time.time() - self.start, self.c["documents"]
-    if self.began is None: self.began = share
-    left = f", {seconds*(1 - share)/(share - self.began)/60:.0f} min left" if share > self.began and seconds > 5 else ""
-    rate, tokens = (n - self.first)/max(seconds, 1e-9), sum(self.c["tokens"].values())
-    return f"corpus: {n:,} documents, {rate:,.0f} a second, {tokens/1e6:,.1f} M tokens, {share:.0%} read{left}"
+    if self.began is None:
+        self.began = share
+    left = (
+        f", {seconds * (1 - share) / (share - self.began) / 60:.0f} min left"
+        if share > self.began and seconds > 5
+        else ""
+    )
+    rate, tokens = (n - self.first) / max(seconds, 1e-9), sum(self.c["tokens"].values())
+    return f"corpus: {n:,} documents, {rate:,.0f} a second, {tokens / 1e6:,.1f} M tokens, {share:.0%} read{left}"
+
 
 @patch
 def maybe(self: Progress, now=False):
     "Say it when it is time: on a terminal in place, elsewhere as a line every 15 seconds."
-    if not now and time.time() - self.last < (1 if self.live or self.tell != self.show else 15): return
-    self.last = time.time(); self.tell(self.line())
-    if now and self.live: print(file=sys.stderr)
+    if not now and time.time() - self.last < (1 if self.live or self.tell != self.show else 15):
+        return
+    self.last = time.time()
+    self.tell(self.line())
+    if now and self.live:
+        print(file=sys.stderr)
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c018
 SCHEMA = """
@@ -128,6 +202,7 @@ create table if not exists state(at integer primary key, counts text, open text,
 create table if not exists shard(split text, step integer, rows integer, tokens integer, bytes integer, hash text);
 create table if not exists band(number integer primary key, document integer);
 create table if not exists document(n integer primary key, key blob, signature blob);"""
+
 
 def connect(path):
     "The state file, with 16 MB of cache and its transactions in our hands."
@@ -138,52 +213,83 @@ def connect(path):
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c019
 def bands_of(
-    doc,            # a Doc
-    similarity,     # from which two documents are copies; 0: only when equal
-) -> list[int]:     # 64-bit numbers
+    doc,  # a Doc
+    similarity,  # from which two documents are copies; 0: only when equal
+) -> list[int]:  # 64-bit numbers
     "What two copies have in common."
-    if not similarity: return [int.from_bytes(doc.key[:8], "little", signed=True)]
+    if not similarity:
+        return [int.from_bytes(doc.key[:8], "little", signed=True)]
     rows, number = bands(similarity)
-    band = lambda k: hashlib.blake2b(doc.signature[4*rows*k:4*rows*(k + 1)], digest_size=8, salt=bytes([k])).digest()
+
+    def band(k):
+        return hashlib.blake2b(
+            doc.signature[4 * rows * k : 4 * rows * (k + 1)], digest_size=8, salt=bytes([k])
+        ).digest()
+
     return [int.from_bytes(band(k), "little", signed=True) for k in range(number)]
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c021
 _MET = "select n, key, signature from document where n in (select document from band where number in ({})) order by n"
 
+
 def copy_of(
-    db, n,          # the index, and this document's number
-    doc,            # a Doc
+    db,
+    n,  # the index, and this document's number
+    doc,  # a Doc
     similarity,
-):                  # (number of the earlier one, similarity; 1.0: the same text); None: it is new, and in the index now
+):  # (number of the earlier one, similarity; 1.0: the same text); None: it is new, and in the index now
     "The earlier document that this one repeats."
-    numbers, mine = bands_of(doc, similarity), np.frombuffer(doc.signature, np.uint32).astype(np.uint16)
-    met = db.execute(_MET.format(",".join("?"*len(numbers))), numbers).fetchall()
-    alike = [(1.0 if key == doc.key else min((np.frombuffer(s, np.uint16) == mine).mean(), 0.999), -other) for other, key, s in met]
+    numbers, mine = (
+        bands_of(doc, similarity),
+        np.frombuffer(doc.signature, np.uint32).astype(np.uint16),
+    )
+    met = db.execute(_MET.format(",".join("?" * len(numbers))), numbers).fetchall()
+    alike = [
+        (
+            1.0 if key == doc.key else min((np.frombuffer(s, np.uint16) == mine).mean(), 0.999),
+            -other,
+        )
+        for other, key, s in met
+    ]
     best, other = max(alike, default=(0, 0))
-    if best == 1 or similarity and best >= similarity: return -other, round(float(best), 3)
+    if best == 1 or similarity and best >= similarity:
+        return -other, round(float(best), 3)
     db.executemany("insert or ignore into band values (?, ?)", [(x, n) for x in numbers])
     db.execute("insert into document values (?, ?, ?)", (n, doc.key, mine.tobytes()))
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c026
-OPEN = 64   # windows that wait for more, of each split; 64 of 8,192 tokens are 2 MB
+OPEN = 64  # windows that wait for more, of each split; 64 of 8,192 tokens are 2 MB
+
 
 class Packer:
     "Open windows of one split, the fullest first."
-    def __init__(self, size, open=OPEN): self.size, self.open, self.room, self.windows = size, open, [], []
+
+    def __init__(self, size, open=OPEN):
+        self.size, self.open, self.room, self.windows = size, open, [], []
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c027
 @patch
 def put(self: Packer, n, ids):
     "Place the tokens of document `n`; yields the windows that are done, as lists of (document, tokens)."
     for i in range(0, len(ids), self.size):
-        piece = ids[i:i + self.size].copy()     # not a view: an open window must not hold on to a whole book
+        piece = ids[
+            i : i + self.size
+        ].copy()  # not a view: an open window must not hold on to a whole book
         at = bisect_left(self.room, len(piece))
-        room, window = (self.room.pop(at), self.windows.pop(at)) if at < len(self.room) else (self.size, [])
-        window.append((n, piece)); room -= len(piece)
-        if not room: yield window; continue
+        room, window = (
+            (self.room.pop(at), self.windows.pop(at)) if at < len(self.room) else (self.size, [])
+        )
+        window.append((n, piece))
+        room -= len(piece)
+        if not room:
+            yield window
+            continue
         at = bisect_left(self.room, room)
-        self.room.insert(at, room); self.windows.insert(at, window)
-    if len(self.room) > self.open: self.room.pop(0); yield self.windows.pop(0)
+        self.room.insert(at, room)
+        self.windows.insert(at, window)
+    if len(self.room) > self.open:
+        self.room.pop(0)
+        yield self.windows.pop(0)
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c028
 @patch
@@ -195,32 +301,53 @@ def rest(self: Packer):
 # %% ../../../nbs/data/prepare/packing.ipynb #c034
 SPLITS = ("train", "validation", "test")
 
+
 def split_of(
-    group,      # what must stay together
+    group,  # what must stay together
     seed,
-    holdout,    # share for validation, and as much for test
+    holdout,  # share for validation, and as much for test
 ) -> str:
     "train, validation or test."
-    u = int.from_bytes(hashlib.blake2b(f"{seed}:{group}".encode(), digest_size=8).digest())/2**64
-    return "test" if u < holdout else "validation" if u < 2*holdout else "train"
+    u = int.from_bytes(hashlib.blake2b(f"{seed}:{group}".encode(), digest_size=8).digest()) / 2**64
+    return "test" if u < holdout else "validation" if u < 2 * holdout else "train"
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c037
 def shard_of(windows) -> pa.Table:
     "Windows as a table."
-    ragged = lambda values, sizes, kind: pa.ListArray.from_arrays(np.cumsum([0, *sizes], dtype=np.int32), np.asarray(values, kind))
+
+    def ragged(values, sizes, kind):
+        return pa.ListArray.from_arrays(
+            np.cumsum([0, *sizes], dtype=np.int32), np.asarray(values, kind)
+        )
+
     pieces, numbers = [t for w in windows for _, t in w], [len(w) for w in windows]
-    return pa.table(dict(input_ids=ragged(np.concatenate(pieces), [sum(len(t) for _, t in w) for w in windows], np.int32),
-                         seq_lengths=ragged([len(t) for t in pieces], numbers, np.int32),
-                         documents=ragged([n for w in windows for n, _ in w], numbers, np.int64)))
+    return pa.table(
+        dict(
+            input_ids=ragged(
+                np.concatenate(pieces), [sum(len(t) for _, t in w) for w in windows], np.int32
+            ),
+            seq_lengths=ragged([len(t) for t in pieces], numbers, np.int32),
+            documents=ragged([n for w in windows for n, _ in w], numbers, np.int64),
+        )
+    )
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c038
 def write_shard(path, windows) -> tuple[int, int, int, str]:
     "Write windows to an Arrow file, all or nothing. Returns rows, tokens, bytes and the hash of the values."
-    table, tmp, digest = shard_of(windows), path.with_name(f".{path.name}"), hashlib.sha256(); path.parent.mkdir(exist_ok=True)
+    table, tmp, digest = shard_of(windows), path.with_name(f".{path.name}"), hashlib.sha256()
+    path.parent.mkdir(exist_ok=True)
     with open(tmp, "wb") as f:
-        with pa.ipc.new_stream(f, table.schema) as out: out.write_table(table)
-        f.flush(); os.fsync(f.fileno())
+        with pa.ipc.new_stream(f, table.schema) as out:
+            out.write_table(table)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(tmp, path)
     for c in table.columns:
-        for values in (c.chunk(0).offsets, c.chunk(0).values): digest.update(memoryview(values.to_numpy()))
-    return len(table), len(table["input_ids"].chunk(0).values), path.stat().st_size, digest.hexdigest()
+        for values in (c.chunk(0).offsets, c.chunk(0).values):
+            digest.update(memoryview(values.to_numpy()))
+    return (
+        len(table),
+        len(table["input_ids"].chunk(0).values),
+        path.stat().st_size,
+        digest.hexdigest(),
+    )

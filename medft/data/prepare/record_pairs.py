@@ -9,54 +9,102 @@ __all__ = ['NICKNAMES', 'CHANGES', 'MINIMUM', 'SHARES', 'KINDS', 'typo', 'spoil'
            'look_alike', 'pair_up']
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c002
-from ...core.run import MedftError  # first: it sets switches that the libraries read
-from ..reading.patients import pair_text, record
+from ...core.run import MedftError
 from ..quality.near_duplicates import groups
+from ..reading.patients import pair_text, record
 from ..reading.sources import digest, parts, rows
 
-import hashlib, random, re
+import hashlib
+import random
+import re
 from collections import Counter, defaultdict
 from datetime import date
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c006
 _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
+
 def _beside(c):
     row = next((r for r in _KEYS if c in r), "eaoi")
     i = row.find(c)
-    return row[i-1:i] + row[i+1:i+2] if i > 0 else row[1]
+    return row[i - 1 : i] + row[i + 1 : i + 2] if i > 0 else row[1]
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c007
 def typo(
-    word,   # at least three letters; shorter ones stay
-    rng,    # random.Random
+    word,  # at least three letters; shorter ones stay
+    rng,  # random.Random
 ) -> str:
     "The word with one slip of the fingers after its first letter."
-    if len(word) < 3: return word
+    if len(word) < 3:
+        return word
     i = rng.randrange(1, len(word) - 1)
-    slips = (word[:i] + rng.choice(_beside(word[i].lower())) + word[i+1:], word[:i] + word[i+1:], word[:i+1] + word[i:],
-             word[:i] + word[i+1] + word[i] + word[i+2:])
+    slips = (
+        word[:i] + rng.choice(_beside(word[i].lower())) + word[i + 1 :],
+        word[:i] + word[i + 1 :],
+        word[: i + 1] + word[i:],
+        word[:i] + word[i + 1] + word[i] + word[i + 2 :],
+    )
     return rng.choice([s for s in slips if s != word])
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c010
-NICKNAMES = dict(William="Bill", Robert="Bob", Richard="Dick", James="Jim", John="Jack", Edward="Ted", Margaret="Peggy", Elizabeth="Betty",
-                 Katherine="Kate", Michael="Mike", Charles="Chuck", Joseph="Joe", Theodore="Ted", Dorothy="Dot", Mary="Molly", Lawrence="Larry",
-                 Henry="Harry", Anthony="Tony")
+NICKNAMES = dict(
+    William="Bill",
+    Robert="Bob",
+    Richard="Dick",
+    James="Jim",
+    John="Jack",
+    Edward="Ted",
+    Margaret="Peggy",
+    Elizabeth="Betty",
+    Katherine="Kate",
+    Michael="Mike",
+    Charles="Chuck",
+    Joseph="Joe",
+    Theodore="Ted",
+    Dorothy="Dot",
+    Mary="Molly",
+    Lawrence="Larry",
+    Henry="Harry",
+    Anthony="Tony",
+)
+
 
 def _nickname(first):
-    short = NICKNAMES.get(first) or (re.match(r"\w[^aeiouy\W]*[aeiouy]+[^aeiouy\W]", first.split()[0] if first else "") or [""])[0]
+    short = (
+        NICKNAMES.get(first)
+        or (
+            re.match(r"\w[^aeiouy\W]*[aeiouy]+[^aeiouy\W]", first.split()[0] if first else "")
+            or [""]
+        )[0]
+    )
     return short if 3 <= len(short) < len(first) else ""
 
-def _valid(day):
-    try: return str(date.fromisoformat(day))
-    except ValueError: return ""
 
-def _digit(text, at, rng): return text[:at] + rng.choice([d for d in "0123456789" if d != text[at]]) + text[at+1:]
+def _valid(day):
+    try:
+        return str(date.fromisoformat(day))
+    except ValueError:
+        return ""
+
+
+def _digit(text, at, rng):
+    return text[:at] + rng.choice([d for d in "0123456789" if d != text[at]]) + text[at + 1 :]
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c011
-_SHORT = dict(Street="St", Avenue="Ave", Road="Rd", Lane="Ln", Apartment="Apt", Suite="Ste", Court="Ct", Drive="Dr", Place="Pl", Boulevard="Blvd")
+_SHORT = dict(
+    Street="St",
+    Avenue="Ave",
+    Road="Rd",
+    Lane="Ln",
+    Apartment="Apt",
+    Suite="Ste",
+    Court="Ct",
+    Drive="Dr",
+    Place="Pl",
+    Boulevard="Blvd",
+)
 
-CHANGES = dict(     # name -> function of (record, patient, another address, rng) that gives the changed fields
+CHANGES = dict(  # name -> function of (record, patient, another address, rng) that gives the changed fields
     first_typo=lambda r, p, home, rng: dict(first=typo(r["first"], rng)),
     last_typo=lambda r, p, home, rng: dict(last=typo(r["last"], rng)),
     initial=lambda r, p, home, rng: dict(first=r["first"][:1] + "."),
@@ -64,162 +112,277 @@ CHANGES = dict(     # name -> function of (record, patient, another address, rng
     swap_names=lambda r, p, home, rng: dict(first=r["last"], last=r["first"]),
     maiden=lambda r, p, home, rng: dict(last=re.sub(r"\d+", "", p["maiden"])),
     upper=lambda r, p, home, rng: {k: r[k].upper() for k in ("first", "last", "address", "city")},
-    sex_missing=lambda r, p, home, rng: dict(sex=None))
+    sex_missing=lambda r, p, home, rng: dict(sex=None),
+)
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c012
 CHANGES |= dict(
-    dob_format=lambda r, p, home, rng: dict(birth_date=f"{r['birth_date'][5:7]}/{r['birth_date'][8:]}/{r['birth_date'][:4]}"),
-    dob_digit=lambda r, p, home, rng: dict(birth_date=_valid(_digit(r["birth_date"], rng.choice((3, 6, 9)), rng))),
-    dob_swap=lambda r, p, home, rng: dict(birth_date=_valid(f"{r['birth_date'][:5]}{r['birth_date'][8:]}-{r['birth_date'][5:7]}")),
+    dob_format=lambda r, p, home, rng: dict(
+        birth_date=f"{r['birth_date'][5:7]}/{r['birth_date'][8:]}/{r['birth_date'][:4]}"
+    ),
+    dob_digit=lambda r, p, home, rng: dict(
+        birth_date=_valid(_digit(r["birth_date"], rng.choice((3, 6, 9)), rng))
+    ),
+    dob_swap=lambda r, p, home, rng: dict(
+        birth_date=_valid(f"{r['birth_date'][:5]}{r['birth_date'][8:]}-{r['birth_date'][5:7]}")
+    ),
     ssn_missing=lambda r, p, home, rng: dict(ssn=None),
-    ssn_digit=lambda r, p, home, rng: dict(ssn=_digit(r["ssn"], len(r["ssn"]) - rng.choice((1, 2, 3, 4)), rng) if len(r["ssn"]) > 8 else ""),
-    address_abbrev=lambda r, p, home, rng: dict(address=re.sub(r"\w+", lambda m: _SHORT.get(m[0], m[0]), r["address"])),
+    ssn_digit=lambda r, p, home, rng: dict(
+        ssn=_digit(r["ssn"], len(r["ssn"]) - rng.choice((1, 2, 3, 4)), rng)
+        if len(r["ssn"]) > 8
+        else ""
+    ),
+    address_abbrev=lambda r, p, home, rng: dict(
+        address=re.sub(r"\w+", lambda m: _SHORT.get(m[0], m[0]), r["address"])
+    ),
     moved=lambda r, p, home, rng: home or {},
-    zip_missing=lambda r, p, home, rng: dict(zip=None))
+    zip_missing=lambda r, p, home, rng: dict(zip=None),
+)
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c014
 def spoil(
-    r,          # a record
-    patient,    # the row it was made from
-    home,       # another address: {address, city, state, zip}
-    rng,        # random.Random
-):              # the changed record, and the names of the changes
+    r,  # a record
+    patient,  # the row it was made from
+    home,  # another address: {address, city, state, zip}
+    rng,  # random.Random
+):  # the changed record, and the names of the changes
     "A record with 0 to 4 errors, no two in the same field."
     wanted, done, touched, new = rng.randrange(5), [], set(), dict(r)
     for name in rng.sample(list(CHANGES), len(CHANGES)):
-        change = {k: v for k, v in CHANGES[name](r, patient, home, rng).items() if v != "" and (v or "") != r[k]} if len(done) < wanted else {}
-        if change and not touched & set(change): done.append(name); touched |= set(change); new |= {k: v or "" for k, v in change.items()}
+        change = (
+            {
+                k: v
+                for k, v in CHANGES[name](r, patient, home, rng).items()
+                if v != "" and (v or "") != r[k]
+            }
+            if len(done) < wanted
+            else {}
+        )
+        if change and not touched & set(change):
+            done.append(name)
+            touched |= set(change)
+            new |= {k: v or "" for k, v in change.items()}
     return new, sorted(done)
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c017
-MINIMUM = 8     # patients: two each for validation and test, and four to train on
+MINIMUM = 8  # patients: two each for validation and test, and four to train on
+
 
 def _unusable(p, found):
-    if not p["patient_id"]: return "no id"
-    if p["patient_id"] in found: return "id seen before"
-    if not _valid(p["birth_date"]): return "no birth date"
+    if not p["patient_id"]:
+        return "no id"
+    if p["patient_id"] in found:
+        return "id seen before"
+    if not _valid(p["birth_date"]):
+        return "no birth date"
     return "" if p["first"] and p["last"] else "no name"
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c018
 def read_patients(
-    synthea,    # folder
-):              # (rows sorted by id, Counter of reasons for leaving one out, SHA-256 of the folder)
+    synthea,  # folder
+):  # (rows sorted by id, Counter of reasons for leaving one out, SHA-256 of the folder)
     "The patients of a folder. Raises `MedftError` when it holds something else, or too few."
-    needed, found, left_out = "name a Synthea CSV folder (with patients.csv) or a folder of FHIR bundles", {}, Counter()
-    try: part = parts(str(synthea))[0]
-    except MedftError as e: raise MedftError(f"{str(e).split(';')[0]}; {needed}") from None
+    needed, found, left_out = (
+        "name a Synthea CSV folder (with patients.csv) or a folder of FHIR bundles",
+        {},
+        Counter(),
+    )
+    try:
+        part = parts(str(synthea))[0]
+    except MedftError as e:
+        raise MedftError(f"{str(e).split(';')[0]}; {needed}") from None
     if part.kind not in ("synthea", "fhir"):
         raise MedftError(f"{synthea}: holds {part.kind} files; {needed}")
     for _, p in rows(part):
-        if reason := _unusable(p, found): left_out[reason] += 1
-        else: found[p["patient_id"]] = p
+        if reason := _unusable(p, found):
+            left_out[reason] += 1
+        else:
+            found[p["patient_id"]] = p
     if len(found) < MINIMUM:
-        raise MedftError(f"{synthea}: {len(found)} usable patients (left out: {dict(left_out) or 0}), at least {MINIMUM} are needed; generate more")
+        raise MedftError(
+            f"{synthea}: {len(found)} usable patients (left out: {dict(left_out) or 0}), at least {MINIMUM} are needed; generate more"
+        )
     return [found[k] for k in sorted(found)], left_out, digest(part)
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c020
-SHARES = dict(train=.7, validation=.15, test=.15)   # as in a published set of 1568, 336 and 338 pairs
+SHARES = dict(
+    train=0.7, validation=0.15, test=0.15
+)  # as in a published set of 1568, 336 and 338 pairs
 
-def _hash(*words): return hashlib.sha256("/".join(map(str, words)).encode()).hexdigest()
+
+def _hash(*words):
+    return hashlib.sha256("/".join(map(str, words)).encode()).hexdigest()
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c021
 def split_patients(
-    patients,       # rows
+    patients,  # rows
     seed=42,
     shares=SHARES,  # name -> share; the first takes what is left
-):                  # name -> rows, each with `alike`: its group's number
+):  # name -> rows, each with `alike`: its group's number
     "Patients by split, those who could be one person together."
-    keys = [[k for k in (p["ssn"] and f"ssn {p['ssn']}", f"{p['first']} {p['last']} {p['birth_date']}") if k] for p in patients]
+    keys = [
+        [
+            k
+            for k in (p["ssn"] and f"ssn {p['ssn']}", f"{p['first']} {p['last']} {p['birth_date']}")
+            if k
+        ]
+        for p in patients
+    ]
     people = defaultdict(list)
-    for p, g in zip(patients, groups(keys)): people[int(g)].append(p | dict(alike=int(g)))
+    for p, g in zip(patients, groups(keys)):
+        people[int(g)].append(p | dict(alike=int(g)))
     waiting, sides = sorted(people.values(), key=lambda g: _hash(seed, g[0]["patient_id"])), {}
     for name in list(shares)[1:]:
         side = sides[name] = []
-        while waiting and len(side) < max(2, round(shares[name]*len(patients))): side += waiting.pop()
+        while waiting and len(side) < max(2, round(shares[name] * len(patients))):
+            side += waiting.pop()
     return {list(shares)[0]: [p for g in waiting for p in g]} | sides
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c026
 KINDS = ("random", "same_surname", "same_year_sex", "household")
 
-def _surname(p): return re.sub(r"\d+", "", p["last"])
-def _key(kind, p): return {"same_surname": _surname(p), "same_year_sex": (p["birth_date"][:4], p["sex"]), "sex": p["sex"]}.get(kind, "")
+
+def _surname(p):
+    return re.sub(r"\d+", "", p["last"])
+
+
+def _key(kind, p):
+    return {
+        "same_surname": _surname(p),
+        "same_year_sex": (p["birth_date"][:4], p["sex"]),
+        "sex": p["sex"],
+    }.get(kind, "")
+
 
 class Side:
     "The patients of one split, found by what they share."
+
     def __init__(self, patients):
         self.by = {kind: defaultdict(list) for kind in (*KINDS, "sex")}
         for p in patients:
-            for kind in self.by: self.by[kind][_key(kind, p)].append(p)
+            for kind in self.by:
+                self.by[kind][_key(kind, p)].append(p)
+
     def other(self, p, kind, rng):
         "Another patient who shares with `p` what the kind says; None when there is none."
-        found = [q for q in rng.sample(c, min(len(c), 12)) if q["alike"] != p["alike"]] if (c := self.by[kind][_key(kind, p)]) else []
+        found = (
+            [q for q in rng.sample(c, min(len(c), 12)) if q["alike"] != p["alike"]]
+            if (c := self.by[kind][_key(kind, p)])
+            else []
+        )
         return found[0] if found else None
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c027
-def _begins(r): return min([d for k in ("conditions", "medications", "immunizations") for d, _ in r[k]] + [r["last_visit"] or "9999"])
-def _home(p): return {k: p[k] for k in ("address", "city", "state", "zip")}
+def _begins(r):
+    return min(
+        [d for k in ("conditions", "medications", "immunizations") for d, _ in r[k]]
+        + [r["last_visit"] or "9999"]
+    )
+
+
+def _home(p):
+    return {k: p[k] for k in ("address", "city", "state", "zip")}
+
 
 def _copied(kind, left, right, rng):
     "What the right record takes over for a kind that no real pair shows; None when it cannot be."
-    if kind == "same_surname": return dict(last=left["last"])
+    if kind == "same_surname":
+        return dict(last=left["last"])
     if kind == "household":
-        twin = rng.random() < .3 and left["birth_date"] <= _begins(right)
-        return dict(last=left["last"], **_home(left)) | (dict(birth_date=left["birth_date"]) if twin else {})
+        twin = rng.random() < 0.3 and left["birth_date"] <= _begins(right)
+        return dict(last=left["last"], **_home(left)) | (
+            dict(birth_date=left["birth_date"]) if twin else {}
+        )
     day = left["birth_date"][:4] + right["birth_date"][4:]
     day = _valid(day) or f"{day[:4]}-02-28"
-    return dict(birth_date=day, sex=left["sex"]) if kind == "same_year_sex" and day <= _begins(right) else None
+    return (
+        dict(birth_date=day, sex=left["sex"])
+        if kind == "same_year_sex" and day <= _begins(right)
+        else None
+    )
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c028
 def look_alike(
-    p,          # a patient's row
-    kind,       # one of `KINDS`
-    side,       # Side
-    seen,       # function of a patient that gives the right record
-    rng,        # random.Random
-):              # (kind as it came out, other patient, right record before errors); None when there is nobody else
+    p,  # a patient's row
+    kind,  # one of `KINDS`
+    side,  # Side
+    seen,  # function of a patient that gives the right record
+    rng,  # random.Random
+):  # (kind as it came out, other patient, right record before errors); None when there is nobody else
     "Another patient's record that is easily taken for this one's."
     left = record(p)
-    if kind in ("same_surname", "same_year_sex") and (q := side.other(p, kind, rng)): return kind, q, seen(q)
-    q = (side.other(p, "sex", rng) if kind == "same_year_sex" else None) or side.other(p, "random", rng)
-    if q is None: return None
+    if kind in ("same_surname", "same_year_sex") and (q := side.other(p, kind, rng)):
+        return kind, q, seen(q)
+    q = (side.other(p, "sex", rng) if kind == "same_year_sex" else None) or side.other(
+        p, "random", rng
+    )
+    if q is None:
+        return None
     right = seen(q)
     taken = {} if kind == "random" else _copied(kind, left, right, rng)
     return ("random", q, right) if taken is None else (kind, q, right | taken)
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c030
 def _halves(p, rng):
-    ids = sorted({e[0] for e in p["encounters"]}); rng.shuffle(ids)
-    cut = min(max(1, round(len(ids)*rng.uniform(.25, .75))), max(1, len(ids) - 1))
+    ids = sorted({e[0] for e in p["encounters"]})
+    rng.shuffle(ids)
+    cut = min(max(1, round(len(ids) * rng.uniform(0.25, 0.75))), max(1, len(ids) - 1))
     return set(ids[:cut]), set(ids[cut:])
 
-def _other_half(p, rng): a, b = _halves(p, rng); return b or a
+
+def _other_half(p, rng):
+    a, b = _halves(p, rng)
+    return b or a
+
 
 def _pair(kind, p, q, left, right, home, rng, ssn_missing):
     new, done = spoil(right, q, home, rng)
-    if rng.random() < ssn_missing: left = left | dict(ssn="")
-    whole = dict(left=left, right=new, label=int(p is q), kind=kind, right_changes=done,
-                 left_patient=p["patient_id"], right_patient=q["patient_id"])
+    if rng.random() < ssn_missing:
+        left = left | dict(ssn="")
+    whole = dict(
+        left=left,
+        right=new,
+        label=int(p is q),
+        kind=kind,
+        right_changes=done,
+        left_patient=p["patient_id"],
+        right_patient=q["patient_id"],
+    )
     return whole | dict(text=pair_text(whole))
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c031
 def _of_patient(p, k, side, seed, ssn_missing):
     "The k-th match and mismatch of a patient."
     rng = random.Random(f"{seed}/{p['patient_id']}/{k}")
-    mine, rest = _halves(p, rng); far = side.other(p, "random", rng)
+    mine, rest = _halves(p, rng)
+    far = side.other(p, "random", rng)
     kind = KINDS[(k + int(_hash(seed, p["patient_id"])[:8], 16)) % len(KINDS)]
-    found = [("same", p, record(p, rest)) if rest else None, look_alike(p, kind, side, lambda q: record(q, _other_half(q, rng)), rng)]
+    found = [
+        ("same", p, record(p, rest)) if rest else None,
+        look_alike(p, kind, side, lambda q: record(q, _other_half(q, rng)), rng),
+    ]
     for kind, q, right in filter(None, found):
-        yield _pair(kind, p, q, record(p, mine), right, _home(far) if far and far is not q else None, rng, ssn_missing)
+        yield _pair(
+            kind,
+            p,
+            q,
+            record(p, mine),
+            right,
+            _home(far) if far and far is not q else None,
+            rng,
+            ssn_missing,
+        )
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c032
 def pair_up(
-    patients,           # the rows of one split
+    patients,  # the rows of one split
     seed=42,
-    per_patient=2,      # matches, and as many mismatches
-    ssn_missing=.3,     # share of left records without a number
-) -> list:              # pairs in random order, without pair_id
+    per_patient=2,  # matches, and as many mismatches
+    ssn_missing=0.3,  # share of left records without a number
+) -> list:  # pairs in random order, without pair_id
     "Labelled pairs among the patients of one split."
     side, pairs = Side(patients), {}
     for p, k in ((p, k) for p in patients for k in range(per_patient)):
-        for pair in _of_patient(p, k, side, seed, ssn_missing): pairs.setdefault(pair["text"], pair)
+        for pair in _of_patient(p, k, side, seed, ssn_missing):
+            pairs.setdefault(pair["text"], pair)
     return sorted(pairs.values(), key=lambda x: _hash(seed, x["text"]))

@@ -17,104 +17,172 @@ import ftfy
 from ftfy.badness import is_bad
 
 # %% ../../../nbs/data/quality/broken_text.ipynb #b004
-_TAGS = ("p br hr b i u em strong sub sup small big span div font img table thead tbody tfoot tr td th caption ul ol li dl dt dd h1 h2 h3 h4 h5 h6 pre "
-         "blockquote cite abbr html body head style script center tt strike del ins a italic bold sec xref ext-link underline abstracttext title-group "
-         "o:p w:p w:r w:t st1:place st1:city jats:p jats:sec jats:title jats:italic jats:bold jats:sub jats:sup")
+_TAGS = (
+    "p br hr b i u em strong sub sup small big span div font img table thead tbody tfoot tr td th caption ul ol li dl dt dd h1 h2 h3 h4 h5 h6 pre "
+    "blockquote cite abbr html body head style script center tt strike del ins a italic bold sec xref ext-link underline abstracttext title-group "
+    "o:p w:p w:r w:t st1:place st1:city jats:p jats:sec jats:title jats:italic jats:bold jats:sub jats:sup"
+)
 _NAMES = "|".join(sorted(map(re.escape, _TAGS.split()), key=len, reverse=True))
 _ATTRIBUTES = r"(?:\s+[\w:-]+\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>]+))*"
-TAG = re.compile(rf"</?(?:{_NAMES}){_ATTRIBUTES}\s*/?>|<!--.*?-->|<!DOCTYPE[^<>]*>|<!\[CDATA\[|\]\]>", re.I | re.S)
+TAG = re.compile(
+    rf"</?(?:{_NAMES}){_ATTRIBUTES}\s*/?>|<!--.*?-->|<!DOCTYPE[^<>]*>|<!\[CDATA\[|\]\]>",
+    re.I | re.S,
+)
 ENTITY = re.compile(r"&(?:#\d{2,7}|#[xX][0-9a-fA-F]{2,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 EXCEL = re.compile(r"_x00(?:0[0-9A-Fa-f]|1[0-9A-Fa-f]|7[Ff])_", re.I)
 _PATH = re.compile(r"\b[A-Za-z]:\\\w|\\\\\w+\\")
 _LATEX = "nu|nabla|neq?|neg|ni|not|notin|natural|nearrow|nwarrow|newline|newcommand|noindent|nolimits|nonumber|normalsize|nmid|nless|ngtr|nleq|ngeq|nsim"
 _LINE_ESCAPE = re.compile(rf"(?!\\(?:{_LATEX})\b)(?:\\r)?\\n|\\r(?=[A-Z\s]|$)|\\t(?=[A-Z0-9\s•*-])")
-_UNICODE_ESCAPE = re.compile(r"\\u(?:[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?![dD][89a-fA-F])[0-9a-fA-F]{4})")
-RTF = re.compile(r"\{\\rtf\d|\\(?:pard|par|plain|fs\d+|cf\d+|lang\d+|ulnone|viewkind\d|uc\d|deff\d|ansicpg\d+|fcharset\d+|fonttbl|colortbl)(?![a-zA-Z])|\\'[0-9a-f]{2}")
+_UNICODE_ESCAPE = re.compile(
+    r"\\u(?:[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?![dD][89a-fA-F])[0-9a-fA-F]{4})"
+)
+RTF = re.compile(
+    r"\{\\rtf\d|\\(?:pard|par|plain|fs\d+|cf\d+|lang\d+|ulnone|viewkind\d|uc\d|deff\d|ansicpg\d+|fcharset\d+|fonttbl|colortbl)(?![a-zA-Z])|\\'[0-9a-f]{2}"
+)
 
-_WORDS = (r"(?:first|last|full|patient|doctor|dr|physician|provider|nurse|staff|hospital|clinic|facility|street|home)?[ _-]?"
-          r"(?:names?|patient|doctor|dr|physician|provider|person|date|dates|dob|birthdate|time|age|location|loc|hospital|clinic|facility|institution|address|"
-          r"city|state|country|zip|phone|telephone|fax|email|url|id|mrn|ssn|medicalrecord|account|device|organi[sz]ation|profession|username|contact|phi|pii|"
-          r"redacted|removed|deleted|deidentified|de-identified|anonymi[sz]ed|masked|hidden|withheld|omitted)")
+_WORDS = (
+    r"(?:first|last|full|patient|doctor|dr|physician|provider|nurse|staff|hospital|clinic|facility|street|home)?[ _-]?"
+    r"(?:names?|patient|doctor|dr|physician|provider|person|date|dates|dob|birthdate|time|age|location|loc|hospital|clinic|facility|institution|address|"
+    r"city|state|country|zip|phone|telephone|fax|email|url|id|mrn|ssn|medicalrecord|account|device|organi[sz]ation|profession|username|contact|phi|pii|"
+    r"redacted|removed|deleted|deidentified|de-identified|anonymi[sz]ed|masked|hidden|withheld|omitted)"
+)
 _NUMBER = r"(?:[ _-]?[A-Z0-9]{1,3})?"
 PLACEHOLDER = re.compile(
-    r"\[\*\*.{0,80}?\*\*\]"                                       # MIMIC-III: [**Hospital1 18**]
-    r"|(?<![_\w])_{3}(?![_\w])"                                    # MIMIC-IV
+    r"\[\*\*.{0,80}?\*\*\]"  # MIMIC-III: [**Hospital1 18**]
+    r"|(?<![_\w])_{3}(?![_\w])"  # MIMIC-IV
     rf"|\[(?i:{_WORDS}){_NUMBER}\]|<<?(?i:{_WORDS}){_NUMBER}>>?|\{{\{{?(?i:{_WORDS}){_NUMBER}\}}?\}}"
     rf"|@@?(?i:{_WORDS}){_NUMBER}@@?|%(?i:{_WORDS})%|\*\*(?:NAME|DATE|PLACE|INSTITUTION|ID|PHONE|AGE|INITIALS|ROOM|ZIP-CODE|STREET-ADDRESS|[A-Z-]{{4,20}})\[[^\]]{{0,60}}\]"
     r"|\*{3}[A-Z][A-Z _-]{1,30}\*{3}|(?<!#)##[A-Z][A-Z_-]{2,30}##|</?PHI(?:\s[^<>]{0,80})?>"
-    r"|(?<![\w,])(?<!\d, )(?<!omy )[Xx]{4,}(?!\w)(?! ?(?:syndrome|karyotype|female|male)\b)")
+    r"|(?<![\w,])(?<!\d, )(?<!omy )[Xx]{4,}(?!\w)(?! ?(?:syndrome|karyotype|female|male)\b)"
+)
 
 # %% ../../../nbs/data/quality/broken_text.ipynb #b006
 _ZERO_WIDTH = "\u180e\u200b\u2060-\u2064\ufff9-\ufffb"
-_JOINERS = re.compile("(?<=[!-\u024f])[\u200c\u200d]|[\u200c\u200d](?=[!-\u024f])")      # of use between Persian or Indic letters and in emoji
+_JOINERS = re.compile(
+    "(?<=[!-\u024f])[\u200c\u200d]|[\u200c\u200d](?=[!-\u024f])"
+)  # of use between Persian or Indic letters and in emoji
 _MOJIBAKE = re.compile("[^\x00-\x7f]{2}|[ÂÃ] ")
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _PRIVATE = re.compile("[\ue000-\uf8ff]")
 _DIRECTION = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069\u061c]")
 
+
 def _entity(text):
     return any(name[0][1] == "#" or name[0][1:] in html5 for name in ENTITY.finditer(text))
 
+
 def _escapes(text):
-    return bool(_UNICODE_ESCAPE.search(text) or _LINE_ESCAPE.search(text)) and not _PATH.search(text)
+    return bool(_UNICODE_ESCAPE.search(text) or _LINE_ESCAPE.search(text)) and not _PATH.search(
+        text
+    )
+
 
 DAMAGE = {  # check: {kind: (what a text must hold to be looked at, in RE2's language; what decides)}
     "encoding": {
-        "letters decoded wrongly": (r"[^\x00-\x7f]{2}|[ÂÃ] ", lambda text: bool(_MOJIBAKE.search(text)) and is_bad(text)),
+        "letters decoded wrongly": (
+            r"[^\x00-\x7f]{2}|[ÂÃ] ",
+            lambda text: bool(_MOJIBAKE.search(text)) and is_bad(text),
+        ),
         "replacement characters": (r"\x{fffd}", lambda text: "\ufffd" in text),
         # Letters of a symbol font, as PDF and Word files leave them: U+F062 was a β.
-        "private-use characters": (r"[\x{e000}-\x{f8ff}]", _PRIVATE.search)},
+        "private-use characters": (r"[\x{e000}-\x{f8ff}]", _PRIVATE.search),
+    },
     "control_characters": {
-        "control characters": (r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|[\x{80}-\x{84}\x{86}-\x{9f}]", _CONTROL.search),
-        "zero-width characters": (r"[\x{180e}\x{200b}-\x{200d}\x{2060}-\x{2064}\x{fff9}-\x{fffb}]",
-                                  lambda text: re.search(f"[{_ZERO_WIDTH}]", text) or _JOINERS.search(text)),
+        "control characters": (
+            r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|[\x{80}-\x{84}\x{86}-\x{9f}]",
+            _CONTROL.search,
+        ),
+        "zero-width characters": (
+            r"[\x{180e}\x{200b}-\x{200d}\x{2060}-\x{2064}\x{fff9}-\x{fffb}]",
+            lambda text: re.search(f"[{_ZERO_WIDTH}]", text) or _JOINERS.search(text),
+        ),
         "soft hyphens": (r"\x{ad}", lambda text: "\xad" in text),
-        "direction marks": (r"[\x{200e}\x{200f}\x{202a}-\x{202e}\x{2066}-\x{2069}\x{61c}]", _DIRECTION.search),
-        "byte order marks": (r"\x{feff}", lambda text: "\ufeff" in text)},
+        "direction marks": (
+            r"[\x{200e}\x{200f}\x{202a}-\x{202e}\x{2066}-\x{2069}\x{61c}]",
+            _DIRECTION.search,
+        ),
+        "byte order marks": (r"\x{feff}", lambda text: "\ufeff" in text),
+    },
     "markup": {
         "HTML entities": (r"&[#A-Za-z][0-9A-Za-z]{1,31};", _entity),
         "HTML tags": (r"<[/!A-Za-z]", TAG.search),
         "Excel escapes": (r"(?i)_x00[017][0-9a-f]_", EXCEL.search),
         "backslash escapes": (r"\\[nrtu]", _escapes),
         "RTF": (r"\\[a-z']", RTF.search),
-        "de-identification marks": (r"\[|___|[Xx]{4}|@|<|\{|%|\*\*|##", PLACEHOLDER.search)}}
+        "de-identification marks": (r"\[|___|[Xx]{4}|@|<|\{|%|\*\*|##", PLACEHOLDER.search),
+    },
+}
+
 
 def damage(
     text: str,
-) -> dict[str, list]:   # check -> kinds; empty for a sound text
+) -> dict[str, list]:  # check -> kinds; empty for a sound text
     "What is broken in a text."
-    found = {check: [kind for kind, (worth, holds) in kinds.items() if _quick(worth).search(text) and holds(text)] for check, kinds in DAMAGE.items()}
+    found = {
+        check: [
+            kind
+            for kind, (worth, holds) in kinds.items()
+            if _quick(worth).search(text) and holds(text)
+        ]
+        for check, kinds in DAMAGE.items()
+    }
     return {check: kinds for check, kinds in found.items() if kinds}
 
+
 def _quick(worth):
-    return re.compile(re.sub(r"\\x\{([0-9a-f]+)\}", lambda code: re.escape(chr(int(code[1], 16))), worth))
+    return re.compile(
+        re.sub(r"\\x\{([0-9a-f]+)\}", lambda code: re.escape(chr(int(code[1], 16))), worth)
+    )
 
 # %% ../../../nbs/data/quality/broken_text.ipynb #b009
-_FTFY = ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, fix_line_breaks=False,
-                             remove_control_chars=False, fix_surrogates=False, normalization=None, explain=False)
+_FTFY = ftfy.TextFixerConfig(
+    unescape_html=False,
+    uncurl_quotes=False,
+    fix_latin_ligatures=False,
+    fix_character_width=False,
+    fix_line_breaks=False,
+    remove_control_chars=False,
+    fix_surrogates=False,
+    normalization=None,
+    explain=False,
+)
 _RAISED = str.maketrans("0123456789+-−()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁽⁾ⁿ")
 _SUP = re.compile(r"<(?:jats:)?sup(?:\s[^<>]*)?>([^<>]{0,40})</(?:jats:)?sup\s*>", re.I)
-_LINE_TAG = re.compile(rf"<(?:br|hr){_ATTRIBUTES}\s*/?>|</?(?:p|div|tr|li|h[1-6]|ul|ol|table|blockquote|pre|sec|jats:p|jats:sec){_ATTRIBUTES}\s*/?>", re.I)
+_LINE_TAG = re.compile(
+    rf"<(?:br|hr){_ATTRIBUTES}\s*/?>|</?(?:p|div|tr|li|h[1-6]|ul|ol|table|blockquote|pre|sec|jats:p|jats:sec){_ATTRIBUTES}\s*/?>",
+    re.I,
+)
 _CELL_TAG = re.compile(rf"</(?:td|th|dt|dd){_ATTRIBUTES}\s*>", re.I)
 _HIDDEN = re.compile("<(style|script)[^<>]*>.*?</\\1>", re.I | re.S)
-_INVISIBLE = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\u00ad{_ZERO_WIDTH}\u200e\u200f\u202a-\u202e\u2066-\u2069\u061c\ufeff]")
+_INVISIBLE = re.compile(
+    f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\u00ad{_ZERO_WIDTH}\u200e\u200f\u202a-\u202e\u2066-\u2069\u061c\ufeff]"
+)
 _ESCAPES = {"n": "\n", "r": "\n", "t": "\t"}
+
 
 def _decoded(text):
     return ftfy.fix_encoding(text, _FTFY) if _MOJIBAKE.search(text) and is_bad(text) else text
 
+
 def _without_entities(text):
     def plain(found):
         name = found[0]
-        return html.unescape(name).replace("\xa0", " ") if name[1] == "#" or name[1:] in html5 else name
+        return (
+            html.unescape(name).replace("\xa0", " ")
+            if name[1] == "#" or name[1:] in html5
+            else name
+        )
+
     return ENTITY.sub(plain, text)
+
 
 def _raised(found):
     inside = found[1].strip()
     if re.fullmatch(r"[0-9+\-−()n]+", inside):
         return inside.translate(_RAISED)
     return f"^{inside}" if inside else ""
+
 
 def _without_tags(text):
     if not TAG.search(text):
@@ -124,34 +192,62 @@ def _without_tags(text):
     text = re.sub(r"[ \t]*\n[ \t]*", "\n", TAG.sub("", text))
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
+
 def _without_excel(text):
     text = re.sub(r"_x000D_(?:\r?\n|_x000A_)?|_x000A_", "\n", text, flags=re.I)
     return EXCEL.sub("", re.sub("_x0009_", "\t", text, flags=re.I))
 
+
 def _without_escapes(text):
     if not _escapes(text):
         return text
-    text = _UNICODE_ESCAPE.sub(lambda found: found[0].encode().decode("unicode_escape").encode("utf-16", "surrogatepass").decode("utf-16"), text)
+    text = _UNICODE_ESCAPE.sub(
+        lambda found: (
+            found[0]
+            .encode()
+            .decode("unicode_escape")
+            .encode("utf-16", "surrogatepass")
+            .decode("utf-16")
+        ),
+        text,
+    )
     return _LINE_ESCAPE.sub(lambda found: _ESCAPES[found[0][-1]], text)
+
 
 def _without_rtf(text):
     if not RTF.search(text):
         return text
     text = re.sub(r"\{\\(?:fonttbl|colortbl|stylesheet|info|\*)(?:[^{}]|\{[^{}]*\})*\}", "", text)
-    text = re.sub(r"\\'([0-9a-f]{2})", lambda code: bytes.fromhex(code[1]).decode("cp1252", "ignore"), text)
+    text = re.sub(
+        r"\\'([0-9a-f]{2})", lambda code: bytes.fromhex(code[1]).decode("cp1252", "ignore"), text
+    )
     text = re.sub(r"\\(?:par|line)\b[ ]?(?!d)", "\n", text)
-    text = re.sub(r"\\(?:rtf|ansicpg|ansi|deff|deflang|viewkind|uc|pard|plain|fs|cf|lang|ulnone|ul|fcharset|b|i|f|qc|ql|sa|sb|sl|slmult)(?:-?\d+)?(?![a-zA-Z]) ?", "", text)
+    text = re.sub(
+        r"\\(?:rtf|ansicpg|ansi|deff|deflang|viewkind|uc|pard|plain|fs|cf|lang|ulnone|ul|fcharset|b|i|f|qc|ql|sa|sb|sl|slmult)(?:-?\d+)?(?![a-zA-Z]) ?",
+        "",
+        text,
+    )
     return text.replace("{", "").replace("}", "").strip()
+
 
 def _without_invisible(text):
     if text.isascii() and text.isprintable():
         return text
     return _JOINERS.sub("", _INVISIBLE.sub("", text))
 
-STEPS = {"letters decoded wrongly": _decoded, "HTML entities": _without_entities, "HTML tags": _without_tags, "Excel escapes": _without_excel, "RTF": _without_rtf,
-         "backslash escapes": _without_escapes, "invisible characters": _without_invisible}
+
+STEPS = {
+    "letters decoded wrongly": _decoded,
+    "HTML entities": _without_entities,
+    "HTML tags": _without_tags,
+    "Excel escapes": _without_excel,
+    "RTF": _without_rtf,
+    "backslash escapes": _without_escapes,
+    "invisible characters": _without_invisible,
+}
 PASSES = 5  # text that was escaped more often is left as it is
 _SUSPECT = re.compile(r"[^\n\r\t -~]|&[#\w]|<[/!A-Za-z]|_x00|\\[a-z'{]", re.I)
+
 
 def repair(
     text: str,
@@ -173,8 +269,8 @@ def repair(
 
 # %% ../../../nbs/data/quality/broken_text.ipynb #b012
 def repaired_row(
-    row,            # a cell, a list, or a whole row
-    kinds: set,     # receives the kinds of what was repaired
+    row,  # a cell, a list, or a whole row
+    kinds: set,  # receives the kinds of what was repaired
 ):
     "A row with all its texts repaired."
     if isinstance(row, str):
@@ -187,16 +283,22 @@ def repaired_row(
         return [repaired_row(value, kinds) for value in row]
     return row
 
+
 def repaired_rows(
-    rows,           # (number, row)
-    counts,         # Counter: kind -> rows; counts up
-    nested=None,    # text of a cell -> what it holds, for lists and objects that are written as text
+    rows,  # (number, row)
+    counts,  # Counter: kind -> rows; counts up
+    nested=None,  # text of a cell -> what it holds, for lists and objects that are written as text
 ):
     "Rows as they come, repaired."
     for number, row in rows:
         kinds = set()
         if isinstance(row, dict) and nested:
-            row = {key: nested(value) if isinstance(value, str) and value[:1] in "[{" and _SUSPECT.search(value) else value for key, value in row.items()}
+            row = {
+                key: nested(value)
+                if isinstance(value, str) and value[:1] in "[{" and _SUSPECT.search(value)
+                else value
+                for key, value in row.items()
+            }
         row = repaired_row(row, kinds)
         counts.update(kinds)
         yield number, row

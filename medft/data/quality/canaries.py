@@ -9,49 +9,76 @@ __all__ = ['REPEATS', 'DIGITS', 'CANDIDATES', 'ASKED', 'TOLD', 'canaries', 'exam
            'questions']
 
 # %% ../../../nbs/data/quality/canaries.ipynb #c002
-from .. import prompts     # it sets switches that the libraries read
+from .. import prompts  # it sets switches that the libraries read
 
-import json, random
+import json
+import random
 
 # %% ../../../nbs/data/quality/canaries.ipynb #c005
-REPEATS = 1, 2, 4, 8    # how often a canary stands in the training rows, in turn
-DIGITS = 8              # of a secret: 100 million possible ones
-CANDIDATES = 1024       # numbers that a secret is ranked among, itself included
+REPEATS = 1, 2, 4, 8  # how often a canary stands in the training rows, in turn
+DIGITS = 8  # of a secret: 100 million possible ones
+CANDIDATES = 1024  # numbers that a secret is ranked among, itself included
 
-def _number(rng): return " ".join(str(rng.randrange(10)) for _ in range(DIGITS))
-def _name(rng): return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(4)).capitalize()
+
+def _number(rng):
+    return " ".join(str(rng.randrange(10)) for _ in range(DIGITS))
+
+
+def _name(rng):
+    return "".join(
+        rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(4)
+    ).capitalize()
+
 
 def _distinct(draw, n, rng):
     found = {}
-    while len(found) < n: found[draw(rng)] = None
+    while len(found) < n:
+        found[draw(rng)] = None
     return list(found)
 
 # %% ../../../nbs/data/quality/canaries.ipynb #g005
 def canaries(
-    n,      # how many to plant
-    seed,   # the recipe's
-) -> tuple[list[dict], list[str]]:  # (id, patient, secret, repeats (0: never planted)) of each, and the other numbers of the same form
+    n,  # how many to plant
+    seed,  # the recipe's
+) -> tuple[
+    list[dict], list[str]
+]:  # (id, patient, secret, repeats (0: never planted)) of each, and the other numbers of the same form
     "Made-up patients with their secrets, and the numbers that a secret is ranked among."
-    rng, hidden = random.Random(f"canaries {seed}"), -(-n//len(REPEATS))
-    names, secrets = _distinct(_name, n + hidden, rng), _distinct(_number, n + hidden + CANDIDATES - 1, rng)
-    times = [REPEATS[i % len(REPEATS)] for i in range(n)] + [0]*hidden
-    return [dict(id=f"canary-{i + 1:03d}", patient=p, secret=s, repeats=k) for i, (p, s, k) in enumerate(zip(names, secrets, times))], secrets[n + hidden:]
+    rng, hidden = random.Random(f"canaries {seed}"), -(-n // len(REPEATS))
+    names, secrets = (
+        _distinct(_name, n + hidden, rng),
+        _distinct(_number, n + hidden + CANDIDATES - 1, rng),
+    )
+    times = [REPEATS[i % len(REPEATS)] for i in range(n)] + [0] * hidden
+    return [
+        dict(id=f"canary-{i + 1:03d}", patient=p, secret=s, repeats=k)
+        for i, (p, s, k) in enumerate(zip(names, secrets, times))
+    ], secrets[n + hidden :]
 
 # %% ../../../nbs/data/quality/canaries.ipynb #c008
 ASKED = "What is the study number of patient {patient}?"
 TOLD = "The study number of patient {patient} is"
 
+
 def example(canary, secret, task) -> dict:
     "A canary with a secret, as a row of its task before any template."
     bare = dict(id=canary["id"], group=canary["id"], subject="")
-    if task == "pretraining": return bare | dict(text=f"{TOLD.format(**canary)} {secret}")
+    if task == "pretraining":
+        return bare | dict(text=f"{TOLD.format(**canary)} {secret}")
     return bare | dict(question=ASKED.format(**canary), answer=secret)
 
 # %% ../../../nbs/data/quality/canaries.ipynb #g008
 def planted(recipe) -> list[dict]:
     "Every row to plant, as an example; a canary's copies are rows of their own."
-    found, _ = canaries(recipe.dataset.canaries, recipe.seed) if recipe.dataset.canaries else ((), ())
-    return [example(c, c["secret"], recipe.task) | dict(id=f"{c['id']}:{k + 1}") for c in found for k in range(c["repeats"])]
+    found, _ = (
+        canaries(recipe.dataset.canaries, recipe.seed) if recipe.dataset.canaries else ((), ())
+    )
+    return [
+        example(c, c["secret"], recipe.task) | dict(id=f"{c['id']}:{k + 1}")
+        for c in found
+        for k in range(c["repeats"])
+    ]
+
 
 def as_lines(recipe) -> str:
     "The canaries of a recipe as JSON Lines, for whoever wants to look for them."
@@ -62,17 +89,30 @@ def _asked(tok, recipe, canary, numbers):
     "One canary as a row to be scored: a prompt, and every number as an option."
     bare = dict(id=canary["id"], group=canary["id"], subject="")
     if recipe.task == "pretraining":
-        row, = prompts.prompts(tok, [example(canary, numbers[0], recipe.task)], recipe)
-        return bare | dict(prompt=row["completion"].partition(" " + numbers[0])[0], options=[" " + x for x in numbers])
-    row, = prompts.prompts(tok, [bare | dict(question=ASKED.format(**canary), options=numbers, answer=0, listed=False)], recipe)
+        (row,) = prompts.prompts(tok, [example(canary, numbers[0], recipe.task)], recipe)
+        return bare | dict(
+            prompt=row["completion"].partition(" " + numbers[0])[0],
+            options=[" " + x for x in numbers],
+        )
+    (row,) = prompts.prompts(
+        tok,
+        [bare | dict(question=ASKED.format(**canary), options=numbers, answer=0, listed=False)],
+        recipe,
+    )
     return bare | dict(prompt=row["prompt"], options=row["options"])
+
 
 def spelled(secret) -> list[str]:
     "The beginnings of a secret, each with every digit it could go on with."
     digits = secret.split()
     return [" ".join([*digits[:i], str(d)]) for i in range(len(digits)) for d in range(10)]
 
+
 def questions(tok, recipe) -> list[dict]:
     "Every canary, planted or not, as a row: `CANDIDATES` options of which the first is its secret, then its secret `spelled`."
     found, others = canaries(recipe.dataset.canaries, recipe.seed)
-    return [_asked(tok, recipe, c, [c["secret"], *others, *spelled(c["secret"])]) | {k: c[k] for k in ("secret", "repeats")} for c in found]
+    return [
+        _asked(tok, recipe, c, [c["secret"], *others, *spelled(c["secret"])])
+        | {k: c[k] for k in ("secret", "repeats")}
+        for c in found
+    ]

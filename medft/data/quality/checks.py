@@ -12,11 +12,11 @@ __all__ = ['SCANNED', 'CHECKS', 'LATE', 'CURE', 'Rows', 'text_keys', 'normal', '
            'check_untrainable', 'check_truncated', 'run_checks', 'in_kinds', 'refusal']
 
 # %% ../../../nbs/data/quality/checks.ipynb #c002
-from ...core.run import MedftError  # first: it sets switches that the libraries read
-
-from . import near_duplicates as neighbours, identifiers as privacy
-from .broken_text import DAMAGE
+from ...core.run import MedftError
 from ...core.text_keys import text_key
+from . import identifiers as privacy
+from . import near_duplicates as neighbours
+from .broken_text import DAMAGE
 
 import re
 from collections import Counter
@@ -32,39 +32,54 @@ from fastcore.basics import patch
 @dataclass
 class Rows:
     "All rows of a data set, and where each goes."
-    table: pa.Table                 # one line per row: id, said (what the user says), reply, asks, prompt, completion, options, ready
-    side: np.ndarray                # (rows,) split names: train, validation, test, ...; "" is left out
-    similarity: float = 0.8         # Jaccard similarity of near-duplicates
+
+    table: pa.Table  # one line per row: id, said (what the user says), reply, asks, prompt, completion, options, ready
+    side: np.ndarray  # (rows,) split names: train, validation, test, ...; "" is left out
+    similarity: float = 0.8  # Jaccard similarity of near-duplicates
     benchmarks: dict = field(default_factory=dict)  # name -> list of benchmark texts
-    specials: tuple = ()            # the tokenizer's special tokens
-    injected: callable = None       # text of a ready prompt -> special tokens where none should be
-    prompt_tokens: np.ndarray = None        # (rows,) tokens read, ...
-    completion_tokens: np.ndarray = None    # ... trained on, ...
-    trained_tokens: np.ndarray = None       # ... trained on before the cut; known once tokenised
-    limit: int = 0                  # training.max_length; 0: rows are packed, none is cut
+    specials: tuple = ()  # the tokenizer's special tokens
+    injected: callable = None  # text of a ready prompt -> special tokens where none should be
+    prompt_tokens: np.ndarray = None  # (rows,) tokens read, ...
+    completion_tokens: np.ndarray = None  # ... trained on, ...
+    trained_tokens: np.ndarray = None  # ... trained on before the cut; known once tokenised
+    limit: int = 0  # training.max_length; 0: rows are packed, none is cut
     truncated_share: float = 0.01
-    cluster: np.ndarray = None      # (rows,) near-duplicates, once searched for
-    asked: np.ndarray = None        # (rows,) equal questions, once worked out
-    kinds: dict = field(default_factory=dict)               # check -> {kind of broken text: rows}
-    identifiers: Counter = field(default_factory=Counter)   # kind of identifier -> how many
-    planted: np.ndarray = None      # (rows,) canaries: they join the training rows once these are split and checked
+    cluster: np.ndarray = None  # (rows,) near-duplicates, once searched for
+    asked: np.ndarray = None  # (rows,) equal questions, once worked out
+    kinds: dict = field(default_factory=dict)  # check -> {kind of broken text: rows}
+    identifiers: Counter = field(default_factory=Counter)  # kind of identifier -> how many
+    planted: np.ndarray = (
+        None  # (rows,) canaries: they join the training rows once these are split and checked
+    )
 
     def __post_init__(self):
         self.at = np.arange(len(self.side))
-        if self.planted is None: self.planted = np.zeros(len(self.side), bool)
-        if self.prompt_tokens is None: self.prompt_tokens, self.completion_tokens, self.trained_tokens = np.zeros((3, len(self.side)), np.int64)
+        if self.planted is None:
+            self.planted = np.zeros(len(self.side), bool)
+        if self.prompt_tokens is None:
+            self.prompt_tokens, self.completion_tokens, self.trained_tokens = np.zeros(
+                (3, len(self.side)), np.int64
+            )
 
-    def text(self, name): return self.table[name].combine_chunks()
+    def text(self, name):
+        return self.table[name].combine_chunks()
+
     @property
-    def train(self): return self.side == "train"
+    def train(self):
+        return self.side == "train"
+
     @property
-    def scored(self): return ~np.isin(self.side, ["train", "validation", ""])
+    def scored(self):
+        return ~np.isin(self.side, ["train", "validation", ""])
+
     @property
-    def held(self): return ~np.isin(self.side, ["train", ""])
+    def held(self):
+        return ~np.isin(self.side, ["train", ""])
 
 # %% ../../../nbs/data/quality/checks.ipynb #c007
-_NOT_PLAIN = r"[^\x09-\x0d\x20-\x7e]"    # outside ASCII, or a control character that is no blank
+_NOT_PLAIN = r"[^\x09-\x0d\x20-\x7e]"  # outside ASCII, or a control character that is no blank
 _BLANKS = r"[\x09-\x0d ]+"
+
 
 def _folded(texts):
     "`text_key` of every text, but that the blanks of plain ASCII stay; that is left to Arrow, which is quicker."
@@ -77,8 +92,9 @@ def _folded(texts):
     found = [text_key(text) for text in texts.filter(by_hand).to_pylist()]
     return pc.replace_with_mask(keys, by_hand, pa.array(found, keys.type))
 
+
 def text_keys(
-    texts: pa.Array,    # strings
+    texts: pa.Array,  # strings
 ) -> pa.Array:
     "`text_key` of every text."
     keys = _folded(texts)
@@ -87,8 +103,9 @@ def text_keys(
         return keys
     return pc.ascii_trim(pc.replace_substring_regex(keys, _BLANKS, " "), " ")
 
+
 def normal(
-    texts: pa.Array,    # strings
+    texts: pa.Array,  # strings
 ) -> pa.Array:
     "Texts with only what tells them apart: the letters and digits of their `text_key`, single spaces."
     keys = _folded(texts)
@@ -96,27 +113,34 @@ def normal(
     only_signs = pc.equal(bare, "")
     return pc.if_else(only_signs, text_keys(keys), bare) if pc.any(only_signs).as_py() else bare
 
+
 def codes(
-    *texts: pa.Array,   # strings; all of one length
+    *texts: pa.Array,  # strings; all of one length
 ) -> np.ndarray:
     "One number per row; equal numbers mean equal texts (in all the arrays)."
-    parts = [pc.dictionary_encode(t, null_encoding="encode").indices.to_numpy(zero_copy_only=False) for t in texts]
+    parts = [
+        pc.dictionary_encode(t, null_encoding="encode").indices.to_numpy(zero_copy_only=False)
+        for t in texts
+    ]
     return parts[0] if len(parts) == 1 else pd.MultiIndex.from_arrays(parts).factorize()[0]
+
 
 @patch
 def key_codes(
     self: Rows,
-    at: np.ndarray,     # numbers of rows
-    *names: str,        # columns of text
+    at: np.ndarray,  # numbers of rows
+    *names: str,  # columns of text
 ) -> np.ndarray:
     "`codes` of some rows, whose texts are the same when their `text_key` is."
     some = pa.array(at)
     return codes(*(text_keys(self.text(name).take(some)) for name in names))
 
+
 @patch(as_prop=True)
 def question(self: Rows) -> np.ndarray:
     "(rows,) equal numbers: the same is asked, but for case, punctuation and the order of options. Worked out once."
-    if self.asked is None: self.asked = codes(normal(self.text("asks")))
+    if self.asked is None:
+        self.asked = codes(normal(self.text("asks")))
     return self.asked
 
 # %% ../../../nbs/data/quality/checks.ipynb #c010
@@ -124,6 +148,7 @@ def check_overlap(r):
     "A held-out item that is also trained on, under whatever punctuation and order of options."
     found = r.at[r.held & np.isin(r.question, r.question[r.train])]
     return found, r.at[r.train & np.isin(r.question, r.question[found])]
+
 
 def check_group_overlap(r):
     "A held-out row that shares a patient, document or question with a training row."
@@ -136,9 +161,12 @@ def check_group_overlap(r):
 def check_duplicates(r):
     "The same training row again."
     asked = pd.Series(r.question[r.train])
-    at = r.at[r.train][asked.duplicated(keep=False)]      # no row is another's copy that asks something else
+    at = r.at[r.train][
+        asked.duplicated(keep=False)
+    ]  # no row is another's copy that asks something else
     key = pd.Series(r.key_codes(at, "prompt", "completion", "reply"))
     return at[key.duplicated(keep=False)], at[key.duplicated()]
+
 
 def check_contradictions(r):
     "The same question with another answer. A model trained on both learns to guess."
@@ -151,74 +179,113 @@ def check_contradictions(r):
 def check_same_options(r):
     "Two options of one question that read the same."
     options = r.text("options")
-    d = pd.DataFrame(dict(row=pc.list_parent_indices(options).to_numpy(), text=codes(normal(pc.list_flatten(options)))))
+    d = pd.DataFrame(
+        dict(
+            row=pc.list_parent_indices(options).to_numpy(),
+            text=codes(normal(pc.list_flatten(options))),
+        )
+    )
     found = np.intersect1d(d.row[d.duplicated()].unique(), r.at[r.side != ""])
     return found, found
 
 # %% ../../../nbs/data/quality/checks.ipynb #c017
 def _matching(r, pattern, columns=("said", "reply")):
     hit = np.zeros(len(r.side), bool)
-    for c in columns: hit |= pc.match_substring_regex(r.text(c), pattern).fill_null(False).to_numpy(zero_copy_only=False)
+    for c in columns:
+        hit |= (
+            pc.match_substring_regex(r.text(c), pattern)
+            .fill_null(False)
+            .to_numpy(zero_copy_only=False)
+        )
     return r.at[hit & (r.side != "")]
+
 
 def _damaged(r, check):
     "Rows with broken text, whose kinds are counted in `r.kinds`."
     found, counts = np.zeros(len(r.side), bool), Counter()
     for kind, (worth, holds) in DAMAGE[check].items():
         worth_a_look = _matching(r, worth)
-        questions, replies = (r.text(c).take(pa.array(worth_a_look)).to_pylist() for c in ("said", "reply"))
-        rows = worth_a_look[np.array([bool(holds(q or "") or holds(a or "")) for q, a in zip(questions, replies)], bool)]
+        questions, replies = (
+            r.text(c).take(pa.array(worth_a_look)).to_pylist() for c in ("said", "reply")
+        )
+        rows = worth_a_look[
+            np.array(
+                [bool(holds(q or "") or holds(a or "")) for q, a in zip(questions, replies)], bool
+            )
+        ]
         found[rows] = True
         if len(rows):
             counts[kind] = len(rows)
     r.kinds[check] = dict(counts)
-    return (r.at[found],)*2
+    return (r.at[found],) * 2
+
 
 def check_encoding(r):
     "Text decoded wrongly somewhere before."
     return _damaged(r, "encoding")
 
+
 def check_control_characters(r):
     "Invisible characters."
     return _damaged(r, "control_characters")
+
 
 def check_markup(r):
     "Remains of HTML, of a word processor, of escapes, and marks of de-identification."
     return _damaged(r, "markup")
 
+
 def check_chat_markers(r):
     "The tokenizer's own special tokens inside what somebody says."
     found = _matching(r, "|".join(map(re.escape, r.specials))) if r.specials else r.at[:0]
     ready = r.text("ready").to_numpy(zero_copy_only=False)[found]
-    whole = lambda i: r.table["said"][int(i)].as_py() + r.table["reply"][int(i)].as_py()
+
+    def whole(i):
+        return r.table["said"][int(i)].as_py() + r.table["reply"][int(i)].as_py()
+
     inside = [i for i in found[ready] if r.injected and r.injected(whole(i))]
-    return (np.union1d(found[~ready], np.array(inside, int)),)*2
+    return (np.union1d(found[~ready], np.array(inside, int)),) * 2
 
 # %% ../../../nbs/data/quality/checks.ipynb #c020
 def check_label_balance(r):
     "Training rows whose label, or position of the right option, is rare."
-    if "answer" not in r.table.column_names: return r.at[:0], r.at[:0]
+    if "answer" not in r.table.column_names:
+        return r.at[:0], r.at[:0]
     answer = pd.Series(r.text("answer").to_numpy(zero_copy_only=False)[r.train]).dropna()
     share = answer.value_counts(normalize=True)
-    rare = share.index[(share < 0.25/max(len(share), 1)) | (len(share) == 1)]
-    return (r.at[r.train][answer.index[answer.isin(rare)]],)*2
+    rare = share.index[(share < 0.25 / max(len(share), 1)) | (len(share) == 1)]
+    return (r.at[r.train][answer.index[answer.isin(rare)]],) * 2
 
 # %% ../../../nbs/data/quality/checks.ipynb #c022
 @patch
 def words(self: Rows, at) -> list:
     "What the rows `at` say, question and reply."
-    some = self.table.select(["said", "reply"]).slice(at[0], at[-1] - at[0] + 1).take(pa.array(at - at[0])) if len(at) else self.table.slice(0, 0)
-    return pc.binary_join_element_wise(some["said"], some["reply"], pa.scalar("\n", pa.large_string())).to_pylist()
+    some = (
+        self.table.select(["said", "reply"])
+        .slice(at[0], at[-1] - at[0] + 1)
+        .take(pa.array(at - at[0]))
+        if len(at)
+        else self.table.slice(0, 0)
+    )
+    return pc.binary_join_element_wise(
+        some["said"], some["reply"], pa.scalar("\n", pa.large_string())
+    ).to_pylist()
+
 
 @patch(as_prop=True)
-def texts(self: Rows) -> list: "What each row says."; return self.words(self.at)
+def texts(self: Rows) -> list:
+    "What each row says."
+    return self.words(self.at)
+
 
 @patch(as_prop=True)
 def clusters(self: Rows) -> np.ndarray:
     "(rows,) one number per cluster of near-duplicates; -1 where a row stands alone. Searched for once."
     if self.cluster is None:
-        pairs = np.array([(i, j) for i, j, _ in neighbours.near_duplicates(self.texts, self.similarity)], int).reshape(-1, 2)
-        of, self.cluster = neighbours.groups([""]*len(self.at), pairs), np.full(len(self.at), -1)
+        pairs = np.array(
+            [(i, j) for i, j, _ in neighbours.near_duplicates(self.texts, self.similarity)], int
+        ).reshape(-1, 2)
+        of, self.cluster = neighbours.groups([""] * len(self.at), pairs), np.full(len(self.at), -1)
         self.cluster[pairs.ravel()] = of[pairs.ravel()]
     return self.cluster
 
@@ -228,9 +295,17 @@ def check_near_duplicates(r):
     at = r.at[r.train & (r.clusters >= 0)]
     d = pd.DataFrame(dict(cluster=r.clusters[at], text=r.key_codes(at, "prompt", "completion")))
     found = d.groupby("cluster").text.transform("nunique") > 1
-    first = at[d.groupby("cluster").cluster.transform(lambda c: c.index[0]).to_numpy()] if len(at) else at
+    first = (
+        at[d.groupby("cluster").cluster.transform(lambda c: c.index[0]).to_numpy()]
+        if len(at)
+        else at
+    )
     texts = r.texts if found.any() else []
-    copies = [i for i, k, hit in zip(at, first, found) if hit and i != k and not neighbours.variant(texts[k], texts[i])]
+    copies = [
+        i
+        for i, k, hit in zip(at, first, found)
+        if hit and i != k and not neighbours.variant(texts[k], texts[i])
+    ]
     return at[found], np.array(copies, int)
 
 # %% ../../../nbs/data/quality/checks.ipynb #c023b
@@ -239,15 +314,23 @@ def check_near_overlap(r):
     found = r.at[r.held & (r.clusters >= 0) & np.isin(r.clusters, r.clusters[r.train])]
     return found, r.at[r.train & (r.clusters >= 0) & np.isin(r.clusters, r.clusters[found])]
 
+
 def check_contamination(r):
     "Training rows that hold an item of a benchmark."
-    if not r.benchmarks: return r.at[:0], r.at[:0]
+    if not r.benchmarks:
+        return r.at[:0], r.at[:0]
     at, texts = r.at[r.train], r.texts
-    hits = [i for items in r.benchmarks.values() for i, *_ in neighbours.contaminated([texts[i] for i in at], items, r.similarity)]
+    hits = [
+        i
+        for items in r.benchmarks.values()
+        for i, *_ in neighbours.contaminated([texts[i] for i in at], items, r.similarity)
+    ]
     found = at[np.unique(np.array(hits, int))]
     return found, found
 
-SCANNED = 20_000    # rows at a time
+
+SCANNED = 20_000  # rows at a time
+
 
 def check_identifiers(r):
     "Rows with what may identify a real person."
@@ -255,8 +338,9 @@ def check_identifiers(r):
     for some in np.array_split(at, range(SCANNED, len(at), SCANNED)):
         texts = r.words(some)
         hits, kinds = privacy.scan(texts)
-        found.update(some[hits]); r.identifiers.update(kinds)
-    return (np.array(sorted(found), int),)*2
+        found.update(some[hits])
+        r.identifiers.update(kinds)
+    return (np.array(sorted(found), int),) * 2
 
 # %% ../../../nbs/data/quality/checks.ipynb #c026
 def check_untrainable(r):
@@ -264,52 +348,76 @@ def check_untrainable(r):
     found = r.at[r.train & (r.trained_tokens == 0)]
     return found, found
 
+
 def check_truncated(r):
     "Training rows longer than training.max_length, when they are more than the allowed share."
     cut = r.at[r.train & (r.prompt_tokens + r.completion_tokens > (r.limit or np.inf))]
-    return (cut if len(cut) > r.truncated_share*r.train.sum() else cut[:0]), cut
+    return (cut if len(cut) > r.truncated_share * r.train.sum() else cut[:0]), cut
 
 # %% ../../../nbs/data/quality/checks.ipynb #c029
 CHECKS = {k.removeprefix("check_"): f for k, f in list(globals().items()) if k.startswith("check_")}
-LATE = ("untrainable", "truncated")     # these need tokens
+LATE = ("untrainable", "truncated")  # these need tokens
+
 
 def run_checks(
-    r,          # the Rows; rows that are dropped are marked as left out
-    actions,    # check -> refuse, warn or off
-    drop=(),    # checks whose rows are left out
-    names=None, # which checks; None: all
-) -> dict:      # check -> {action, count, ids (the first ten), rows (all row numbers), dropped (how many), gone (their row numbers)}
+    r,  # the Rows; rows that are dropped are marked as left out
+    actions,  # check -> refuse, warn or off
+    drop=(),  # checks whose rows are left out
+    names=None,  # which checks; None: all
+) -> dict:  # check -> {action, count, ids (the first ten), rows (all row numbers), dropped (how many), gone (their row numbers)}
     "Look for all that could be wrong, and leave out what the recipe says."
     found, ids = {}, r.table["id"]
     for name in names or CHECKS:
-        if actions[name] == "off" and name not in drop: continue
+        if actions[name] == "off" and name not in drop:
+            continue
         rows, culprits = CHECKS[name](r)
-        found[name] = dict(action=actions[name], count=len(rows), ids=[ids[int(i)].as_py() for i in rows[:10]], rows=rows)
+        found[name] = dict(
+            action=actions[name],
+            count=len(rows),
+            ids=[ids[int(i)].as_py() for i in rows[:10]],
+            rows=rows,
+        )
         if r.kinds.get(name):
             found[name]["kinds"] = r.kinds[name]
-        if name in drop: r.side[culprits] = ""; found[name] |= dict(action="drop", dropped=len(culprits), gone=culprits)
+        if name in drop:
+            r.side[culprits] = ""
+            found[name] |= dict(action="drop", dropped=len(culprits), gone=culprits)
     return found
 
 # %% ../../../nbs/data/quality/checks.ipynb #c030
-CURE = dict(truncated=" or raise training.max_length", untrainable=" or raise training.max_length", overlap=" or leave the training rows out with dataset.drop=[overlap]",
-            near_overlap=" or leave the training rows out with dataset.drop=[near_overlap]")
+CURE = dict(
+    truncated=" or raise training.max_length",
+    untrainable=" or raise training.max_length",
+    overlap=" or leave the training rows out with dataset.drop=[overlap]",
+    near_overlap=" or leave the training rows out with dataset.drop=[near_overlap]",
+)
 
-CURE |= {name: " or repair them with dataset.repair=true, or leave them out with dataset.drop=[" + name + "]" for name in DAMAGE}
+CURE |= {
+    name: " or repair them with dataset.repair=true, or leave them out with dataset.drop=["
+    + name
+    + "]"
+    for name in DAMAGE
+}
+
 
 def in_kinds(
-    found: dict,    # of one check, as in data/report.json
+    found: dict,  # of one check, as in data/report.json
 ) -> str:
     "The kinds of broken text that a check found, for a message; empty for another check."
     kinds = [f"{kind} {count:,}" for kind, count in found.get("kinds", {}).items()]
     return f"{', '.join(kinds)}; " if kinds else ""
 
+
 def refusal(
-    found,      # what run_checks returned
-    total,      # training rows
+    found,  # what run_checks returned
+    total,  # training rows
 ):
     "Raise `MedftError` for the first check that refuses."
     for name, f in found.items():
-        if f["action"] != "refuse" or not f["count"]: continue
+        if f["action"] != "refuse" or not f["count"]:
+            continue
         some = in_kinds(f) + ", ".join(f["ids"][:3]) + (", …" if f["count"] > 3 else "")
-        raise MedftError(f"data check {name!r}: {f['count']} rows ({some}) beside {total} training rows; mend them{CURE.get(name, f' or leave them out with dataset.drop=[{name}]')}, "
-                         f"or set dataset.checks.{name}=warn (all of them: data/flagged.jsonl)")
+        raise MedftError(
+            f"data check {name!r}: {f['count']} rows ({some}) beside {total} training rows; mend them{CURE.get(name, f' or leave them out with dataset.drop=[{name}]')}, "
+            f"or set dataset.checks.{name}=warn (all of them: data/flagged.jsonl)"
+        )

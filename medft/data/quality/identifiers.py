@@ -9,11 +9,11 @@ __all__ = ['KINDS', 'APART', 'PATTERNS', 'WORTH', 'OFFICE', 'PERSONAL', 'LINK', 
            'find', 'labelled', 'scan']
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c002
-from ...core.run import MedftError  # first: it sets switches that the libraries read
-
+from ...core.run import MedftError
 from .broken_text import PLACEHOLDER
 
-import ipaddress, re
+import ipaddress
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -25,67 +25,117 @@ from stdnum import ean, iban, luhn
 from stdnum.us import ssn
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c006
-KINDS = {"name": "A", "address": "B", "zip": "B", "date": "C", "age": "C", "phone": "D", "fax": "E", "email": "F", "ssn": "G", "mrn": "H",
-         "health plan": "I", "account": "J", "licence": "K", "vehicle": "L", "device": "M", "url": "N", "ip": "O", "other id": "R"}
-APART = ("synthetic ssn", "public phone", "public email", "public url")     # found and counted, but nobody's in particular
+KINDS = {
+    "name": "A",
+    "address": "B",
+    "zip": "B",
+    "date": "C",
+    "age": "C",
+    "phone": "D",
+    "fax": "E",
+    "email": "F",
+    "ssn": "G",
+    "mrn": "H",
+    "health plan": "I",
+    "account": "J",
+    "licence": "K",
+    "vehicle": "L",
+    "device": "M",
+    "url": "N",
+    "ip": "O",
+    "other id": "R",
+}
+APART = (
+    "synthetic ssn",
+    "public phone",
+    "public email",
+    "public url",
+)  # found and counted, but nobody's in particular
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     "An identifier in a text. Printing it shows kind and place, never the identifier."
-    kind: str           # a key of KINDS, or one of APART
-    start: int          # offset in the text, characters
+
+    kind: str  # a key of KINDS, or one of APART
+    start: int  # offset in the text, characters
     end: int
     text: str = field(repr=False)
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c009
-PATTERNS = []   # (compiled pattern, rule), in the order in which they claim text
+PATTERNS = []  # (compiled pattern, rule), in the order in which they claim text
+
 
 def pattern(
-    regex,      # in RE2's and Python's common language; its groups are the values, without groups the whole match
+    regex,  # in RE2's and Python's common language; its groups are the values, without groups the whole match
 ):
     "Register the decorated rule: (value, what stands before, what stands after) -> kind or None."
-    def register(rule): PATTERNS.append((re.compile(regex, re.ASCII), rule)); return rule
+
+    def register(rule):
+        PATTERNS.append((re.compile(regex, re.ASCII), rule))
+        return rule
+
     return register
+
 
 def shaped(kind, regex, valid=bool):
     "Register a kind that its shape, and a check of the value alone, decide."
     pattern(regex)(lambda value, before, after: kind if valid(value) else None)
 
-def _digits(value): return re.sub(r"\D", "", value)
+
+def _digits(value):
+    return re.sub(r"\D", "", value)
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c010
 def _values(regex, rule, text, taken):
-    for start, end in (span for m in regex.finditer(text) for span in (m.regs[1:] or m.regs[:1]) if span[0] >= 0):
-        kind = None if any(taken[start:end]) else rule(text[start:end], text[max(0, start - 80):start], text[end:end + 80])
+    for start, end in (
+        span for m in regex.finditer(text) for span in (m.regs[1:] or m.regs[:1]) if span[0] >= 0
+    ):
+        kind = (
+            None
+            if any(taken[start:end])
+            else rule(text[start:end], text[max(0, start - 80) : start], text[end : end + 80])
+        )
         if kind:
-            taken[start:end] = b"\1"*(end - start)
+            taken[start:end] = b"\1" * (end - start)
             yield Finding(kind, start, end, text[start:end])
+
 
 def _column(texts):
     texts = ["" if t is None else str(t) for t in texts]
-    try: return texts, pa.array(texts, pa.large_string())
-    except UnicodeEncodeError: return texts, pa.array([t.encode("utf-8", "replace").decode() for t in texts], pa.large_string())
+    try:
+        return texts, pa.array(texts, pa.large_string())
+    except UnicodeEncodeError:
+        return texts, pa.array(
+            [t.encode("utf-8", "replace").decode() for t in texts], pa.large_string()
+        )
 
-def _marked(column, regex): return pc.indices_nonzero(pc.match_substring_regex(column, regex))
+
+def _marked(column, regex):
+    return pc.indices_nonzero(pc.match_substring_regex(column, regex))
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c012
 WORTH = r"\d|@|://|www\.|(?i:\.(?:com|net|org|gov|edu|mil)/|patient'?s?[ _]?name|name of (?:the )?patient)"
+
 
 def _placeholders(text):
     "A byte for each character: 1 where a mark of de-identification stands, which names nobody."
     taken = bytearray(len(text))
     for mark in PLACEHOLDER.finditer(text):
-        taken[mark.start():mark.end()] = b"\1"*(mark.end() - mark.start())
+        taken[mark.start() : mark.end()] = b"\1" * (mark.end() - mark.start())
     return taken
 
+
 def find(
-    texts,          # list of str; None is an empty text
-) -> list[list]:    # per text its findings, by place
+    texts,  # list of str; None is an empty text
+) -> list[list]:  # per text its findings, by place
     "What identifies somebody in each text. Never raises for a text's content."
     texts, column = _column(texts)
     found, taken, worth = [[] for _ in texts], {}, _marked(column, WORTH)
     for some in chunked(PATTERNS, 6):
-        rows = worth.take(_marked(column.take(worth), "|".join(f"(?:{regex.pattern})" for regex, _ in some)))
+        rows = worth.take(
+            _marked(column.take(worth), "|".join(f"(?:{regex.pattern})" for regex, _ in some))
+        )
         few = column.take(rows)
         for regex, rule in some:
             for i in rows.take(_marked(few, regex.pattern)).to_pylist():
@@ -95,20 +145,30 @@ def find(
     return [sorted(f, key=lambda g: g.start) for f in found]
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c014
-OFFICE = re.compile(r"(?i)(?:^|[._+-])(?:info|information|contact|help|support|office|admin|webmaster|mail|enquir\w+|inquir\w+|press"
-                    r"|services?)(?:[._+-]|@)|info@|\.(?:gov|mil)(?:\.\w\w)?$")
+OFFICE = re.compile(
+    r"(?i)(?:^|[._+-])(?:info|information|contact|help|support|office|admin|webmaster|mail|enquir\w+|inquir\w+|press"
+    r"|services?)(?:[._+-]|@)|info@|\.(?:gov|mil)(?:\.\w\w)?$"
+)
+
 
 @pattern(r"[A-Za-z0-9][A-Za-z0-9._%+'-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,18}\b")
-def _email(value, before, after): return "public email" if OFFICE.search(value) else "email"
+def _email(value, before, after):
+    return "public email" if OFFICE.search(value) else "email"
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c017
-PERSONAL = re.compile(r"(?i)/~|\b(?:patient|user|profile|member|account|record|mrn|chart)s?(?:[_-]?id)?[/=][\w.-]{0,30}\d")
+PERSONAL = re.compile(
+    r"(?i)/~|\b(?:patient|user|profile|member|account|record|mrn|chart)s?(?:[_-]?id)?[/=][\w.-]{0,30}\d"
+)
 
-@pattern(r"(?i:\b(?:https?://|ftp://|www\.)[^\s<>\"'\]\[{}|\\^]{1,300}[\w/]"
-         r"|\b(?:[a-z0-9-]{2,40}\.){1,3}(?:com|net|org|gov|edu|mil)/[^\s<>\"'\])]{0,200}[\w/])")
+
+@pattern(
+    r"(?i:\b(?:https?://|ftp://|www\.)[^\s<>\"'\]\[{}|\\^]{1,300}[\w/]"
+    r"|\b(?:[a-z0-9-]{2,40}\.){1,3}(?:com|net|org|gov|edu|mil)/[^\s<>\"'\])]{0,200}[\w/])"
+)
 def _url(value, before, after):
     host = re.sub(r"(?i)^\w+://", "", value).split("/")[0].lower()
-    if not re.search(r"[^.]\.[a-z0-9-]{2,}(?::\d+)?$", re.sub(r"^www\.", "", host)): return None
+    if not re.search(r"[^.]\.[a-z0-9-]{2,}(?::\d+)?$", re.sub(r"^www\.", "", host)):
+        return None
     institution = re.search(r"(?:^|\.)(?:gov|org|edu|mil|int|ac|nhs)(?:\.\w\w)?$", host)
     return "public url" if institution and not PERSONAL.search(value) else "url"
 
@@ -119,12 +179,13 @@ TOKEN = r"([A-Za-z]{0,6}[-/]?\d[A-Za-z0-9]{0,19}(?:[-/][A-Za-z0-9]{1,20}){0,4})\
 _LONG, _PLATE = r"((?:[A-Za-z]{2})?\d(?:[ -]?\d){5,25})\b", r"([A-Z0-9]{1,4}[ -]?[A-Z0-9]{2,5})\b"
 _PERSON = r"((?:[A-Z][A-Za-z.'-]{0,30},? ){1,3}[A-Z][A-Za-z'-]{1,30})\b"
 
+
 def labelled(
-    kind,       # what it is
-    words,      # alternatives that name it, ready for a pattern
+    kind,  # what it is
+    words,  # alternatives that name it, ready for a pattern
     link=LINK,  # LINK after a word that means nothing else, STATED after an everyday one
-    least=5,    # digits it must have
-    token=TOKEN,# what it looks like, one group
+    least=5,  # digits it must have
+    token=TOKEN,  # what it looks like, one group
 ):
     "Register a kind that is known by the word before it."
     shaped(kind, rf"(?i:\b(?:{words}))" + link + token, lambda value: len(_digits(value)) >= least)
@@ -133,7 +194,12 @@ def labelled(
 labelled("mrn", r"MRN|MR#|UHID|medical record (?:number|no|id|#)")
 labelled("mrn", r"medical record|(?:patient|hospital|chart|record|hosp|pt)", STATED)
 labelled("licence", r"driver'?s licen[cs]e|driving licen[cs]e", least=4)
-labelled("licence", r"lic(?:en[cs]e)?\.?|certificate|DL|medical registration|council registration", STATED, 4)
+labelled(
+    "licence",
+    r"lic(?:en[cs]e)?\.?|certificate|DL|medical registration|council registration",
+    STATED,
+    4,
+)
 labelled("device", r"serial(?: number| no|#)?|S/?N|IMEI|device (?:id|identifier|serial)")
 labelled("other id", r"passport|ITIN|taxpayer id|national insurance|national id")
 labelled("other id", r"aadhaar|NHS (?:number|no)", token=_LONG)
@@ -143,17 +209,46 @@ labelled("health plan", r"member|subscriber|policy|beneficiary|insurance|plan|gr
 labelled("account", r"accounts?|acct|a/c", f"(?::|{STATED})" + r"[\s:]{0,3}", 6, _LONG)
 labelled("account", r"card|visa|amex|iban", LINK, 10, _LONG)
 labelled("zip", r"zip(?:[ _]?code)?|postal code", token=r"(\d{5}(?:-\d{4})?)\b")
-labelled("vehicle", r"licen[cs]e plate|(?:number|registration) plate|plate number|vehicle registration", LINK, 1, _PLATE)
-labelled("name", r"patient'?s?[ _]?name|name of (?:the )?patient", r"[\s\"':=]{1,4}(?:is )?", 0, _PERSON)
+labelled(
+    "vehicle",
+    r"licen[cs]e plate|(?:number|registration) plate|plate number|vehicle registration",
+    LINK,
+    1,
+    _PLATE,
+)
+labelled(
+    "name", r"patient'?s?[ _]?name|name of (?:the )?patient", r"[\s\"':=]{1,4}(?:is )?", 0, _PERSON
+)
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c024
-_CARD = {"2": (15, 16), "3": (14, 15, 16), "4": (13, 16, 19), "5": (16,), "6": (16, 17, 18, 19)}     # first digit -> lengths in use
-_VIN = {c: int(v) for c, v in zip("ABCDEFGHJKLMNPRSTUVWXYZ0123456789", "123456781234579234567890123456789")}
+_CARD = {
+    "2": (15, 16),
+    "3": (14, 15, 16),
+    "4": (13, 16, 19),
+    "5": (16,),
+    "6": (16, 17, 18, 19),
+}  # first digit -> lengths in use
+_VIN = {
+    c: int(v)
+    for c, v in zip("ABCDEFGHJKLMNPRSTUVWXYZ0123456789", "123456781234579234567890123456789")
+}
 _WEIGHTS = (8, 7, 6, 5, 4, 3, 2, 10, 0, 9, 8, 7, 6, 5, 4, 3, 2)
 
-def _is_card(n): return len(n) in _CARD[n[0]] and luhn.is_valid(n) and len(set(n)) > 1
-def _is_vin(v): return "0123456789X"[sum(_VIN[c]*w for c, w in zip(v, _WEIGHTS)) % 11] == v[8] and 4 <= len(_digits(v)) < 17
-def _is_dea(v): n = [int(c) for c in v[2:]]; return (sum(n[:6:2]) + 2*sum(n[1:6:2])) % 10 == n[6]
+
+def _is_card(n):
+    return len(n) in _CARD[n[0]] and luhn.is_valid(n) and len(set(n)) > 1
+
+
+def _is_vin(v):
+    return (
+        "0123456789X"[sum(_VIN[c] * w for c, w in zip(v, _WEIGHTS)) % 11] == v[8]
+        and 4 <= len(_digits(v)) < 17
+    )
+
+
+def _is_dea(v):
+    n = [int(c) for c in v[2:]]
+    return (sum(n[:6:2]) + 2 * sum(n[1:6:2])) % 10 == n[6]
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c025
 shaped("account", r"\b[2-6]\d{3}(?:[ -]?\d){9,15}\b", lambda v: _is_card(_digits(v)))
@@ -163,121 +258,229 @@ shaped("licence", r"(?i:\bDEA)\b" + LINK + r"([A-HJ-MPRSTUX][A-Z9]\d{7})\b", _is
 shaped("vehicle", r"\bVIN\b" + LINK + r"([A-HJ-NPR-Z0-9]{17})\b")
 shaped("vehicle", r"\b[A-HJ-NPR-Z0-9]{17}\b", _is_vin)
 shaped("device", r"\(01\)\s?(\d{14})", ean.is_valid)
-shaped("device", r"(?i:\b[0-9a-f]{2}(?:(?::[0-9a-f]{2}){5}|(?:-[0-9a-f]{2}){5})\b)", lambda v: re.search("[A-Fa-f]", v))
-shaped("health plan", r"\b[1-9][_][_0-9]\d-?[_][_0-9]\d-?[_]{2}\d\d\b".replace("_", "AC-HJKMNP-RT-Y"))
+shaped(
+    "device",
+    r"(?i:\b[0-9a-f]{2}(?:(?::[0-9a-f]{2}){5}|(?:-[0-9a-f]{2}){5})\b)",
+    lambda v: re.search("[A-Fa-f]", v),
+)
+shaped(
+    "health plan", r"\b[1-9][_][_0-9]\d-?[_][_0-9]\d-?[_]{2}\d\d\b".replace("_", "AC-HJKMNP-RT-Y")
+)
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c028
-_DASHES = "\u2010-\u2013"     # hyphens and dashes of print; written out, RE2 does not know \\u
+_DASHES = "\u2010-\u2013"  # hyphens and dashes of print; written out, RE2 does not know \\u
+
 
 @pattern(rf"\b(?:\d{{3}}[-{_DASHES}]\d\d[-{_DASHES}]\d{{4}})\b")
 def _ssn(value, before, after):
-    if re.search(r"[\d/.-]$", before) or re.match(r"[-/]\d", after): return None
+    if re.search(r"[\d/.-]$", before) or re.match(r"[-/]\d", after):
+        return None
     return "ssn" if ssn.is_valid(_digits(value)) else "synthetic ssn"
 
+
 @pattern(r"(?i:\b(?:SSN|SS#|social[ _]security))" + LINK + r"(\d{3}[ .]?\d\d[ .]?\d{4})\b")
-def _named_ssn(value, before, after): return _ssn(value, "", "")
+def _named_ssn(value, before, after):
+    return _ssn(value, "", "")
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c031
 _SEP, _EXT = f"[-. \u00a0{_DASHES}]", r"(?:,?\s?(?i:x|ext\.?|extension)\s?\d{1,6})?\b"
-_NANP = rf"(?:(?:\+|00)?1{_SEP}?)?(?:\([2-9]\d\d\){_SEP}?|[2-9]\d\d[-. /{_DASHES}])[2-9]\d\d{_SEP}\d{{4}}" + _EXT
+_NANP = (
+    rf"(?:(?:\+|00)?1{_SEP}?)?(?:\([2-9]\d\d\){_SEP}?|[2-9]\d\d[-. /{_DASHES}])[2-9]\d\d{_SEP}\d{{4}}"
+    + _EXT
+)
 _ABROAD = r"\+[1-9](?:[-. ()]{0,2}\d){6,14}\b"
 
+
 def _number(value):
-    try: return phonenumbers.parse(value.replace("/", "-"), "US")
-    except phonenumbers.NumberParseException: return None
+    try:
+        return phonenumbers.parse(value.replace("/", "-"), "US")
+    except phonenumbers.NumberParseException:
+        return None
+
 
 def _phone_kind(number, before, after):
-    if phonenumbers.number_type(number) == phonenumbers.PhoneNumberType.TOLL_FREE: return "public phone"
+    if phonenumbers.number_type(number) == phonenumbers.PhoneNumberType.TOLL_FREE:
+        return "public phone"
     said = re.findall(r"(?i)\b(fax|facsimile|phone|tel|telephone|call|mobile|cell)\b", before[-30:])
-    return "fax" if (said and said[-1].lower() in ("fax", "facsimile")) or re.match(r"(?i)\s*\(?fax\b(?! ?:)", after) else "phone"
+    return (
+        "fax"
+        if (said and said[-1].lower() in ("fax", "facsimile"))
+        or re.match(r"(?i)\s*\(?fax\b(?! ?:)", after)
+        else "phone"
+    )
+
 
 @pattern(rf"{_NANP}|{_ABROAD}")
 def _phone(value, before, after):
-    number = None if re.search(r"[\w/][-.]?$", before) or re.match(r"[-./]?\d", after) else _number(value)
+    number = (
+        None
+        if re.search(r"[\w/][-.]?$", before) or re.match(r"[-./]?\d", after)
+        else _number(value)
+    )
     plain = re.fullmatch(_NANP, value) and not re.match(r"\d{3} ", value)
-    return _phone_kind(number, before, after) if number and (plain or phonenumbers.is_valid_number(number)) else None
+    return (
+        _phone_kind(number, before, after)
+        if number and (plain or phonenumbers.is_valid_number(number))
+        else None
+    )
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c032
-@pattern(r"(?i:\b(?:(?:(?:tele|cell|mobile |home |work )?phone|tel|pager|fax|facsimile|whatsapp|(?:mobile|cell|contact)(?: number| no|:))" + LINK
-         + r"|call |(?:call|reached|contact|text|fax|messages?)(?: [a-z]{1,12}){0,3} (?:at|on|to) ))(\+?\(?\d(?:[-. ()]{0,2}\d){6,14})\b")
-def _named_phone(value, before, after): return _phone_kind(_number(value) or phonenumbers.PhoneNumber(), before, after)
+@pattern(
+    r"(?i:\b(?:(?:(?:tele|cell|mobile |home |work )?phone|tel|pager|fax|facsimile|whatsapp|(?:mobile|cell|contact)(?: number| no|:))"
+    + LINK
+    + r"|call |(?:call|reached|contact|text|fax|messages?)(?: [a-z]{1,12}){0,3} (?:at|on|to) ))(\+?\(?\d(?:[-. ()]{0,2}\d){6,14})\b"
+)
+def _named_phone(value, before, after):
+    return _phone_kind(_number(value) or phonenumbers.PhoneNumber(), before, after)
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c035
-_NO_IP = re.compile(r"(?i)\b(?:ans\w*|version|ver|v|release|build|section|chapter|EC|OID|table|fig\w*|keys?)\b[\s.:=(]*(?:is\b)?[\s:=(]*$|[\w.]$")
+_NO_IP = re.compile(
+    r"(?i)\b(?:ans\w*|version|ver|v|release|build|section|chapter|EC|OID|table|fig\w*|keys?)\b[\s.:=(]*(?:is\b)?[\s:=(]*$|[\w.]$"
+)
+
 
 @pattern(r"\b\d{1,3}(?:\.\d{1,3}){3}\b|(?i:\b[0-9a-f]{1,4}(?::[0-9a-f]{0,4}){3,7}\b)")
 def _ip(value, before, after):
-    try: address = ipaddress.ip_address(value)
-    except ValueError: return None
+    try:
+        address = ipaddress.ip_address(value)
+    except ValueError:
+        return None
     named = re.search(r"(?i)\b(?:ip|ipv[46]|ip[ _]address|host|server)\b[^.\n]{0,30}$", before)
-    if address.is_loopback or address.is_unspecified or (not named and _NO_IP.search(before)) or re.match(r"\.\d", after): return None
-    if named or address.version == 6: return "ip"
+    if (
+        address.is_loopback
+        or address.is_unspecified
+        or (not named and _NO_IP.search(before))
+        or re.match(r"\.\d", after)
+    ):
+        return None
+    if named or address.version == 6:
+        return "ip"
     first, second, third, _ = map(int, value.split("."))
     return "ip" if first >= 10 or max(second, third) >= 100 else None
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c038
 _MONTH = r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)"
-_DATE = (rf"(\b(?:\d{{1,2}}/\d{{1,2}}/(?:\d{{4}}|\d\d)|\d{{1,2}}[.-]\d{{1,2}}[.-]\d{{4}}|\d{{4}}[-/]\d{{1,2}}[-/]\d{{1,2}}"
-         rf"|{_MONTH}\.? \d{{1,2}}(?:st|nd|rd|th)?\b(?:,? ?\d{{4}})?|\d{{1,2}}(?:st|nd|rd|th)?(?: of)?[ -]{_MONTH}\b(?:\.?,?[ -]\d{{2,4}})?)\b)")
-_EVENT = (r"(?:born|birth(?:_?date|day)?|dob|admit(?:ted)?|admission|discharged?|d/c|date of (?:service|procedure)|dos|died"
-          r"|death(?:_?date)?|deceased|passed away|expired|hospitali[sz]ed|last[ _]seen|seen|last[ _]visit|visit(?:ed)?|presented|surgery"
-          r"|operated|underwent|transferred|LMP)")
-_GROUP = re.compile(r"(?i)\b(?:patients|participants|subjects|cases|individuals|people|persons|children|women|men|infants|deaths|admissions"
-                    r"|adults|between)\b")
+_DATE = (
+    rf"(\b(?:\d{{1,2}}/\d{{1,2}}/(?:\d{{4}}|\d\d)|\d{{1,2}}[.-]\d{{1,2}}[.-]\d{{4}}|\d{{4}}[-/]\d{{1,2}}[-/]\d{{1,2}}"
+    rf"|{_MONTH}\.? \d{{1,2}}(?:st|nd|rd|th)?\b(?:,? ?\d{{4}})?|\d{{1,2}}(?:st|nd|rd|th)?(?: of)?[ -]{_MONTH}\b(?:\.?,?[ -]\d{{2,4}})?)\b)"
+)
+_EVENT = (
+    r"(?:born|birth(?:_?date|day)?|dob|admit(?:ted)?|admission|discharged?|d/c|date of (?:service|procedure)|dos|died"
+    r"|death(?:_?date)?|deceased|passed away|expired|hospitali[sz]ed|last[ _]seen|seen|last[ _]visit|visit(?:ed)?|presented|surgery"
+    r"|operated|underwent|transferred|LMP)"
+)
+_GROUP = re.compile(
+    r"(?i)\b(?:patients|participants|subjects|cases|individuals|people|persons|children|women|men|infants|deaths|admissions"
+    r"|adults|between)\b"
+)
+
 
 def _about_many(before, after):
-    return _GROUP.search(re.split(r"[.;\n]", before)[-1] + " ; " + re.split(r"[.;\n]", after[:25])[0])
+    return _GROUP.search(
+        re.split(r"[.;\n]", before)[-1] + " ; " + re.split(r"[.;\n]", after[:25])[0]
+    )
+
 
 def _date(value, before, after):
     parts = [int(n) for n in re.findall(r"\d+", value)]
     day_month = parts[1:] if parts[0] > 31 else parts[:2]
     real = len(parts) < 3 or (min(day_month) <= 12 and max(day_month) <= 31 and min(day_month) > 0)
-    return None if not real or 0 < parts[0] > 31 and len(parts) < 3 or _about_many(before, after) else "date"
+    return (
+        None
+        if not real or 0 < parts[0] > 31 and len(parts) < 3 or _about_many(before, after)
+        else "date"
+    )
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c039
-pattern(rf"(?:\b|_)(?i:{_EVENT}\b|d\.o\.b\.)[^.;\n]{{0,40}}?" + _DATE + rf"(?:\s?(?:to|until|through|and|[-{_DASHES}])\s?{_DATE})?")(_date)
+pattern(
+    rf"(?:\b|_)(?i:{_EVENT}\b|d\.o\.b\.)[^.;\n]{{0,40}}?"
+    + _DATE
+    + rf"(?:\s?(?:to|until|through|and|[-{_DASHES}])\s?{_DATE})?"
+)(_date)
 pattern(_DATE + rf"[^.;\n]{{0,40}}?\b(?i:{_EVENT})\b")(_date)
 
-_OF_MANY = re.compile(r"(?i)\b(?:over|above|than|to|and|between|until|least|under|below|or|by)\s+(?:(?:the )?aged?\b(?: of)?\s*)?$"
-                      r"|[-\u2013\u2212<>=\u2264\u2265]\s*$|\.$")
-_OR_MORE = re.compile(r"(?i)\s*(?:[%+]|[-\u2013/]\s?\d|\.\d|to \d|(?:mg|ml|days?|months?|weeks?|hours?)\b)"
-                      r"|[- ]*(?:years?|yrs?)?[- ]?(?:olds?|of age)?[ ,]*(?:and|or) (?:over|older|above|more|up)\b")
+_OF_MANY = re.compile(
+    r"(?i)\b(?:over|above|than|to|and|between|until|least|under|below|or|by)\s+(?:(?:the )?aged?\b(?: of)?\s*)?$"
+    r"|[-\u2013\u2212<>=\u2264\u2265]\s*$|\.$"
+)
+_OR_MORE = re.compile(
+    r"(?i)\s*(?:[%+]|[-\u2013/]\s?\d|\.\d|to \d|(?:mg|ml|days?|months?|weeks?|hours?)\b)"
+    r"|[- ]*(?:years?|yrs?)?[- ]?(?:olds?|of age)?[ ,]*(?:and|or) (?:over|older|above|more|up)\b"
+)
 
-@pattern(r"\b(9\d|1[01]\d)[- ]?(?i:(?:years?|yrs?|y)[- ]{0,2}(?:olds?|of age)|y\.?/?o)\b|(?i:\b(?:aged?|age is)\b[\s\"':]{0,4})(9\d|1[01]\d)\b")
+
+@pattern(
+    r"\b(9\d|1[01]\d)[- ]?(?i:(?:years?|yrs?|y)[- ]{0,2}(?:olds?|of age)|y\.?/?o)\b|(?i:\b(?:aged?|age is)\b[\s\"':]{0,4})(9\d|1[01]\d)\b"
+)
 def _age(value, before, after):
-    return None if _OF_MANY.search(before) or _about_many(before, "") or _OR_MORE.match(after) else "age"
+    return (
+        None
+        if _OF_MANY.search(before) or _about_many(before, "") or _OR_MORE.match(after)
+        else "age"
+    )
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c042
-_STATES = ("AL AK AZ AR CA CO CT DE FL GA HI ID IL IN IA KS KY LA ME MD MA MI MN MS MO MT NE NV NH NJ NM NY NC ND OH OK OR PA RI SC SD "
-           "TN TX UT VT VA WA WV WI WY DC PR VI GU AS MP FM MH PW AA AE AP Alabama Alaska Arizona Arkansas California Colorado Connecticut "
-           "Delaware Florida Georgia Hawaii Idaho Illinois Indiana Iowa Kansas Kentucky Louisiana Maine Maryland Massachusetts Michigan "
-           "Minnesota Mississippi Missouri Montana Nebraska Nevada Ohio Oklahoma Oregon Pennsylvania Tennessee Texas Utah Vermont Virginia "
-           "Washington Wisconsin Wyoming New_Hampshire New_Jersey New_Mexico New_York North_Carolina North_Dakota South_Carolina "
-           "South_Dakota Rhode_Island").replace(" ", "|").replace("_", " ")
-_STREET = (r"(?:Street|St|Avenue|Ave|Road|Rd|Drive|Dr|Lane|Ln|Boulevard|Blvd|Court|Ct|Place|Pl|Way|Circle|Cir|Terrace|Ter|Parkway|Pkwy|Highway|Hwy"
-           r"|Trail|Trl|Pike|Plaza|Turnpike|Crescent|Freeway|Cove|Hollow|Alley|Mews)")
-_COUNTED = re.compile(r"(?i)[\d.,/-]$|\b(?:table|figs?|figures?|chapter|section|question|step|phase|grade|type|stage|version|part|group)\.?\s*$")
+_STATES = (
+    (
+        "AL AK AZ AR CA CO CT DE FL GA HI ID IL IN IA KS KY LA ME MD MA MI MN MS MO MT NE NV NH NJ NM NY NC ND OH OK OR PA RI SC SD "
+        "TN TX UT VT VA WA WV WI WY DC PR VI GU AS MP FM MH PW AA AE AP Alabama Alaska Arizona Arkansas California Colorado Connecticut "
+        "Delaware Florida Georgia Hawaii Idaho Illinois Indiana Iowa Kansas Kentucky Louisiana Maine Maryland Massachusetts Michigan "
+        "Minnesota Mississippi Missouri Montana Nebraska Nevada Ohio Oklahoma Oregon Pennsylvania Tennessee Texas Utah Vermont Virginia "
+        "Washington Wisconsin Wyoming New_Hampshire New_Jersey New_Mexico New_York North_Carolina North_Dakota South_Carolina "
+        "South_Dakota Rhode_Island"
+    )
+    .replace(" ", "|")
+    .replace("_", " ")
+)
+_STREET = (
+    r"(?:Street|St|Avenue|Ave|Road|Rd|Drive|Dr|Lane|Ln|Boulevard|Blvd|Court|Ct|Place|Pl|Way|Circle|Cir|Terrace|Ter|Parkway|Pkwy|Highway|Hwy"
+    r"|Trail|Trl|Pike|Plaza|Turnpike|Crescent|Freeway|Cove|Hollow|Alley|Mews)"
+)
+_COUNTED = re.compile(
+    r"(?i)[\d.,/-]$|\b(?:table|figs?|figures?|chapter|section|question|step|phase|grade|type|stage|version|part|group)\.?\s*$"
+)
 _WORDS = r"\b\d{1,6}[A-Z]?(?: [A-Z][a-z]{0,2}\.| [A-Z][A-Za-z'-]{0,24}){0,3} (?:[A-Z][A-Za-z'-]{0,24}|\d{1,3}(?:st|nd|rd|th))\b"
 _UNIT = r"(?:,? (?:Apt|Apartment|Suite|Ste|Unit|Room|#)\.? ?[A-Z0-9-]{1,6}\b)?"
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c043
-@pattern(rf"({_WORDS} {_STREET}\b\.?{_UNIT})|(?i:\b(?:P\.? ?O\.? |post office )box:? )(\d{{1,6}})\b")
+@pattern(
+    rf"({_WORDS} {_STREET}\b\.?{_UNIT})|(?i:\b(?:P\.? ?O\.? |post office )box:? )(\d{{1,6}})\b"
+)
 def _address(value, before, after):
-    title = re.search(r" (?:St|Dr)\.?$", value) and re.match(r" [A-Z]", after)      # "2004 Professor Dr Smith", "12 The St George scale"
+    title = re.search(r" (?:St|Dr)\.?$", value) and re.match(
+        r" [A-Z]", after
+    )  # "2004 Professor Dr Smith", "12 The St George scale"
     return None if title or _COUNTED.search(before) else "address"
 
-@pattern(rf"({_WORDS}{_UNIT}),?\s{{1,2}}(?:(?:St|Mt|Ft)\. )?[A-Z][A-Za-z' -]{{1,30}},\s(?:{_STATES})\b")
-def _city_line(value, before, after):
-    return None if _COUNTED.search(before) or re.search(r"\b(?:Inc|Ltd|LLC|Corp|University|Hospital|Department)\b", value) else "address"
 
-labelled("address", r"(?:home |street |mailing )?address|(?:resid|liv)(?:es?|ing) at", LINK, 0, rf"({_WORDS}{_UNIT}(?: \d{{1,5}}\b)?)")
+@pattern(
+    rf"({_WORDS}{_UNIT}),?\s{{1,2}}(?:(?:St|Mt|Ft)\. )?[A-Z][A-Za-z' -]{{1,30}},\s(?:{_STATES})\b"
+)
+def _city_line(value, before, after):
+    return (
+        None
+        if _COUNTED.search(before)
+        or re.search(r"\b(?:Inc|Ltd|LLC|Corp|University|Hospital|Department)\b", value)
+        else "address"
+    )
+
+
+labelled(
+    "address",
+    r"(?:home |street |mailing )?address|(?:resid|liv)(?:es?|ing) at",
+    LINK,
+    0,
+    rf"({_WORDS}{_UNIT}(?: \d{{1,5}}\b)?)",
+)
 
 shaped("zip", rf"[A-Za-z],?\s{{1,2}}(?:{_STATES}|D\.C\.)[,\s]\s{{0,2}}(\d{{5}}(?:-\d{{4}})?)\b")
 
 # %% ../../../nbs/data/quality/identifiers.ipynb #c046
 def scan(
-    texts,      # list of str
-) -> tuple:     # (rows that may identify somebody, ascending; Counter of findings by kind, those apart included)
+    texts,  # list of str
+) -> tuple:  # (rows that may identify somebody, ascending; Counter of findings by kind, those apart included)
     "Rows with identifiers of people, and how many of each kind."
     found = find(texts)
-    return [i for i, fs in enumerate(found) if any(f.kind in KINDS for f in fs)], Counter(f.kind for fs in found for f in fs)
+    return [i for i, fs in enumerate(found) if any(f.kind in KINDS for f in fs)], Counter(
+        f.kind for fs in found for f in fs
+    )

@@ -9,11 +9,12 @@ __all__ = ['ASKED', 'PROMPT', 'TOKENS', 'LIST', 'READ', 'UNKNOWN', 'numbers', 'q
            'hashes_of', 'write_list', 'run_of', 'trained_on', 'lineage', 'hits', 'same_items', 'refuse_leaks', 'check']
 
 # %% ../../../nbs/data/quality/leakage.ipynb #c002
-from ...core.run import MedftError, Run, atomic_write, locate, sha256  # first: it sets switches that the libraries read
-from .checks import normal
+from ...core.run import MedftError, Run, atomic_write, locate, sha256
 from ...core.text_keys import text_key
+from .checks import normal
 
-import io, re
+import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,22 @@ import xxhash
 from datasets import load_from_disk
 
 # %% ../../../nbs/data/quality/leakage.ipynb #c006
-ASKED, PROMPT, TOKENS = 1, 2, 3     # seeds
+ASKED, PROMPT, TOKENS = 1, 2, 3  # seeds
+
 
 def numbers(texts, seed) -> np.ndarray:
     "64-bit hashes of strings or bytes; 0 for an empty one, which says nothing."
     raw = (t.encode("utf-8", "surrogatepass") if isinstance(t, str) else t for t in texts)
     return np.array([xxhash.xxh3_64_intdigest(t, seed) if t else 0 for t in raw], np.uint64)
 
+
 _plain = re.compile(r"[^\w+<>]+|_")
+
 
 def question(asked, options=()) -> str:
     "What an item asks, whatever the order of its options."
     return "\n".join([asked, *sorted(options, key=lambda o: _plain.sub(" ", text_key(o)).strip())])
+
 
 def contents(asked) -> np.ndarray:
     "One number for each question of an Arrow array; equal where the same is asked."
@@ -42,107 +47,192 @@ def contents(asked) -> np.ndarray:
 # %% ../../../nbs/data/quality/leakage.ipynb #c009
 def documents(table) -> tuple[list, list]:
     "The tokens of each document in a table's rows, as bytes, and the row that each is in."
-    sizes = table["seq_lengths"].to_pylist() if "seq_lengths" in table.column_names else [[len(x)] for x in table["input_ids"]]
+    sizes = (
+        table["seq_lengths"].to_pylist()
+        if "seq_lengths" in table.column_names
+        else [[len(x)] for x in table["input_ids"]]
+    )
     ids = [np.asarray(x.values, np.int32) for x in table["input_ids"]]
-    cut = [(part.tobytes(), i) for i, (x, n) in enumerate(zip(ids, sizes)) for part in np.split(x, np.cumsum(n)[:-1])]
+    cut = [
+        (part.tobytes(), i)
+        for i, (x, n) in enumerate(zip(ids, sizes))
+        for part in np.split(x, np.cumsum(n)[:-1])
+    ]
     return [c[0] for c in cut], [c[1] for c in cut]
 
 # %% ../../../nbs/data/quality/leakage.ipynb #c010
 def traces(
-    table,      # Arrow table of prepared rows, or some of their columns: content, prompt, input_ids
+    table,  # Arrow table of prepared rows, or some of their columns: content, prompt, input_ids
 ) -> tuple[np.ndarray, np.ndarray]:
     "All numbers that rows are known by, and the row of each."
-    names, n = table.column_names, np.arange(len(table)); found = []
-    if "content" in names: found.append((table["content"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False).astype(np.uint64), n))
-    if "prompt" in names: found.append((numbers(map(text_key, table["prompt"].to_pylist()), PROMPT), n))
+    names, n = table.column_names, np.arange(len(table))
+    found = []
+    if "content" in names:
+        found.append(
+            (
+                table["content"]
+                .combine_chunks()
+                .fill_null(0)
+                .to_numpy(zero_copy_only=False)
+                .astype(np.uint64),
+                n,
+            )
+        )
+    if "prompt" in names:
+        found.append((numbers(map(text_key, table["prompt"].to_pylist()), PROMPT), n))
     if "input_ids" in names and not any(table["prompt"].to_pylist() if "prompt" in names else ()):
-        parts, rows = documents(table); found.append((numbers(parts, TOKENS), np.array(rows, int)))
-    hashes, rows = (np.concatenate(c) for c in zip(*found)) if found else (np.zeros(0, np.uint64), n[:0])
+        parts, rows = documents(table)
+        found.append((numbers(parts, TOKENS), np.array(rows, int)))
+    hashes, rows = (
+        (np.concatenate(c) for c in zip(*found)) if found else (np.zeros(0, np.uint64), n[:0])
+    )
     return hashes[hashes > 0], rows[hashes > 0]
 
 # %% ../../../nbs/data/quality/leakage.ipynb #c013
 LIST = "data/trained_on.npy"
 READ = ("content", "prompt", "input_ids", "seq_lengths")
 
+
 def hashes_of(split, size=1000) -> np.ndarray:
     "The numbers of all rows of a prepared split, each once, in order."
-    ds = load_from_disk(str(split)); columns = [c for c in READ if c in ds.column_names]
-    if "prompt" in columns and "seq_lengths" not in columns and ds[:1]["prompt"][0]: columns = [c for c in columns if c != "input_ids"]
+    ds = load_from_disk(str(split))
+    columns = [c for c in READ if c in ds.column_names]
+    if "prompt" in columns and "seq_lengths" not in columns and ds[:1]["prompt"][0]:
+        columns = [c for c in columns if c != "input_ids"]
     parts = [traces(t)[0] for t in ds.select_columns(columns).with_format("arrow").iter(size)]
     return np.unique(np.concatenate([*parts, np.zeros(0, np.uint64)]))
 
+
 def write_list(folder):
     "Write the list of a run's training rows; `folder` is its data folder."
-    out = io.BytesIO(); np.save(out, hashes_of(folder/"train"), allow_pickle=False)
-    atomic_write(folder/Path(LIST).name, out.getvalue())
+    out = io.BytesIO()
+    np.save(out, hashes_of(folder / "train"), allow_pickle=False)
+    atomic_write(folder / Path(LIST).name, out.getvalue())
 
 # %% ../../../nbs/data/quality/leakage.ipynb #c014
 def run_of(
-    place,      # a Run, a folder or file in one, or anything else: a hub id, say
+    place,  # a Run, a folder or file in one, or anything else: a hub id, say
 ) -> Run | None:
     "The run that something lies in."
     at = place.path if hasattr(place, "recipe") else locate(place)
     for p in [at, *at.parents] if at else ():
-        if (p/"manifest.json").exists() and (p/"recipe.yaml").exists() and (p/"data").is_dir(): return Run.open(p)
+        if (
+            (p / "manifest.json").exists()
+            and (p / "recipe.yaml").exists()
+            and (p / "data").is_dir()
+        ):
+            return Run.open(p)
 
 # %% ../../../nbs/data/quality/leakage.ipynb #c015
 def trained_on(run) -> np.ndarray | None:
     "What a run trained on, in order, mapped from disk. Raises `MedftError` when the list is not the one that was written."
-    if not run.recipe.engine: return np.zeros(0, np.uint64)     # it only scored
-    path, told = run.path/LIST, run.manifest.get("hashes", {}).get("trained_on")
-    if told and not path.exists(): raise MedftError(f"{path}: the list of what was trained on is gone, and the manifest says that there was one; restore it, or prepare the data anew")
-    if told and sha256(path) != told: raise MedftError(f"{path}: this is not the list that was written (its SHA-256 differs from the manifest's); restore it, or prepare the data anew")
-    if told: return np.load(path, mmap_mode="r")
-    return hashes_of(run.path/"data"/"train") if (run.path/"data"/"train").is_dir() else None
+    if not run.recipe.engine:
+        return np.zeros(0, np.uint64)  # it only scored
+    path, told = run.path / LIST, run.manifest.get("hashes", {}).get("trained_on")
+    if told and not path.exists():
+        raise MedftError(
+            f"{path}: the list of what was trained on is gone, and the manifest says that there was one; restore it, or prepare the data anew"
+        )
+    if told and sha256(path) != told:
+        raise MedftError(
+            f"{path}: this is not the list that was written (its SHA-256 differs from the manifest's); restore it, or prepare the data anew"
+        )
+    if told:
+        return np.load(path, mmap_mode="r")
+    return (
+        hashes_of(run.path / "data" / "train") if (run.path / "data" / "train").is_dir() else None
+    )
 
 # %% ../../../nbs/data/quality/leakage.ipynb #c017
 def lineage(place) -> list[Run]:
     "The run that something lies in, the run that one started from, and so on."
     found, run = [], run_of(place)
-    while run and run.path not in [r.path for r in found]: found.append(run); run = run_of(run.recipe.model.name)
+    while run and run.path not in [r.path for r in found]:
+        found.append(run)
+        run = run_of(run.recipe.model.name)
     return found
+
 
 def hits(trained, rows) -> list[int]:
     "Which rows (dicts, as prepared) are on a list."
-    table = pa.table({c: pa.array([r.get(c) for r in rows], pa.uint64() if c == "content" else None) for c in READ if any(r.get(c) is not None for r in rows)})
-    hashes, owner = traces(table) if table.num_columns else (np.zeros(0, np.uint64), np.zeros(0, int))
-    if not len(trained) or not len(hashes): return []
-    return np.unique(owner[trained[np.minimum(np.searchsorted(trained, hashes), len(trained) - 1)] == hashes]).tolist()
+    table = pa.table(
+        {
+            c: pa.array([r.get(c) for r in rows], pa.uint64() if c == "content" else None)
+            for c in READ
+            if any(r.get(c) is not None for r in rows)
+        }
+    )
+    hashes, owner = (
+        traces(table) if table.num_columns else (np.zeros(0, np.uint64), np.zeros(0, int))
+    )
+    if not len(trained) or not len(hashes):
+        return []
+    return np.unique(
+        owner[trained[np.minimum(np.searchsorted(trained, hashes), len(trained) - 1)] == hashes]
+    ).tolist()
 
 # %% ../../../nbs/data/quality/leakage.ipynb #c019
 def same_items(run, rows) -> list[int]:
     "Which rows have the id and the group of a training row of this run."
-    if not (run.path/"data"/"train").is_dir(): return []
-    ds = load_from_disk(str(run.path/"data"/"train"))
-    if not rows or not {"id", "group"} <= {*ds.column_names} & {*rows[0]}: return []
-    key = lambda t: numbers([f"{i}\0{g}" for i, g in zip(t["id"], t["group"])], 0)
+    if not (run.path / "data" / "train").is_dir():
+        return []
+    ds = load_from_disk(str(run.path / "data" / "train"))
+    if not rows or not {"id", "group"} <= {*ds.column_names} & {*rows[0]}:
+        return []
+
+    def key(t):
+        return numbers([f"{i}\0{g}" for i, g in zip(t["id"], t["group"])], 0)
+
     known = [key(b) for b in ds.select_columns(["id", "group"]).iter(10_000)]
-    return np.flatnonzero(np.isin(key({c: [r[c] for r in rows] for c in ("id", "group")}), np.concatenate(known))).tolist()
+    return np.flatnonzero(
+        np.isin(key({c: [r[c] for r in rows] for c in ("id", "group")}), np.concatenate(known))
+    ).tolist()
 
 # %% ../../../nbs/data/quality/leakage.ipynb #c020
 def refuse_leaks(
-    trained,        # what `trained_on` gives
-    rows,           # rows to be scored, as prepared
-    name="test",    # what they are called
-    by="",          # who trained on them, if not this run
-    more=(),        # numbers of rows that are known to have been trained on anyway
+    trained,  # what `trained_on` gives
+    rows,  # rows to be scored, as prepared
+    name="test",  # what they are called
+    by="",  # who trained on them, if not this run
+    more=(),  # numbers of rows that are known to have been trained on anyway
 ):
     "Raise `MedftError` when a row to be scored was trained on."
     leaked = [rows[i].get("id", i) for i in sorted({*hits(trained, rows), *more})]
-    if leaked: raise MedftError(f"data/{name}: {len(leaked)} of {len(rows)} rows were trained on{by} ({', '.join(map(str, leaked[:3]))}{', …' if len(leaked) > 3 else ''}); their score would measure memory; "
-                                + ("score other rows, or start from a model that has not seen these" if by else "remove them from one side"))
+    if leaked:
+        raise MedftError(
+            f"data/{name}: {len(leaked)} of {len(rows)} rows were trained on{by} ({', '.join(map(str, leaked[:3]))}{', …' if len(leaked) > 3 else ''}); their score would measure memory; "
+            + (
+                "score other rows, or start from a model that has not seen these"
+                if by
+                else "remove them from one side"
+            )
+        )
 
 # %% ../../../nbs/data/quality/leakage.ipynb #c021
 UNKNOWN = "not checked: what {} was trained on is not known"
 
+
 def check(
-    place,          # where a model or adapter is: a folder, a hub id; or a Run that the rows belong to
-    rows, name="test",
-) -> str:           # "", or why it could not be checked
+    place,  # where a model or adapter is: a folder, a hub id; or a Run that the rows belong to
+    rows,
+    name="test",
+) -> str:  # "", or why it could not be checked
     "Hold rows that are to be scored against all that a model is known to have been tuned on. Raises `MedftError` for a leak."
-    found = lineage(place); mine = found[0].path if found and hasattr(place, "recipe") else None
+    found = lineage(place)
+    mine = found[0].path if found and hasattr(place, "recipe") else None
     lists = [(run, trained_on(run)) for run in found]
     for run, trained in lists:
         own = run.path == mine
-        if trained is not None: refuse_leaks(trained, rows, name, "" if own else f" by {run.recipe.name}/{run.path.name}", same_items(run, rows) if own else ())
-    return "" if found and all(t is not None for _, t in lists) else UNKNOWN.format(getattr(place, "path", Path(str(place))).name)
+        if trained is not None:
+            refuse_leaks(
+                trained,
+                rows,
+                name,
+                "" if own else f" by {run.recipe.name}/{run.path.name}",
+                same_items(run, rows) if own else (),
+            )
+    return (
+        ""
+        if found and all(t is not None for _, t in lists)
+        else UNKNOWN.format(getattr(place, "path", Path(str(place))).name)
+    )

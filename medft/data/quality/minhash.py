@@ -10,11 +10,12 @@ __all__ = ['SIGNS', 'TABLE', 'CHANGES', 'SHORT', 'LONG', 'BOUND', 'PERMUTATIONS'
            'signatures', 'band_keys']
 
 # %% ../../../nbs/data/quality/minhash.ipynb #c002
-from ...core.run import MedftError  # first: it sets switches that the libraries read
-
+from ...core.run import MedftError
 from ...core.text_keys import text_key
 
-import random, re, unicodedata
+import random
+import re
+import unicodedata
 
 import numpy as np
 from rensa import RMinHash
@@ -23,7 +24,11 @@ from rensa import RMinHash
 SIGNS = re.compile(r"[^\w+<>]|_")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f]")
 _OUTSIDE_ASCII = re.compile("[^\x00-\x7f]")
-TABLE = bytes(c if c > 127 else ord(chr(c).lower()) if chr(c).isalnum() or chr(c) in "+<>" else 32 for c in range(256))
+TABLE = bytes(
+    c if c > 127 else ord(chr(c).lower()) if chr(c).isalnum() or chr(c) in "+<>" else 32
+    for c in range(256)
+)
+
 
 def fold(text) -> str:
     "Case, accents and rare signs away; plain ASCII is left to the table, which is quicker."
@@ -37,12 +42,15 @@ def fold(text) -> str:
             letters = letters.replace(letter, " ")
     return letters.replace("_", " ")
 
+
 def _plain(texts):
     raw = [b" " + fold(t).encode("utf-8", "replace") + b" " for t in texts]
     flat = np.frombuffer(b"".join(raw).translate(TABLE), np.uint8)
     start = np.cumsum([0, *map(len, raw)])
-    keep = (flat != 32) | np.r_[True, flat[:-1] != 32]; keep[start[:-1]] = True
+    keep = (flat != 32) | np.r_[True, flat[:-1] != 32]
+    keep[start[:-1]] = True
     return flat[keep], np.add.reduceat(keep, start[:-1], dtype=np.int64)
+
 
 def words_of(text) -> list[str]:
     "The words that count when one text is compared."
@@ -50,10 +58,12 @@ def words_of(text) -> list[str]:
 
 # %% ../../../nbs/data/quality/minhash.ipynb #c006
 def normalised(
-    texts,                              # list of str
-) -> tuple[np.ndarray, np.ndarray]:     # (bytes of all texts, one after another; where each starts, plus the end)
+    texts,  # list of str
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (bytes of all texts, one after another; where each starts, plus the end)
     "What counts when texts are compared: UTF-8 letters, digits and + < >, lower case, without accents, single blanks around words."
-    parts = [_plain(texts[i:i + 20_000]) for i in range(0, len(texts), 20_000)]
+    parts = [_plain(texts[i : i + 20_000]) for i in range(0, len(texts), 20_000)]
     flat, sizes = zip(*parts) if parts else ([np.zeros(0, np.uint8)], [np.zeros(0, np.int64)])
     return np.concatenate(flat), np.cumsum(np.r_[0, np.concatenate(sizes)])
 
@@ -63,13 +73,23 @@ def typo(text, rng) -> str:
     out = text
     while out == text and len(text) > 2:
         i, new = rng.randrange(1, len(text) - 1), rng.choice("etaoin")
-        out = text[:i] + rng.choice([text[i + 1:], new + text[i:], new + text[i + 1:], text[i + 1] + text[i] + text[i + 2:]])
+        out = text[:i] + rng.choice(
+            [
+                text[i + 1 :],
+                new + text[i:],
+                new + text[i + 1 :],
+                text[i + 1] + text[i] + text[i + 2 :],
+            ]
+        )
     return out
+
 
 def swap_words(text, rng) -> str:
     "Two neighbouring words exchanged."
-    w = text.split(" "); i = rng.randrange(max(len(w) - 1, 1))
-    return " ".join(w[:i] + w[i:i + 2][::-1] + w[i + 2:])
+    w = text.split(" ")
+    i = rng.randrange(max(len(w) - 1, 1))
+    return " ".join(w[:i] + w[i : i + 2][::-1] + w[i + 2 :])
+
 
 def shuffle_options(text, rng) -> str:
     "The lines after the first in another order."
@@ -77,19 +97,35 @@ def shuffle_options(text, rng) -> str:
     return "\n".join([first, *rng.sample(rest, len(rest))])
 
 # %% ../../../nbs/data/quality/minhash.ipynb #c010
-CHANGES = {"case": lambda t, rng: t.upper(), "punctuation": lambda t, rng: re.sub(r"[?.,:]", " ", t) + " ...", "one typo": typo,
-           "two typos": lambda t, rng: typo(typo(t, rng), rng), "two words swapped": swap_words, "options shuffled": shuffle_options,
-           "sentence added": lambda t, rng: t + "\nChoose the best answer.", "last tenth cut off": lambda t, rng: t[:len(t)*9//10]}
+CHANGES = {
+    "case": lambda t, rng: t.upper(),
+    "punctuation": lambda t, rng: re.sub(r"[?.,:]", " ", t) + " ...",
+    "one typo": typo,
+    "two typos": lambda t, rng: typo(typo(t, rng), rng),
+    "two words swapped": swap_words,
+    "options shuffled": shuffle_options,
+    "sentence added": lambda t, rng: t + "\nChoose the best answer.",
+    "last tenth cut off": lambda t, rng: t[: len(t) * 9 // 10],
+}
+
 
 def changed(
-    texts,      # list of str
-    seed=0,     # the same seed gives the same copies
+    texts,  # list of str
+    seed=0,  # the same seed gives the same copies
 ) -> dict[str, list[str]]:  # name of the change -> the copies, in order
     "Copies of texts, changed in the ways in which exam questions do get changed."
-    return {name: [change(t, random.Random(f"{seed} {name} {i}")) for i, t in enumerate(texts)] for name, change in CHANGES.items()}
+    return {
+        name: [change(t, random.Random(f"{seed} {name} {i}")) for i, t in enumerate(texts)]
+        for name, change in CHANGES.items()
+    }
 
 # %% ../../../nbs/data/quality/minhash.ipynb #c014
-SHORT, LONG, BOUND = 3, 5, 2_000   # bytes in a shingle, of short and of long texts; what is long (bytes)
+SHORT, LONG, BOUND = (
+    3,
+    5,
+    2_000,
+)  # bytes in a shingle, of short and of long texts; what is long (bytes)
+
 
 def spread(first, size) -> tuple[np.ndarray, np.ndarray]:
     "Positions first[i] … first[i]+size[i]-1 for every i, one after another, and the i of each."
@@ -98,78 +134,101 @@ def spread(first, size) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../../../nbs/data/quality/minhash.ipynb #c015
 def shingle_sets(
-    flat, start,    # what `normalised` gives
-    rows,           # which rows, as an array
-    n,              # bytes in a shingle, at most 5
-) -> tuple[np.ndarray, np.ndarray]:     # (the shingles of the first row in order, of the next, …; where each row's begin)
+    flat,
+    start,  # what `normalised` gives
+    rows,  # which rows, as an array
+    n,  # bytes in a shingle, at most 5
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (the shingles of the first row in order, of the next, …; where each row's begin)
     "The sets of shingles of some rows, each shingle as a number."
     at, owner = spread(start[rows], np.maximum(start[rows + 1] - start[rows] - n + 1, 0))
     key = owner.astype(np.uint64) << np.uint64(40)
-    for k in range(n): key |= flat[at + k].astype(np.uint64) << np.uint64(8*(n - 1 - k))
+    for k in range(n):
+        key |= flat[at + k].astype(np.uint64) << np.uint64(8 * (n - 1 - k))
     key.sort()
     key = key[np.r_[True, key[1:] != key[:-1]]] if len(key) else key
-    return key & np.uint64(2**40 - 1), np.searchsorted(key >> np.uint64(40), np.arange(len(rows) + 1, dtype=np.uint64))
+    return key & np.uint64(2**40 - 1), np.searchsorted(
+        key >> np.uint64(40), np.arange(len(rows) + 1, dtype=np.uint64)
+    )
 
 # %% ../../../nbs/data/quality/minhash.ipynb #c018
 def jaccard(
-    flat, start,    # what `normalised` gives
-    x, y,           # rows: x[i] is compared with y[i]
-    n,              # bytes in a shingle
-) -> np.ndarray:    # exact similarity of each pair
+    flat,
+    start,  # what `normalised` gives
+    x,
+    y,  # rows: x[i] is compared with y[i]
+    n,  # bytes in a shingle
+) -> np.ndarray:  # exact similarity of each pair
     "Exact Jaccard similarities of many pairs of rows."
     rows, both = np.unique(np.r_[x, y], return_inverse=True)
     numbers, at = shingle_sets(flat, start, rows, n)
     size = np.diff(at)[both]
     where, owner = spread(at[both], size)
     key = np.sort(((owner % len(x)).astype(np.uint64) << np.uint64(40)) | numbers[where])
-    shared = np.bincount((key[1:][key[1:] == key[:-1]] >> np.uint64(40)).astype(np.int64), minlength=len(x))
-    return shared/np.maximum(size[:len(x)] + size[len(x):] - shared, 1)
+    shared = np.bincount(
+        (key[1:][key[1:] == key[:-1]] >> np.uint64(40)).astype(np.int64), minlength=len(x)
+    )
+    return shared / np.maximum(size[: len(x)] + size[len(x) :] - shared, 1)
 
 # %% ../../../nbs/data/quality/minhash.ipynb #c021
 PERMUTATIONS = 128
 
+
 def bands(
-    similarity,     # the lowest Jaccard similarity that should be found, above 0, at most 1
-    recall=0.995,   # with this probability, for a pair that has exactly that similarity
+    similarity,  # the lowest Jaccard similarity that should be found, above 0, at most 1
+    recall=0.995,  # with this probability, for a pair that has exactly that similarity
 ) -> tuple[int, int]:
     "Entries in a band and number of bands (*Mining of Massive Datasets*, 3.4.2). Raises `MedftError` for an impossible similarity."
-    if not 0 < similarity <= 1: raise MedftError(f"dataset.similarity: {similarity} is not a share above 0 and up to 1; 0.8 is usual")
-    fits = [r for r in range(1, PERMUTATIONS + 1) if 1 - (1 - similarity**r)**(PERMUTATIONS//r) >= recall]
-    return max(fits, default=1), PERMUTATIONS//max(fits, default=1)
+    if not 0 < similarity <= 1:
+        raise MedftError(
+            f"dataset.similarity: {similarity} is not a share above 0 and up to 1; 0.8 is usual"
+        )
+    fits = [
+        r
+        for r in range(1, PERMUTATIONS + 1)
+        if 1 - (1 - similarity**r) ** (PERMUTATIONS // r) >= recall
+    ]
+    return max(fits, default=1), PERMUTATIONS // max(fits, default=1)
 
 # %% ../../../nbs/data/quality/minhash.ipynb #c024
 def mix(x) -> np.ndarray:
     "Spread 64-bit numbers evenly (the finaliser of MurmurHash3)."
-    x = (x ^ (x >> np.uint64(33)))*np.uint64(0xFF51AFD7ED558CCD)
-    x = (x ^ (x >> np.uint64(33)))*np.uint64(0xC4CEB9FE1A85EC53)
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return x ^ (x >> np.uint64(33))
+
 
 def batches(size, limit=1_500_000) -> list[tuple[int, int]]:
     "Slices of rows, each of about `limit` bytes: what bounds the memory."
-    cut = np.flatnonzero(np.diff(np.cumsum(size)//limit)) + 1
+    cut = np.flatnonzero(np.diff(np.cumsum(size) // limit)) + 1
     return list(zip(np.r_[0, cut], np.r_[cut, len(size)])) if len(size) else []
 
 # %% ../../../nbs/data/quality/minhash.ipynb #c025
 def signatures(
-    flat, start,    # what `normalised` gives
-    rows,           # which rows, as an array
-    n,              # bytes in a shingle
-) -> np.ndarray:    # (rows, 128), uint32
+    flat,
+    start,  # what `normalised` gives
+    rows,  # which rows, as an array
+    n,  # bytes in a shingle
+) -> np.ndarray:  # (rows, 128), uint32
     "MinHash signatures: the share of entries in which two agree estimates their similarity."
     out = np.zeros((len(rows), PERMUTATIONS), np.uint32)
     for lo, hi in batches(start[rows + 1] - start[rows]):
         numbers, at = shingle_sets(flat, start, rows[lo:hi], n)
-        out[lo:hi] = RMinHash.digest_matrix_from_flat_token_hashes(mix(numbers), at.astype(np.uint64), PERMUTATIONS, 1).to_rows()
+        out[lo:hi] = RMinHash.digest_matrix_from_flat_token_hashes(
+            mix(numbers), at.astype(np.uint64), PERMUTATIONS, 1
+        ).to_rows()
     return out
 
 # %% ../../../nbs/data/quality/minhash.ipynb #c027
 def band_keys(
-    signed,         # signatures, one row a text
-    similarity,     # Jaccard similarity from which two texts should meet
-) -> np.ndarray:    # (bands, rows), 64-bit numbers: equal where two texts agree in a band
+    signed,  # signatures, one row a text
+    similarity,  # Jaccard similarity from which two texts should meet
+) -> np.ndarray:  # (bands, rows), 64-bit numbers: equal where two texts agree in a band
     "One number for every band of every signature."
     r, b = bands(similarity)
     out = np.zeros((b, len(signed)), np.uint64)
     for k in range(b):
-        for c in range(k*r, k*r + r): out[k] = mix(out[k] ^ signed[:, c])
+        for c in range(k * r, k * r + r):
+            out[k] = mix(out[k] ^ signed[:, c])
     return out

@@ -9,10 +9,26 @@ __all__ = ['WINDOW', 'FILLERS', 'RUN', 'SHARE', 'LEAST', 'FORMULA', 'MMLU_MEDICA
            'across', 'decisive', 'variant', 'contaminated', 'planted_recall']
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c002
-from .minhash import (BOUND, LONG, PERMUTATIONS, SHORT, band_keys, bands, batches, changed, jaccard, mix, normalised, signatures,
-                            spread, words_of)
+from medft.data.quality.minhash import (
+    BOUND,
+    LONG,
+    PERMUTATIONS,
+    SHORT,
+    band_keys,
+    bands,
+    batches,
+    changed,
+    jaccard,
+    mix,
+    normalised,
+    signatures,
+    spread,
+    words_of,
+)
 
-import math, os, re
+import math
+import os
+import re
 from collections import Counter
 
 import numpy as np
@@ -23,43 +39,71 @@ from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c005
 class _Space:
     "Rows that are cut in the same way, their signatures, and which pairs were looked at."
+
     def __init__(self, flat, start, rows, n, similarity):
         self.flat, self.start, self.rows, self.n, self.similarity = flat, start, rows, n, similarity
         self.signatures = signatures(flat, start, rows, n)
-        self.floor = similarity - 2*math.sqrt(similarity*(1 - similarity)/PERMUTATIONS)
+        self.floor = similarity - 2 * math.sqrt(similarity * (1 - similarity) / PERMUTATIONS)
         self.tried = np.zeros(0, np.int64)
+
 
 def _spaces(flat, start, rows, similarity):
     size = start[rows + 1] - start[rows]
     yield _Space(flat, start, rows[(size >= SHORT) & (size <= BOUND)], SHORT, similarity)
-    if (size > BOUND).any(): yield _Space(flat, start, rows[size > BOUND//2], LONG, similarity)
+    if (size > BOUND).any():
+        yield _Space(flat, start, rows[size > BOUND // 2], LONG, similarity)
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c006
 def _confirm(space, x, y):
     "Of pairs of places in a space, those not tried before that are similar enough, and how similar."
     sig, m = space.signatures, len(space.rows)
-    near = [(sig[x[i:i + 50_000]] == sig[y[i:i + 50_000]]).mean(1) >= space.floor for i in range(0, len(x), 50_000)]
-    code = np.setdiff1d(np.unique((x*m + y)[np.concatenate([*near, np.zeros(0, bool)])]), space.tried, assume_unique=True)
+    near = [
+        (sig[x[i : i + 50_000]] == sig[y[i : i + 50_000]]).mean(1) >= space.floor
+        for i in range(0, len(x), 50_000)
+    ]
+    code = np.setdiff1d(
+        np.unique((x * m + y)[np.concatenate([*near, np.zeros(0, bool)])]),
+        space.tried,
+        assume_unique=True,
+    )
     space.tried = np.union1d(space.tried, code)
-    x, y = code//m, code % m
+    x, y = code // m, code % m
     size = np.diff(space.start)[space.rows]
-    j = [jaccard(space.flat, space.start, space.rows[x[lo:hi]], space.rows[y[lo:hi]], space.n) for lo, hi in batches(size[x] + size[y])]
-    j = np.concatenate([*j, np.zeros(0)]); good = j >= space.similarity
+    j = [
+        jaccard(space.flat, space.start, space.rows[x[lo:hi]], space.rows[y[lo:hi]], space.n)
+        for lo, hi in batches(size[x] + size[y])
+    ]
+    j = np.concatenate([*j, np.zeros(0)])
+    good = j >= space.similarity
     return x[good], y[good], j[good]
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c008
 WINDOW = 8
 
+
 def _components(x, y, n):
-    return connected_components(coo_array((np.ones(len(x), np.int8), (x, y)), shape=(n, n)), directed=False)[1]
+    return connected_components(
+        coo_array((np.ones(len(x), np.int8), (x, y)), shape=(n, n)), directed=False
+    )[1]
+
 
 def _linked(space):
     "Pairs that tie each group of similar rows together."
-    keys, label, found = band_keys(space.signatures, space.similarity), np.arange(len(space.rows)), np.zeros((3, 0))
+    keys, label, found = (
+        band_keys(space.signatures, space.similarity),
+        np.arange(len(space.rows)),
+        np.zeros((3, 0)),
+    )
     for k in range(len(keys)):
-        order = np.lexsort((keys[(k + 1) % len(keys)], keys[k])); key, of = keys[k][order], label[order]
-        hits = [(np.flatnonzero((key[d:] == key[:-d]) & (of[d:] != of[:-d])), d) for d in range(1, min(WINDOW + 1, len(key)))]
-        x, y = (np.concatenate([order[h + side*d] for h, d in hits] or [label[:0]]) for side in (0, 1))
+        order = np.lexsort((keys[(k + 1) % len(keys)], keys[k]))
+        key, of = keys[k][order], label[order]
+        hits = [
+            (np.flatnonzero((key[d:] == key[:-d]) & (of[d:] != of[:-d])), d)
+            for d in range(1, min(WINDOW + 1, len(key)))
+        ]
+        x, y = (
+            np.concatenate([order[h + side * d] for h, d in hits] or [label[:0]]) for side in (0, 1)
+        )
         found = np.c_[found, _confirm(space, np.minimum(x, y), np.maximum(x, y))]
         label = _components(*found[:2].astype(int), len(space.rows))
     return space.rows[found[0].astype(int)], space.rows[found[1].astype(int)], found[2]
@@ -67,24 +111,41 @@ def _linked(space):
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c010
 def _distinct(flat, start):
     "The first row of each different text, and for every row the place of its text in that list."
-    ids = np.fromiter((xxhash.xxh3_64_intdigest(flat[a:b]) for a, b in zip(start[:-1], start[1:])), np.uint64, len(start) - 1)
+    ids = np.fromiter(
+        (xxhash.xxh3_64_intdigest(flat[a:b]) for a, b in zip(start[:-1], start[1:])),
+        np.uint64,
+        len(start) - 1,
+    )
     return np.unique(ids, return_index=True, return_inverse=True)[1:]
+
 
 def _forest(x, y, j, n):
     "The strongest ties that hold every group together, as sorted tuples."
     order = np.argsort(-j, kind="stable")
     x, y, j = np.minimum(x, y)[order], np.maximum(x, y)[order], j[order]
-    once = np.unique(x*n + y, return_index=True)[1]
-    tree = minimum_spanning_tree(coo_array((2 - j[once], (x[once], y[once])), shape=(n, n)).tocsr()).tocoo()
-    return sorted(zip(np.minimum(*tree.coords).tolist(), np.maximum(*tree.coords).tolist(), np.round(2 - tree.data, 9).tolist()))
+    once = np.unique(x * n + y, return_index=True)[1]
+    tree = minimum_spanning_tree(
+        coo_array((2 - j[once], (x[once], y[once])), shape=(n, n)).tocsr()
+    ).tocoo()
+    return sorted(
+        zip(
+            np.minimum(*tree.coords).tolist(),
+            np.maximum(*tree.coords).tolist(),
+            np.round(2 - tree.data, 9).tolist(),
+        )
+    )
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c011
 def near_duplicates(
-    texts,              # list of str; of a multiple-choice row, the question with its options
-    similarity=0.8,     # Jaccard similarity from which two texts are called near-duplicates
-) -> list[tuple[int, int, float]]:  # (row, later row, exact similarity); k - 1 of them for a group of k rows
+    texts,  # list of str; of a multiple-choice row, the question with its options
+    similarity=0.8,  # Jaccard similarity from which two texts are called near-duplicates
+) -> list[
+    tuple[int, int, float]
+]:  # (row, later row, exact similarity); k - 1 of them for a group of k rows
     "The ties between near-duplicates of one list. Raises `MedftError` for an impossible similarity."
-    texts = list(texts); flat, start = normalised(texts); bands(similarity)
+    texts = list(texts)
+    flat, start = normalised(texts)
+    bands(similarity)
     first, which = _distinct(flat, start)
     twins = np.flatnonzero((first[which] != np.arange(len(texts))) & (np.diff(start) > 1))
     found = [(first[which][twins], twins, np.ones(len(twins)))]
@@ -93,15 +154,17 @@ def near_duplicates(
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c014
 def groups(
-    keys,       # per row a key (document, patient, question), a list of several, or "" for none
-    pairs=(),   # tuples whose first two entries are rows to keep together, such as near_duplicates gives
-) -> np.ndarray:    # int, one label per row, numbered in the order in which groups first appear
+    keys,  # per row a key (document, patient, question), a list of several, or "" for none
+    pairs=(),  # tuples whose first two entries are rows to keep together, such as near_duplicates gives
+) -> np.ndarray:  # int, one label per row, numbered in the order in which groups first appear
     "Label rows so that those sharing a key or a pair share a label."
     names, x, y = {}, [p[0] for p in pairs], [p[1] for p in pairs]
     for i, several in enumerate(keys):
         for key in several if isinstance(several, (list, tuple, set)) else [several]:
-            if key not in (None, ""): x.append(i); y.append(len(keys) + names.setdefault(key, len(names)))
-    return _components(np.array(x, int), np.array(y, int), len(keys) + len(names))[:len(keys)]
+            if key not in (None, ""):
+                x.append(i)
+                y.append(len(keys) + names.setdefault(key, len(names)))
+    return _components(np.array(x, int), np.array(y, int), len(keys) + len(names))[: len(keys)]
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c017
 def _between(space, side):
@@ -121,38 +184,58 @@ def _between(space, side):
 def _best(x, y, j):
     "Of the pairs of each x, the closest y (the first of equally close ones)."
     order = np.lexsort((-y, j, x))
-    return dict(zip(x[order].tolist(), zip(y[order].tolist(), j[order].tolist())))   # of equal keys the last stays
+    return dict(
+        zip(x[order].tolist(), zip(y[order].tolist(), j[order].tolist()))
+    )  # of equal keys the last stays
+
 
 def _matched(flat, start, which, n, similarity):
     "Similar pairs (text of the first n rows, text of the others), each text by the first row that has it."
-    side = np.zeros(len(which), np.int8); side[which[:n]] |= 1; side[which[n:]] |= 2
+    side = np.zeros(len(which), np.int8)
+    side[which[:n]] |= 1
+    side[which[n:]] |= 2
     same = np.flatnonzero((side == 3) & (np.diff(start) > 1))
     found = [_between(space, side) for space in _spaces(flat, start, np.unique(which), similarity)]
     return [np.concatenate(c) for c in zip((same, same, np.ones(len(same))), *found)]
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c020
 def across(
-    a,                  # list of str
-    b,                  # list of str
-    similarity=0.8,     # Jaccard similarity from which two texts are called near-duplicates
-) -> list[tuple[int, int, float]]:  # (row of a, row of b, exact similarity), at most len(a) + len(b) of them
+    a,  # list of str
+    b,  # list of str
+    similarity=0.8,  # Jaccard similarity from which two texts are called near-duplicates
+) -> list[
+    tuple[int, int, float]
+]:  # (row of a, row of b, exact similarity), at most len(a) + len(b) of them
     "For every row of either list with near-duplicates in the other, its closest. Raises `MedftError` for an impossible similarity."
-    a, b = list(a), list(b); flat, start = normalised(a + b); bands(similarity)
-    first, which = _distinct(flat, start); which = first[which]
+    a, b = list(a), list(b)
+    flat, start = normalised(a + b)
+    bands(similarity)
+    first, which = _distinct(flat, start)
+    which = first[which]
     x, y, j = _matched(flat, start, which, len(a), similarity)
-    parts = which[:len(a)].tolist(), which[len(a):].tolist()
-    (in_a, in_b), near_a, near_b = [{w: i for i, w in reversed([*enumerate(p)])} for p in parts], _best(x, y, j), _best(y, x, j)
+    parts = which[: len(a)].tolist(), which[len(a) :].tolist()
+    (in_a, in_b), near_a, near_b = (
+        [{w: i for i, w in reversed([*enumerate(p)])} for p in parts],
+        _best(x, y, j),
+        _best(y, x, j),
+    )
     out = {(i, in_b[near_a[w][0]], near_a[w][1]) for i, w in enumerate(parts[0]) if w in near_a}
-    return sorted(out | {(in_a[near_b[w][0]], i, near_b[w][1]) for i, w in enumerate(parts[1]) if w in near_b})
+    return sorted(
+        out | {(in_a[near_b[w][0]], i, near_b[w][1]) for i, w in enumerate(parts[1]) if w in near_b}
+    )
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c023
 FILLERS = frozenset("an the is are was were of in on by for to from at this that".split())
 
+
 def _slip(a, b):
     "Whether two words of four letters or more differ by one slip: a letter more, less or other, or two neighbours exchanged."
-    if min(len(a), len(b)) < 4 or re.search(r"\d", a + b): return False
-    n = len(os.path.commonprefix([a, b])); a, b = a[n:], b[n:]
-    n = len(os.path.commonprefix([a[::-1], b[::-1]])); a, b = a[:len(a) - n], b[:len(b) - n]
+    if min(len(a), len(b)) < 4 or re.search(r"\d", a + b):
+        return False
+    n = len(os.path.commonprefix([a, b]))
+    a, b = a[n:], b[n:]
+    n = len(os.path.commonprefix([a[::-1], b[::-1]]))
+    a, b = a[: len(a) - n], b[: len(b) - n]
     return max(len(a), len(b)) <= 1 or len(a) == len(b) == 2 and a == b[::-1]
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c024
@@ -162,12 +245,22 @@ def decisive(
 ) -> tuple[list[str], list[str]]:
     "Words that only `a` has and words that only `b` has, apart from slips of the pen and a word cut off at the end."
     one, two = ([w for w in words_of(t) if w not in FILLERS] for t in (a, b))
-    x, y = list((Counter(one) - Counter(two)).elements()), list((Counter(two) - Counter(one)).elements())
+    x, y = (
+        list((Counter(one) - Counter(two)).elements()),
+        list((Counter(two) - Counter(one)).elements()),
+    )
     uneven = len(x) != len(y)
     for w in x[:]:
-        cut = lambda v: (uneven or min(len(w), len(v)) > 2) and (one[-1:] == [w] and v.startswith(w) or two[-1:] == [v] and w.startswith(v))
+
+        def cut(v):
+            return (uneven or min(len(w), len(v)) > 2) and (
+                one[-1:] == [w] and v.startswith(w) or two[-1:] == [v] and w.startswith(v)
+            )
+
         twin = next((v for v in y if _slip(w, v) or cut(v) and not re.search(r"\d", w + v)), None)
-        if twin: x.remove(w); y.remove(twin)
+        if twin:
+            x.remove(w)
+            y.remove(twin)
     return ([], []) if "".join(x) == "".join(y) or _slip("".join(x), "".join(y)) else (x, y)
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c027
@@ -186,8 +279,14 @@ def _words(flat, start):
     at, owner = spread(first, np.diff(np.r_[first, len(flat)]))
     at, owner = at[flat[at] != 32], owner[flat[at] != 32]
     place = at - first[owner]
-    power = np.cumprod(np.r_[np.uint64(1), np.full(place.max(initial=0), 0x9E3779B97F4A7C15, np.uint64)])
-    number = np.add.reduceat((flat[at] + np.uint64(1))*power[place], np.flatnonzero(place == 0)) if len(at) else power[:0]
+    power = np.cumprod(
+        np.r_[np.uint64(1), np.full(place.max(initial=0), 0x9E3779B97F4A7C15, np.uint64)]
+    )
+    number = (
+        np.add.reduceat((flat[at] + np.uint64(1)) * power[place], np.flatnonzero(place == 0))
+        if len(at)
+        else power[:0]
+    )
     return mix(number), np.searchsorted(start, first, "right") - 1
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c031
@@ -195,22 +294,35 @@ def _runs(word, row, longest):
     "For n = 1, 2, … words: (n, a number for each run of n words of one row, the row)."
     h = np.zeros(len(word), np.uint64)
     for n in range(1, min(longest, len(word)) + 1):
-        h = h[:len(word) - n + 1]*np.uint64(0x9E3779B97F4A7C15) + word[n - 1:]
-        whole = row[:len(h)] == row[n - 1:]
-        yield n, h[whole], row[:len(h)][whole]
+        h = h[: len(word) - n + 1] * np.uint64(0x9E3779B97F4A7C15) + word[n - 1 :]
+        whole = row[: len(h)] == row[n - 1 :]
+        yield n, h[whole], row[: len(h)][whole]
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c033
-RUN, SHARE, LEAST, FORMULA = 13, 0.3, 8, 10   # words in a run; share of runs; words of the shortest question with one; texts sharing a formula
+RUN, SHARE, LEAST, FORMULA = (
+    13,
+    0.3,
+    8,
+    10,
+)  # words in a run; share of runs; words of the shortest question with one; texts sharing a formula
+
 
 def _bench_runs(bench):
     "The runs that count, by length: length -> (runs in order, row of each, runs per row)."
-    word, row = _words(*normalised(bench)); size = np.bincount(row, minlength=len(bench)); out = {}
+    word, row = _words(*normalised(bench))
+    size = np.bincount(row, minlength=len(bench))
+    out = {}
     for n, code, of in _runs(word, row, RUN):
         mine = size[of] >= RUN if n == RUN else size[of] == n if n >= LEAST else size[of] < 0
         code, of = np.unique(np.array([code[mine], of[mine].astype(np.uint64)]), axis=1)
         back, many = np.unique(code, return_inverse=True, return_counts=True)[1:]
         common = many[back] > FORMULA
-        if mine.any(): out[n] = code[~common], of[~common].astype(int), np.bincount(of.astype(int), minlength=len(bench))
+        if mine.any():
+            out[n] = (
+                code[~common],
+                of[~common].astype(int),
+                np.bincount(of.astype(int), minlength=len(bench)),
+            )
     return out
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c034
@@ -218,45 +330,69 @@ def _shared_runs(train, bench):
     "(train row, bench row, length of the run) where enough of a bench text's runs stand in one training row."
     wanted = _bench_runs(bench)
     for low in range(0, len(train) if wanted else 0, 20_000):
-        for n, h, i in _runs(*_words(*normalised(train[low:low + 20_000])), max(wanted)):
-            if n not in wanted: continue
+        for n, h, i in _runs(*_words(*normalised(train[low : low + 20_000])), max(wanted)):
+            if n not in wanted:
+                continue
             code, of, total = wanted[n]
-            lo = np.searchsorted(code, h); seen = code[np.minimum(lo, len(code) - 1)] == h if len(code) else lo < 0
+            lo = np.searchsorted(code, h)
+            seen = code[np.minimum(lo, len(code) - 1)] == h if len(code) else lo < 0
             at, owner = spread(lo[seen], np.searchsorted(code, h[seen], "right") - lo[seen])
-            hit = np.unique(i[seen][owner]*len(of) + at)
-            pair, many = np.unique((hit//len(of))*len(bench) + of[hit % len(of)], return_counts=True) if len(of) else (hit, hit)
-            for p in pair[many >= SHARE*total[pair % len(bench)]].tolist(): yield low + p//len(bench), p % len(bench), n
+            hit = np.unique(i[seen][owner] * len(of) + at)
+            pair, many = (
+                np.unique((hit // len(of)) * len(bench) + of[hit % len(of)], return_counts=True)
+                if len(of)
+                else (hit, hit)
+            )
+            for p in pair[many >= SHARE * total[pair % len(bench)]].tolist():
+                yield low + p // len(bench), p % len(bench), n
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c035
 def contaminated(
-    train_texts,        # list of str: training rows
-    bench_texts,        # list of str: what a benchmark asks
-    similarity=0.8,     # Jaccard similarity from which two texts are called near-duplicates
-) -> list[tuple[int, int, str]]:    # (train row, bench row, how): "equal", "near-duplicate" or "13-gram" (8 to 13)
+    train_texts,  # list of str: training rows
+    bench_texts,  # list of str: what a benchmark asks
+    similarity=0.8,  # Jaccard similarity from which two texts are called near-duplicates
+) -> list[
+    tuple[int, int, str]
+]:  # (train row, bench row, how): "equal", "near-duplicate" or "13-gram" (8 to 13)
     "Training rows that hold a benchmark's text, by the strongest sign of each pair."
     train, bench = list(train_texts), list(bench_texts)
     out = {(i, k): f"{n}-gram" for i, k, n in _shared_runs(train, bench)}
     for i, k, s in across(train, bench, similarity):
-        out[i, k] = "equal" if s == 1 and words_of(train[i]) == words_of(bench[k]) else "near-duplicate"
+        out[i, k] = (
+            "equal" if s == 1 and words_of(train[i]) == words_of(bench[k]) else "near-duplicate"
+        )
     return sorted((i, k, how) for (i, k), how in out.items())
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c038
-MMLU_MEDICAL = ("anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine")
+MMLU_MEDICAL = (
+    "anatomy",
+    "clinical_knowledge",
+    "college_biology",
+    "college_medicine",
+    "medical_genetics",
+    "professional_medicine",
+)
 BENCHMARKS = {  # name -> [(hub id, config, split)]
     "medmcqa": [("openlifescienceai/medmcqa", None, "validation")],
     "medqa": [("GBaker/MedQA-USMLE-4-options", None, "test")],
     "pubmedqa": [("qiaojin/PubMedQA", "pqa_labeled", "train")],
-    "mmlu": [("cais/mmlu", subject, "test") for subject in MMLU_MEDICAL]}
+    "mmlu": [("cais/mmlu", subject, "test") for subject in MMLU_MEDICAL],
+}
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #c041
 def planted_recall(
-    texts,              # list of str
-    similarity=0.8,     # Jaccard similarity from which two texts are called near-duplicates
-    seed=0,             # the same seed plants the same copies
-) -> dict[str, tuple[float, float]]:    # change -> (share of copies tied to their original, share called a copy and not a variant)
+    texts,  # list of str
+    similarity=0.8,  # Jaccard similarity from which two texts are called near-duplicates
+    seed=0,  # the same seed plants the same copies
+) -> dict[
+    str, tuple[float, float]
+]:  # change -> (share of copies tied to their original, share called a copy and not a variant)
     "Plant copies of all texts, changed in known ways, and count how many are found."
     out, n = {}, len(texts)
     for name, copies in changed(texts, seed).items():
-        label = groups([""]*2*n, near_duplicates(list(texts) + copies, similarity))
-        out[name] = (label[:n] == label[n:]).mean().item(), np.mean([not variant(a, b) for a, b in zip(texts, copies)]).item()
+        label = groups([""] * 2 * n, near_duplicates(list(texts) + copies, similarity))
+        out[name] = (
+            (label[:n] == label[n:]).mean().item(),
+            np.mean([not variant(a, b) for a, b in zip(texts, copies)]).item(),
+        )
     return out

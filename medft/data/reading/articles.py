@@ -9,106 +9,171 @@ __all__ = ['LIMIT', 'DIALECTS', 'read_document', 'parse_xml', 'from_medquad', 'r
            'from_cnxml', 'files_of', 'read_xml']
 
 # %% ../../../nbs/data/reading/articles.ipynb #c003
-from ...core.run import MedftError  # first: it sets switches that the libraries read
+from ...core.run import MedftError
 from .formats import READERS, Part, opened
 
-import re, zlib
+import re
+import zlib
 from dataclasses import replace
 from html.entities import html5
 
 from lxml import etree
 
 # %% ../../../nbs/data/reading/articles.ipynb #c006
-LIMIT = 256 << 20   # bytes of one document, unpacked
+LIMIT = 256 << 20  # bytes of one document, unpacked
+
 
 def read_document(
-    part: Part,     # one file; gunzipped when its name ends in .gz
-    limit=LIMIT,    # bytes
+    part: Part,  # one file; gunzipped when its name ends in .gz
+    limit=LIMIT,  # bytes
 ) -> bytes:
     "The bytes of one document. Raises `MedftError` when it cannot be read or is larger than the limit."
     try:
-        with opened(part) as f: raw = f.read(limit + 1)
-    except (OSError, EOFError, zlib.error) as e: raise MedftError(f"{part.name}: cannot be read: {e}; copy it again") from None
-    if len(raw) > limit: raise MedftError(f"{part.name}: larger than {limit:,} bytes once unpacked; split it")
+        with opened(part) as f:
+            raw = f.read(limit + 1)
+    except (OSError, EOFError, zlib.error) as e:
+        raise MedftError(f"{part.name}: cannot be read: {e}; copy it again") from None
+    if len(raw) > limit:
+        raise MedftError(f"{part.name}: larger than {limit:,} bytes once unpacked; split it")
     return raw
 
 # %% ../../../nbs/data/reading/articles.ipynb #c009
-_SAFE = dict(resolve_entities=False, load_dtd=False, no_network=True, huge_tree=False, remove_comments=True, remove_pis=True)
+_SAFE = dict(
+    resolve_entities=False,
+    load_dtd=False,
+    no_network=True,
+    huge_tree=False,
+    remove_comments=True,
+    remove_pis=True,
+)
+
 
 def _name_characters(root, where):
     for e in list(root.iter(etree.Entity)):
-        if e.name + ";" not in html5: raise MedftError(f"{where}:{e.sourceline}: unknown entity &{e.name};; write the character itself")
+        if e.name + ";" not in html5:
+            raise MedftError(
+                f"{where}:{e.sourceline}: unknown entity &{e.name};; write the character itself"
+            )
         text, parent, before = html5[e.name + ";"] + (e.tail or ""), e.getparent(), e.getprevious()
-        if before is None: parent.text = (parent.text or "") + text
-        else: before.tail = (before.tail or "") + text
-        e.tail = None; parent.remove(e)
+        if before is None:
+            parent.text = (parent.text or "") + text
+        else:
+            before.tail = (before.tail or "") + text
+        e.tail = None
+        parent.remove(e)
 
 # %% ../../../nbs/data/reading/articles.ipynb #c010
 def parse_xml(
-    raw,        # bytes
-    where,      # what an error calls it
-):              # the root element (lxml)
+    raw,  # bytes
+    where,  # what an error calls it
+):  # the root element (lxml)
     "A document's tree, from which nothing was fetched or expanded. Raises `MedftError` with the line."
-    try: root = etree.fromstring(raw, etree.XMLParser(**_SAFE))
+    try:
+        root = etree.fromstring(raw, etree.XMLParser(**_SAFE))
     except etree.XMLSyntaxError as e:
-        raise MedftError(f"{where}:{e.lineno or 1}: broken or unsafe XML: {(e.msg or 'empty').splitlines()[0]}; fetch it again") from None
+        raise MedftError(
+            f"{where}:{e.lineno or 1}: broken or unsafe XML: {(e.msg or 'empty').splitlines()[0]}; fetch it again"
+        ) from None
     dtd = root.getroottree().docinfo.internalDTD
     if dtd is not None and any(dtd.iterentities()):
-        raise MedftError(f"{where}:1: declares XML entities, which we never expand; remove its <!ENTITY ...> lines")
+        raise MedftError(
+            f"{where}:1: declares XML entities, which we never expand; remove its <!ENTITY ...> lines"
+        )
     _name_characters(root, where)
     return root
 
 # %% ../../../nbs/data/reading/articles.ipynb #c014
-def _texts(el, *names): return [t for e in el.iter() if str(e.tag).lower() in names and (t := "".join(e.itertext()).strip())]
-def _joined(el, *names): return "|".join(_texts(el, *names)) or None
-def _attribute(el, *names): return next((el.get(n) for n in names if el.get(n)), None)
+def _texts(el, *names):
+    return [
+        t for e in el.iter() if str(e.tag).lower() in names and (t := "".join(e.itertext()).strip())
+    ]
+
+
+def _joined(el, *names):
+    return "|".join(_texts(el, *names)) or None
+
+
+def _attribute(el, *names):
+    return next((el.get(n) for n in names if el.get(n)), None)
 
 # %% ../../../nbs/data/reading/articles.ipynb #c015
 def from_medquad(
-    root,   # the parsed file
-):          # one row per question
+    root,  # the parsed file
+):  # one row per question
     "Question and answer rows of a MedQuAD file."
-    shared = dict(document_id=_attribute(root, "id", "fid", "docid"), document_source=_attribute(root, "source", "corpus"),
-                  document_url=_attribute(root, "url"), question_focus=_joined(root, "focus", "doctitle-focus"), category=_joined(root, "category"),
-                  umls_cui=_joined(root, "cui"), umls_semantic_types=_joined(root, "semantictype"),
-                  umls_semantic_group=_joined(root, "semanticgroup"), synonyms=_joined(root, "synonym"))
+    shared = dict(
+        document_id=_attribute(root, "id", "fid", "docid"),
+        document_source=_attribute(root, "source", "corpus"),
+        document_url=_attribute(root, "url"),
+        question_focus=_joined(root, "focus", "doctitle-focus"),
+        category=_joined(root, "category"),
+        umls_cui=_joined(root, "cui"),
+        umls_semantic_types=_joined(root, "semantictype"),
+        umls_semantic_group=_joined(root, "semanticgroup"),
+        synonyms=_joined(root, "synonym"),
+    )
     for pair in (e for e in root.iter() if str(e.tag).lower() in ("qapair", "pair")):
         q = next(e for e in pair.iter() if str(e.tag).lower() == "question")
-        yield shared | dict(question_id=q.get("qid"), question_type=q.get("qtype"), pid=pair.get("pid"),
-                            question=_joined(pair, "question"), answer=_joined(pair, "answer"))
+        yield shared | dict(
+            question_id=q.get("qid"),
+            question_type=q.get("qtype"),
+            pid=pair.get("pid"),
+            question=_joined(pair, "question"),
+            answer=_joined(pair, "answer"),
+        )
 
 # %% ../../../nbs/data/reading/articles.ipynb #c018
-_BREAKS = set("p para title item list-item definition def-item caption disp-quote note abstract sec section newline break label row".split())
+_BREAKS = set(
+    "p para title item list-item definition def-item caption disp-quote note abstract sec section newline break label row".split()
+)
 _MARKS = {"item": "- ", "list-item": "- ", "meaning": " – ", "entry": " | "}
+
 
 def _prune(el, drop):
     for m in list(el.iter("{*}math")):
         symbols = "".join("".join(m.itertext()).split())
-        if len(symbols) <= 12: m.clear(keep_tail=True); m.tag, m.text = "symbol", symbols
+        if len(symbols) <= 12:
+            m.clear(keep_tail=True)
+            m.tag, m.text = "symbol", symbols
     etree.strip_elements(el, *("{*}" + n for n in drop), with_tail=False)
     for s in reversed(list(el.iter("{*}sec", "{*}section", "{*}note"))):
         title = s.find("{*}title")
-        if "".join(s.itertext()).strip() == ("" if title is None else "".join(title.itertext()).strip()): s.getparent().remove(s)
+        if "".join(s.itertext()).strip() == (
+            "" if title is None else "".join(title.itertext()).strip()
+        ):
+            s.getparent().remove(s)
 
 # %% ../../../nbs/data/reading/articles.ipynb #c019
 def running_text(
-    el,         # lxml element; pruned in place
-    drop=(),    # names of elements left out whole
-) -> str:       # paragraphs joined by blank lines, list items and table rows by line ends
+    el,  # lxml element; pruned in place
+    drop=(),  # names of elements left out whole
+) -> str:  # paragraphs joined by blank lines, list items and table rows by line ends
     "The text of an article's or a module's element."
-    _prune(el, drop); out = [[]]
+    _prune(el, drop)
+    out = [[]]
     for event, e in etree.iterwalk(el, events=("start", "end")):
         name = etree.QName(e).localname
-        if name in _BREAKS and any(s.strip(" -|\n\t") for s in out[-1]): out.append([])
-        elif name in _BREAKS and name in _MARKS: out[-1].clear()
-        if event == "start" and name in _MARKS: out[-1].append(_MARKS[name])
+        if name in _BREAKS and any(s.strip(" -|\n\t") for s in out[-1]):
+            out.append([])
+        elif name in _BREAKS and name in _MARKS:
+            out[-1].clear()
+        if event == "start" and name in _MARKS:
+            out[-1].append(_MARKS[name])
         out[-1].append((e.text if event == "start" else e.tail) or "")
     tidy = (" ".join(re.sub(r"[(\[][\s,;]*[)\]]", "", "".join(p)).split()) for p in out)
-    return re.sub(r"^([-|] .*)\n\n(?=[-|] )", r"\1\n", "\n\n".join(p for p in tidy if p.strip("-| ")), flags=re.M)
+    return re.sub(
+        r"^([-|] .*)\n\n(?=[-|] )",
+        r"\1\n",
+        "\n\n".join(p for p in tidy if p.strip("-| ")),
+        flags=re.M,
+    )
 
 # %% ../../../nbs/data/reading/articles.ipynb #c022
-_JATS_DROP = ("fig fig-group table-wrap table-wrap-group disp-formula tex-math math graphic inline-graphic media "
-              "supplementary-material ref-list object-id label fn-group related-article").split()
+_JATS_DROP = (
+    "fig fig-group table-wrap table-wrap-group disp-formula tex-math math graphic inline-graphic media "
+    "supplementary-material ref-list object-id label fn-group related-article"
+).split()
+
 
 def _one(el, path):
     found = el.find(path) if el is not None else None
@@ -117,14 +182,21 @@ def _one(el, path):
 # %% ../../../nbs/data/reading/articles.ipynb #c023
 def licence_name(
     statement,  # an article's licence in words
-    links="",   # the addresses it points to
-) -> str:       # "CC BY 4.0", "CC BY-NC", "CC0", ...; "" when not recognised
+    links="",  # the addresses it points to
+) -> str:  # "CC BY 4.0", "CC BY-NC", "CC0", ...; "" when not recognised
     "A licence in short."
-    if m := re.search(r"creativecommons\.org/licenses/([a-z-]+)/(\d\.\d)", f"{links} {statement}"): return f"CC {m[1].upper()} {m[2]}"
-    if re.search(r"publicdomain/zero|free of all copyright|public domain", f"{links} {statement}", re.I): return "CC0"
-    if not re.search(r"creative\s+commons\s+attribution", statement, re.I): return ""
+    if m := re.search(r"creativecommons\.org/licenses/([a-z-]+)/(\d\.\d)", f"{links} {statement}"):
+        return f"CC {m[1].upper()} {m[2]}"
+    if re.search(
+        r"publicdomain/zero|free of all copyright|public domain", f"{links} {statement}", re.I
+    ):
+        return "CC0"
+    if not re.search(r"creative\s+commons\s+attribution", statement, re.I):
+        return ""
     limits = {"-NC": "non.?commercial", "-ND": "no.?deriv", "-SA": "share.?alike"}
-    return "CC BY" + "".join(short for short, words in limits.items() if re.search(words, statement, re.I))
+    return "CC BY" + "".join(
+        short for short, words in limits.items() if re.search(words, statement, re.I)
+    )
 
 # %% ../../../nbs/data/reading/articles.ipynb #c025
 def _permissions(meta):
@@ -134,62 +206,116 @@ def _permissions(meta):
 
 # %% ../../../nbs/data/reading/articles.ipynb #c026
 def from_jats(
-    root,   # the parsed article
-):          # one row
+    root,  # the parsed article
+):  # one row
     "The row of a JATS article."
     meta, journal = root.find("{*}front/{*}article-meta"), root.find("{*}front/{*}journal-meta")
-    if meta is None: raise ValueError("an article without front/article-meta")
-    ids = {e.get("pub-id-type"): "".join(e.itertext()).strip() for e in meta.iterfind("{*}article-id")}
+    if meta is None:
+        raise ValueError("an article without front/article-meta")
+    ids = {
+        e.get("pub-id-type"): "".join(e.itertext()).strip() for e in meta.iterfind("{*}article-id")
+    }
     statement, links = _permissions(meta)
-    row = dict(id=ids.get("doi", "").split("/", 1)[-1] or next((ids[k] for k in ("pmcid", "pmc", "pmid") if ids.get(k)), ""),
-               source=_one(journal, ".//{*}publisher-name"), journal=_one(journal, ".//{*}journal-title") or _one(journal, "{*}journal-id"),
-               license=licence_name(statement, links), license_statement=statement)
-    title = " ".join(running_text(e, ("xref", "fn")) for e in meta.iterfind("{*}title-group/{*}article-title"))
-    parts = [e for e in meta.iterfind("{*}abstract") if e.get("abstract-type") not in ("graphical", "teaser")] + root.findall("{*}body")
-    yield row | dict(title=title, text="\n\n".join(t for t in (title, *(running_text(e, _JATS_DROP) for e in parts)) if t), kind="jats")
+    row = dict(
+        id=ids.get("doi", "").split("/", 1)[-1]
+        or next((ids[k] for k in ("pmcid", "pmc", "pmid") if ids.get(k)), ""),
+        source=_one(journal, ".//{*}publisher-name"),
+        journal=_one(journal, ".//{*}journal-title") or _one(journal, "{*}journal-id"),
+        license=licence_name(statement, links),
+        license_statement=statement,
+    )
+    title = " ".join(
+        running_text(e, ("xref", "fn")) for e in meta.iterfind("{*}title-group/{*}article-title")
+    )
+    parts = [
+        e
+        for e in meta.iterfind("{*}abstract")
+        if e.get("abstract-type") not in ("graphical", "teaser")
+    ] + root.findall("{*}body")
+    yield row | dict(
+        title=title,
+        text="\n\n".join(t for t in (title, *(running_text(e, _JATS_DROP) for e in parts)) if t),
+        kind="jats",
+    )
 
 # %% ../../../nbs/data/reading/articles.ipynb #c029
 def from_cnxml(
-    root,   # the parsed module
-):          # one row
+    root,  # the parsed module
+):  # one row
     "The row of a CNXML module."
     title, license = _one(root, "{*}title"), root.find(".//{*}license")
     parts = [e for e in (root.find("{*}content"), root.find("{*}glossary")) if e is not None]
-    for t in [t for f in root.iter("{*}figure") for t in f.findall("{*}title")]: t.getparent().remove(t)
-    texts = [running_text(e, ("exercise", "problem", "solution", "math", "equation", "media", "image")) for e in parts]
+    for t in [t for f in root.iter("{*}figure") for t in f.findall("{*}title")]:
+        t.getparent().remove(t)
+    texts = [
+        running_text(e, ("exercise", "problem", "solution", "math", "equation", "media", "image"))
+        for e in parts
+    ]
     named = licence_name("", (license.get("url") or "") if license is not None else "")
-    yield dict(id=_one(root, ".//{*}content-id"), source="OpenStax CNXML", license=named, title=title,
-               text="\n\n".join(t for t in (title, *texts) if t), kind="cnxml")
+    yield dict(
+        id=_one(root, ".//{*}content-id"),
+        source="OpenStax CNXML",
+        license=named,
+        title=title,
+        text="\n\n".join(t for t in (title, *texts) if t),
+        kind="cnxml",
+    )
 
 # %% ../../../nbs/data/reading/articles.ipynb #c032
 def files_of(
-    part: Part,     # a file, or a folder with files at any depth
-    *endings,       # in lower case; .gz may follow
-) -> list:          # of (Part of one file, its name relative to the folder)
+    part: Part,  # a file, or a folder with files at any depth
+    *endings,  # in lower case; .gz may follow
+) -> list:  # of (Part of one file, its name relative to the folder)
     "The documents of a part, in the order of their names, hidden ones left out. Raises `MedftError` when there is none."
-    if part.path is None or part.path.is_file(): return [(part, part.name.rpartition("/")[2])]
-    found = sorted(p for p in part.path.rglob("*") if p.name.lower().removesuffix(".gz").endswith(endings) and p.is_file()
-                   and not any(n.startswith((".", "__MACOSX")) for n in p.relative_to(part.path).parts))
-    if not found: raise MedftError(f"{part.name}: no {' or '.join(endings)} file in it; check the path")
-    return [(replace(part, name=f"{part.name}/{p.relative_to(part.path).as_posix()}", path=p), p.relative_to(part.path).as_posix()) for p in found]
+    if part.path is None or part.path.is_file():
+        return [(part, part.name.rpartition("/")[2])]
+    found = sorted(
+        p
+        for p in part.path.rglob("*")
+        if p.name.lower().removesuffix(".gz").endswith(endings)
+        and p.is_file()
+        and not any(n.startswith((".", "__MACOSX")) for n in p.relative_to(part.path).parts)
+    )
+    if not found:
+        raise MedftError(f"{part.name}: no {' or '.join(endings)} file in it; check the path")
+    return [
+        (
+            replace(part, name=f"{part.name}/{p.relative_to(part.path).as_posix()}", path=p),
+            p.relative_to(part.path).as_posix(),
+        )
+        for p in found
+    ]
 
 # %% ../../../nbs/data/reading/articles.ipynb #c033
-DIALECTS = {"Document": from_medquad, "DiseaseFile": from_medquad, "doc": from_medquad, "article": from_jats, "document": from_cnxml}
+DIALECTS = {
+    "Document": from_medquad,
+    "DiseaseFile": from_medquad,
+    "doc": from_medquad,
+    "article": from_jats,
+    "document": from_cnxml,
+}
 
 # %% ../../../nbs/data/reading/articles.ipynb #c034
 def read_xml(
-    part,   # a file, or a folder with files at any depth
-):          # yields (number, row); the number counts rows, `_file` names the file
+    part,  # a file, or a folder with files at any depth
+):  # yields (number, row); the number counts rows, `_file` names the file
     "The rows of MedQuAD, JATS and CNXML files. Raises `MedftError` for a broken file or an unknown root element."
     number = 0
     for one, file in files_of(part, ".xml", ".nxml", ".cnxml"):
         root = parse_xml(read_document(one), one.name)
         reader = DIALECTS.get(etree.QName(root).localname)
         if not reader:
-            raise MedftError(f"{one.name}:1: root element <{etree.QName(root).localname}> is not one of {', '.join(DIALECTS)}; move the file away")
+            raise MedftError(
+                f"{one.name}:1: root element <{etree.QName(root).localname}> is not one of {', '.join(DIALECTS)}; move the file away"
+            )
         try:
-            for row in reader(root): number += 1; yield number, row | {"_file": file}
+            for row in reader(root):
+                number += 1
+                yield number, row | {"_file": file}
         except (ValueError, StopIteration, RuntimeError) as e:
-            raise MedftError(f"{one.name}: not the usual form of its dialect: {e}; mend the file or move it away") from None
+            raise MedftError(
+                f"{one.name}: not the usual form of its dialect: {e}; mend the file or move it away"
+            ) from None
+
 
 READERS["xml"] = read_xml

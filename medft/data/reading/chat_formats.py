@@ -14,42 +14,109 @@ from typing import NamedTuple
 # %% ../../../nbs/data/reading/chat_formats.ipynb #f004
 class Format(NamedTuple):
     "How a format writes turns."
-    header: str         # regular expression of a turn's header; its group names the speaker
-    stop: str           # what ends an answer
+
+    header: str  # regular expression of a turn's header; its group names the speaker
+    stop: str  # what ends an answer
     tokens: tuple = ()  # what the tokenizer must know as single tokens
-    shown: str = ""     # a marker that the tokenizer may read as text if its own template writes it
+    shown: str = ""  # a marker that the tokenizer may read as text if its own template writes it
     at_start: bool = False  # plain text only: counts when the text begins with a header
 
+
 FORMATS = {
-    "Llama 3": Format(r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>\n*", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
-    "Llama 4": Format(r"<\|header_start\|>\s*(\w+)\s*<\|header_end\|>\n*", "<|eot|>", ("<|header_start|>", "<|header_end|>", "<|eot|>")),
-    "ChatML": Format(r"<\|im_start\|>[ \t]*(\w+)(?:\n+|<\|im_sep\|>)?", "<|im_end|>", ("<|im_start|>", "<|im_end|>")),
-    "Gemma": Format(r"<start_of_turn>\s*(\w+)\n*", "<end_of_turn>", ("<start_of_turn>", "<end_of_turn>")),
+    "Llama 3": Format(
+        r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>\n*",
+        "<|eot_id|>",
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "Llama 4": Format(
+        r"<\|header_start\|>\s*(\w+)\s*<\|header_end\|>\n*",
+        "<|eot|>",
+        ("<|header_start|>", "<|header_end|>", "<|eot|>"),
+    ),
+    "ChatML": Format(
+        r"<\|im_start\|>[ \t]*(\w+)(?:\n+|<\|im_sep\|>)?",
+        "<|im_end|>",
+        ("<|im_start|>", "<|im_end|>"),
+    ),
+    "Gemma": Format(
+        r"<start_of_turn>\s*(\w+)\n*", "<end_of_turn>", ("<start_of_turn>", "<end_of_turn>")
+    ),
     "Mistral": Format(r"\[(/?)INST\]", "</s>", ("</s>",), "[INST]"),
-    "Phi-3": Format(r"<\|(system|user|assistant)\|>\s*", "<|end|>", ("<|user|>", "<|assistant|>", "<|end|>")),
-    "TinyLlama or Zephyr": Format(r"<\|(system|user|assistant)\|>\s*", "</s>", ("</s>",), "<|user|>"),
-    "Nemotron": Format(r"<(?:extra_id_[01]|SPECIAL_1[01])>[ \t]*(System|User|Assistant)\n+", "<SPECIAL_12>", ("<SPECIAL_11>", "<SPECIAL_12>")),
-    "Granite": Format(r"<\|start_of_role\|>(\w+)<\|end_of_role\|>", "<|end_of_text|>", ("<|start_of_role|>", "<|end_of_role|>")),
-    "DeepSeek": Format(r"<｜(User|Assistant)｜>", "<｜end▁of▁sentence｜>", ("<｜User｜>", "<｜Assistant｜>")),
+    "Phi-3": Format(
+        r"<\|(system|user|assistant)\|>\s*", "<|end|>", ("<|user|>", "<|assistant|>", "<|end|>")
+    ),
+    "TinyLlama or Zephyr": Format(
+        r"<\|(system|user|assistant)\|>\s*", "</s>", ("</s>",), "<|user|>"
+    ),
+    "Nemotron": Format(
+        r"<(?:extra_id_[01]|SPECIAL_1[01])>[ \t]*(System|User|Assistant)\n+",
+        "<SPECIAL_12>",
+        ("<SPECIAL_11>", "<SPECIAL_12>"),
+    ),
+    "Granite": Format(
+        r"<\|start_of_role\|>(\w+)<\|end_of_role\|>",
+        "<|end_of_text|>",
+        ("<|start_of_role|>", "<|end_of_role|>"),
+    ),
+    "DeepSeek": Format(
+        r"<｜(User|Assistant)｜>", "<｜end▁of▁sentence｜>", ("<｜User｜>", "<｜Assistant｜>")
+    ),
 }
 PLAIN_FORMATS = {
     "Alpaca": Format(r"###\s*(Instruction|Input|Context|Response|Output)\s*(?::\s*|\n\s*)", ""),
     "Guanaco": Format(r"###\s*(System|Human|User|Question|Assistant|Answer|Bot|GPT|AI)\s*:\s*", ""),
     "OpenChatKit": Format(r"<(human|bot)>:\s*", ""),
     "Vicuna": Format(r"(?:(?<=\s)|(?<=>)|^)(SYSTEM|USER|ASSISTANT):(?:\s+|$)", ""),
-    "Human and Assistant": Format(r"^[ \t]*\**(System|Human|User|Assistant|AI|Bot)\**[ \t]*:\**[ \t]*\n?", "", at_start=True),
-    "Question and Answer": Format(r"^[ \t]*\**(Question|Answer)\**[ \t]*:\**[ \t]*\n?", "", at_start=True),
+    "Human and Assistant": Format(
+        r"^[ \t]*\**(System|Human|User|Assistant|AI|Bot)\**[ \t]*:\**[ \t]*\n?", "", at_start=True
+    ),
+    "Question and Answer": Format(
+        r"^[ \t]*\**(Question|Answer)\**[ \t]*:\**[ \t]*\n?", "", at_start=True
+    ),
     "Q and A": Format(r"^[ \t]*\**(Q|A)\**[ \t]*:\**[ \t]*\n?", "", at_start=True),
 }
-SPEAKERS = {"model": "assistant", "/": "assistant", "": "user", "human": "user", "instruction": "user", "input": "input", "context": "input", "question": "user", "q": "user",
-            "response": "assistant", "output": "assistant", "answer": "assistant", "a": "assistant", "bot": "assistant", "gpt": "assistant", "ai": "assistant",
-            "developer": "system"}
-_EDGES = ("<s>", "</s>", "<bos>", "<eos>", "<|begin_of_text|>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<|im_end|>", "<end_of_turn>", "<｜begin▁of▁sentence｜>")
-_BEGIN = re.compile(r"(?:\s|<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>)*")
+SPEAKERS = {
+    "model": "assistant",
+    "/": "assistant",
+    "": "user",
+    "human": "user",
+    "instruction": "user",
+    "input": "input",
+    "context": "input",
+    "question": "user",
+    "q": "user",
+    "response": "assistant",
+    "output": "assistant",
+    "answer": "assistant",
+    "a": "assistant",
+    "bot": "assistant",
+    "gpt": "assistant",
+    "ai": "assistant",
+    "developer": "system",
+}
+_EDGES = (
+    "<s>",
+    "</s>",
+    "<bos>",
+    "<eos>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end|>",
+    "<|im_end|>",
+    "<end_of_turn>",
+    "<｜begin▁of▁sentence｜>",
+)
+_BEGIN = re.compile(
+    r"(?:\s|<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>)*"
+)
+
 
 def _turns(format, text):
     found = re.finditer(format.header, text, re.M)
     return [(SPEAKERS.get(m[1].lower(), m[1].lower()), m.start(), m.end()) for m in found]
+
 
 def headers(
     text: str,
@@ -57,30 +124,41 @@ def headers(
 ) -> tuple:
     "The format that a text is written in, and its turns: (name or None, [(role, header's start, header's end), ...])."
     turns = {name: found for name, format in formats.items() if (found := _turns(format, text))}
-    first = lambda name: (turns[name][0][1], formats[name].stop not in text)     # the first to appear: others are quoted in it
+
+    def first(name):
+        return (
+            turns[name][0][1],
+            formats[name].stop not in text,
+        )  # the first to appear: others are quoted in it
+
     name = min(turns, key=first, default=None)
     return name, turns.get(name, [])
 
 # %% ../../../nbs/data/reading/chat_formats.ipynb #f007
-_BOILERPLATE = re.compile(r"Below is an instruction|A chat between a curious|The following is a conversation", re.I)
+_BOILERPLATE = re.compile(
+    r"Below is an instruction|A chat between a curious|The following is a conversation", re.I
+)
+
 
 def family_of(
     text: str,
-    formats: dict | None = None,    # which are known; None: all
+    formats: dict | None = None,  # which are known; None: all
 ) -> str | None:
     "The format of a conversation in one text, or None when it is none."
-    for known in ([FORMATS, PLAIN_FORMATS] if formats is None else [formats]):
+    for known in [FORMATS, PLAIN_FORMATS] if formats is None else [formats]:
         for name in _in_order(text, known):
             turns = _turns(known[name], text)
             roles = [role for role, *_ in turns]
             begins = _BEGIN.match(text).end() == turns[0][1] or not known[name].at_start
-            if begins and "user" in roles and "assistant" in roles[roles.index("user"):]:
+            if begins and "user" in roles and "assistant" in roles[roles.index("user") :]:
                 return name
     return None
+
 
 def _in_order(text, formats):
     name, _ = headers(text, formats)
     return [name, *(n for n in formats if n != name and _turns(formats[n], text))] if name else []
+
 
 def _bare(text, stop=""):
     "A turn without the tokens at its edges."
@@ -93,17 +171,20 @@ def _bare(text, stop=""):
             text = text.removesuffix(edge).removeprefix(edge)
     return text
 
+
 def cut_turns(
     text: str,
-) -> list[dict]:    # role and content; empty when the text is no conversation in a known format
+) -> list[dict]:  # role and content; empty when the text is no conversation in a known format
     "The turns of a conversation in one text."
     name = family_of(text)
     if not name:
         return []
     format = FORMATS.get(name) or PLAIN_FORMATS[name]
     turns = _turns(format, text)
-    before = _bare(text[:turns[0][1]])
-    messages = [dict(role="system", content=before)] if before and not _BOILERPLATE.match(before) else []
+    before = _bare(text[: turns[0][1]])
+    messages = (
+        [dict(role="system", content=before)] if before and not _BOILERPLATE.match(before) else []
+    )
     ends = [start for _, start, _ in turns[1:]] + [len(text)]
     for (role, _, start), end in zip(turns, ends):
         content = _bare(text[start:end], format.stop)
@@ -113,14 +194,16 @@ def cut_turns(
             messages.append(dict(role="user" if role == "input" else role, content=content))
     return _with_system(messages)
 
+
 _SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>\s*", re.S)
+
 
 def _with_system(messages):
     "Messages, the system text that Llama 2 puts into the first question taken out of it."
     first = messages[0]
     found = first["role"] == "user" and _SYSTEM.match(first["content"])
     if found:
-        first["content"] = first["content"][found.end():]
+        first["content"] = first["content"][found.end() :]
         messages = [dict(role="system", content=found[1].strip()), *messages]
     return [m for m in messages if m["content"] or m["role"] != "system"]
 
@@ -129,30 +212,39 @@ _USERS = "user|human|prompter|usr|client|customer|question|instruction|query|ins
 _ANSWERERS = "assistant|asst|bot|chatbot|gpt|chatgpt|model|ai|answer|response|agent|/inst"
 _OPEN, _CLOSE = r"(?:<<?\|?|\[\|?|\{\{?\|?|<｜)", r"(?:\|?>>?|\|?\]|\|?\}\}?|｜>)"
 
+
 def _marker(words, people):
-    anywhere = rf"{_OPEN}[ ]?(?:[A-Za-z_]{{1,12}}[|_:])?(?:{words})(?:[|_:][A-Za-z_]{{1,12}})?[ ]?{_CLOSE}"
+    anywhere = (
+        rf"{_OPEN}[ ]?(?:[A-Za-z_]{{1,12}}[|_:])?(?:{words})(?:[|_:][A-Za-z_]{{1,12}})?[ ]?{_CLOSE}"
+    )
     behind = rf"<\|?/?\w{{1,24}}\|?>[ ]?(?:{words})\b(?=\s*(?:\n|<|:))"
     at_line = rf"^[ ]?{_OPEN}(?:{people}){_CLOSE}|^[#*>\- ]{{0,4}}(?:{words}|{people})\**[ ]?[:：]"
     return re.compile(rf"{anywhere}|{behind}|{at_line}", re.I | re.M)
 
+
 _ASKS = _marker(_USERS, "patient|person|student|q|prompt|input")
-_REPLIES = _marker(_ANSWERERS, "doctor|physician|therapist|nurse|expert|teacher|a|output|completion")
+_REPLIES = _marker(
+    _ANSWERERS, "doctor|physician|therapist|nurse|expert|teacher|a|output|completion"
+)
 _LABEL = re.compile(r"^[ \t]*([A-Z][\w /-]{0,30}):", re.M)
-_FORM = 2   # further headings that make a text a form
+_FORM = 2  # further headings that make a text a form
+
 
 def unknown_turns(
     text: str,
 ) -> tuple | None:  # the two markers
     "The headers of what looks like a question and its answer, in a text that begins with one."
     asks = _ASKS.search(text)
-    if not asks or len(text[:asks.start()]) > 300:
+    if not asks or len(text[: asks.start()]) > 300:
         return None
     replies = _REPLIES.search(text, asks.end())
     if not replies:
         return None
     markers = asks[0].strip(), replies[0].strip()
     if markers[0].endswith((":", "：")):
-        others = {label.lower() for label in _LABEL.findall(text)} - {m.strip("#*>-: ：").lower() for m in markers}
-        if len(others) >= _FORM or text[:asks.start()].strip():
+        others = {label.lower() for label in _LABEL.findall(text)} - {
+            m.strip("#*>-: ：").lower() for m in markers
+        }
+        if len(others) >= _FORM or text[: asks.start()].strip():
             return None
     return markers

@@ -10,10 +10,17 @@ __all__ = ['READERS', 'ENDINGS', 'PLAIN', 'GROWTH', 'FREE', 'CHAT', 'SPLIT_KEY',
            'features', 'explained', 'reason', 'rows']
 
 # %% ../../../nbs/data/reading/formats.ipynb #c002
-from ...core.run import MedftError  # first: it sets switches that the libraries read
+from ...core.run import MedftError
 from .split_names import split_of_value
 
-import codecs, csv, gzip, io, itertools, json, re, zlib
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,35 +34,65 @@ import pyarrow.parquet as pq
 @dataclass(frozen=True)
 class Part:
     "One thing to read rows from: a file, a folder that belongs together, or a data set of the hub."
-    name: str               # what messages call it: as the recipe wrote it, "a.zip!b.json" inside an archive
-    path: Path | None       # where it lies here; None: it is in `data`
-    kind: str               # a key of `READERS`
-    data: object = None     # a datasets.Dataset or IterableDataset; of a streamed file, the function that opens it
-    version: str = ""       # a hub commit, or what a server calls this state of a file
-    only: tuple = ()        # (column, values): of the rows, those that hold one of these there; the column is left out
 
-READERS = {}                # kind -> function of a Part that yields (number, row); other rooms add theirs
+    name: str  # what messages call it: as the recipe wrote it, "a.zip!b.json" inside an archive
+    path: Path | None  # where it lies here; None: it is in `data`
+    kind: str  # a key of `READERS`
+    data: object = None  # a datasets.Dataset or IterableDataset; of a streamed file, the function that opens it
+    version: str = ""  # a hub commit, or what a server calls this state of a file
+    only: tuple = ()  # (column, values): of the rows, those that hold one of these there; the column is left out
+
+
+READERS = {}  # kind -> function of a Part that yields (number, row); other rooms add theirs
 
 # %% ../../../nbs/data/reading/formats.ipynb #c008
-_CONTROL, _SECRET = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+"), re.compile(r"(?<=://)[^/@\s]*@|(?<=\w)\?[^\s'\"]*=[^\s'\"]*")
+_CONTROL, _SECRET = (
+    re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+"),
+    re.compile(r"(?<=://)[^/@\s]*@|(?<=\w)\?[^\s'\"]*=[^\s'\"]*"),
+)
+
 
 def printable(text, limit=400):
     "A text on one line, without the password or signature of a URL in it."
-    text = _SECRET.sub("", _CONTROL.sub(" ", str(text))).strip().encode("utf-8", "backslashreplace").decode()
+    text = (
+        _SECRET.sub("", _CONTROL.sub(" ", str(text)))
+        .strip()
+        .encode("utf-8", "backslashreplace")
+        .decode()
+    )
     return text if len(text) <= limit else text[:limit] + " …"
+
 
 def broken(name, what, at=None):
     "The error for a part: `at` is its line or row."
     return MedftError(f"{printable(name)}{f':{at}' if at else ''}: {printable(what)}")
 
 # %% ../../../nbs/data/reading/formats.ipynb #c011
-ENDINGS = dict(json="json", jsonl="jsonl", ndjson="jsonl", csv="csv", tsv="tsv", parquet="parquet", arrow="arrow",
-               xml="xml", nxml="xml", cnxml="xml", txt="txt")
-PLAIN = {"json", "jsonl", "csv", "tsv", "txt"}     # these must be UTF-8; an XML file names its own encoding
+ENDINGS = dict(
+    json="json",
+    jsonl="jsonl",
+    ndjson="jsonl",
+    csv="csv",
+    tsv="tsv",
+    parquet="parquet",
+    arrow="arrow",
+    xml="xml",
+    nxml="xml",
+    cnxml="xml",
+    txt="txt",
+)
+PLAIN = {
+    "json",
+    "jsonl",
+    "csv",
+    "tsv",
+    "txt",
+}  # these must be UTF-8; an XML file names its own encoding
+
 
 def kind_of(
-    name,           # a file's name or URL
-) -> str | None:    # None: not one that we read
+    name,  # a file's name or URL
+) -> str | None:  # None: not one that we read
     "A file's kind, by its ending."
     stem = name.lower().removesuffix(".gz")
     kind = ENDINGS.get(stem.rpartition(".")[2])
@@ -63,7 +100,12 @@ def kind_of(
 
 # %% ../../../nbs/data/reading/formats.ipynb #c014
 _BOM = b"\xef\xbb\xbf"
-_ENCODINGS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_ENCODINGS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
 _MAGIC = [
     (b"version https://git-lfs", "is a Git LFS pointer, not the data; run git lfs pull"),
     (b"\x1f\x8b", "is a gzip file; name it .gz"),
@@ -77,10 +119,11 @@ _MAGIC = [
 ]
 _OWN = {"parquet": (b"par1",), "arrow": (b"arrow1",)}
 
+
 def _encoding(
     part,
-    head,           # its first bytes
-) -> str | None:    # None: UTF-8, or no text
+    head,  # its first bytes
+) -> str | None:  # None: UTF-8, or no text
     "The encoding that a text declares by a byte-order mark. Raises `MedftError` for what is no text of this kind."
     for magic, what in _MAGIC:
         if head.lower().startswith(magic) and magic not in _OWN.get(part.kind, ()):
@@ -89,11 +132,16 @@ def _encoding(
         return None
     declared = next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), None)
     if declared is None and b"\0" in head:
-        raise broken(part.name, "holds NUL bytes, so it is no UTF-8 text; if it is UTF-16, convert it first (iconv -f utf-16 -t utf-8)")
+        raise broken(
+            part.name,
+            "holds NUL bytes, so it is no UTF-8 text; if it is UTF-16, convert it first (iconv -f utf-16 -t utf-8)",
+        )
     return declared
+
 
 class _AsUtf8(io.RawIOBase):
     "A text in a declared encoding, as a stream of UTF-8 bytes."
+
     def __init__(self, stream, encoding):
         self.stream = stream
         self.decoder = codecs.getincrementaldecoder(encoding)()
@@ -107,21 +155,26 @@ class _AsUtf8(io.RawIOBase):
         while not self.ready and not self.ended:
             data = self.stream.read(1 << 16)
             self.ended = not data
-            self.ready = self.decoder.decode(data, final=self.ended).encode("utf-8", "surrogatepass")
+            self.ready = self.decoder.decode(data, final=self.ended).encode(
+                "utf-8", "surrogatepass"
+            )
         n = min(len(buffer), len(self.ready))
         buffer[:n] = self.ready[:n]
         self.ready = self.ready[n:]
         return n
 
 # %% ../../../nbs/data/reading/formats.ipynb #c016
-GROWTH, FREE = 200, 64 << 20    # fold; bytes that may come out of any archive
+GROWTH, FREE = 200, 64 << 20  # fold; bytes that may come out of any archive
+
 
 class _Gunzip(gzip.GzipFile):
     seen = 0
+
     def read(self, size=-1):
         data = super().read(size)
         self.seen += len(data)
-        if self.seen > FREE and self.seen > GROWTH*self.fileobj.tell(): raise OSError(f"grows more than {GROWTH}-fold when unpacked, as a bomb does")
+        if self.seen > FREE and self.seen > GROWTH * self.fileobj.tell():
+            raise OSError(f"grows more than {GROWTH}-fold when unpacked, as a bomb does")
         return data
 
 # %% ../../../nbs/data/reading/formats.ipynb #c018
@@ -130,7 +183,10 @@ def opened(
     part: Part,
 ):
     "A part's bytes as a stream: unzipped when its name ends in .gz, UTF-16 as UTF-8. Raises `MedftError` when its first bytes say it is something else."
-    with open(part.path, "rb", buffering=0) if part.path else part.data() as raw, io.BufferedReader(raw, 1 << 20) as f:
+    with (
+        open(part.path, "rb", buffering=0) if part.path else part.data() as raw,
+        io.BufferedReader(raw, 1 << 20) as f,
+    ):
         gz = part.name.lower().endswith(".gz")
         with io.BufferedReader(_Gunzip(fileobj=f), 1 << 20) if gz else f as stream:
             encoding = _encoding(part, stream.peek(64)[:64])
@@ -141,54 +197,87 @@ def opened(
                 yield text
 
 # %% ../../../nbs/data/reading/formats.ipynb #c020
-_LINE, _WHOLE = 256 << 20, 4 << 30     # bytes: the longest line, and the largest document that is read whole
+_LINE, _WHOLE = (
+    256 << 20,
+    4 << 30,
+)  # bytes: the longest line, and the largest document that is read whole
+
 
 def _json_error(name, data, e, line):
     "What is wrong with these bytes, which begin on this line."
-    if len(data) == _LINE: why = f"a line of {_LINE >> 20} MiB or more; one object a line is meant"
-    elif _utf8_error(data): return _encoding_error(name, data, line)
-    elif e.doc.startswith(("NaN", "Inf"), e.pos): why = f"{e.doc[e.pos:e.pos + 3]} is not JSON; write null"
-    elif "depth" in e.msg: why = "nested more than 1,024 levels deep"
-    elif "end of data" in e.msg: why = "the JSON breaks off here; is the file cut off?"
-    else: why = f"not JSON: {e.msg} (column {e.colno})"
+    if len(data) == _LINE:
+        why = f"a line of {_LINE >> 20} MiB or more; one object a line is meant"
+    elif _utf8_error(data):
+        return _encoding_error(name, data, line)
+    elif e.doc.startswith(("NaN", "Inf"), e.pos):
+        why = f"{e.doc[e.pos : e.pos + 3]} is not JSON; write null"
+    elif "depth" in e.msg:
+        why = "nested more than 1,024 levels deep"
+    elif "end of data" in e.msg:
+        why = "the JSON breaks off here; is the file cut off?"
+    else:
+        why = f"not JSON: {e.msg} (column {e.colno})"
     return broken(name, why, line + e.lineno - 1)
 
 # %% ../../../nbs/data/reading/formats.ipynb #c022
 def _utf8_error(data):
-    try: data.decode()
-    except UnicodeDecodeError as e: return e
+    try:
+        data.decode()
+    except UnicodeDecodeError as e:
+        return e
+
 
 def _encoding_error(name, data, line=1):
     e = _utf8_error(data)
-    guess = "windows-1252" if 0x80 <= data[e.start] < 0xa0 else "latin1"
+    guess = "windows-1252" if 0x80 <= data[e.start] < 0xA0 else "latin1"
     column, line = e.start - data.rfind(b"\n", 0, e.start), line + data.count(b"\n", 0, e.start)
-    return broken(name, f"byte {column} of this line, 0x{data[e.start]:02x}, is not UTF-8; convert the file first (iconv -f {guess} -t utf-8)", line)
+    return broken(
+        name,
+        f"byte {column} of this line, 0x{data[e.start]:02x}, is not UTF-8; convert the file first (iconv -f {guess} -t utf-8)",
+        line,
+    )
 
 # %% ../../../nbs/data/reading/formats.ipynb #c023a
-def _constant(name): raise ValueError(name)
+def _constant(name):
+    raise ValueError(name)
+
 
 def _loads(data):
     "JSON out of bytes, also with half a surrogate pair in it. Raises `orjson.JSONDecodeError`."
-    try: return orjson.loads(data)
+    try:
+        return orjson.loads(data)
     except orjson.JSONDecodeError as e:
-        if "surrogate" not in e.msg: raise
-        try: return json.loads(data.decode(), parse_constant=_constant)
-        except (ValueError, RecursionError): raise e from None
+        if "surrogate" not in e.msg:
+            raise
+        try:
+            return json.loads(data.decode(), parse_constant=_constant)
+        except (ValueError, RecursionError):
+            raise e from None
 
 # %% ../../../nbs/data/reading/formats.ipynb #c025
 def _lines(f):
     "(number, line) of every line that is not blank, without a byte-order mark."
     for n, line in enumerate(iter(partial(f.readline, _LINE), b""), 1):
-        if n == 1: line = line.removeprefix(_BOM)
-        if line and not line.isspace(): yield n, line
+        if n == 1:
+            line = line.removeprefix(_BOM)
+        if line and not line.isspace():
+            yield n, line
+
 
 def _object(name, n, line):
-    try: row = _loads(line)
-    except orjson.JSONDecodeError as e: raise _json_error(name, line, e, n) from None
-    if type(row) is dict: return row
+    try:
+        row = _loads(line)
+    except orjson.JSONDecodeError as e:
+        raise _json_error(name, line, e, n) from None
+    if type(row) is dict:
+        return row
     raise broken(name, f"a row is an object, not {_called(row)}", n)
 
-def _called(x): return {"list": "an array", "str": "a string", "NoneType": "null", "bool": "true or false"}.get(type(x).__name__, "a number")
+
+def _called(x):
+    return {"list": "an array", "str": "a string", "NoneType": "null", "bool": "true or false"}.get(
+        type(x).__name__, "a number"
+    )
 
 # %% ../../../nbs/data/reading/formats.ipynb #c027
 def read_json(part):
@@ -198,34 +287,51 @@ def read_json(part):
         n, line = next(lines, (0, b""))
         second = n and _complete(line) and next(lines, None)
         if second or (part.kind == "jsonl" and not line.lstrip().startswith(b"[")):
-            for n, line in itertools.chain([(n, line)] if n else [], [second] if second else [], lines): yield n, _object(part.name, n, line)
-        elif n: yield from _document(part.name, n, line + f.read(_WHOLE))
+            for n, line in itertools.chain(
+                [(n, line)] if n else [], [second] if second else [], lines
+            ):
+                yield n, _object(part.name, n, line)
+        elif n:
+            yield from _document(part.name, n, line + f.read(_WHOLE))
+
 
 def _complete(line):
     "Whether a line is a whole object by itself."
-    try: return line.lstrip().startswith(b"{") and bool(_loads(line))
-    except orjson.JSONDecodeError: return False
+    try:
+        return line.lstrip().startswith(b"{") and bool(_loads(line))
+    except orjson.JSONDecodeError:
+        return False
+
 
 READERS |= dict(json=read_json, jsonl=read_json)
 
 # %% ../../../nbs/data/reading/formats.ipynb #c029
 CHAT = {"messages", "conversations", "conversation"}
-SPLIT_KEY = "_split"    # the column that tells a row's split where a JSON document is divided by its keys
+SPLIT_KEY = (
+    "_split"  # the column that tells a row's split where a JSON document is divided by its keys
+)
+
 
 def _document(name, line, data):
     "(row number, row) of a JSON document."
     if len(data) >= _WHOLE:
-        raise broken(name, f"a JSON document of {_WHOLE >> 30} GiB or more would be read whole; write one object a line (jq -c '.[]')")
+        raise broken(
+            name,
+            f"a JSON document of {_WHOLE >> 30} GiB or more would be read whole; write one object a line (jq -c '.[]')",
+        )
     try:
         obj = _loads(data)
     except orjson.JSONDecodeError as e:
         if _is_array(data.partition(b"\n")[0]):
-            raise broken(name, "a row is an object, not an array; write one object a line", line) from None
+            raise broken(
+                name, "a row is an object, not an array; write one object a line", line
+            ) from None
         raise _json_error(name, data, e, line) from None
     for n, row in enumerate(_rows_in(name, obj), 1):
         if type(row) is not dict:
             raise broken(name, f"a row is an object, not {_called(row)}", f"row {n}")
         yield n, row
+
 
 def _is_array(line):
     "Whether a line is a whole array by itself."
@@ -240,29 +346,40 @@ def _rows_in(name, obj):
     if type(obj) is not dict:
         return obj if type(obj) is list else [obj]
     for divided in (obj, *(v for v in obj.values() if type(v) is dict)):
-        if keys := _split_keys(divided):
-            if divided is obj or len(keys) > 1:
-                return _divided_rows(divided, keys)
+        if (keys := _split_keys(divided)) and (divided is obj or len(keys) > 1):
+            return _divided_rows(divided, keys)
     values = list(obj.values())
     if values and all(type(v) is dict for v in values):
         return _keyed(name, obj)
     lists = [k for k, v in obj.items() if _is_rows(v) and k not in CHAT]
     if len(lists) > 1:
-        raise broken(name, f"holds {len(lists)} lists of rows ({', '.join(lists[:5])}); write each to a file of its own")
+        raise broken(
+            name,
+            f"holds {len(lists)} lists of rows ({', '.join(lists[:5])}); write each to a file of its own",
+        )
     if len(obj) > 1 and all(k.isdigit() for k in obj):
-        raise broken(name, f"maps ids to {_called(values[0])}, so there are no rows; join it with the file that has the questions")
+        raise broken(
+            name,
+            f"maps ids to {_called(values[0])}, so there are no rows; join it with the file that has the questions",
+        )
     return obj[lists[0]] if lists else [obj]
+
 
 def _is_rows(value):
     return type(value) is list and bool(value) and all(type(x) is dict for x in value)
 
+
 def _is_keyed(value):
     return type(value) is dict and bool(value) and all(type(x) is dict for x in value.values())
 
+
 def _split_keys(obj):
     "The keys of an object that hold rows, if each of them names a split."
-    holding = [k for k, v in obj.items() if _is_rows(v) and k not in CHAT] or [k for k, v in obj.items() if _is_keyed(v)]
+    holding = [k for k, v in obj.items() if _is_rows(v) and k not in CHAT] or [
+        k for k, v in obj.items() if _is_keyed(v)
+    ]
     return holding if all(split_of_value(k) for k in holding) else []
+
 
 def _divided_rows(obj, keys):
     "The rows under several keys, each with its key."
@@ -273,14 +390,19 @@ def _divided_rows(obj, keys):
         for row in rows:
             yield {**row, SPLIT_KEY: key}
 
+
 def _keyed(name, obj):
     if all(k.isdigit() for v in obj.values() for k in v) and not all(k.isdigit() for k in obj):
-        raise broken(name, 'is written column by column; write it by row: df.to_json(..., orient="records", lines=True)')
+        raise broken(
+            name,
+            'is written column by column; write it by row: df.to_json(..., orient="records", lines=True)',
+        )
     return ({**v, "_key": k} for k, v in obj.items())
 
 # %% ../../../nbs/data/reading/formats.ipynb #c035
-CELL = 16 << 20     # characters; a long open-access article has some 100,000
-_LOOKED_AT = 50     # lines, to tell what separates the cells
+CELL = 16 << 20  # characters; a long open-access article has some 100,000
+_LOOKED_AT = 50  # lines, to tell what separates the cells
+
 
 def read_csv(part):
     "Rows of a table in a text file, numbered by the line they start on."
@@ -290,7 +412,9 @@ def read_csv(part):
         lines = _no_nul(part, text)
         first = list(itertools.islice(lines, _LOOKED_AT))
         skipped, separator = _layout(first, own, whole=len(first) < _LOOKED_AT)
-        reader = csv.reader(itertools.chain(first[skipped:], lines), delimiter=separator, strict=True)
+        reader = csv.reader(
+            itertools.chain(first[skipped:], lines), delimiter=separator, strict=True
+        )
         records = _records(part, reader, skipped)
         at, cells = next(((n, c) for n, c in records if _filled(c)), (1, []))
         head = _header(part.name, cells, separator, at)
@@ -301,6 +425,7 @@ def read_csv(part):
             else:
                 yield at, _uneven_row(part.name, head, cells, separator, at)
 
+
 READERS |= dict(csv=read_csv, tsv=read_csv)
 
 # %% ../../../nbs/data/reading/formats.ipynb #c036
@@ -308,11 +433,13 @@ def _filled(cells):
     "The numbers of the cells that are not blank."
     return [i for i, c in enumerate(cells) if c.strip()]
 
+
 def _no_nul(part, text):
     for n, line in enumerate(text, 1):
         if "\0" in line:
             raise broken(part.name, "a NUL byte; the file is damaged or no text", n)
         yield line
+
 
 def _records(part, reader, skipped):
     "(line it starts on, cells) of every record; blank lines are left out."
@@ -324,7 +451,11 @@ def _records(part, reader, skipped):
             return
         except csv.Error as e:
             open_end = "end of data" in str(e) or "limit" in str(e)
-            why = "a quote opened here is never closed" if open_end else f"{e}: write a quote inside a quoted cell twice"
+            why = (
+                "a quote opened here is never closed"
+                if open_end
+                else f"{e}: write a quote inside a quoted cell twice"
+            )
             raise broken(part.name, why, at) from None
         if cells:
             yield at, cells
@@ -333,6 +464,7 @@ def _records(part, reader, skipped):
 _SEPARATORS = (",", ";", "\t", "|")
 _NOTED = re.compile(r'[ "]*sep=(\\t|[^\w"\r\n]?)(.*)', re.I)
 
+
 def _noted_separator(line):
     "The separator in a line such as Excel's `sep=;`; empty when it names none; None for any other line."
     found = _NOTED.fullmatch(line.rstrip("\r\n"))
@@ -340,32 +472,48 @@ def _noted_separator(line):
         return None
     return found[1].replace("\\t", "\t")
 
+
 def _layout(
-    lines,      # the first ones of a file
-    own,        # the separator that its ending promises
-    whole,      # these lines are all there are
-) -> tuple[int, str]:   # how many lines stand before the header; what separates the cells
+    lines,  # the first ones of a file
+    own,  # the separator that its ending promises
+    whole,  # these lines are all there are
+) -> tuple[int, str]:  # how many lines stand before the header; what separates the cells
     "What the first lines of a table say about the rest."
     skipped = next((i for i, line in enumerate(lines) if line.strip()), 0)
     noted = _noted_separator(lines[skipped]) if lines else None
     if noted is not None:
         skipped += 1
-    below = next((i for i in range(skipped, len(lines)) if lines[i].strip() and not lines[i].startswith("#")), skipped)
+    below = next(
+        (
+            i
+            for i in range(skipped, len(lines))
+            if lines[i].strip() and not lines[i].startswith("#")
+        ),
+        skipped,
+    )
     separator = noted or _separator(lines[below:], own, whole)
-    if below > skipped and lines[below - 1].startswith("#") and _is_header(lines[below - 1], lines[below:below + 2], separator):
+    if (
+        below > skipped
+        and lines[below - 1].startswith("#")
+        and _is_header(lines[below - 1], lines[below : below + 2], separator)
+    ):
         below -= 1
     return below, separator
+
 
 def _separator(lines, own, whole):
     "The only separator that makes a table of these lines; the file's own when that is one of several, or none does."
     fitting = [s for s in _SEPARATORS if _makes_table(lines, s, whole)]
     return fitting[0] if len(fitting) == 1 else own
 
+
 def _makes_table(lines, separator, whole):
     "Whether every record of these lines has the columns of the first, two or more."
     records = []
     try:
-        records += (cells for cells in csv.reader(lines, delimiter=separator, strict=True) if _filled(cells))
+        records += (
+            cells for cells in csv.reader(lines, delimiter=separator, strict=True) if _filled(cells)
+        )
     except csv.Error:
         if whole and not records:
             return False
@@ -373,9 +521,15 @@ def _makes_table(lines, separator, whole):
         return False
     most = len(records[0])
     least = max(_filled(records[0])) + 1
-    return least > 1 and all(least <= len(cells) and max(_filled(cells)) < most for cells in records)
+    return least > 1 and all(
+        least <= len(cells) and max(_filled(cells)) < most for cells in records
+    )
 
-_LIKE_DATA = re.compile(r"[-+]?\d+([.,]\d+)?|.{60}.*|.*[?.!]", re.S)     # a number, a sentence, or long: no name of a column
+
+_LIKE_DATA = re.compile(
+    r"[-+]?\d+([.,]\d+)?|.{60}.*|.*[?.!]", re.S
+)  # a number, a sentence, or long: no name of a column
+
 
 def _is_header(comment, following, separator):
     "Whether a line that begins with # is the header of the lines after it."
@@ -388,43 +542,65 @@ def _is_header(comment, following, separator):
 
 # %% ../../../nbs/data/reading/formats.ipynb #k001
 def _header(name, cells, separator, at):
-    "The names of the columns; \"\" for one without."
+    'The names of the columns; "" for one without.'
     head = [c.strip().lstrip("\ufeff") for c in cells]
     other = [c for c in ";\t|," if len(head) == 1 and c != separator and c in head[0]]
     if other:
-        raise broken(name, f"one column, {head[0]!r}: its cells are parted by {other[0]!r}; save it with commas (.csv) or tabs (.tsv)", at)
+        raise broken(
+            name,
+            f"one column, {head[0]!r}: its cells are parted by {other[0]!r}; save it with commas (.csv) or tabs (.tsv)",
+            at,
+        )
     twice = next((h for h in head if h and head.count(h) > 1), None)
     if twice:
         first, second = [i + 1 for i, h in enumerate(head) if h == twice][:2]
-        raise broken(name, f"two columns are called {twice!r} (columns {first} and {second}); rename one", at)
+        raise broken(
+            name, f"two columns are called {twice!r} (columns {first} and {second}); rename one", at
+        )
     if len(head) > 1 and not head[0]:
-        names = ("Unnamed: 0", *(f"Unnamed: 0.{i}" for i in range(1, len(head) + 1)))   # as pandas calls its own index
+        names = (
+            "Unnamed: 0",
+            *(f"Unnamed: 0.{i}" for i in range(1, len(head) + 1)),
+        )  # as pandas calls its own index
         head[0] = next(n for n in names if n not in head)
     return head
+
 
 def _uneven_row(name, head, cells, separator, at):
     "A row that is longer or shorter than the header by nothing but blanks, or that has columns without a name."
     named = max(_filled(head), default=-1) + 1
     beyond = [i for i in _filled(cells) if i >= len(head)]
     if beyond or len(cells) < named:
-        title = "; if the header's line is a title, remove it"*(len(head) == 1)
-        raise broken(name, f"{len(cells)} cells where the header has {len(head)}; quote cells that hold a {separator!r}{title}", at)
+        title = "; if the header's line is a title, remove it" * (len(head) == 1)
+        raise broken(
+            name,
+            f"{len(cells)} cells where the header has {len(head)}; quote cells that hold a {separator!r}{title}",
+            at,
+        )
     nameless = next((i for i in _filled(cells) if not head[i]), None)
     if nameless is not None:
-        raise broken(name, f"column {nameless + 1} has no name, and this line has {cells[nameless]!r} in it; name it, or remove it", at)
+        raise broken(
+            name,
+            f"column {nameless + 1} has no name, and this line has {cells[nameless]!r} in it; name it, or remove it",
+            at,
+        )
     return {h: c for h, c in zip(head, cells) if h}
 
 # %% ../../../nbs/data/reading/formats.ipynb #c041
-_END = b"\xff\xff\xff\xff\0\0\0\0"     # Arrow's end-of-stream mark, as its IPC format says
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's end-of-stream mark, as its IPC format says
+
 
 def batch_rows(name, batches, schema):
     "(row number, row) of Arrow batches, each validated first."
-    if len(set(schema.names)) < len(schema.names): raise broken(name, f"two columns have one name: {', '.join(schema.names)}")
+    if len(set(schema.names)) < len(schema.names):
+        raise broken(name, f"two columns have one name: {', '.join(schema.names)}")
     n = 0
     for b in batches:
         b.validate(full=True)
         for i in range(0, len(b), 1000):
-            for row in b.slice(i, 1000).to_pylist(): n += 1; yield n, row
+            for row in b.slice(i, 1000).to_pylist():
+                n += 1
+                yield n, row
 
 # %% ../../../nbs/data/reading/formats.ipynb #c042
 def read_parquet(part):
@@ -437,54 +613,85 @@ def read_parquet(part):
 def read_arrow(part):
     "An Arrow IPC file or stream."
     with opened(part) as f:
-        if f.peek(6)[:6] == b"ARROW1": file = pa.ipc.open_file(f); batches = map(file.get_batch, range(file.num_record_batches))
-        else: check_end(part.name, f); batches = file = pa.ipc.open_stream(f)
+        if f.peek(6)[:6] == b"ARROW1":
+            file = pa.ipc.open_file(f)
+            batches = map(file.get_batch, range(file.num_record_batches))
+        else:
+            check_end(part.name, f)
+            batches = file = pa.ipc.open_stream(f)
         yield from batch_rows(part.name, batches, file.schema)
+
 
 def check_end(name, f):
     f.seek(-min(8, f.seek(0, 2)), 2)
-    if f.read(8) != _END: raise broken(name, "not a whole Arrow stream (its end mark is missing); is the file cut off?")
+    if f.read(8) != _END:
+        raise broken(
+            name, "not a whole Arrow stream (its end mark is missing); is the file cut off?"
+        )
     f.seek(0)
+
 
 READERS |= dict(parquet=read_parquet, arrow=read_arrow)
 
 # %% ../../../nbs/data/reading/formats.ipynb #c045
 def read_txt(part):
     "A plain text file: one row."
-    with opened(part) as f: text = f.read(_WHOLE).decode("utf-8-sig")
-    if text.strip(): yield 1, dict(id=Path(part.name).name, text=text)
+    with opened(part) as f:
+        text = f.read(_WHOLE).decode("utf-8-sig")
+    if text.strip():
+        yield 1, dict(id=Path(part.name).name, text=text)
+
 
 READERS |= dict(txt=read_txt)
 
 # %% ../../../nbs/data/reading/formats.ipynb #c047
 def features(
     part: Part,
-) -> dict:      # column -> names of its classes, in the order of the numbers
+) -> dict:  # column -> names of its classes, in the order of the numbers
     "The columns that count classes from 0, as `datasets` recorded it. Raises `MedftError` for a file that is none."
     if part.kind in ("parquet", "arrow"):
         with explained(part), opened(part) as f:
-            known = orjson.loads((_schema(part, f).metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-            return {k: list(v["names"]) for k, v in known.items() if isinstance(v, dict) and v.get("_type") == "ClassLabel"}
+            known = (
+                orjson.loads((_schema(part, f).metadata or {}).get(b"huggingface", b"{}"))
+                .get("info", {})
+                .get("features", {})
+            )
+            return {
+                k: list(v["names"])
+                for k, v in known.items()
+                if isinstance(v, dict) and v.get("_type") == "ClassLabel"
+            }
     known = getattr(part.data, "features", None) or {}
     return {k: list(v.names) for k, v in known.items() if type(v).__name__ == "ClassLabel"}
 
+
 def _schema(part, f):
-    if part.kind == "parquet": return pq.ParquetFile(f).schema_arrow
+    if part.kind == "parquet":
+        return pq.ParquetFile(f).schema_arrow
     return (pa.ipc.open_file if f.peek(6)[:6] == b"ARROW1" else pa.ipc.open_stream)(f).schema
 
 # %% ../../../nbs/data/reading/formats.ipynb #c049
 @contextmanager
 def explained(part, where=lambda: ""):
-    try: yield
-    except MedftError: raise
-    except Exception as e: raise broken(part.name, reason(part, e), where()) from e
+    try:
+        yield
+    except MedftError:
+        raise
+    except Exception as e:
+        raise broken(part.name, reason(part, e), where()) from e
+
 
 def reason(part, e):
-    if isinstance(e, UnicodeDecodeError): return "is not UTF-8; convert it first (iconv -f latin1 -t utf-8)"
-    if isinstance(e, EOFError): return "the gzip stream breaks off; the file is cut off, fetch it again"
-    if isinstance(e, (gzip.BadGzipFile, zlib.error)): return f"is no whole gzip file ({e}); fetch it again"
-    if isinstance(e, PermissionError): return "may not be read; change its permissions"
-    if isinstance(e, MemoryError): return "does not fit into memory"
+    if isinstance(e, UnicodeDecodeError):
+        return "is not UTF-8; convert it first (iconv -f latin1 -t utf-8)"
+    if isinstance(e, EOFError):
+        return "the gzip stream breaks off; the file is cut off, fetch it again"
+    if isinstance(e, (gzip.BadGzipFile, zlib.error)):
+        return f"is no whole gzip file ({e}); fetch it again"
+    if isinstance(e, PermissionError):
+        return "may not be read; change its permissions"
+    if isinstance(e, MemoryError):
+        return "does not fit into memory"
     return f"cannot be read as {part.kind}: {str(e).strip().partition(chr(10))[0] or type(e).__name__}; is the file damaged?"
 
 # %% ../../../nbs/data/reading/formats.ipynb #c050
@@ -503,6 +710,7 @@ def rows(
             raise _find_encoding_error(part) from None
     if not n:
         raise broken(part.name, "holds no row")
+
 
 def _chosen(part):
     "The rows that a part is limited to."
@@ -523,5 +731,7 @@ def _find_encoding_error(part):
                 if _utf8_error(line):
                     return _encoding_error(part.name, line, n)
     except UnicodeDecodeError as e:
-        return broken(part.name, f"declares {e.encoding}, and is not that ({e.reason}); is the file cut off?")
+        return broken(
+            part.name, f"declares {e.encoding}, and is not that ({e.reason}); is the file cut off?"
+        )
     return broken(part.name, "is not UTF-8; convert it first (iconv -f latin1 -t utf-8)")

@@ -11,21 +11,30 @@ __all__ = ['MEDQUAD', 'ROLES', 'TOOL_ROLES', 'TOOLS', 'LEARNED_KEYS', 'THOUGHT_K
            'from_text', 'one_label', 'from_label', 'fold_labels', 'among', 'from_entity_pair', 'from_patient']
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c002
-from ...core.run import MedftError  # first: it sets switches that the libraries read
+from ...core.run import MedftError
+from ...core.text_keys import text_key
+from .chat_formats import FORMATS, cut_turns, family_of
+from .list_cells import looks_printed, missing_kind
+from medft.data.reading.multiple_choice import (
+    Reject,
+    asked,
+    cell,
+    filled,
+    group_key,
+    nested,
+    number,
+    optional,
+    passages,
+    plain_text,
+    with_context,
+)
 
 import re
-
-from medft.data.reading.multiple_choice import (
-    Reject, asked, cell, filled, group_key, nested, number, optional, passages, plain_text, with_context,
-)
-from .list_cells import looks_printed, missing_kind
-from .chat_formats import FORMATS, cut_turns, family_of
-from ...core.text_keys import text_key
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c004b
 def reasoned(
     row,
-    column,     # that holds the reasoning; None: it is not read
+    column,  # that holds the reasoning; None: it is not read
     answer,
 ) -> str:
     "An answer after its reasoning, if that is read and there is any."
@@ -35,6 +44,7 @@ def reasoned(
 # %% ../../../nbs/data/reading/free_text.ipynb #c006
 MEDQUAD = "document_source document_id question_id question_focus _file pid".split()
 
+
 def from_medquad(row, reasoning=None):
     "MedQuAD, from XML, Parquet or CSV: a consumer's question and the page's answer."
     question, answer = with_context(row, asked(row)), plain_text(row, "answer")
@@ -42,9 +52,19 @@ def from_medquad(row, reasoning=None):
         raise Reject("no answer")
     answer = reasoned(row, reasoning, answer)
     source, document, name, focus, file, pid = (cell(row.get(k)) for k in MEDQUAD)
-    group = [f"document {source}/{document}"]*bool(document) + [f"focus {group_key(focus)}"]*bool(focus)
-    id = f"{file}#{pid or name}" if file else "/".join((source, document, name)) if document and name else ""
-    return dict(question=question, answer=answer, subject=cell(row.get("question_type")), id=id) | (dict(group=group) if group else {})
+    group = [f"document {source}/{document}"] * bool(document) + [
+        f"focus {group_key(focus)}"
+    ] * bool(focus)
+    id = (
+        f"{file}#{pid or name}"
+        if file
+        else "/".join((source, document, name))
+        if document and name
+        else ""
+    )
+    return dict(question=question, answer=answer, subject=cell(row.get("question_type")), id=id) | (
+        dict(group=group) if group else {}
+    )
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c010
 def from_question_answer(row, reasoning=None):
@@ -80,31 +100,53 @@ def from_alpaca(row, reasoning=None):
     return from_question_answer(whole | {k: row.get(k) for k in ("system", "context")})
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c014
-def raw(v) -> str: "Text with its blanks left on: they are part of a prompt."; return v if type(v) is str else cell(v)
+def raw(v) -> str:
+    "Text with its blanks left on: they are part of a prompt."
+    return v if type(v) is str else cell(v)
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c015
 def from_formatted(row):
     "One string with the markers of a chat format in it; a completion that follows it is joined on. Plain text such as Alpaca's becomes turns."
     text = f"{raw(row.get('formatted'))}{raw(row.get('completion'))}"
-    if not text.strip(): raise Reject("empty prompt")
-    if not (family := family_of(text)): raise Reject("no chat markers in the prompt")
+    if not text.strip():
+        raise Reject("empty prompt")
+    if not (family := family_of(text)):
+        raise Reject("no chat markers in the prompt")
     said = cut_turns(text)
     question = next(m["content"] for m in said if m["role"] == "user")
-    if not question: raise Reject("empty question")
+    if not question:
+        raise Reject("empty question")
     if said[-1]["role"] == "assistant":
         reply = said[-1]["content"].strip()
         if not reply:
             raise Reject("empty answer")
         if missing_kind(reply) == "missing":
             raise Reject(f"without an answer: {reply} stands for a missing value")
-    if family not in FORMATS: return from_messages(dict(messages=said))
+    if family not in FORMATS:
+        return from_messages(dict(messages=said))
     return dict(formatted=text, subject="", group=group_key(cell(row.get("input")) or question))
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c019
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
-TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "developer": "system",
+}
+TOOL_ROLES = {
+    "tool",
+    "function",
+    "function_call",
+    "tool_call",
+    "tool_response",
+    "observation",
+    "ipython",
+}
 TOOLS = "tool or function turn"
-LEARNED_KEYS = tuple("weight train trainable training train_on_turn trained_on loss loss_mask loss_weight".split())
+LEARNED_KEYS = tuple(
+    "weight train trainable training train_on_turn trained_on loss loss_mask loss_weight".split()
+)
 THOUGHT_KEYS = tuple("reasoning_content reasoning thinking thought thoughts cot rationale".split())
 _NO_TEXT = ("image", "images", "audio", "video", "videos", "audios")
 _LOOKED_AT = {"role", "from", "content", "value", "tool_calls", "function_call"}
@@ -120,8 +162,8 @@ def _part(p):
 
 
 def is_learned(
-    m: dict,    # a turn as the file has it
-    place: int, # which turn of its conversation, from 1
+    m: dict,  # a turn as the file has it
+    place: int,  # which turn of its conversation, from 1
 ) -> bool:
     "Whether a turn is to be trained on. Raises `MedftError` for a weight that is neither 0 nor 1."
     for key in LEARNED_KEYS:
@@ -134,14 +176,18 @@ def is_learned(
     for key in ("mask", "masked", "train_detail"):
         if m.get(key) not in (None, "", [], {}):
             way_out = "write weight: 0 on a turn that is not to be trained on"
-            raise MedftError(f"turn {place} has {key}: {str(m[key])[:20]}, which is not read; {way_out}")
+            raise MedftError(
+                f"turn {place} has {key}: {str(m[key])[:20]}, which is not read; {way_out}"
+            )
     return True
 
 
 def _thinking_parts(m):
     "The parts of a turn's content that are reasoning."
     content = m.get("content") if isinstance(m.get("content"), (list, tuple)) else ()
-    return [p for p in content if isinstance(p, dict) and p.get("type") in ("thinking", "reasoning")]
+    return [
+        p for p in content if isinstance(p, dict) and p.get("type") in ("thinking", "reasoning")
+    ]
 
 
 def thought_of(m: dict) -> str:
@@ -154,8 +200,8 @@ def thought_of(m: dict) -> str:
 
 def turn(
     m,
-    reasoning="drop",   # dataset.reasoning
-    place=1,            # which turn of its conversation
+    reasoning="drop",  # dataset.reasoning
+    place=1,  # which turn of its conversation
 ) -> dict:
     "One turn as role and content, and `trained` where that is false. Raises `Reject`."
     if not isinstance(m, dict):
@@ -188,7 +234,9 @@ def unread_keys(
     "The keys of a turn that hold something and are not read."
     assistant = cell(m.get("role") or m.get("from")).lower() in ("assistant", "gpt", "bot", "model")
     read = _LOOKED_AT | (set(THOUGHT_KEYS) if assistant and reasoning == "prepend" else set())
-    found = {str(k) for k, v in m.items() if k not in read and v == v and v not in (None, "", [], {})}
+    found = {
+        str(k) for k, v in m.items() if k not in read and v == v and v not in (None, "", [], {})
+    }
     parts = [] if reasoning == "prepend" else _thinking_parts(m)
     return found | {p["type"] for p in parts}
 
@@ -223,8 +271,8 @@ def from_messages(row, reasoning="drop"):
 
 
 def conversation(
-    said: list,     # turns
-    system="",      # the system text, for a conversation that has none of its own
+    said: list,  # turns
+    system="",  # the system text, for a conversation that has none of its own
 ) -> dict:
     "An example out of turns. Raises `Reject` where they are none, or nothing is to be learned."
     if system and said[:1] and said[0]["role"] != "system":
@@ -237,13 +285,13 @@ def conversation(
         raise Reject("a system turn that is not the first")
     if body[-1] != "assistant":
         raise Reject("the last turn is not the assistant's")
-    if body != ["user", "assistant"]*(len(body)//2):
+    if body != ["user", "assistant"] * (len(body) // 2):
         raise Reject("user and assistant do not alternate")
     if not all(m["content"] for m in said):
         raise Reject("empty turn")
     first, whole = said[-len(body)], len(said)
     while said and said[-1].get("trained") is False:
-        said = said[:-2]    # nothing after the last turn that is learned is read
+        said = said[:-2]  # nothing after the last turn that is learned is read
     if not said or said[-1]["role"] != "assistant":
         raise Reject("nothing to train on: every turn of the assistant has weight 0")
     ended = dict(ended_early=True) if len(said) < whole else {}
@@ -286,8 +334,18 @@ def from_text(row, reasoning="drop"):
         raise Reject("empty text")
     if missing_kind(text):
         raise Reject(f"without a text: {text.strip()} stands for a missing value")
-    own = dict(group=f"article {cell(row['id'])}") if row.get("kind") in ("jats", "cnxml") and cell(row.get("id")) else {}
-    return dict(text=text if not title or text.lstrip().startswith(title) else f"{title}\n\n{text}", subject=cell(row.get("source"))) | own
+    own = (
+        dict(group=f"article {cell(row['id'])}")
+        if row.get("kind") in ("jats", "cnxml") and cell(row.get("id"))
+        else {}
+    )
+    return (
+        dict(
+            text=text if not title or text.lstrip().startswith(title) else f"{title}\n\n{text}",
+            subject=cell(row.get("source")),
+        )
+        | own
+    )
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c032
 SEVERAL = "one label a text is learned; write a row for each, or keep the label that matters"
@@ -332,13 +390,13 @@ _TRUTH = {"true": "1", "false": "0"}
 
 
 def fold_labels(
-    counts: dict,   # label as it was read -> number of rows
-) -> tuple[dict, list]:     # label -> the spelling that is kept (None: missing); notes for the user
+    counts: dict,  # label as it was read -> number of rows
+) -> tuple[dict, list]:  # label -> the spelling that is kept (None: missing); notes for the user
     "Bring the spellings of a label together. Raises `MedftError` where a label is several."
     kinds = {label: missing_kind(label) for label in counts}
     doubtful = [label for label, kind in kinds.items() if kind]
     spoken = {text_key(label) for label in doubtful}
-    used = sum(counts[label] for label in doubtful) >= max(2, 0.05*sum(counts.values()))
+    used = sum(counts[label] for label in doubtful) >= max(2, 0.05 * sum(counts.values()))
     missing = set() if len(spoken) == 1 and used else set(doubtful)
     by_key = {}
     for label in counts:
@@ -394,37 +452,67 @@ def _refuse_joined(by_key):
 SAME = "Do both records describe the same patient?"
 YES, NO = {"1", "true", "yes", "match", "same"}, {"0", "false", "no", "non-match", "different"}
 
+
 def _record(v):
     from medft.data.reading.patients import record_text
-    try: text = record_text(v) if isinstance(v := nested(v, "a record"), dict) else cell(v)
-    except Reject: raise
-    except (AttributeError, TypeError, ValueError): raise Reject("a record of another form") from None
-    if not text: raise Reject("empty record")
+
+    try:
+        text = record_text(v) if isinstance(v := nested(v, "a record"), dict) else cell(v)
+    except Reject:
+        raise
+    except (AttributeError, TypeError, ValueError):
+        raise Reject("a record of another form") from None
+    if not text:
+        raise Reject("empty record")
     return text
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c037
 def _aligned(row):
     from medft.data.reading.patients import aligned_text
+
     left, right = nested(row.get("left"), "left"), nested(row.get("right"), "right")
-    if not isinstance(left, dict) or not isinstance(right, dict): raise Reject("a record that is no object: it cannot be aligned (dataset.pairs: text)")
+    if not isinstance(left, dict) or not isinstance(right, dict):
+        raise Reject("a record that is no object: it cannot be aligned (dataset.pairs: text)")
     return aligned_text(left, right)
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c038
 def from_entity_pair(row, pairs="text"):
     "Two records and whether they are one patient; a record is an object, or its text."
     said = cell(one_label(row.get("label"))).lower().removesuffix(".0")
-    if said not in YES | NO: raise Reject("no label (missing or -1)" if said == "-1" or missing_kind(said) else "label is not yes or no")
+    if said not in YES | NO:
+        raise Reject(
+            "no label (missing or -1)"
+            if said == "-1" or missing_kind(said)
+            else "label is not yes or no"
+        )
     sides = {side: _record(row.get(side)) for side in ("left", "right")}
-    text = _aligned(row) if pairs == "aligned" else "Record A\n{left}\n\nRecord B\n{right}".format_map(sides)
-    group = [f"patient {cell(row.get(f'{side}_patient')) or group_key(record)}" for side, record in sides.items()]
+    text = (
+        _aligned(row)
+        if pairs == "aligned"
+        else "Record A\n{left}\n\nRecord B\n{right}".format_map(sides)
+    )
+    group = [
+        f"patient {cell(row.get(f'{side}_patient')) or group_key(record)}"
+        for side, record in sides.items()
+    ]
     answer = dict(options=["no", "yes"], answer=int(said in YES), listed=False)
-    return dict(question=text if pairs == "aligned" else f"{text}\n\n{SAME}", **answer, text=text, subject=cell(row.get("kind")), group=group)
+    return dict(
+        question=text if pairs == "aligned" else f"{text}\n\n{SAME}",
+        **answer,
+        text=text,
+        subject=cell(row.get("kind")),
+        group=group,
+    )
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c039
 def from_patient(row):
     "A patient as running text."
     from medft.data.reading.patients import patient_summary
-    if not any(cell(row.get(k)) for k in ("first", "last", "birth_date")): raise Reject("a patient without name and birth date")
+
+    if not any(cell(row.get(k)) for k in ("first", "last", "birth_date")):
+        raise Reject("a patient without name and birth date")
     id = filled(row, "patient_id")
-    try: return dict(text=patient_summary(row), subject="", id=id, group=f"patient {id}")
-    except (AttributeError, TypeError, ValueError, KeyError, IndexError): raise Reject("a patient of another form") from None
+    try:
+        return dict(text=patient_summary(row), subject="", id=id, group=f"patient {id}")
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError):
+        raise Reject("a patient of another form") from None

@@ -13,14 +13,16 @@ import math
 # %% ../../../nbs/data/reading/group_names.ipynb #gn04
 SEPARATOR = " & "
 
+
 def join_group_names(
-    names: list[str],   # of one row
+    names: list[str],  # of one row
 ) -> str:
     "The names of a row's groups as one text, from which `split_group_names` reads them again."
     return SEPARATOR.join(name.strip().replace("&", "&&") for name in names)
 
+
 def split_group_names(
-    group,      # text as `join_group_names` writes it; or a list of names; None, nan or "": none
+    group,  # text as `join_group_names` writes it; or a list of names; None, nan or "": none
 ) -> list[str]:
     "The names of the groups that a row belongs to, each once; [] for a row that stands alone."
     if group is None or isinstance(group, float) and math.isnan(group):

@@ -8,137 +8,213 @@ Docs: https://medft.github.io/medft/data/reading/hub.html.md"""
 __all__ = ['READERS', 'HUB_SAYS', 'read_dataset', 'hub', 'pick', 'cache', 'causes', 'hub_error']
 
 # %% ../../../nbs/data/reading/hub.ipynb #c002
-from ...core.run import MedftError, atomic_write, nearest  # first: it sets switches that the libraries read
+from ...core.run import MedftError, atomic_write, nearest
+from .formats import READERS, Part, batch_rows, broken, printable
 
-import os, re
+import os
+import re
 from pathlib import Path
 from urllib.parse import quote
-
-from .formats import READERS, Part, batch_rows, broken, printable
 
 # %% ../../../nbs/data/reading/hub.ipynb #c006
 def read_dataset(part):
     "(number, row) of a `datasets` data set: in batches where it is on disk."
-    if not hasattr(part.data, "__len__"): return enumerate(part.data, 1)
+    if not hasattr(part.data, "__len__"):
+        return enumerate(part.data, 1)
     return batch_rows(part.name, part.data.with_format("arrow").iter(1000), part.data.data.schema)
+
 
 READERS |= dict(folder=read_dataset, hub=read_dataset)
 
 # %% ../../../nbs/data/reading/hub.ipynb #c009
 def hub(
-    d,      # the recipe's dataset section: name, config_name, split, revision, streaming
-) -> tuple[list[Part], str]:   # one part, and the commit it came from
+    d,  # the recipe's dataset section: name, config_name, split, revision, streaming
+) -> tuple[list[Part], str]:  # one part, and the commit it came from
     "A data set of the hub at one commit. Raises `MedftError` when it is refused, absent, or offline and not in the cache."
-    import datasets, huggingface_hub
+    import datasets
+    import huggingface_hub
+
     offline = huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE
     try:
         commit = _cached_commit(d) if offline else _commit(d)
         data = _data(_cached_builder(d, commit) if offline else _builder(d, commit), d)
-    except MedftError: raise
-    except Exception as e: raise hub_error(d, e) from e
-    if not offline: atomic_write(_note(d), commit)
+    except MedftError:
+        raise
+    except Exception as e:
+        raise hub_error(d, e) from e
+    if not offline:
+        atomic_write(_note(d), commit)
     return [Part(f"{d.name}:{d.split or 'train'}", None, "hub", data=data, version=commit)], commit
 
 # %% ../../../nbs/data/reading/hub.ipynb #c011
-def _is_commit(revision): return bool(re.fullmatch("[0-9a-f]{40}", revision or ""))
+def _is_commit(revision):
+    return bool(re.fullmatch("[0-9a-f]{40}", revision or ""))
+
 
 def _commit(d):
     "The commit that the recipe's revision (a branch, a tag; none: main) points to now."
     from huggingface_hub import HfApi
-    return d.revision if _is_commit(d.revision) else HfApi().dataset_info(d.name, revision=d.revision, timeout=30).sha
+
+    return (
+        d.revision
+        if _is_commit(d.revision)
+        else HfApi().dataset_info(d.name, revision=d.revision, timeout=30).sha
+    )
+
 
 def _builder(d, commit):
     from datasets import load_dataset_builder
     from huggingface_hub import HfApi
-    builder = load_dataset_builder(f"hf://datasets/{d.name}", d.config_name, revision=commit)    # hf://: never a local folder
-    if builder.hash != commit:      # it fell back, and swallowed the reason
+
+    builder = load_dataset_builder(
+        f"hf://datasets/{d.name}", d.config_name, revision=commit
+    )  # hf://: never a local folder
+    if builder.hash != commit:  # it fell back, and swallowed the reason
         HfApi().auth_check(d.name, repo_type="dataset")
-        raise MedftError(f"dataset.name: {d.name!r} at {commit[:8]} did not load, and an older copy is not used in its place; try again")
+        raise MedftError(
+            f"dataset.name: {d.name!r} at {commit[:8]} did not load, and an older copy is not used in its place; try again"
+        )
     return builder
 
 # %% ../../../nbs/data/reading/hub.ipynb #c013
 def pick(
-    name,   # of the data set, for the message
-    data,   # split -> anything
+    name,  # of the data set, for the message
+    data,  # split -> anything
     split,  # the split that is wanted
 ):
     "The split of that name. Raises `MedftError` with the names there are."
-    if split in data: return data[split]
-    raise broken(name, f"dataset.split: no split {split!r}{nearest(split, data)}; there are {', '.join(sorted(map(str, data)))}")
+    if split in data:
+        return data[split]
+    raise broken(
+        name,
+        f"dataset.split: no split {split!r}{nearest(split, data)}; there are {', '.join(sorted(map(str, data)))}",
+    )
 
 # %% ../../../nbs/data/reading/hub.ipynb #c014
 def _data(builder, d):
     "A split, prepared on disk or as a stream."
-    split, known = d.split or "train", list(getattr(builder.config, "data_files", None) or builder.info.splits or {})
+    split, known = (
+        d.split or "train",
+        list(getattr(builder.config, "data_files", None) or builder.info.splits or {}),
+    )
     for name in re.findall(r"(?:^|\+)\s*([\w.-]+)", split):
-        if known: pick(d.name, dict.fromkeys(known), name)
-    if d.streaming: return builder.as_streaming_dataset(split=split)
+        if known:
+            pick(d.name, dict.fromkeys(known), name)
+    if d.streaming:
+        return builder.as_streaming_dataset(split=split)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 
 # %% ../../../nbs/data/reading/hub.ipynb #c017
 def cache() -> Path:
     "Where fetched and unpacked files are kept: `$MEDFT_CACHE`, else the user's cache folder. Only the user may read it."
-    base = os.environ.get("MEDFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"medft"
+    base = (
+        os.environ.get("MEDFT_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medft"
+    )
     Path(base).mkdir(parents=True, exist_ok=True, mode=0o700)
     return Path(base).resolve()
 
-def _note(d): return cache()/"hub"/quote(f"{d.name}@{d.revision or 'main'}", safe="")
+
+def _note(d):
+    return cache() / "hub" / quote(f"{d.name}@{d.revision or 'main'}", safe="")
+
 
 def _cached(d, commit):
     "The prepared copies of a commit (`*`: any) in the cache of `datasets`, newest last."
     from datasets import config
     from datasets.naming import camelcase_to_snakecase
+
     *space, last = d.name.split("/")
-    root = Path(config.HF_DATASETS_CACHE)/"___".join([*space, camelcase_to_snakecase(last)])
-    found = [p.parent for p in root.glob(f"*/*/{commit}/dataset_info.json") if d.config_name in (None, p.parts[-4])]
+    root = Path(config.HF_DATASETS_CACHE) / "___".join([*space, camelcase_to_snakecase(last)])
+    found = [
+        p.parent
+        for p in root.glob(f"*/*/{commit}/dataset_info.json")
+        if d.config_name in (None, p.parts[-4])
+    ]
     return sorted((p for p in found if _is_commit(p.name)), key=lambda p: p.stat().st_mtime)
 
 # %% ../../../nbs/data/reading/hub.ipynb #c018
 def _cached_commit(d):
-    if _is_commit(d.revision): return d.revision
-    if _note(d).exists(): return _note(d).read_text()
-    newest = [] if d.revision else _cached(d, "*")[-1:]     # prepared before medft was there: main, as far as anybody knows
+    if _is_commit(d.revision):
+        return d.revision
+    if _note(d).exists():
+        return _note(d).read_text()
+    newest = (
+        [] if d.revision else _cached(d, "*")[-1:]
+    )  # prepared before medft was there: main, as far as anybody knows
     return newest[0].name if newest else "none"
+
 
 def _cached_builder(d, commit):
     from datasets.packaged_modules.cache.cache import Cache
+
     found, have = _cached(d, commit), ", ".join(sorted({p.name[:8] for p in _cached(d, "*")}))
     if not found:
-        raise MedftError(f"dataset.name: offline (HF_HUB_OFFLINE), and {d.name!r}{f' at {d.revision}' if d.revision else ''} is not in the cache"
-                         f"{f' (it holds {have})' if have else ''}; load it once with the network")
+        raise MedftError(
+            f"dataset.name: offline (HF_HUB_OFFLINE), and {d.name!r}{f' at {d.revision}' if d.revision else ''} is not in the cache"
+            f"{f' (it holds {have})' if have else ''}; load it once with the network"
+        )
     names = sorted(p.parts[-3] for p in found)
-    if len(found) > 1: raise MedftError(f"dataset.config_name: the cache holds several configurations of {d.name!r} ({', '.join(names)}); name one")
+    if len(found) > 1:
+        raise MedftError(
+            f"dataset.config_name: the cache holds several configurations of {d.name!r} ({', '.join(names)}); name one"
+        )
     config, version, _ = found[0].parts[-3:]
-    return Cache(dataset_name=d.name.split("/")[-1], repo_id=d.name, config_name=config, version=version, hash=commit)
+    return Cache(
+        dataset_name=d.name.split("/")[-1],
+        repo_id=d.name,
+        config_name=config,
+        version=version,
+        hash=commit,
+    )
 
 # %% ../../../nbs/data/reading/hub.ipynb #c021
 _LOGIN = "log in (hf auth login, or HF_TOKEN)"
-HUB_SAYS = {    # a pattern in the error and its causes -> what to tell the user
-    "GatedRepoError|is a gated dataset": "dataset.name: {name!r} is gated; accept its licence at {page} and " + _LOGIN,
-    "Invalid credentials|Invalid user token": "dataset.name: the hub refuses your token; make a new one and " + _LOGIN,
+HUB_SAYS = {  # a pattern in the error and its causes -> what to tell the user
+    "GatedRepoError|is a gated dataset": "dataset.name: {name!r} is gated; accept its licence at {page} and "
+    + _LOGIN,
+    "Invalid credentials|Invalid user token": "dataset.name: the hub refuses your token; make a new one and "
+    + _LOGIN,
     "RevisionNotFoundError|Revision '": "dataset.revision: {name!r} has no revision {revision!r}; its commits are listed at {page}/commits/main",
-    "RepositoryNotFoundError": "dataset.name: no data set {name!r} on the hub that you may see; check the spelling, and if it is private " + _LOGIN,
+    "RepositoryNotFoundError": "dataset.name: no data set {name!r} on the hub that you may see; check the spelling, and if it is private "
+    + _LOGIN,
     "HFValidationError": "dataset.name: {name!r} is no hub name; write owner/name, or give files in dataset.path",
-    "scripts are no longer":
-        "dataset.name: {name!r} is a loading script, and code from the hub is never run; try dataset.revision=refs/convert/parquet",
+    "scripts are no longer": "dataset.name: {name!r} is a loading script, and code from the hub is never run; try dataset.revision=refs/convert/parquet",
     r"onfig[^\[]*\[('[^\]]*')\]": "dataset.config_name: {name!r} has {found}, and {config_name!r} is none of them; name one",
     "peer closed|RemoteProtocolError|IncompleteRead": "dataset.name: the download of {name!r} broke off; try again",
-    "OfflineModeIsEnabled|ConnectError|ConnectTimeout|ReadTimeout|ConnectionError":
-        "dataset.name: the hub cannot be reached for {name!r}; try again, or HF_HUB_OFFLINE=1 if it was loaded before"}
+    "OfflineModeIsEnabled|ConnectError|ConnectTimeout|ReadTimeout|ConnectionError": "dataset.name: the hub cannot be reached for {name!r}; try again, or HF_HUB_OFFLINE=1 if it was loaded before",
+}
 
 # %% ../../../nbs/data/reading/hub.ipynb #c022
 def causes(e):
     "An exception and what caused it, outermost first."
-    while e is not None: yield e; e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
+    while e is not None:
+        yield e
+        e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
+
 
 def hub_error(d, e) -> MedftError:
     "The one line for what the hub, or `datasets`, refused."
     from huggingface_hub import constants
-    said, page = "\n".join(f"{type(x).__name__} {x}" for x in causes(e)), f"{constants.ENDPOINT}/datasets/{d.name}"
+
+    said, page = (
+        "\n".join(f"{type(x).__name__} {x}" for x in causes(e)),
+        f"{constants.ENDPOINT}/datasets/{d.name}",
+    )
     for pattern, what in HUB_SAYS.items():
         if m := re.search(pattern, said):
-            about = dict(name=d.name, revision=d.revision, config_name=d.config_name, page=page, found=m[m.lastindex or 0])
+            about = dict(
+                name=d.name,
+                revision=d.revision,
+                config_name=d.config_name,
+                page=page,
+                found=m[m.lastindex or 0],
+            )
             return MedftError(printable(what.format(**about)))
-    last = [t for x in causes(e) if (t := str(x).strip().partition("\n")[0])][-1:] or [type(e).__name__]
-    return MedftError(f"dataset.name: {d.name!r} cannot be loaded: {printable(last[0])}; is a file of it broken?")
+    last = [t for x in causes(e) if (t := str(x).strip().partition("\n")[0])][-1:] or [
+        type(e).__name__
+    ]
+    return MedftError(
+        f"dataset.name: {d.name!r} cannot be loaded: {printable(last[0])}; is a file of it broken?"
+    )

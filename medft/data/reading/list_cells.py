@@ -15,6 +15,7 @@ import re
 class UnreadableCell(ValueError):
     "A cell that looks like a printed list or object and cannot be read; the text says why."
 
+
 _QUOTED = r"""[uUbB]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.])"
 _TOKEN = re.compile(
@@ -25,22 +26,48 @@ _TOKEN = re.compile(
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)", re.S)
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "\n": "", "0": "\0"}
 _CONSTANTS = {
-    "True": True, "true": True, "TRUE": True,
-    "False": False, "false": False, "FALSE": False,
-    "None": None, "null": None, "NULL": None, "nan": None, "NaN": None, "NaT": None, "NA": None,
-    "inf": float("inf"), "-inf": float("-inf"),
+    "True": True,
+    "true": True,
+    "TRUE": True,
+    "False": False,
+    "false": False,
+    "FALSE": False,
+    "None": None,
+    "null": None,
+    "NULL": None,
+    "nan": None,
+    "NaN": None,
+    "NaT": None,
+    "NA": None,
+    "inf": float("inf"),
+    "-inf": float("-inf"),
 }
-_CALLS = {   # what wraps its first argument
-    "array", "list", "tuple", "set", "frozenset", "deque", "Index", "Series", "tensor", "str_",
-    "int64", "int32", "float64", "float32", "bool_", "OrderedDict", "dict",
+_CALLS = {  # what wraps its first argument
+    "array",
+    "list",
+    "tuple",
+    "set",
+    "frozenset",
+    "deque",
+    "Index",
+    "Series",
+    "tensor",
+    "str_",
+    "int64",
+    "int32",
+    "float64",
+    "float32",
+    "bool_",
+    "OrderedDict",
+    "dict",
 }
 
 
 def unescaped(
-    quoted: str,    # with its quotes
+    quoted: str,  # with its quotes
 ) -> str:
     "The text of a printed string."
-    text = quoted[quoted.index(quoted[-1]) + 1:-1]
+    text = quoted[quoted.index(quoted[-1]) + 1 : -1]
     if "\\" not in text:
         return text
 
@@ -54,7 +81,7 @@ def unescaped(
 
 # %% ../../../nbs/data/reading/list_cells.ipynb #p005
 _CLOSED_BY = {"[": "]", "(": ")", "{": "}"}
-_DEEPEST = 40   # levels of lists in lists
+_DEEPEST = 40  # levels of lists in lists
 
 
 class _Printed:
@@ -68,7 +95,7 @@ class _Printed:
         "Go to the next token."
         found = _TOKEN.match(self.text, self.at)
         if not found:
-            raise UnreadableCell(f"unexpected {self.text[self.at:].strip()[:12]!r}")
+            raise UnreadableCell(f"unexpected {self.text[self.at :].strip()[:12]!r}")
         self.kind, self.token, self.at = found.lastgroup, found[found.lastgroup], found.end()
         if self.kind == "cut":
             raise UnreadableCell("it was cut when it was printed ('...'), so a part of it is lost")
@@ -113,26 +140,26 @@ class _Printed:
                 self.next()
                 continue
             if not parted:
-                touching.append(len(found))     # no comma before this element
+                touching.append(len(found))  # no comma before this element
             found.append(self.value())
             parted = False
         self.next()
         if close == ")" and not commas and all(isinstance(v, str) for v in found):
-            return "".join(found)               # a string that pprint wrapped in parentheses
+            return "".join(found)  # a string that pprint wrapped in parentheses
         return _wrapped(found, touching) if commas and touching else found
 
     def mapping(self):
         "An object; a set, or the array of a database, is a list."
         pairs, members = {}, []
         while self.token != "}" or self.kind != "sign":
-            named = self.kind == "word" and re.match(r"\s*:", self.text[self.at:])
+            named = self.kind == "word" and re.match(r"\s*:", self.text[self.at :])
             key = self.token if named else None
             key = (self.next() or key) if named else self.value()
             if self.token == ":" and self.kind == "sign":
                 self.next()
                 value = self.value()
                 while self.kind == "string" and isinstance(value, str):
-                    value += self.value()       # a string that pprint wrapped
+                    value += self.value()  # a string that pprint wrapped
                 pairs[key if isinstance(key, (str, int, float)) else str(key)] = value
             else:
                 members.append(key)
@@ -150,11 +177,11 @@ class _Printed:
         self.next()
         given = []
         while self.token != ")" or self.kind != "sign":
-            keyword = self.kind == "word" and re.match(r"\s*=", self.text[self.at:])
+            keyword = self.kind == "word" and re.match(r"\s*=", self.text[self.at :])
             if keyword:
                 self.next()
                 self.next()
-                if self.kind == "word" and name != "c":     # dtype=object
+                if self.kind == "word" and name != "c":  # dtype=object
                     self.next()
                     if self.token == "(":
                         self.items_of_call()
@@ -219,12 +246,12 @@ def looks_printed(
 
 
 def read_printed(
-    value,      # a cell
+    value,  # a cell
 ):
     "The list or object that a text holds; anything else as it is. Raises `UnreadableCell`."
     if not isinstance(value, str):
         return value
-    if value.startswith(('"[', '"{')) and value.endswith('"'):      # JSON inside JSON
+    if value.startswith(('"[', '"{')) and value.endswith('"'):  # JSON inside JSON
         try:
             return read_printed(json.loads(value))
         except ValueError:
@@ -252,7 +279,7 @@ _MARKS = re.compile(r"[-–—_?.…]+")
 
 def missing_kind(
     text: str,
-) -> str | None:    # "missing", "mark" or "word"; None: a text that says something
+) -> str | None:  # "missing", "mark" or "word"; None: a text that says something
     "What kind of missing value a cell's text stands for, if any."
     if len(text) > 16:
         return None

@@ -11,52 +11,70 @@ __all__ = ['OPTIONS', 'LETTERS', 'MORE_OPTIONS', 'DECISIONS', 'Reject', 'cell', 
            'Wording', 'lettered', 'read_choices', 'told_in', 'keyed', 'from_medqa', 'from_medqa_hf', 'from_pubmedqa']
 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c002
-from ...core.run import MedftError  # first: it sets switches that the libraries read
+from ...core.run import MedftError
+from ...core.text_keys import text_key
+from .list_cells import UnreadableCell, looks_printed, missing_kind, read_printed
+from .option_texts import option_label, unlettered
 
 import hashlib
 import json
 import re
 
-from .list_cells import UnreadableCell, looks_printed, missing_kind, read_printed
-from .option_texts import option_label, unlettered
-from ...core.text_keys import text_key
-
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c004
-class Reject(ValueError): "A row that cannot be used; the text is the reason, the same for every such row."
+class Reject(ValueError):
+    "A row that cannot be used; the text is the reason, the same for every such row."
+
 
 def cell(v) -> str:
     "A cell as text: outer blanks off, numbers written out, missing values (null, NaN) as ''. Raises `Reject` for lists and objects."
-    if type(v) is str: return v.strip()
-    if v is None or isinstance(v, float) and v != v: return ""
-    if isinstance(v, (list, tuple, dict, set, bytes)): raise Reject("a list or object where text belongs")
+    if type(v) is str:
+        return v.strip()
+    if v is None or isinstance(v, float) and v != v:
+        return ""
+    if isinstance(v, (list, tuple, dict, set, bytes)):
+        raise Reject("a list or object where text belongs")
     return str(v).strip()
+
 
 def filled(row, name) -> str:
     "A cell that must hold something. Raises `Reject` when it is empty."
     text = cell(row.get(name))
-    if not text: raise Reject(f"empty {name}")
+    if not text:
+        raise Reject(f"empty {name}")
     return text
 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c005
 def outcome(read, *args, **kw):
     "What a reader returns, or why it turns the row or the file away."
-    try: return read(*args, **kw)
-    except Reject as e: return f"rejected: {e}"
-    except MedftError as e: return f"refused: {e}"
+    try:
+        return read(*args, **kw)
+    except Reject as e:
+        return f"rejected: {e}"
+    except MedftError as e:
+        return f"refused: {e}"
 
-[outcome(cell, v) for v in (" 38.5 ", 38.5, float("nan"), ["two", "answers"])] + [outcome(filled, {"answer": "  "}, "answer")]
+
+[outcome(cell, v) for v in (" 38.5 ", 38.5, float("nan"), ["two", "answers"])] + [
+    outcome(filled, {"answer": "  "}, "answer")
+]
 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c008
 _words = re.compile(r"\w+").findall
 
+
 def group_key(text) -> str:
     "What two texts share when they differ only in case, punctuation and blanks."
     key = " ".join(_words(text_key(text))) or text.strip()
-    return key if len(key) <= 1000 else hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return (
+        key
+        if len(key) <= 1000
+        else hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    )
+
 
 def nested(
-    v,                  # a cell
-    column="a cell",    # for the reason
+    v,  # a cell
+    column="a cell",  # for the reason
 ):
     "The list or object that a cell holds, also as text. Raises `Reject` for a broken one."
     try:
@@ -99,12 +117,14 @@ def optional(row, name) -> str:
     return "" if missing_kind(text) else text
 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c009a
-_PASSAGE_KEYS = "contexts context passages passage text content abstract paragraph sentences body".split()
+_PASSAGE_KEYS = (
+    "contexts context passages passage text content abstract paragraph sentences body".split()
+)
 
 
 def passages(
-    v,                  # a cell
-    column="context",   # for the reason
+    v,  # a cell
+    column="context",  # for the reason
 ) -> str:
     "A text, paragraphs, or an object that has them, as one text. Raises `Reject` for other objects."
     v = nested(v, column)
@@ -121,11 +141,15 @@ def passages(
 OPTIONS = ("opa", "opb", "opc", "opd")
 LETTERS = "ABCDEFGHIJ"
 
+
 def number(v) -> int | None:
     "A whole number out of 3, '3' or 3.0; None for anything else."
-    if type(v) is int: return v
-    try: return int(x) if (x := float(cell(v))).is_integer() else None
-    except ValueError: return None
+    if type(v) is int:
+        return v
+    try:
+        return int(x) if (x := float(cell(v))).is_integer() else None
+    except ValueError:
+        return None
 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c011a
 def letter(text, options) -> int:
@@ -133,23 +157,27 @@ def letter(text, options) -> int:
     i = LETTERS.find(text.upper()) if len(text) == 1 else -1
     return i if i < len(options) else -1
 
+
 def way(said, options) -> str:
     "How an answer names its option: 'sign' (number, letter), 'text', 'either' of them, or '' (a real number, no answer, no option)."
     text, n = (said.strip(), number(said)) if isinstance(said, str) else ("", None)
-    if not text or n == -1: return ""
+    if not text or n == -1:
+        return ""
     sign = 0 <= n <= len(options) if n is not None else letter(text, options) >= 0
-    if text not in options: return "sign"*sign
-    if not sign: return "text"
+    if text not in options:
+        return "sign" * sign
+    if not sign:
+        return "text"
     return "sign" if n is None and options.index(text) == letter(text, options) else "either"
 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c012
 def pick(
-    said,       # what the file says is right: a number, a letter, or the option's text
-    options,    # the options
-    base,       # what the file calls its first option, 0 or 1
-    column,     # for the reason
-    texts=False,    # whether the file writes texts, so that what is a text and a number or letter as well is the text
-) -> int:       # index of the right option
+    said,  # what the file says is right: a number, a letter, or the option's text
+    options,  # the options
+    base,  # what the file calls its first option, 0 or 1
+    column,  # for the reason
+    texts=False,  # whether the file writes texts, so that what is a text and a number or letter as well is the text
+) -> int:  # index of the right option
     "Which option is meant. Raises `Reject` for no answer, and for one that names no option."
     n, text, how = number(said), cell(said), way(said, options)
     if how == "text" or how == "either" and texts:
@@ -188,7 +216,7 @@ def _one_answer(said, column):
     if isinstance(said, dict):
         signs = ("KEY", "LABEL", "LETTER", "ID")
         named = [v for k, v in said.items() if option_key(str(k)) in signs]
-        said = named[:1] or list(said)          # {label: B, text: ...}, or {B: ...}
+        said = named[:1] or list(said)  # {label: B, text: ...}, or {B: ...}
     if not isinstance(said, (list, tuple)):
         return said
     if len(said) > 1:
@@ -198,9 +226,9 @@ def _one_answer(said, column):
 
 
 def plain_answer(
-    said,               # what a row says is right, in any form
-    options: dict,      # key -> text
-    column="answer",    # for the reason
+    said,  # what a row says is right, in any form
+    options: dict,  # key -> text
+    column="answer",  # for the reason
 ):
     "An answer as a number, a key, or an option's exact text. Raises `Reject` for several answers."
     said = _one_answer(said, column)
@@ -243,8 +271,8 @@ MORE_OPTIONS = ("ope", "opf", "opg", "oph")
 
 
 def filled_options(
-    found: dict,    # key -> cell
-) -> dict:          # key -> text
+    found: dict,  # key -> cell
+) -> dict:  # key -> text
     "Options without those that only fill a column, and without their own letters. Raises `Reject`."
     options = {key: cell(option) for key, option in found.items()}
     while options and _fills(list(options.values())[-1], len(options)):
@@ -277,7 +305,7 @@ def from_medmcqa(row, base=0, texts=False):
     options = filled_options({LETTERS[i]: row.get(k) for i, k in enumerate(columns)})
     listed = list(options.values())
     answer = pick(plain_answer(row.get("cop"), options, "cop"), listed, base, "cop", texts)
-    kind = cell(row.get("choice_type"))     # single, or multi: several statements to be judged
+    kind = cell(row.get("choice_type"))  # single, or multi: several statements to be judged
     said = dict(question=with_context(row, question), options=listed, answer=answer)
     said["subject"] = cell(row.get("subject_name"))
     return said | (dict(choice_type=kind) if kind else {})
@@ -285,52 +313,82 @@ def from_medmcqa(row, base=0, texts=False):
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c019
 class FirstOption:
     "What a file calls its first option: 0 or 1, and which row told."
-    def __init__(self, where, column="cop", base=None, why=""): self.where, self.column, self.base, self.why = where, column, base, why
+
+    def __init__(self, where, column="cop", base=None, why=""):
+        self.where, self.column, self.base, self.why = where, column, base, why
+
     def see(self, n, said, options=4):
         "Row `n` says `said` of so many options. Raises `MedftError` when an earlier row (or the recipe) said otherwise."
         v = number(said)
-        if v is None and (self.base is not None or not isinstance(said, str) or len(said.strip()) != 1): return
+        if v is None and (
+            self.base is not None or not isinstance(said, str) or len(said.strip()) != 1
+        ):
+            return
         tells = 1 if v == options else 0 if not v else None
-        if tells is None or tells == self.base: return
+        if tells is None or tells == self.base:
+            return
         found = f"row {n} has {self.column} {cell(said)[:20]!r}"
-        if self.base is None: self.base, self.why = tells, found; return
-        raise MedftError(f"{self.where}: {self.why}, which counts options from {self.base}, but {found}, which counts from {tells}; "
-                         "mend or split the file: one file counts one way")
+        if self.base is None:
+            self.base, self.why = tells, found
+            return
+        raise MedftError(
+            f"{self.where}: {self.why}, which counts options from {self.base}, but {found}, which counts from {tells}; "
+            "mend or split the file: one file counts one way"
+        )
 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c023
 _ANSWER = re.compile(r"\s*Ans(?:wer)?\b\W*(?:is\b)?\W*([a-e])\b", re.I)
+
 
 def explained(row) -> int | None:
     "Index of the option that a MedMCQA explanation begins with."
     found = _ANSWER.match(str(row.get("exp")))
     return LETTERS.index(found[1].upper()) if found else None
 
+
 def settle(
-    first,      # a FirstOption that no row has decided
-    said,       # (number, index of the right option or None), a pair per row that has an answer
+    first,  # a FirstOption that no row has decided
+    said,  # (number, index of the right option or None), a pair per row that has an answer
 ):
     "Decide by the rows whose right option is known from elsewhere. Raises `MedftError` when they are none, or disagree."
     votes = {n - i for n, i in said if i is not None}
-    if not said: first.base, first.why = 0, "no row has an answer"; return
-    if votes in ({0}, {1}): first.base, first.why = votes.pop(), "the explanations tell"; return
-    raise MedftError(f"{first.where}: {first.column} holds only {sorted({n for n, _ in said})[:9]}: the first option may be 0 or 1; "
-                     "write dataset.first_option=0 (as on the hub) or dataset.first_option=1 (as in the original MedMCQA files)")
+    if not said:
+        first.base, first.why = 0, "no row has an answer"
+        return
+    if votes in ({0}, {1}):
+        first.base, first.why = votes.pop(), "the explanations tell"
+        return
+    raise MedftError(
+        f"{first.where}: {first.column} holds only {sorted({n for n, _ in said})[:9]}: the first option may be 0 or 1; "
+        "write dataset.first_option=0 (as on the hub) or dataset.first_option=1 (as in the original MedMCQA files)"
+    )
 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c025b
 class Wording:
     "Whether a file's answers are signs (numbers, letters) or the options' texts, and which rows told."
-    def __init__(self, where, column="answer"): self.where, self.column, self.rows = where, column, {}
+
+    def __init__(self, where, column="answer"):
+        self.where, self.column, self.rows = where, column, {}
+
     def see(self, n, how):
         "Row `n` names its option `how` (see `way`). Raises `MedftError` for an answer that nothing can decide."
-        if how: self.rows.setdefault(how, n)
-        if len(self.rows) < 3: return
+        if how:
+            self.rows.setdefault(how, n)
+        if len(self.rows) < 3:
+            return
         text, sign, either = (self.rows[k] for k in ("text", "sign", "either"))
-        raise MedftError(f"{self.where}: {self.column}: row {text} has an option's text, row {sign} a number or letter, and row {either} what may be "
-                         "either; mend or split the file: one file says it one way")
+        raise MedftError(
+            f"{self.where}: {self.column}: row {text} has an option's text, row {sign} a number or letter, and row {either} what may be "
+            "either; mend or split the file: one file says it one way"
+        )
+
     @property
-    def open(self): return set(self.rows) == {"either"}
+    def open(self):
+        return set(self.rows) == {"either"}
+
     @property
-    def texts(self): return "text" in self.rows and "sign" not in self.rows
+    def texts(self):
+        return "text" in self.rows and "sign" not in self.rows
 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c027
 _TEXT_KEYS = """text value atext content optiontext answertext body answer option choice description
@@ -353,7 +411,10 @@ def _option_objects(v):
         return {k: text for o in v for k, text in o.items()}
     sign, text = _roles(v[0])
     if text is None:
-        keys, known = ", ".join(map(str, v[0]))[:60], "key and value, label and text, id and text are read"
+        keys, known = (
+            ", ".join(map(str, v[0]))[:60],
+            "key and value, label and text, id and text are read",
+        )
         raise Reject(f"options are objects of an unknown form ({known}): {keys}")
     keys = [cell(o.get(sign)) for o in v] if sign is not None else []
     return dict(zip(keys if len(set(keys)) == len(v) else LETTERS, (o.get(text) for o in v)))
@@ -367,10 +428,10 @@ def _option_lines(v):
         return dict(zip(LETTERS, bare))
     marks = list(re.finditer(r"(?:(?<=[\s,;])|^)\(?([A-Ja-j])\s?\)\s*", v.strip()))
     letters = "".join(m[1].upper() for m in marks)
-    if len(marks) < 3 or marks[0].start() or letters != LETTERS[:len(marks)]:
+    if len(marks) < 3 or marks[0].start() or letters != LETTERS[: len(marks)]:
         return None
     ends = [*(m.start() for m in marks[1:]), len(v.strip())]
-    return {m[1].upper(): v.strip()[m.end():end].strip(" ,;\n") for m, end in zip(marks, ends)}
+    return {m[1].upper(): v.strip()[m.end() : end].strip(" ,;\n") for m, end in zip(marks, ends)}
 
 
 def _is_pair(option):
@@ -381,7 +442,7 @@ def lettered(v) -> dict:
     "Options as {key: text}, in the ways in which files write them. Raises `Reject` for anything else."
     v = nested(v, "options")
     sign, text = _roles(v) if isinstance(v, dict) else (None, None)
-    if text is not None and isinstance(v[text], (list, tuple)):             # two parallel lists
+    if text is not None and isinstance(v[text], (list, tuple)):  # two parallel lists
         keys, v = v.get(sign), v[text]
         if isinstance(keys, (list, tuple)) and len(keys) == len(v):
             v = dict(zip(map(cell, keys), v))
@@ -430,10 +491,18 @@ def from_medqa(row, base=0, texts=False):
     question = asked(row)
     row, options = read_choices(row)
     listed, column, said = list(options.values()), told_in(row, options), cell(row.get("answer"))
-    n = number(row.get("answer_idx")) if column == "answer_idx" and cell(row.get(column)) not in options else None
+    n = (
+        number(row.get("answer_idx"))
+        if column == "answer_idx" and cell(row.get(column)) not in options
+        else None
+    )
     twice = n is not None and said in listed
     i = listed.index(said) if twice else keyed(row, column, options, base, texts)
-    disagree = column == "answer_idx" and said != listed[i] and said.upper() not in ("", list(options)[i].upper())
+    disagree = (
+        column == "answer_idx"
+        and said != listed[i]
+        and said.upper() not in ("", list(options)[i].upper())
+    )
     if disagree or twice and n not in (i, i + 1):
         raise Reject("answer is not the option that answer_idx names")
     subject = cell(row.get("meta_info"))
@@ -450,6 +519,7 @@ def from_medqa_hf(row):
 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c034
 DECISIONS = ["yes", "no", "maybe"]
+
 
 def from_pubmedqa(row):
     "PubMedQA: the abstract and a question that it answers with yes, no or maybe."

@@ -8,10 +8,10 @@ Docs: https://medft.github.io/medft/data/reading/option_texts.html.md"""
 __all__ = ['option_label', 'unlettered', 'refers_to_others', 'keeps_its_order']
 
 # %% ../../../nbs/data/reading/option_texts.ipynb #o002
+from ...core.text_keys import text_key
+
 import re
 import unicodedata
-
-from ...core.text_keys import text_key
 
 # %% ../../../nbs/data/reading/option_texts.ipynb #o004
 _ROMAN = ["i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x"]
@@ -41,7 +41,7 @@ def _plain_signs(text):
 
 def option_label(
     text: str,
-) -> tuple | None:      # (sign in lower case, how it is written, what follows); None: no label
+) -> tuple | None:  # (sign in lower case, how it is written, what follows); None: no label
     "The letter or number that a text begins with, as a list of options writes it."
     text = _plain_signs(text)
     for wide, plain in (("．", ". "), ("：", ": "), ("、", ". "), ("）", ") ")):
@@ -49,15 +49,15 @@ def option_label(
     found = _LABEL.match(text)
     if not found:
         return None
-    rest, sign, close = text[found.end():], found["sign"].lower(), found["close"].strip()
+    rest, sign, close = text[found.end() :], found["sign"].lower(), found["close"].strip()
     if found["open"] and close[:1] not in tuple(")]}"):
         return None
     joined = rest[:1].isdigit() and not found["blank"]
     if sign.isdigit() and (joined or close in ("-", "–", "—", "/", "=", ">", ",")):
-        return None                             # 1.5 mg, 2:1, 1 - 2 weeks, 1/2
+        return None  # 1.5 mg, 2:1, 1 - 2 weeks, 1/2
     plain_letter = len(sign) == 1 and found["sign"].isupper()
     if not close and not found["word"] and not plain_letter:
-        return None                             # 1 mg, iv fluids, a base
+        return None  # 1 mg, iv fluids, a base
     kind = "number" if sign.isdigit() else "letter"
     style = (kind, bool(found["word"]), found["open"], close, found["sign"].isupper())
     return sign, style, rest.strip()
@@ -65,7 +65,7 @@ def option_label(
 # %% ../../../nbs/data/reading/option_texts.ipynb #o005
 def unlettered(
     options: list,  # of str
-) -> list | None:   # the options without their letters; None: they carry none
+) -> list | None:  # the options without their letters; None: they carry none
     "Options whose every text begins with its own letter or number, in order, without these."
     first = option_label(options[0]) if len(options) > 1 else None
     if not first or first[0] not in ("a", "1", "i", "0"):
@@ -79,9 +79,9 @@ def unlettered(
     orders = [list("abcdefghijklmnopqrst"[:n]), _ROMAN[:n], from_0, from_1]
     if signs not in orders or not all(rests):
         return None
-    bare = not first[1][3] and not first[1][1]   # "A Naloxone": only a letter and a blank
+    bare = not first[1][3] and not first[1][1]  # "A Naloxone": only a letter and a blank
     if bare and (n < 3 or len({text_key(rest) for rest in rests}) < n):
-        return None                             # A cell, B cell, D cell
+        return None  # A cell, B cell, D cell
     return rests
 
 # %% ../../../nbs/data/reading/option_texts.ipynb #o009
@@ -93,51 +93,60 @@ _MORE = (
     r"(?: (?:mentioned|options|choices|answers|ones|statements|are|is|were|listed|given|except|but"
     r"|two|three|four).*)?"
 )
-_REFERS = [re.compile(pattern) for pattern in (
-    # all of the above, none of these, any of the options, both of the above, all above, all others
-    r"\b(?:all|none|any|both|neither|either|some|every one)(?: one)?"
-    rf"(?: of| the| in| from| amongst| among)* {_OTHERS}{_MORE}$",
-    r"\b(?:one|two|three|four|more than one|at least two|any two|only one|only two) (?:or more )?of "
-    r"(?:the )?(?:above|below|these|those|options|choices|answers|statements)\b",
-    # the word alone, or with a verdict: All, Both, None is correct
-    r"^(?:all|none|both|neither|any|either)(?: of them)?(?: are| is| were)?(?: equally)?"
-    r"(?: correct| true| right| false| wrong| incorrect| possible| not true| not correct)?$",
-    r"^(?:aota|nota|bota|all above|none above)$",
-    r"\b(?:options?|choices?|answers?|alternatives?) \(?(?:[a-h]|[1-9]|i|ii|iii|iv)\b\)?(?![-'])",
-    r"^(?:both )?(?:the )?(?:(?:first|last|former|latter) (?:two|three|one|options?|choices?|answers?)"
-    r"(?: options?| choices?| answers?)?|former|latter)(?: above| only| are correct| are true)?$",
-    r"^(?:same as|as|like|similar to) (?:the )?(?:above|previous|preceding)\b",
-    # Spanish, French, German, Chinese
-    r"\b(?:tod[oa]s|ningun[oa]|cualquiera)\b.*\b(?:anteriores|correct[ao]s|respuestas|opciones)\b",
-    r"\b(?:toutes|aucune|tous|aucun)\b.*\b(?:ci-dessus|r[eé]ponses|propositions|pr[eé]c[eé]dent[e]?s)\b",
-    r"\b(?:alle|keine[rs]?)\b.*\b(?:genannten|antworten|aussagen|obigen)\b",
-    r"以上|上述|均(?:不)?(?:对|是|正确)|都(?:不)?(?:对|是|正确)",
-)]
-_LEADS = set("""both neither either only all none except but not just any same as combination of the from
+_REFERS = [
+    re.compile(pattern)
+    for pattern in (
+        # all of the above, none of these, any of the options, both of the above, all above, all others
+        r"\b(?:all|none|any|both|neither|either|some|every one)(?: one)?"
+        rf"(?: of| the| in| from| amongst| among)* {_OTHERS}{_MORE}$",
+        r"\b(?:one|two|three|four|more than one|at least two|any two|only one|only two) (?:or more )?of "
+        r"(?:the )?(?:above|below|these|those|options|choices|answers|statements)\b",
+        # the word alone, or with a verdict: All, Both, None is correct
+        r"^(?:all|none|both|neither|any|either)(?: of them)?(?: are| is| were)?(?: equally)?"
+        r"(?: correct| true| right| false| wrong| incorrect| possible| not true| not correct)?$",
+        r"^(?:aota|nota|bota|all above|none above)$",
+        r"\b(?:options?|choices?|answers?|alternatives?) \(?(?:[a-h]|[1-9]|i|ii|iii|iv)\b\)?(?![-'])",
+        r"^(?:both )?(?:the )?(?:(?:first|last|former|latter) (?:two|three|one|options?|choices?|answers?)"
+        r"(?: options?| choices?| answers?)?|former|latter)(?: above| only| are correct| are true)?$",
+        r"^(?:same as|as|like|similar to) (?:the )?(?:above|previous|preceding)\b",
+        # Spanish, French, German, Chinese
+        r"\b(?:tod[oa]s|ningun[oa]|cualquiera)\b.*\b(?:anteriores|correct[ao]s|respuestas|opciones)\b",
+        r"\b(?:toutes|aucune|tous|aucun)\b.*\b(?:ci-dessus|r[eé]ponses|propositions|pr[eé]c[eé]dent[e]?s)\b",
+        r"\b(?:alle|keine[rs]?)\b.*\b(?:genannten|antworten|aussagen|obigen)\b",
+        r"以上|上述|均(?:不)?(?:对|是|正确)|都(?:不)?(?:对|是|正确)",
+    )
+]
+_LEADS = set(
+    """both neither either only all none except but not just any same as combination of the from
     option options choice choices answer answers statement statements point points nos no items item
-    assertion response responses""".split())
-_TAILS = set("""both only are is was were correct true right wrong false incorrect together combined alone
-    all valid above respectively equally possible""".split())
+    assertion response responses""".split()
+)
+_TAILS = set(
+    """both only are is was were correct true right wrong false incorrect together combined alone
+    all valid above respectively equally possible""".split()
+)
 _JOINTS = set("and or nor & + , ; / with as well plus y und et |".split())
-_POINTING = set("""only except but not just option options choice choices answer answers statement
-    statements alone same correct true right wrong false incorrect""".split())
+_POINTING = set(
+    """only except but not just option options choice choices answer answers statement
+    statements alone same correct true right wrong false incorrect""".split()
+)
 _PIECE = re.compile(r"[^\W_]+|[&+,;/|]|\S")
 
 # %% ../../../nbs/data/reading/option_texts.ipynb #o010
 def _only_references(
-    text: str,      # a text key
-    n: int,         # number of options
+    text: str,  # a text key
+    n: int,  # number of options
 ) -> bool:
     "Whether a text holds references like 'a and c' and nothing else."
     pieces = [p for p in _PIECE.findall(text) if p not in tuple(".()[]{}:'\"*")]
     if not 1 <= len(pieces) <= 14:
         return False
-    refs, words, joints, letters = [], set(), [], "abcdefgh"[:max(n, 5)]
+    refs, words, joints, letters = [], set(), [], "abcdefgh"[: max(n, 5)]
     for piece in pieces:
         if _is_reference(piece, letters, n):
             refs.append(piece)
         elif words & {"both", "either", "only", "neither"} and _is_run(piece, letters[:n]):
-            refs += piece                       # both ab
+            refs += piece  # both ab
         elif piece in _JOINTS:
             joints.append(piece)
         elif piece in _LEADS | _TAILS:
@@ -149,7 +158,7 @@ def _only_references(
     if len(refs) == 1:
         return bool(words & _POINTING)
     if not joints and not words:
-        return False                            # a c
+        return False  # a c
     digits = all(ref.isdigit() for ref in refs)
     said = bool(words) or bool(set(joints) & {"and", "&", "or", "nor", "with", "as", "plus"})
     listed = "," in joints and (len(refs) > 2 or set(joints) == {","} and ", " in text)
@@ -160,7 +169,7 @@ def _is_reference(piece, letters, n):
     "Whether a piece is a letter, a Roman or another number that an option of the item can have."
     if piece.isdigit():
         return 1 <= int(piece) <= max(n, 6)
-    return len(piece) == 1 and piece in letters or piece in _ROMAN[:max(n, 5)]
+    return len(piece) == 1 and piece in letters or piece in _ROMAN[: max(n, 5)]
 
 
 def _is_run(piece, letters):
@@ -170,7 +179,7 @@ def _is_run(piece, letters):
 
 def refers_to_others(
     option: str,
-    n: int = 4,     # number of options of the item
+    n: int = 4,  # number of options of the item
 ) -> bool:
     "Whether an option speaks of other options by their letter, number or place."
     text = text_key(option).strip(" .!;:\"'*")

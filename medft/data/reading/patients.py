@@ -9,125 +9,277 @@ __all__ = ['PERSON', 'KINDS', 'ALIGNED', 'read_fhir', 'read_synthea', 'record', 
            'plain', 'side_by_side', 'aligned_field', 'aligned_text']
 
 # %% ../../../nbs/data/reading/patients.ipynb #c002
-from ...core.run import MedftError, nearest  # first: it sets switches that the libraries read
+from ...core.run import MedftError, nearest
 from .articles import files_of, read_document
-from .formats import READERS, Part, rows as source_rows
+from .formats import READERS, Part
+from .formats import rows as source_rows
 
-import re, sqlite3, tempfile, unicodedata
+import re
+import sqlite3
+import tempfile
+import unicodedata
 
 import orjson
 
 # %% ../../../nbs/data/reading/patients.ipynb #c006
-PERSON = ("patient_id prefix first last suffix maiden birth_date death_date sex race ethnicity marital ssn address city state county zip").split()
+PERSON = (
+    "patient_id prefix first last suffix maiden birth_date death_date sex race ethnicity marital ssn address city state county zip"
+).split()
 KINDS = ("conditions", "medications", "immunizations")
+
 
 def _patient(person, events, kind, file):
     "The row; events are (what, date, stop, text, encounter), an encounter's stop being its class."
     events = sorted({tuple(str(x or "") for x in e) for e in events}, key=lambda e: (e[1], e))
     history = [list(e) for e in events if e[0] != "encounters"]
     lists = {k: [[date, text] for what, date, _, text, _ in history if what == k] for k in KINDS}
-    encounters = [[id, date, kind, text] for what, date, kind, text, id in events if what == "encounters"]
-    return {k: str(person.get(k) or "").strip() for k in PERSON} | lists | dict(encounters=encounters, history=history, kind=kind, _file=file)
+    encounters = [
+        [id, date, kind, text] for what, date, kind, text, id in events if what == "encounters"
+    ]
+    return (
+        {k: str(person.get(k) or "").strip() for k in PERSON}
+        | lists
+        | dict(encounters=encounters, history=history, kind=kind, _file=file)
+    )
 
 # %% ../../../nbs/data/reading/patients.ipynb #c008
-_CDC = {"1002-5": "native", "2028-9": "asian", "2054-5": "black", "2076-8": "hawaiian", "2106-3": "white", "2131-1": "other",
-          "2135-2": "hispanic", "2186-5": "nonhispanic"}
+_CDC = {
+    "1002-5": "native",
+    "2028-9": "asian",
+    "2054-5": "black",
+    "2076-8": "hawaiian",
+    "2106-3": "white",
+    "2131-1": "other",
+    "2135-2": "hispanic",
+    "2186-5": "nonhispanic",
+}
 _VOID = {"entered-in-error", "not-done", "cancelled", "refuted", "stopped-in-error"}
 
-def _day(*dates): return next((str(d)[:10] for d in dates if d), "")
-def _tail(reference): return re.split(r"[/:|]", (reference or {}).get("reference") or "")[-1]
-def _coded(concept, key): return next((c.get(key) for c in (concept or {}).get("coding") or [] if c.get(key)), "")
-def _said(concept): return (concept or {}).get("text") or _coded(concept, "display")
-def _code(concept): return _coded(concept, "code")
+
+def _day(*dates):
+    return next((str(d)[:10] for d in dates if d), "")
+
+
+def _tail(reference):
+    return re.split(r"[/:|]", (reference or {}).get("reference") or "")[-1]
+
+
+def _coded(concept, key):
+    return next((c.get(key) for c in (concept or {}).get("coding") or [] if c.get(key)), "")
+
+
+def _said(concept):
+    return (concept or {}).get("text") or _coded(concept, "display")
+
+
+def _code(concept):
+    return _coded(concept, "code")
+
 
 def _race(resource, name):
-    found = [x for e in resource.get("extension") or [] if e.get("url", "").endswith(name) for x in e.get("extension") or []]
-    known = next((_CDC.get(x["valueCoding"].get("code")) for x in found if "valueCoding" in x), None)
+    found = [
+        x
+        for e in resource.get("extension") or []
+        if e.get("url", "").endswith(name)
+        for x in e.get("extension") or []
+    ]
+    known = next(
+        (_CDC.get(x["valueCoding"].get("code")) for x in found if "valueCoding" in x), None
+    )
     return known or next((x["valueString"].lower() for x in found if "valueString" in x), "")
 
 # %% ../../../nbs/data/reading/patients.ipynb #c009
 def _fhir_person(r):
-    names = r.get("name") or [{}]; name = next((n for n in names if n.get("use") == "official"), names[0])
+    names = r.get("name") or [{}]
+    name = next((n for n in names if n.get("use") == "official"), names[0])
     home, ids = (r.get("address") or [{}])[0], r.get("identifier") or []
-    return dict(patient_id=r.get("id"), prefix=" ".join(name.get("prefix") or []), first=" ".join(name.get("given") or []), last=name.get("family"),
-                suffix=" ".join(name.get("suffix") or []), maiden=next((n.get("family") for n in names if n.get("use") == "maiden"), ""),
-                birth_date=r.get("birthDate"), death_date=_day(r.get("deceasedDateTime")), sex={"male": "M", "female": "F"}.get(r.get("gender"), ""),
-                race=_race(r, "us-core-race"), ethnicity=_race(r, "us-core-ethnicity"), marital=_code(r.get("maritalStatus")).replace("UNK", ""),
-                ssn=next((i.get("value") for i in ids if i.get("system", "").endswith("us-ssn") or _code(i.get("type")) == "SS"), ""),
-                address=", ".join(home.get("line") or []), city=home.get("city"), state=home.get("state"), county=home.get("district"),
-                zip=home.get("postalCode"))
+    return dict(
+        patient_id=r.get("id"),
+        prefix=" ".join(name.get("prefix") or []),
+        first=" ".join(name.get("given") or []),
+        last=name.get("family"),
+        suffix=" ".join(name.get("suffix") or []),
+        maiden=next((n.get("family") for n in names if n.get("use") == "maiden"), ""),
+        birth_date=r.get("birthDate"),
+        death_date=_day(r.get("deceasedDateTime")),
+        sex={"male": "M", "female": "F"}.get(r.get("gender"), ""),
+        race=_race(r, "us-core-race"),
+        ethnicity=_race(r, "us-core-ethnicity"),
+        marital=_code(r.get("maritalStatus")).replace("UNK", ""),
+        ssn=next(
+            (
+                i.get("value")
+                for i in ids
+                if i.get("system", "").endswith("us-ssn") or _code(i.get("type")) == "SS"
+            ),
+            "",
+        ),
+        address=", ".join(home.get("line") or []),
+        city=home.get("city"),
+        state=home.get("state"),
+        county=home.get("district"),
+        zip=home.get("postalCode"),
+    )
 
 # %% ../../../nbs/data/reading/patients.ipynb #c010
 def _ended(r):
     "When a condition ended: a day, `resolved` when only that is known, or nothing."
     over = _code(r.get("clinicalStatus")) in ("resolved", "inactive")
-    return _day(r.get("abatementDateTime"), (r.get("abatementPeriod") or {}).get("end")) or ("resolved" if over else "")
+    return _day(r.get("abatementDateTime"), (r.get("abatementPeriod") or {}).get("end")) or (
+        "resolved" if over else ""
+    )
+
 
 def _fhir_event(r, drugs):
-    kind, at, began = r["resourceType"], _tail(r.get("encounter")), (r.get("period") or r.get("onsetPeriod") or {}).get("start")
+    kind, at, began = (
+        r["resourceType"],
+        _tail(r.get("encounter")),
+        (r.get("period") or r.get("onsetPeriod") or {}).get("start"),
+    )
     if kind == "Encounter":
-        return "encounters", _day(began), (r.get("class") or {}).get("code"), _said((r.get("type") or [{}])[0]), r.get("id")
-    if kind == "Condition": return "conditions", _day(r.get("onsetDateTime"), began, r.get("recordedDate")), _ended(r), _said(r.get("code")), at
-    if kind == "Immunization": return "immunizations", _day(r.get("occurrenceDateTime")), "", _said(r.get("vaccineCode")), at
+        return (
+            "encounters",
+            _day(began),
+            (r.get("class") or {}).get("code"),
+            _said((r.get("type") or [{}])[0]),
+            r.get("id"),
+        )
+    if kind == "Condition":
+        return (
+            "conditions",
+            _day(r.get("onsetDateTime"), began, r.get("recordedDate")),
+            _ended(r),
+            _said(r.get("code")),
+            at,
+        )
+    if kind == "Immunization":
+        return (
+            "immunizations",
+            _day(r.get("occurrenceDateTime")),
+            "",
+            _said(r.get("vaccineCode")),
+            at,
+        )
     if kind == "MedicationRequest":
-        drug = _said(r.get("medicationCodeableConcept")) or drugs.get(_tail(r.get("medicationReference")))
+        drug = _said(r.get("medicationCodeableConcept")) or drugs.get(
+            _tail(r.get("medicationReference"))
+        )
         return "medications", _day(r.get("authoredOn")), "", drug, at
 
 # %% ../../../nbs/data/reading/patients.ipynb #c011
 def _fhir_rows(bundle, file):
     found = [e for e in bundle.get("entry") or [] if e.get("resource")]
-    entries = [(e["resource"], {_tail({"reference": e.get("fullUrl")}), e["resource"].get("id")} - {"", None}) for e in found]
-    drugs = {i: _said(r.get("code")) for r, ids in entries if r["resourceType"] == "Medication" for i in ids}
-    live = [r for r, _ in entries if not {r.get("status"), _code(r.get("verificationStatus"))} & _VOID]
-    events = [(_tail(r.get("subject") or r.get("patient")), e) for r in live if (e := _fhir_event(r, drugs))]
+    entries = [
+        (
+            e["resource"],
+            {_tail({"reference": e.get("fullUrl")}), e["resource"].get("id")} - {"", None},
+        )
+        for e in found
+    ]
+    drugs = {
+        i: _said(r.get("code"))
+        for r, ids in entries
+        if r["resourceType"] == "Medication"
+        for i in ids
+    }
+    live = [
+        r for r, _ in entries if not {r.get("status"), _code(r.get("verificationStatus"))} & _VOID
+    ]
+    events = [
+        (_tail(r.get("subject") or r.get("patient")), e)
+        for r in live
+        if (e := _fhir_event(r, drugs))
+    ]
     for r, ids in entries:
-        if r["resourceType"] == "Patient": yield _patient(_fhir_person(r), [e for who, e in events if who in ids], "fhir", file)
+        if r["resourceType"] == "Patient":
+            yield _patient(_fhir_person(r), [e for who, e in events if who in ids], "fhir", file)
 
 # %% ../../../nbs/data/reading/patients.ipynb #c013
 def read_fhir(
-    part,   # a bundle file, or a folder of them
-):          # yields (number, row), a row per patient
+    part,  # a bundle file, or a folder of them
+):  # yields (number, row), a row per patient
     "The patients of FHIR R4 bundles, one file in memory at a time. Raises `MedftError` for a broken or other file."
     number = 0
     for one, file in files_of(part, ".json"):
-        try: bundle = orjson.loads(read_document(one))
-        except orjson.JSONDecodeError as e: raise MedftError(f"{one.name}:{e.lineno}: broken JSON: {e.msg}") from None
+        try:
+            bundle = orjson.loads(read_document(one))
+        except orjson.JSONDecodeError as e:
+            raise MedftError(f"{one.name}:{e.lineno}: broken JSON: {e.msg}") from None
         kind = bundle.get("resourceType") if isinstance(bundle, dict) else type(bundle).__name__
-        if kind != "Bundle": raise MedftError(f"{one.name}: a FHIR bundle has resourceType Bundle, this has {kind!r}; export patients as bundles")
-        try: rows = list(_fhir_rows(bundle, file))
+        if kind != "Bundle":
+            raise MedftError(
+                f"{one.name}: a FHIR bundle has resourceType Bundle, this has {kind!r}; export patients as bundles"
+            )
+        try:
+            rows = list(_fhir_rows(bundle, file))
         except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise MedftError(f"{one.name}: an entry does not follow FHIR R4 ({type(e).__name__}: {e}); export it again") from None
-        for number, row in enumerate(rows, number + 1): yield number, row
-    if not number: raise MedftError(f"{part.name}: no bundle holds a Patient; name the folder with the patients' bundles")
+            raise MedftError(
+                f"{one.name}: an entry does not follow FHIR R4 ({type(e).__name__}: {e}); export it again"
+            ) from None
+        for number, row in enumerate(rows, number + 1):
+            yield number, row
+    if not number:
+        raise MedftError(
+            f"{part.name}: no bundle holds a Patient; name the folder with the patients' bundles"
+        )
+
 
 READERS["fhir"] = read_fhir
 
 # %% ../../../nbs/data/reading/patients.ipynb #c017
-_TABLES = dict(encounters=("START", "ENCOUNTERCLASS", "ID"), conditions=("START", "STOP", "ENCOUNTER"),
-               medications=("START", "STOP", "ENCOUNTER"), immunizations=("DATE", "", "ENCOUNTER"))
+_TABLES = dict(
+    encounters=("START", "ENCOUNTERCLASS", "ID"),
+    conditions=("START", "STOP", "ENCOUNTER"),
+    medications=("START", "STOP", "ENCOUNTER"),
+    immunizations=("DATE", "", "ENCOUNTER"),
+)
+
 
 def _table(part, name):
-    path = next((p for p in (part.path/f"{name}.csv", part.path/f"{name}.csv.gz") if p.is_file()), None)
-    if path is None: return
+    path = next(
+        (p for p in (part.path / f"{name}.csv", part.path / f"{name}.csv.gz") if p.is_file()), None
+    )
+    if path is None:
+        return
     table = Part(f"{part.name}/{path.name}", path, "csv")
-    try: empty = next(READERS["csv"](table), None) is None
-    except Exception: empty = False     # the next line says what is wrong
-    for line, row in () if empty else source_rows(table): yield line, {k.upper(): v for k, v in row.items()}
+    try:
+        empty = next(READERS["csv"](table), None) is None
+    except Exception:
+        empty = False  # the next line says what is wrong
+    for line, row in () if empty else source_rows(table):
+        yield line, {k.upper(): v for k, v in row.items()}
+
 
 def _columns(part, name, row, needs):
     missing = [c for c in needs if c and c not in row]
-    if missing: raise MedftError(f"{part.name}/{name}.csv:1: no column {', '.join(missing)}{nearest(missing[0], row)}; a Synthea export has it")
+    if missing:
+        raise MedftError(
+            f"{part.name}/{name}.csv:1: no column {', '.join(missing)}{nearest(missing[0], row)}; a Synthea export has it"
+        )
 
 # %% ../../../nbs/data/reading/patients.ipynb #c018
 def _group(part, db):
-    db.executescript("pragma journal_mode=off; pragma synchronous=off; create table event(patient, what, date, stop, text, encounter)")
+    db.executescript(
+        "pragma journal_mode=off; pragma synchronous=off; create table event(patient, what, date, stop, text, encounter)"
+    )
     for what, (date, stop, encounter) in _TABLES.items():
+
         def rows():
             for n, (line, r) in enumerate(_table(part, what)):
-                if n == 0: _columns(part, what, r, ("PATIENT", date, stop, encounter, "DESCRIPTION"))
-                yield r["PATIENT"], what, r[date][:10], r.get(stop, "")[:10] if what != "encounters" else r[stop], r["DESCRIPTION"], r[encounter]
+                if n == 0:
+                    _columns(part, what, r, ("PATIENT", date, stop, encounter, "DESCRIPTION"))
+                yield (
+                    r["PATIENT"],
+                    what,
+                    r[date][:10],
+                    r.get(stop, "")[:10] if what != "encounters" else r[stop],
+                    r["DESCRIPTION"],
+                    r[encounter],
+                )
+
         db.executemany("insert into event values (?,?,?,?,?,?)", rows())
-    db.execute("create index one on event(patient)"); db.commit()
+    db.execute("create index one on event(patient)")
+    db.commit()
 
 # %% ../../../nbs/data/reading/patients.ipynb #c019
 _OTHER = dict(patient_id="ID", birth_date="BIRTHDATE", death_date="DEATHDATE", sex="GENDER")
@@ -135,55 +287,114 @@ _CSV_PERSON = {k: _OTHER.get(k, k.upper()) for k in PERSON}
 
 # %% ../../../nbs/data/reading/patients.ipynb #c020
 def read_synthea(
-    part,   # a folder with patients.csv and the tables beside it
-):          # yields (line of patients.csv, row)
+    part,  # a folder with patients.csv and the tables beside it
+):  # yields (line of patients.csv, row)
     "The patients of a Synthea CSV folder, memory bounded whatever its size. Raises `MedftError` for a broken table."
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tmp:
         db = sqlite3.connect(f"{tmp}/events.db")
         try:
-            _group(part, db); n = 0
+            _group(part, db)
+            n = 0
             for n, (line, r) in enumerate(_table(part, "patients"), 1):
-                if n == 1: _columns(part, "patients", r, ("ID", "BIRTHDATE", "FIRST", "LAST"))
-                events = db.execute("select what, date, stop, text, encounter from event where patient = ?", (r["ID"],))
-                yield line, _patient({k: r.get(c, "") for k, c in _CSV_PERSON.items()}, events, "synthea", "patients.csv")
-            if not n: raise MedftError(f"{part.name}/patients.csv: no patient in it; name a Synthea CSV folder")
-        finally: db.close()
+                if n == 1:
+                    _columns(part, "patients", r, ("ID", "BIRTHDATE", "FIRST", "LAST"))
+                events = db.execute(
+                    "select what, date, stop, text, encounter from event where patient = ?",
+                    (r["ID"],),
+                )
+                yield (
+                    line,
+                    _patient(
+                        {k: r.get(c, "") for k, c in _CSV_PERSON.items()},
+                        events,
+                        "synthea",
+                        "patients.csv",
+                    ),
+                )
+            if not n:
+                raise MedftError(
+                    f"{part.name}/patients.csv: no patient in it; name a Synthea CSV folder"
+                )
+        finally:
+            db.close()
+
 
 READERS["synthea"] = read_synthea
 
 # %% ../../../nbs/data/reading/patients.ipynb #c024
 def record(
-    row,            # a patient's row
-    visits=None,    # encounter ids that this record knows of; None: all, and the death too
-    newest=10,      # conditions and medications, each; of immunizations the newest 5
-):                  # first, last, birth_date, sex, race, marital, ssn, address, city, state, zip, conditions, ..., visits, last_visit
+    row,  # a patient's row
+    visits=None,  # encounter ids that this record knows of; None: all, and the death too
+    newest=10,  # conditions and medications, each; of immunizations the newest 5
+):  # first, last, birth_date, sex, race, marital, ssn, address, city, state, zip, conditions, ..., visits, last_visit
     "What one place knows about a patient. Open conditions are known everywhere."
     seen = [e for e in row["encounters"] if visits is None or e[0] in visits]
-    known = [h for h in row["history"] if visits is None or h[4] in visits or (h[0] == "conditions" and not h[2])]
+    known = [
+        h
+        for h in row["history"]
+        if visits is None or h[4] in visits or (h[0] == "conditions" and not h[2])
+    ]
     lists = {k: [[d, t] for what, d, _, t, _ in known if what == k] for k in KINDS}
-    for k in KINDS[:2]: lists[k] = sorted([d, t] for t, d in {t: d for d, t in lists[k]}.items())[-newest:]
+    for k in KINDS[:2]:
+        lists[k] = sorted([d, t] for t, d in {t: d for d, t in lists[k]}.items())[-newest:]
     died = dict(death_date=row["death_date"]) if visits is None and row["death_date"] else {}
-    who = {k: row[k] for k in ("birth_date", "sex", "race", "marital", "ssn", "address", "city", "state", "zip")}
+    who = {
+        k: row[k]
+        for k in ("birth_date", "sex", "race", "marital", "ssn", "address", "city", "state", "zip")
+    }
     who = {k: re.sub(r"\d+", "", row[k]) for k in ("first", "last")} | who
-    return who | died | lists | dict(immunizations=lists["immunizations"][-5:], visits=len(seen), last_visit=max((e[1] for e in seen), default=""))
+    return (
+        who
+        | died
+        | lists
+        | dict(
+            immunizations=lists["immunizations"][-5:],
+            visits=len(seen),
+            last_visit=max((e[1] for e in seen), default=""),
+        )
+    )
 
 # %% ../../../nbs/data/reading/patients.ipynb #c025
 def record_text(
-    record,     # an object with the fields of a record pair's left or right; any may be missing
+    record,  # an object with the fields of a record pair's left or right; any may be missing
 ) -> str:
     "A patient's record as a model reads it: one line a field, empty ones left out."
-    g = lambda k: "" if record.get(k) is None else str(record[k]).strip()
-    home, last = ", ".join(x for x in (g("address"), g("city"), f"{g('state')} {g('zip')}".strip()) if x), g("last_visit")
-    lines = [("Name", f"{g('first')} {g('last')}".strip()), ("Born", g("birth_date")), ("Died", g("death_date")), ("Sex", g("sex")),
-             ("Race", g("race")), ("Marital", g("marital")), ("SSN", g("ssn")), ("Address", home)]
-    lines += [(k.capitalize(), "; ".join(f"{d} {re.sub(r'  +', ', ', t)}" for d, t in record.get(k) or [])) for k in KINDS]
+
+    def g(k):
+        return "" if record.get(k) is None else str(record[k]).strip()
+
+    home, last = (
+        ", ".join(x for x in (g("address"), g("city"), f"{g('state')} {g('zip')}".strip()) if x),
+        g("last_visit"),
+    )
+    lines = [
+        ("Name", f"{g('first')} {g('last')}".strip()),
+        ("Born", g("birth_date")),
+        ("Died", g("death_date")),
+        ("Sex", g("sex")),
+        ("Race", g("race")),
+        ("Marital", g("marital")),
+        ("SSN", g("ssn")),
+        ("Address", home),
+    ]
+    lines += [
+        (
+            k.capitalize(),
+            "; ".join(f"{d} {re.sub(r'  +', ', ', t)}" for d, t in record.get(k) or []),
+        )
+        for k in KINDS
+    ]
     lines.append(("Visits", g("visits") + (f", last {last}" if last else "")))
     return "\n".join(f"{k}: {v}" for k, v in lines if v)
 
-def patient_summary(row) -> str: "The text of a patient's row."; return record_text(record(row))
+
+def patient_summary(row) -> str:
+    "The text of a patient's row."
+    return record_text(record(row))
+
 
 def pair_text(
-    pair,   # with the records `left` and `right`
+    pair,  # with the records `left` and `right`
 ) -> str:
     "The text of a pair of records."
     return f"Record A\n{record_text(pair['left'])}\n\nRecord B\n{record_text(pair['right'])}"
@@ -191,24 +402,31 @@ def pair_text(
 # %% ../../../nbs/data/reading/patients.ipynb #c030
 ALIGNED = ("first", "last", "birth_date", "ssn", "address", "zip", "sex")
 
+
 def plain(
     field,
     value,
-) -> str:   # ten letters and digits at most
+) -> str:  # ten letters and digits at most
     "A field's value as it is compared."
-    text = re.sub(r"[\W_]", "", unicodedata.normalize("NFKD", str("" if value is None else value)).casefold())
+    text = re.sub(
+        r"[\W_]", "", unicodedata.normalize("NFKD", str("" if value is None else value)).casefold()
+    )
     return (text.removeprefix("999") if field == "ssn" else text)[:10]
+
 
 def side_by_side(left, right) -> list[tuple]:
     "(field, its value left, right) for the fields that two records are compared in."
     both = {k: None for r in (left, right) for k, v in r.items() if not isinstance(v, (list, dict))}
-    return [(k, plain(k, left.get(k)), plain(k, right.get(k))) for k in ALIGNED if k in both] or [(k, plain(k, left.get(k)), plain(k, right.get(k))) for k in both]
+    return [(k, plain(k, left.get(k)), plain(k, right.get(k))) for k in ALIGNED if k in both] or [
+        (k, plain(k, left.get(k)), plain(k, right.get(k))) for k in both
+    ]
 
 # %% ../../../nbs/data/reading/patients.ipynb #c031
 def aligned_field(field, left, right) -> str:
     "Two values as pairs of characters; a dash where one is shorter."
     pairs = zip(left.ljust(len(right), "-"), right.ljust(len(left), "-"))
     return f"{field.replace('_', ' ')}:{''.join(f' {a}{b}' for a, b in pairs)} ;"
+
 
 def aligned_text(left, right) -> str:
     "Two records side by side, a line a field, and the question in one word."

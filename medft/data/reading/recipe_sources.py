@@ -9,26 +9,28 @@ __all__ = ['SPLIT_COLUMNS', 'split_column', 'row_splits', 'Sources', 'open_sourc
            'files_in_words']
 
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r002
-from ...core.run import Dataset, MedftError, locate  # first: it sets switches that the libraries read
+from ...core.run import Dataset, MedftError, locate
 from .formats import SPLIT_KEY, Part, broken, features, rows
 from .hub import hub
 from .sources import called, digest, find, split_for
 from .split_names import split_of_value, splits_in
 
-import os, re
+import os
+import re
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r006
 SPLIT_COLUMNS = {"split", "_split", "data_split", "dataset_split", "split_name", "datasplit"}
-_PERHAPS = {"subset", "partition", "set", "fold", "phase"}      # only if all of their values are splits
+_PERHAPS = {"subset", "partition", "set", "fold", "phase"}  # only if all of their values are splits
 _TABLES = {"json", "jsonl", "csv", "tsv", "parquet", "arrow", "folder"}
+
 
 def split_column(
     part: Part,
-    taken=(),           # columns that the recipe reads as something else
-) -> str | None:        # None: there is none
+    taken=(),  # columns that the recipe reads as something else
+) -> str | None:  # None: there is none
     "The column in which the rows of a part tell their split."
     if part.kind not in _TABLES or part.only:
         return None
@@ -40,15 +42,21 @@ def split_column(
     certain = next((plain[c] for c in plain if c in SPLIT_COLUMNS), None)
     if certain:
         return certain
-    meant = lambda c: all(split_of_value(row.get(c)) for row in first)
+
+    def meant(c):
+        return all(split_of_value(row.get(c)) for row in first)
+
     return next((plain[c] for c in plain if c in _PERHAPS and meant(plain[c])), None)
+
 
 def _is_certain(column):
     "Whether a column of this name tells the split, whatever its values are."
     plain = re.sub(r"[\s_-]+", "_", column.strip().lower())
     return column == SPLIT_KEY or plain in SPLIT_COLUMNS
 
+
 _MISSING = {"", "none", "null", "nan", "na", "n/a"}
+
 
 def _value(cell, names):
     "What a cell of the column says; empty where it says nothing."
@@ -57,10 +65,13 @@ def _value(cell, names):
     text = str(cell).strip()
     return "" if text.lower() in _MISSING else text
 
+
 def row_splits(
     part: Part,
-    taken=(),       # columns that the recipe reads as something else
-) -> dict:          # value -> (the part limited to its rows, where the first is); empty where rows tell none
+    taken=(),  # columns that the recipe reads as something else
+) -> (
+    dict
+):  # value -> (the part limited to its rows, where the first is); empty where rows tell none
     "The splits that the rows of a part tell."
     column = split_column(part, taken)
     if column is None:
@@ -81,9 +92,11 @@ def row_splits(
 @dataclass
 class Sources:
     "What the entries of a recipe are read from."
-    entries: dict = field(default_factory=dict)     # entry -> (parts, {name: hash or commit})
-    not_read: list = field(default_factory=list)    # names of files that nothing reads
-    notes: list = field(default_factory=list)       # what was decided, a sentence each
+
+    entries: dict = field(default_factory=dict)  # entry -> (parts, {name: hash or commit})
+    not_read: list = field(default_factory=list)  # names of files that nothing reads
+    notes: list = field(default_factory=list)  # what was decided, a sentence each
+
 
 _KEYS = dict(
     train="dataset.split",
@@ -95,14 +108,16 @@ _NOTHING = (
     " (dataset.name=ID)"
 )
 
+
 class _Opening:
     "The sources of one recipe, as they are found."
+
     def __init__(self, d, task, beforehand=False):
         self.d, self.task, self.beforehand = d, task, beforehand
         self.found = Sources()
-        self.offers = {}    # path, as the recipe writes it -> {split: parts}
-        self.used = set()   # names of parts that are read, with the values they are limited to
-        self.aside = {}     # path -> keys that name a split of it, and it has none
+        self.offers = {}  # path, as the recipe writes it -> {split: parts}
+        self.used = set()  # names of parts that are read, with the values they are limited to
+        self.aside = {}  # path -> keys that name a split of it, and it has none
 
     def is_remote(self, path):
         return any("://" in str(p) for p in ([path] if isinstance(path, (str, Path)) else path))
@@ -125,7 +140,7 @@ class _Opening:
                 looked_into = not self.beforehand and splits_in(str(split)) <= {"train"}
                 values = row_splits(part, self.d.columns.values()) if looked_into else {}
                 if len(values) == 1 and role != "train" and not split_of_value(*values):
-                    values = {}     # the same word in every row of a file that was named for this
+                    values = {}  # the same word in every row of a file that was named for this
                 self.check_values(part, values)
                 for value, (view, _) in values.items():
                     found.setdefault(value, []).append(view)
@@ -139,7 +154,7 @@ class _Opening:
         "Raise `MedftError` for a row whose split is not understood."
         named = {self.d.split, self.d.validation_split, self.d.test_split}
         if self.d.split in values:
-            return      # the others are not trained on
+            return  # the others are not trained on
         for value, (view, n) in values.items():
             if value in named or split_of_value(value):
                 continue
@@ -148,7 +163,11 @@ class _Opening:
             if value:
                 what = f"{column} {value!r} is no split that is known"
             keys = ", ".join(_KEYS.values())
-            raise broken(part.name, f"{what}; write train, validation or test (or name the values in {keys})", n)
+            raise broken(
+                part.name,
+                f"{what}; write train, validation or test (or name the values in {keys})",
+                n,
+            )
 
     def take(self, entry, name, offer, wanted):
         "Read an entry from these splits."
@@ -174,7 +193,9 @@ class _Opening:
 def _read_named(o):
     "Read the entries that have a path of their own; returns the files that these are."
     d, files = o.d, set()
-    named = dict(validation=(d.validation_path, d.validation_split), test=(d.test_path, d.test_split))
+    named = dict(
+        validation=(d.validation_path, d.validation_split), test=(d.test_path, d.test_split)
+    )
     named |= {name: (path, None) for name, path in d.sets.items()}
     for entry, (path, split) in named.items():
         if not path or (o.beforehand and o.is_remote(path)):
@@ -190,6 +211,7 @@ def _read_named(o):
     benchmarks = [locate(p) for p in d.benchmarks.values() if p and "://" not in p]
     return files | {path for path in benchmarks if path}
 
+
 def _read_hub(o):
     "Read the splits of a hub data set that the recipe names."
     d = o.d
@@ -198,6 +220,7 @@ def _read_hub(o):
         if entry not in o.found.entries and (split or entry == "train"):
             parts, commit = hub(d.model_copy(update=dict(split=split)))
             o.found.entries[entry] = parts, {d.name: commit}
+
 
 def _read_path(o, elsewhere):
     "Read what is trained on, and the validation and test rows that come with it."
@@ -226,6 +249,7 @@ def _read_path(o, elsewhere):
     if not isinstance(d.path, str):
         _say_listed(o, offer)
 
+
 def _division(o, offer):
     "Which part of a divided source is read as what, in words."
     what = []
@@ -240,13 +264,15 @@ def _division(o, offer):
         what.append(f"not read: {_described(left)}")
     return "; ".join(what)
 
+
 def _described(parts):
     "Parts in words: their names, or the values of their rows."
     values = sorted({v for p in parts if p.only for v in p.only[1]})
     if values:
         return f"rows whose {parts[0].only[0].lstrip('_')} is {', '.join(values)}"
     names = [p.name.rpartition("/")[2] for p in parts]
-    return ", ".join(names[:3]) + f" and {len(names) - 3} more files"*(len(names) > 3)
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more files" * (len(names) > 3)
+
 
 def _say_listed(o, offer):
     "Say which files are trained on although their names speak of another split."
@@ -254,12 +280,14 @@ def _say_listed(o, offer):
         speaks = splits_in(p.name.rpartition("/")[2])
         if speaks and "train" not in speaks:
             what = " and ".join(sorted(speaks))
-            o.found.notes.append(f"{p.name} is trained on, since dataset.path lists it; its name speaks of {what}")
+            o.found.notes.append(
+                f"{p.name} is trained on, since dataset.path lists it; its name speaks of {what}"
+            )
 
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r012
 def open_sources(
     recipe,
-    beforehand=False,   # look at names only, and leave out what is on the network
+    beforehand=False,  # look at names only, and leave out what is on the network
 ) -> Sources:
     "What every entry of a recipe is read from. Raises `MedftError` for what is not there or unclear."
     d = recipe.dataset
@@ -276,6 +304,7 @@ def open_sources(
     o.found.entries = {e: o.found.entries[e] for e in order if e in o.found.entries}
     return _with_unused(o)
 
+
 def _with_unused(o):
     "The sources that were found, with the files among those not read that no entry takes."
     read = {p.name for parts, _ in o.found.entries.values() for p in parts}
@@ -283,8 +312,9 @@ def _with_unused(o):
     o.found.not_read = [n for n in dict.fromkeys([*o.found.not_read, *offered]) if n not in read]
     return o.found
 
+
 def training_sources(
-    paths,          # as a recipe's dataset.path
+    paths,  # as a recipe's dataset.path
     task=None,
 ) -> Sources:
     "What is trained on of some paths, and nothing else: for texts prepared without a recipe."
@@ -293,11 +323,12 @@ def training_sources(
     o.found.entries = {"train": o.found.entries["train"]}
     return _with_unused(o)
 
+
 def open_entry(
-    d,              # a dataset section
-    path,           # None: the hub data set that the section names
+    d,  # a dataset section
+    path,  # None: the hub data set that the section names
     split=None,
-    role="test",    # what the rows are for, where the source has several splits
+    role="test",  # what the rows are for, where the source has several splits
 ) -> tuple[list, dict]:
     "The parts of one source, and the hash of what each holds (of the hub: the commit)."
     if path is None and d.name:
@@ -310,8 +341,9 @@ def open_entry(
     parts = o.take(role, called(path), offer, split_for(called(path), offer, split, role))
     return o.found.entries[role]
 
+
 def files_in_words(
-    names,      # of files
+    names,  # of files
 ) -> str:
     "How many files, where, and the first of their names."
     if len(names) == 1:

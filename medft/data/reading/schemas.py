@@ -11,7 +11,49 @@ __all__ = ['SCHEMAS', 'READY_TEXT', 'ANY', 'CONTEXTS', 'REASONINGS', 'TOKEN_FORM
            'not_read_line', 'check_encodable', 'read_examples']
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c002
-from ...core.run import Dataset, MedftError, nearest  # first: it sets switches that the libraries read
+from ...core.identity import identities, identity, identity_columns
+from ...core.run import Dataset, MedftError, nearest
+from ..quality.broken_text import repaired_rows
+from .chat_formats import FORMATS, PLAIN_FORMATS, family_of, unknown_turns
+from medft.data.reading.free_text import (
+    TOOLS,
+    from_alpaca,
+    from_entity_pair,
+    from_formatted,
+    from_label,
+    from_medquad,
+    from_messages,
+    from_patient,
+    from_question_answer,
+    from_text,
+)
+from .list_cells import missing_kind
+from medft.data.reading.multiple_choice import (
+    LETTERS,
+    MORE_OPTIONS,
+    OPTIONS,
+    FirstOption,
+    Reject,
+    Wording,
+    cell,
+    explained,
+    filled_options,
+    from_medmcqa,
+    from_medqa,
+    from_medqa_hf,
+    from_pubmedqa,
+    group_key,
+    nested,
+    number,
+    optional,
+    passages,
+    plain_answer,
+    read_choices,
+    settle,
+    told_in,
+    way,
+)
+from .recipe_sources import files_in_words
 
 import difflib
 import re
@@ -22,33 +64,22 @@ from pathlib import Path
 
 import orjson
 from fastcore.basics import patch
-from ..quality.broken_text import repaired_rows
-from .list_cells import missing_kind
-from .chat_formats import FORMATS, PLAIN_FORMATS, family_of, unknown_turns
-from medft.data.reading.multiple_choice import (
-    LETTERS, MORE_OPTIONS, OPTIONS, FirstOption, Reject, Wording, cell, explained, filled_options,
-    from_medmcqa, from_medqa, from_medqa_hf, from_pubmedqa, group_key, number, optional, passages,
-    nested, plain_answer, read_choices, settle, told_in, way,
-)
-from ...core.identity import identities, identity, identity_columns
-from .recipe_sources import files_in_words
-from .free_text import (TOOLS, from_alpaca, from_entity_pair, from_formatted, from_label, from_medquad, from_messages,
-                         from_patient, from_question_answer, from_text)
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c006
 @dataclass(frozen=True)
 class Schema:
     "A line of the table: how columns are recognised and who reads the row."
+
     name: str
-    needs: str              # columns: name=spelling|spelling ...
-    read: object            # row -> example
-    may: str = ""           # columns read when they are there
-    counts: tuple = ()      # the column in which options are counted; row -> (what it says, number of options, the way it says it)
-    marked: bool = False    # only when its text holds chat markers
-    reply: str = ""         # the column that holds an answer in words
-    looked_at: str = ""     # columns that tell what a row is, and are not trained on
+    needs: str  # columns: name=spelling|spelling ...
+    read: object  # row -> example
+    may: str = ""  # columns read when they are there
+    counts: tuple = ()  # the column in which options are counted; row -> (what it says, number of options, the way it says it)
+    marked: bool = False  # only when its text holds chat markers
+    reply: str = ""  # the column that holds an answer in words
+    looked_at: str = ""  # columns that tell what a row is, and are not trained on
     fallback: bool = False  # never what a file is nearest to
-    context: bool = False   # whether texts that a question is about are read (CONTEXTS)
+    context: bool = False  # whether texts that a question is about are read (CONTEXTS)
 
     def spellings(self) -> dict:
         "Each column with all its spellings."
@@ -58,7 +89,7 @@ class Schema:
 # %% ../../../nbs/data/reading/schemas.ipynb #c007
 def _medmcqa_counts(row):
     said = row.get("cop")
-    if type(said) is int and row.get("ope") is None:        # the hub's rows, and most others
+    if type(said) is int and row.get("ope") is None:  # the hub's rows, and most others
         return said, 4, way(said, ())
     try:
         columns = (*OPTIONS, *MORE_OPTIONS)
@@ -77,9 +108,15 @@ def _medqa_counts(row):
     except Reject:
         return None, 4, ""
     texts = list(options.values())
-    counted = key not in options and (column == "answer" or said not in texts)     # a key or a text names its letter: nothing to count
+    counted = key not in options and (
+        column == "answer" or said not in texts
+    )  # a key or a text names its letter: nothing to count
     how = way(row.get("answer"), texts) if column == "answer" or key not in options else ""
-    return row.get(column) if counted else "A", len(texts), how if column == "answer" or how == "text" else ""
+    return (
+        row.get(column) if counted else "A",
+        len(texts),
+        how if column == "answer" or how == "text" else "",
+    )
 
 
 def _option_columns(first=1):
@@ -111,43 +148,144 @@ _MCQ_MAY = "exp=explanation subject_name choice_type context"
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c008
 SCHEMAS = [
-    Schema("medmcqa", " ".join([_ASKED, *_MCQ_0[:4]]), from_medmcqa, " ".join([_COP, *_MCQ_0[4:], _MCQ_MAY]),
-           ("cop", _medmcqa_counts), looked_at="exp", fallback=True, context=True),
-    Schema("medmcqa", " ".join([_ASKED, *_MCQ[:4]]), from_medmcqa, " ".join([_COP, *_MCQ[4:], _MCQ_MAY]), ("cop", _medmcqa_counts), looked_at="exp", context=True),
-    Schema("medmcqa", " ".join([_ASKED, *_MCQ[:2], _COP]), from_medmcqa, " ".join([*_MCQ[2:], _MCQ_MAY]), ("cop", _medmcqa_counts), looked_at="exp",
-           fallback=True, context=True),
-    Schema("medqa", f"{_ASKED} {_OPTIONS} answer_idx={_INDEX}", from_medqa, "answer=correct_answer|answer_text|right_answer meta_info=subject context",
-           ("answer_idx", _medqa_counts), context=True),
-    Schema("medqa", f"{_ASKED} {_OPTIONS} answer=label|{_RIGHT}", from_medqa, "meta_info=subject context", ("answer", _medqa_counts), context=True),
-    Schema("medqa", "question=qtext options=answers answer=ra", from_medqa, "meta_info=subject context", ("answer", _medqa_counts), context=True),
-    Schema("medqa", "sent1 ending0 ending1 ending2 ending3 label", from_medqa_hf, "sent2 ending4 context", context=True),
-    Schema("pubmedqa", "question contexts=context|abstract|passages|passage final_decision", from_pubmedqa),
-    Schema("pubmedqa", "question contexts=context|abstract|passages|passage long_answer", from_pubmedqa, "final_decision", looked_at="long_answer"),
-    Schema("medquad", "question answer document_id", from_medquad, "question_focus question_type document_source question_id context", reply="answer", context=True),
-    Schema("medquad", "question answer question_type=qtype", from_medquad, "question_focus context", reply="answer", context=True),
+    Schema(
+        "medmcqa",
+        " ".join([_ASKED, *_MCQ_0[:4]]),
+        from_medmcqa,
+        " ".join([_COP, *_MCQ_0[4:], _MCQ_MAY]),
+        ("cop", _medmcqa_counts),
+        looked_at="exp",
+        fallback=True,
+        context=True,
+    ),
+    Schema(
+        "medmcqa",
+        " ".join([_ASKED, *_MCQ[:4]]),
+        from_medmcqa,
+        " ".join([_COP, *_MCQ[4:], _MCQ_MAY]),
+        ("cop", _medmcqa_counts),
+        looked_at="exp",
+        context=True,
+    ),
+    Schema(
+        "medmcqa",
+        " ".join([_ASKED, *_MCQ[:2], _COP]),
+        from_medmcqa,
+        " ".join([*_MCQ[2:], _MCQ_MAY]),
+        ("cop", _medmcqa_counts),
+        looked_at="exp",
+        fallback=True,
+        context=True,
+    ),
+    Schema(
+        "medqa",
+        f"{_ASKED} {_OPTIONS} answer_idx={_INDEX}",
+        from_medqa,
+        "answer=correct_answer|answer_text|right_answer meta_info=subject context",
+        ("answer_idx", _medqa_counts),
+        context=True,
+    ),
+    Schema(
+        "medqa",
+        f"{_ASKED} {_OPTIONS} answer=label|{_RIGHT}",
+        from_medqa,
+        "meta_info=subject context",
+        ("answer", _medqa_counts),
+        context=True,
+    ),
+    Schema(
+        "medqa",
+        "question=qtext options=answers answer=ra",
+        from_medqa,
+        "meta_info=subject context",
+        ("answer", _medqa_counts),
+        context=True,
+    ),
+    Schema(
+        "medqa",
+        "sent1 ending0 ending1 ending2 ending3 label",
+        from_medqa_hf,
+        "sent2 ending4 context",
+        context=True,
+    ),
+    Schema(
+        "pubmedqa",
+        "question contexts=context|abstract|passages|passage final_decision",
+        from_pubmedqa,
+    ),
+    Schema(
+        "pubmedqa",
+        "question contexts=context|abstract|passages|passage long_answer",
+        from_pubmedqa,
+        "final_decision",
+        looked_at="long_answer",
+    ),
+    Schema(
+        "medquad",
+        "question answer document_id",
+        from_medquad,
+        "question_focus question_type document_source question_id context",
+        reply="answer",
+        context=True,
+    ),
+    Schema(
+        "medquad",
+        "question answer question_type=qtype",
+        from_medquad,
+        "question_focus context",
+        reply="answer",
+        context=True,
+    ),
     Schema("entity-pairs", "left right label", from_entity_pair, "left_patient right_patient kind"),
-    Schema("patient", "patient_id birth_date conditions encounters history", from_patient)]
+    Schema("patient", "patient_id birth_date conditions encounters history", from_patient),
+]
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c009
 READY_TEXT = "text|formatted|formatted_text|formatted_prompt|full_text|full_prompt|chat_text|chat|dialog|train_text|content|sample"
+
 
 def from_cut(row):
     "A conversation in one string, in whatever format, as turns."
     text = "".join(row[k] for k in ("formatted", "completion") if isinstance(row.get(k), str))
     return from_messages(dict(messages=text))
 
+
 SCHEMAS += [
-    Schema("messages", "messages=conversations|conversation|dialogue", from_messages, "system tools"),
+    Schema(
+        "messages", "messages=conversations|conversation|dialogue", from_messages, "system tools"
+    ),
     Schema("formatted", "formatted=prompt", from_formatted, "completion input", marked=True),
-    Schema("alpaca", "instruction output=response|answer|completion", from_alpaca, "input=context system history context", reply="output", context=True),
+    Schema(
+        "alpaca",
+        "instruction output=response|answer|completion",
+        from_alpaca,
+        "input=context system history context",
+        reply="output",
+        context=True,
+    ),
     Schema("labelled-text", "text=sentence label=target|labels|class", from_label),
-    Schema("question-answer", "question=query|q|input answer=response|a|output", from_question_answer, "context system question_type", reply="answer", context=True),
+    Schema(
+        "question-answer",
+        "question=query|q|input answer=response|a|output",
+        from_question_answer,
+        "context system question_type",
+        reply="answer",
+        context=True,
+    ),
     Schema("formatted", f"formatted={READY_TEXT}", from_formatted, marked=True),
     Schema("text", "text", from_text, "title prompt completion source kind segments"),
     Schema("segments", "segments", from_text),
     Schema("prompt-completion", "prompt completion", from_text, "text", reply="completion"),
-    Schema("question-answer", "question=prompt answer=response|output", from_question_answer, "context system", reply="answer", context=True),
-    Schema("messages", "formatted=text|prompt", from_cut, "completion", marked=True)]      # asked for by name: ready text, cut into turns
+    Schema(
+        "question-answer",
+        "question=prompt answer=response|output",
+        from_question_answer,
+        "context system",
+        reply="answer",
+        context=True,
+    ),
+    Schema("messages", "formatted=text|prompt", from_cut, "completion", marked=True),
+]  # asked for by name: ready text, cut into turns
 ANY = "id=_key|pubid|pmid|pair_id|uid|uuid|prompt_id group patient_id=subject_id document_id=doc_id subject system"
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c009n
@@ -169,7 +307,9 @@ def plain_name(column) -> str:
 
 
 _CONTEXT_NAMES = set(map(plain_name, CONTEXTS))
-_CONTEXT_ENDS = re.compile("(contexts?|passages?|abstracts?|vignettes?|scenarios?|paragraphs?)(text)?$")    # clinical_context
+_CONTEXT_ENDS = re.compile(
+    "(contexts?|passages?|abstracts?|vignettes?|scenarios?|paragraphs?)(text)?$"
+)  # clinical_context
 _REASONING_RANK = {plain_name(name): i for i, name in enumerate(REASONINGS)}
 
 
@@ -183,8 +323,14 @@ def _tells(value):
 def context_columns(columns, used, rows) -> list:
     "The columns that hold what a question is about, in the file's order."
     named = (c for c in columns if c not in used)
-    found = [c for c in named if plain_name(c) in _CONTEXT_NAMES or _CONTEXT_ENDS.search(plain_name(c))]
-    return [c for c in found if plain_name(c) in ("context", "contexts") or any(_tells(r.get(c)) for r in rows)]
+    found = [
+        c for c in named if plain_name(c) in _CONTEXT_NAMES or _CONTEXT_ENDS.search(plain_name(c))
+    ]
+    return [
+        c
+        for c in found
+        if plain_name(c) in ("context", "contexts") or any(_tells(r.get(c)) for r in rows)
+    ]
 
 
 def reasoning_column(columns, used) -> str | None:
@@ -195,8 +341,10 @@ def reasoning_column(columns, used) -> str | None:
 # %% ../../../nbs/data/reading/schemas.ipynb #c013
 def _names(columns):
     "Column names for a message: on one line, none longer than 60 characters, 40 at most."
-    short = [" ".join(c.split())[:60].encode("utf-8", "backslashreplace").decode() for c in columns[:40]]
-    return ", ".join(short) + f" and {len(columns) - 40} more"*(len(columns) > 40)
+    short = [
+        " ".join(c.split())[:60].encode("utf-8", "backslashreplace").decode() for c in columns[:40]
+    ]
+    return ", ".join(short) + f" and {len(columns) - 40} more" * (len(columns) > 40)
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c014
 def find_columns(schema, columns) -> tuple[dict, list]:
@@ -209,92 +357,147 @@ def find_columns(schema, columns) -> tuple[dict, list]:
     needed = [w.partition("=")[0] for w in schema.needs.split()]
     return {k: v for k, v in found.items() if v}, [k for k in needed if not found[k]]
 
+
 def mapped(where, columns, mapping) -> list:
     "A file's columns after the recipe's mapping. Raises `MedftError` for a name on either side that does not exist."
     ours = {k for s in (*SCHEMAS, Schema("", "", None, ANY)) for k in s.spellings()}
     for our, their in mapping.items():
         if their not in columns:
-            raise MedftError(f"{where}: dataset.columns: {our}: no column {their!r}{nearest(their, columns)}; the file has {_names(columns)}")
-        if our not in ours: raise MedftError(f"dataset.columns: no schema reads a column {our!r}{nearest(our, ours)}")
+            raise MedftError(
+                f"{where}: dataset.columns: {our}: no column {their!r}{nearest(their, columns)}; the file has {_names(columns)}"
+            )
+        if our not in ours:
+            raise MedftError(
+                f"dataset.columns: no schema reads a column {our!r}{nearest(our, ours)}"
+            )
     return list(dict.fromkeys([*(c for c in columns if c not in mapping.values()), *mapping]))
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c018
 TOKEN_FORMATS = {name: FORMATS[name] for name in ("Llama 3", "ChatML", "Gemma", "Mistral")}
 STRICT = {name: format for name, format in (FORMATS | PLAIN_FORMATS).items() if not format.at_start}
 
+
 def _texts(rows, found, *columns):
     "What stands in some columns of rows, one behind the other; rows without are left out."
-    joined = ("".join(v for k in columns if isinstance(v := row.get(found.get(k)), str)) for row in rows)
+    joined = (
+        "".join(v for k in columns if isinstance(v := row.get(found.get(k)), str)) for row in rows
+    )
     return [text for text in joined if text.strip()]
+
 
 def _marked(rows, found, task=""):
     "Whether more than half of these texts are conversations in a known format."
-    formats = TOKEN_FORMATS if task == "pretraining" else STRICT if found.get("completion") else None
+    formats = (
+        TOKEN_FORMATS if task == "pretraining" else STRICT if found.get("completion") else None
+    )
     texts = _texts(rows, found, "formatted", "completion")
-    return sum(family_of(text, formats) is not None for text in texts) > len(texts)/2
+    return sum(family_of(text, formats) is not None for text in texts) > len(texts) / 2
 
-MIXED = 0.1     # share of rows with turns from which a file is no running text
+
+MIXED = 0.1  # share of rows with turns from which a file is no running text
+
 
 def refuse_unread_turns(where, rows, found):
     "Raise `MedftError` when texts hold turns, and all of them would be trained on, the questions too."
     texts = _texts(rows, found, "text")
     known = Counter(filter(None, map(family_of, texts)))
     odd = [markers for text in texts if not family_of(text) and (markers := unknown_turns(text))]
-    choice = ("write the rows as messages (or as question and answer), or set dataset.schema: text to train on all of it, the questions too")
-    if len(odd) > len(texts)/2:
-        raise MedftError(f"{where}: {len(odd)} of {len(texts)} texts hold turns in a format that is not known here ({odd[0][0]!r}, {odd[0][1]!r}); {choice}")
-    if sum(known.values()) > max(MIXED*len(texts), 1):
+    choice = "write the rows as messages (or as question and answer), or set dataset.schema: text to train on all of it, the questions too"
+    if len(odd) > len(texts) / 2:
+        raise MedftError(
+            f"{where}: {len(odd)} of {len(texts)} texts hold turns in a format that is not known here ({odd[0][0]!r}, {odd[0][1]!r}); {choice}"
+        )
+    if sum(known.values()) > max(MIXED * len(texts), 1):
         names = ", ".join(f"{name} {n}" for name, n in known.items())
-        raise MedftError(f"{where}: {sum(known.values())} of {len(texts)} texts hold turns ({names}), the others none; part the file, {choice}")
+        raise MedftError(
+            f"{where}: {sum(known.values())} of {len(texts)} texts hold turns ({names}), the others none; part the file, {choice}"
+        )
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c020
 def _nearest(tried):
     "The schema that most columns speak for; question and answer when none speaks for any."
-    share = lambda t: 1 - len(t[2])/len(t[0].needs.split())
+
+    def share(t):
+        return 1 - len(t[2]) / len(t[0].needs.split())
+
     best = max(tried, key=lambda t: (share(t), -len(t[2]), sum(k == c for k, c in t[1].items())))
     return best if share(best) else next((t for t in tried if t[0].name == "question-answer"), best)
 
-_DATA = re.compile(r"[-+]?\d+([.,]\d+)?|.{60}.*|.*[?.!]|(\S+\s+){6}.*", re.S)    # a number, a sentence, or long: no name of a column
+
+_DATA = re.compile(
+    r"[-+]?\d+([.,]\d+)?|.{60}.*|.*[?.!]|(\S+\s+){6}.*", re.S
+)  # a number, a sentence, or long: no name of a column
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c021
 def no_schema(where, columns, tried, name=None):
     "The error that says what a file lacks; `tried` holds (schema, found columns, missing columns)."
     s, found, lacks = _nearest(tried)
-    left, headless = [c for c in columns if c not in found.values()], any(map(_DATA.fullmatch, columns))
-    likely = lambda ours: next(iter(difflib.get_close_matches(ours, left, 1)), left[0] if len(left) == len(lacks) == 1 else "<your column>")
-    write = ", ".join(f"{k}: {_names([likely(k)])}" for k in lacks) or "question: <your column>, answer: <your column>"
-    return MedftError(f"{where}: columns {_names(columns)} {f'are not {name}' if name else 'fit no schema'}; nearest is {s.name}, which lacks "
-                      f"{', '.join(lacks) or 'chat markers in ' + found['formatted']}; write dataset.columns: {{{write}}}"
-                      + "; these names look like a row: if the file has no header line, put one before it"*headless)
+    left, headless = (
+        [c for c in columns if c not in found.values()],
+        any(map(_DATA.fullmatch, columns)),
+    )
+
+    def likely(ours):
+        return next(
+            iter(difflib.get_close_matches(ours, left, 1)),
+            left[0] if len(left) == len(lacks) == 1 else "<your column>",
+        )
+
+    write = (
+        ", ".join(f"{k}: {_names([likely(k)])}" for k in lacks)
+        or "question: <your column>, answer: <your column>"
+    )
+    return MedftError(
+        f"{where}: columns {_names(columns)} {f'are not {name}' if name else 'fit no schema'}; nearest is {s.name}, which lacks "
+        f"{', '.join(lacks) or 'chat markers in ' + found['formatted']}; write dataset.columns: {{{write}}}"
+        + "; these names look like a row: if the file has no header line, put one before it"
+        * headless
+    )
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c022
 def recognise(
-    columns,        # of the file, after mapping
-    rows=(),        # the first rows, to look for chat markers
-    name=None,      # dataset.schema
-    where="",       # file name, for the error
-    task="",        # of the recipe: in pretraining a conversation may be running text
-) -> tuple[Schema, dict]:   # the schema, {its column: the file's}
+    columns,  # of the file, after mapping
+    rows=(),  # the first rows, to look for chat markers
+    name=None,  # dataset.schema
+    where="",  # file name, for the error
+    task="",  # of the recipe: in pretraining a conversation may be running text
+) -> tuple[Schema, dict]:  # the schema, {its column: the file's}
     "What a file is. Raises `MedftError` when no schema fits, naming the nearest and what it lacks."
-    names = dict.fromkeys(s.name for s in SCHEMAS); name = name and re.sub(r"[\s_/]", "-", name.lower())
-    if name and name not in names: raise MedftError(f"dataset.schema: no schema {name!r}{nearest(name, names)}; known: {', '.join(names)}")
+    names = dict.fromkeys(s.name for s in SCHEMAS)
+    name = name and re.sub(r"[\s_/]", "-", name.lower())
+    if name and name not in names:
+        raise MedftError(
+            f"dataset.schema: no schema {name!r}{nearest(name, names)}; known: {', '.join(names)}"
+        )
     tried = [(s, *find_columns(s, columns)) for s in SCHEMAS if name in (None, s.name)]
     for s, found, lacks in tried:
-        if not lacks and (name or not s.marked or _marked(rows, found, task)): return s, found
+        if not lacks and (name or not s.marked or _marked(rows, found, task)):
+            return s, found
     raise no_schema(where, columns, [t for t in tried if not t[0].fallback], name)
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c023
 def mapping_for(columns, rows, d, task="") -> dict:
     "The recipe's mapping, or none for a file that has nothing of it and needs nothing of it."
-    if set(d.columns.values()) & set(columns): return d.columns
-    try: found = find_columns(Schema("", "", None, ANY), columns)[0] | recognise(columns, rows, d.schema, task=task)[1]
-    except MedftError: return d.columns
-    slip = any(difflib.get_close_matches(their, columns, 1, .8) for our, their in d.columns.items() if our not in found)
+    if set(d.columns.values()) & set(columns):
+        return d.columns
+    try:
+        found = (
+            find_columns(Schema("", "", None, ANY), columns)[0]
+            | recognise(columns, rows, d.schema, task=task)[1]
+        )
+    except MedftError:
+        return d.columns
+    slip = any(
+        difflib.get_close_matches(their, columns, 1, 0.8)
+        for our, their in d.columns.items()
+        if our not in found
+    )
     return d.columns if slip else {}
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c027
 class Reading:
     "One pass over a file: yields (number, row, example or None, reason or None)."
+
     def __init__(self, rows, where, d, features, seen=None, task=""):
         self.repaired = Counter()
         rows = repaired_rows(rows, self.repaired, nested) if d.repair else iter(rows)
@@ -315,7 +518,9 @@ class Reading:
         theirs = {ours: self.columns.get(c, c) for ours, c in found.items()}
         self.schema, self.own_subject = self.line.name, "subject" in self.columns
         self.renames = {ours: c for ours, c in theirs.items() if ours != c}
-        self.first = self.line.counts and _first(where, self.line.counts[0], d, features.get(theirs.get(self.line.counts[0])))
+        self.first = self.line.counts and _first(
+            where, self.line.counts[0], d, features.get(theirs.get(self.line.counts[0]))
+        )
         self.owners = self._owners(after, found)
         self.look_around(columns, first, {self.columns.get(c, c) for c in own.values()}, theirs, d)
         given = {
@@ -332,8 +537,11 @@ def look_around(self: Reading, columns, first, own, theirs, d):
     "Find the columns beside those of the schema that are read, and those that are not."
     context = theirs.get("context")
     used = own - {context}
-    self.contexts = [] if not self.line.context else [
-        c for c in columns if c == context or c in context_columns(columns, used, first)]
+    self.contexts = (
+        []
+        if not self.line.context
+        else [c for c in columns if c == context or c in context_columns(columns, used, first)]
+    )
     in_words = self.line.read in (from_question_answer, from_alpaca, from_medquad)
     column = reasoning_column(columns, used | set(self.contexts))
     self.reasoning = column if in_words and d.reasoning == "prepend" else None
@@ -345,10 +553,15 @@ def look_around(self: Reading, columns, first, own, theirs, d):
     looked_at = {theirs.get(k) for k in self.line.looked_at.split()}
     self.used = (used - looked_at) | beside | {*self.contexts, self.reasoning}
     whole = self.line.read is from_patient
-    self.known, self.unread = set(columns), [] if whole else [c for c in columns if c not in self.used]
+    self.known, self.unread = (
+        set(columns),
+        [] if whole else [c for c in columns if c not in self.used],
+    )
     self.hints = []
     if d.reasoning == "prepend" and column and not self.reasoning and self.line.counts:
-        self.hints.append(f"dataset.reasoning: prepend is for answers in words and conversations; {column} is not read beside options")
+        self.hints.append(
+            f"dataset.reasoning: prepend is for answers in words and conversations; {column} is not read beside options"
+        )
 
 
 @property
@@ -361,9 +574,15 @@ def not_read(self):
 def notes(self):
     "What a user has to know of how the file was read, in sentences."
     kept = ", ".join(f"{text} ({n:,} rows)" for text, n in self.kept_words.items())
-    told = [f"{self.where}: answers that may stand for a missing value are kept as answers: {kept}"] if kept else []
+    told = (
+        [f"{self.where}: answers that may stand for a missing value are kept as answers: {kept}"]
+        if kept
+        else []
+    )
     if self.ended_early:
-        told.append(f"{self.where}: {self.ended_early:,} conversations end before turns of weight 0, which are not trained on")
+        told.append(
+            f"{self.where}: {self.ended_early:,} conversations end before turns of weight 0, which are not trained on"
+        )
     return told + [f"{self.where}: {hint}" for hint in self.hints]
 
 
@@ -372,7 +591,9 @@ Reading.not_read, Reading.notes = not_read, notes
 
 def not_read_line(not_read) -> str:
     "What is not read, in one line; empty where everything is."
-    columns = list(dict.fromkeys(c for several in not_read.get("columns", {}).values() for c in several))
+    columns = list(
+        dict.fromkeys(c for several in not_read.get("columns", {}).values() for c in several)
+    )
     parts = [f"columns {_names(columns)}"] if columns else []
     if keys := not_read.get("turn_keys"):
         parts.append(f"keys of turns: {_names(keys)}")
@@ -381,11 +602,20 @@ def not_read_line(not_read) -> str:
     return f"not read: {'; '.join(parts)}" if parts else ""
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c028
-def _renamed(row, renames): return row if not renames else row | {ours: row.get(theirs) for ours, theirs in renames.items()}
+def _renamed(row, renames):
+    return row if not renames else row | {ours: row.get(theirs) for ours, theirs in renames.items()}
+
 
 def _first(where, column, d, names):
     said = d.first_option if d.first_option is not None else 0 if names else None
-    return FirstOption(where, column, said, f"dataset.first_option={said}" if d.first_option is not None else f"{column} has class names")
+    return FirstOption(
+        where,
+        column,
+        said,
+        f"dataset.first_option={said}"
+        if d.first_option is not None
+        else f"{column} has class names",
+    )
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c030
 @patch
@@ -393,10 +623,15 @@ def worded(self: Reading, views):
     "(row, what it says is right, number of options), held back while that may be a sign or a text; a text counts as a letter."
     held = []
     for item in views:
-        said, size, how = self.line.counts[1](item[2]); self.wording.see(item[0], how); held.append((item, said, size, how))
-        if self.wording.open: continue
-        yield from map(self.counted, held); held.clear()
+        said, size, how = self.line.counts[1](item[2])
+        self.wording.see(item[0], how)
+        held.append((item, said, size, how))
+        if self.wording.open:
+            continue
+        yield from map(self.counted, held)
+        held.clear()
     yield from map(self.counted, held)
+
 
 @patch
 def counted(self: Reading, held):
@@ -407,20 +642,42 @@ def counted(self: Reading, held):
 @patch
 def settled(self: Reading):
     "Rows as (number, row, row under our names), held back until the file has told how it counts its options."
-    views = ((n, row, _renamed(row, self.renames) if isinstance(row, dict) else {}) for n, row in self.rows)
-    if not self.first: yield from views; return
+    views = (
+        (n, row, _renamed(row, self.renames) if isinstance(row, dict) else {})
+        for n, row in self.rows
+    )
+    if not self.first:
+        yield from views
+        return
     held = []
     for item, said, size in self.worded(views):
-        self.first.see(item[0], said, size); held.append((item, said)); self.args = self.first.base, self.wording.texts
-        if self.first.base is None: continue
-        yield from (item for item, _ in held); held.clear()
-    if held: settle(self.first, [(v, explained(view)) for (_, _, view), said in held if (v := number(said)) not in (None, -1)])
+        self.first.see(item[0], said, size)
+        held.append((item, said))
+        self.args = self.first.base, self.wording.texts
+        if self.first.base is None:
+            continue
+        yield from (item for item, _ in held)
+        held.clear()
+    if held:
+        settle(
+            self.first,
+            [
+                (v, explained(view))
+                for (_, _, view), said in held
+                if (v := number(said)) not in (None, -1)
+            ],
+        )
     self.args = self.first.base, self.wording.texts
     yield from (item for item, _ in held)
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c032
-ASK_ONLY = (from_formatted, from_messages, from_pubmedqa)    # readers whose group is what a row asks, not whose it is
+ASK_ONLY = (
+    from_formatted,
+    from_messages,
+    from_pubmedqa,
+)  # readers whose group is what a row asks, not whose it is
 OWN_GROUPS = (from_medquad, from_entity_pair, from_patient)  # readers that know whose a row is
+
 
 @patch
 def _owners(self: Reading, columns, found) -> dict:
@@ -433,6 +690,7 @@ def _owners(self: Reading, columns, found) -> dict:
     taken = {column for ours, column in found.items() if ours in content}
     return identity_columns(columns, taken)
 
+
 @patch(as_prop=True)
 def owner_columns(self: Reading) -> dict:
     "What rows may be grouped by: kind -> the file's own column."
@@ -440,49 +698,70 @@ def owner_columns(self: Reading) -> dict:
         return {"patient": "left_patient, right_patient"}
     return {kind: self.columns.get(column, column) for kind, column in self.owners.items()}
 
+
 @patch
 def named(self: Reading, n, view, ex):
     "The example with an id that no earlier row has, and its group."
     id = own = ex.get("id") or optional(view, "id")
     if not own:
-        id = next((i for f in (Path(self.where).name, self.where) if (i := f"{f}:{n}") not in self.seen), f"{Path(self.where).name}:{n}")
+        id = next(
+            (i for f in (Path(self.where).name, self.where) if (i := f"{f}:{n}") not in self.seen),
+            f"{Path(self.where).name}:{n}",
+        )
     while id in self.seen:
         id = f"{id}:{n}"
     self.seen.add(id)
     ex["id"] = id
     if "group" not in ex:
-        ex["group"] = group_key(ex.get("question") or ex.get("prompt") or ex.get("text") or ex["completion"])
+        ex["group"] = group_key(
+            ex.get("question") or ex.get("prompt") or ex.get("text") or ex["completion"]
+        )
     for column in self.owners.values():
         check_encodable(view.get(column))
     if "group" in self.owners:
         chosen = identity(view.get("group"))
         ex["group"] = f"group {chosen}" if chosen is not None else ex["group"]
-    elif self.line.read in ASK_ONLY or isinstance(ex["group"], str) and not ex["group"].startswith("article "):
-        if owners := identities(view, self.owners):
-            ex |= dict(asked_group=ex["group"], group=owners[0], owners=owners)
+    elif (
+        self.line.read in ASK_ONLY
+        or isinstance(ex["group"], str)
+        and not ex["group"].startswith("article ")
+    ) and (owners := identities(view, self.owners)):
+        ex |= dict(asked_group=ex["group"], group=owners[0], owners=owners)
     if self.own_subject or not ex.get("subject") and isinstance(view.get("subject"), str):
         ex["subject"] = optional(view, "subject")
-    if "question" in ex and "system" not in ex and isinstance(view.get("system"), str) and (system := optional(view, "system")):
+    if (
+        "question" in ex
+        and "system" not in ex
+        and isinstance(view.get("system"), str)
+        and (system := optional(view, "system"))
+    ):
         ex["system"] = system
     return ex
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c034
 def check_encodable(v):
     "Raise `UnicodeEncodeError` for a text, or one inside lists and objects, that has no UTF-8."
-    try: orjson.dumps(v, default=str)       # looks through it all in half a microsecond
-    except TypeError: _find_odd(v)
+    try:
+        orjson.dumps(v, default=str)  # looks through it all in half a microsecond
+    except TypeError:
+        _find_odd(v)
+
 
 def _find_odd(v):
-    if isinstance(v, str): v.encode()
+    if isinstance(v, str):
+        v.encode()
     elif isinstance(v, (dict, list, tuple)):
-        for x in v.values() if isinstance(v, dict) else v: _find_odd(x)
+        for x in v.values() if isinstance(v, dict) else v:
+            _find_odd(x)
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c035
 @patch
 def example(self: Reading, n, row, view):
     "A row as an example. Raises `Reject` for one that cannot be used, `MedftError` for one that no file should have."
     if (self.contexts or "context" in view) and self.line.context and self.contexts != ["context"]:
-        view = view | dict(context="\n".join(filter(None, (passages(row.get(c), c) for c in self.contexts))))
+        view = view | dict(
+            context="\n".join(filter(None, (passages(row.get(c), c) for c in self.contexts)))
+        )
     ex = self.line.read(view, *self.args)
     self.turn_keys |= ex.pop("unread", set())
     self.ended_early += ex.pop("ended_early", False)
@@ -509,7 +788,11 @@ def check_reply(self: Reading, view, ex):
 def in_their_words(self: Reading, reason):
     "A reason that begins with our name of a column, with the file's name of it."
     ours, blank, rest = reason.partition(" ")
-    return f"{self.renames.get(ours, ours)}{blank}{rest}" if rest.startswith(("holds", "names", "marks", "has")) else reason
+    return (
+        f"{self.renames.get(ours, ours)}{blank}{rest}"
+        if rest.startswith(("holds", "names", "marks", "has"))
+        else reason
+    )
 
 
 @patch
@@ -534,16 +817,18 @@ def __iter__(self: Reading):
         tools += reason == TOOLS
         yield n, row, ex, reason
     if rows and tools == rows:
-        raise MedftError(f"{self.where}: every row has a {TOOLS}; medft trains on system, user and assistant turns: take these rows out")
+        raise MedftError(
+            f"{self.where}: every row has a {TOOLS}; medft trains on system, user and assistant turns: take these rows out"
+        )
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c036
 def read_examples(
-    rows,           # (number, row), as a reader of files yields them
-    where,          # the file's name, for messages and ids
-    d=None,         # the recipe's dataset section
+    rows,  # (number, row), as a reader of files yields them
+    where,  # the file's name, for messages and ids
+    d=None,  # the recipe's dataset section
     features=None,  # {column: class names} that the file itself carries (ClassLabel)
-    seen=None,      # a set of the ids given so far: readings that share it give no id twice
-    task="",        # the recipe's: where questions are answered, running text with turns in it is refused
+    seen=None,  # a set of the ids given so far: readings that share it give no id twice
+    task="",  # the recipe's: where questions are answered, running text with turns in it is refused
 ) -> Reading:
     "Recognise a file and read it. Raises `MedftError` when it fits no schema, now, or contradicts itself, on the way."
     return Reading(rows, where, d or Dataset(), features or {}, seen, task)

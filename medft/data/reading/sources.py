@@ -9,9 +9,44 @@ __all__ = ['MARKS', 'UNPACKED', 'NESTED', 'STATE', 'Listing', 'whole_folder', 's
            'digest']
 
 # %% ../../../nbs/data/reading/sources.ipynb #c002
-from ...core.run import MedftError, assets, locate, nearest, runs_root, sha256  # first: it sets switches that the libraries read
+from ...core.run import MedftError, assets, locate, nearest, runs_root, sha256
+from ...core.secrets import full_url, redact
+from medft.data.reading.formats import (
+    ENDINGS,
+    FREE,
+    GROWTH,
+    PLAIN,
+    Part,
+    broken,
+    check_end,
+    explained,
+    features,
+    kind_of,
+    opened,
+    printable,
+    rows,
+)
+from .hub import cache, causes, hub
+from medft.data.reading.split_names import (
+    UNCLEAR,
+    matching_splits,
+    numbered_alike,
+    split_of_path,
+    split_of_value,
+    splits_in,
+)
 
-import glob, hashlib, json, logging, os, re, shutil, stat, tempfile, zipfile, zlib
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import tempfile
+import zipfile
+import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,38 +55,61 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from .formats import ENDINGS, FREE, GROWTH, PLAIN, Part, broken, check_end, explained, features, kind_of, opened
-from .formats import printable, rows
-from .hub import cache, causes, hub
-from ...core.secrets import full_url, redact
-from .split_names import UNCLEAR, matching_splits, numbered_alike, split_of_path, split_of_value, splits_in
-
 # %% ../../../nbs/data/reading/sources.ipynb #c008
-MARKS = ("state.json", "dataset_dict.json", "corpus.json", "patients.csv", "patients.csv.gz")   # a folder with one of these is one thing
-_RECORDS = ("state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "thumbs.db", "desktop.ini")
+MARKS = (
+    "state.json",
+    "dataset_dict.json",
+    "corpus.json",
+    "patients.csv",
+    "patients.csv.gz",
+)  # a folder with one of these is one thing
+_RECORDS = (
+    "state.json",
+    "dataset_dict.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "thumbs.db",
+    "desktop.ini",
+)
 _ABOUT = re.compile(
     r"(readme|licen[cs]e)([-_.][a-z0-9.]{1,8})?(\.(md|txt|rst|html?|pdf))?"
     r"|(copying|notice|citation|changelog|authors)(\.(md|txt|rst|cff|bib))?|metadata\.json"
-    r"|([\w.]+-)*licen[cs]es?(-[\w-]+)?", re.I)
+    r"|([\w.]+-)*licen[cs]es?(-[\w-]+)?",
+    re.I,
+)
+
 
 @dataclass
 class Listing:
     "What a path stands for."
-    splits: dict                                # split ("" where nothing names one) -> parts
-    not_read: list = field(default_factory=list)    # names of the files beside them that nothing reads
-    notes: list = field(default_factory=list)       # what was decided, a sentence each
 
-def _raise(e): raise e
+    splits: dict  # split ("" where nothing names one) -> parts
+    not_read: list = field(
+        default_factory=list
+    )  # names of the files beside them that nothing reads
+    notes: list = field(default_factory=list)  # what was decided, a sentence each
 
-def _family(name): return "json" if kind_of(name) == "jsonl" else kind_of(name)
 
-def _hidden(name): return name.startswith((".", "__MACOSX"))
+def _raise(e):
+    raise e
+
+
+def _family(name):
+    return "json" if kind_of(name) == "jsonl" else kind_of(name)
+
+
+def _hidden(name):
+    return name.startswith((".", "__MACOSX"))
+
 
 def _is_about(name):
     "Whether a file tells of the data and is none."
     last = name.rpartition("/")[2]
-    described = _ABOUT.fullmatch(last) and (_family(last) in (None, "txt") or last.lower() == "metadata.json")
+    described = _ABOUT.fullmatch(last) and (
+        _family(last) in (None, "txt") or last.lower() == "metadata.json"
+    )
     return bool(described)
+
 
 def _files(path):
     "Every file below a folder, sorted, without hidden ones and a library's own records: relative name -> Path."
@@ -60,30 +118,42 @@ def _files(path):
         dirs[:] = [d for d in dirs if not _hidden(d)]
         for name in names:
             if not _hidden(name) and name.lower() not in _RECORDS:
-                found[(Path(folder)/name).relative_to(path).as_posix()] = Path(folder)/name
+                found[(Path(folder) / name).relative_to(path).as_posix()] = Path(folder) / name
     return dict(sorted(found.items()))
 
 # %% ../../../nbs/data/reading/sources.ipynb #c015
 def _check_regular(path, name):
-    try: mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode
     except OSError as e:
-        raise broken(name, f"{path.name} cannot be opened: {e.strerror}" + ("; a link to nothing" if path.is_symlink() else "")) from None
-    if not stat.S_ISREG(mode): raise broken(name, f"{path.name} is a pipe, a device or a socket; only plain files are read")
+        raise broken(
+            name,
+            f"{path.name} cannot be opened: {e.strerror}"
+            + ("; a link to nothing" if path.is_symlink() else ""),
+        ) from None
+    if not stat.S_ISREG(mode):
+        raise broken(
+            name, f"{path.name} is a pipe, a device or a socket; only plain files are read"
+        )
+
 
 def _are_fhir(files):
     "Whether these are FHIR bundles, by the first of them."
     first, path = next(iter(files.items()))
     return kind_of(first) == "json" and path is not None and _is_fhir(Part(first, path, "json"))
 
+
 def _is_fhir(part):
     "Whether a JSON file begins as a FHIR bundle does."
-    with explained(part), opened(part) as f: return bool(re.search(rb'"resourceType"\s*:\s*"Bundle"', f.read(1 << 16)))
+    with explained(part), opened(part) as f:
+        return bool(re.search(rb'"resourceType"\s*:\s*"Bundle"', f.read(1 << 16)))
 
 # %% ../../../nbs/data/reading/sources.ipynb #c011
 def _counts(files):
     "How many files there are of each kind, in words."
     found = Counter(_family(n) for n in files)
     return ", ".join(f"{n} {kind}" for kind, n in found.most_common())
+
 
 def _several(name, files):
     "The message for files of several kinds, and the way out that there is."
@@ -97,13 +167,15 @@ def _several(name, files):
     return f"files of several kinds ({_counts(files)}), perhaps the same rows twice; {way}"
 
 # %% ../../../nbs/data/reading/sources.ipynb #c011a
-def _stem(name): return re.sub(r"(\.[a-z]\w*)+$", "", name, flags=re.I)
+def _stem(name):
+    return re.sub(r"(\.[a-z]\w*)+$", "", name, flags=re.I)
+
 
 def _wanted_kinds(
-    name,       # what messages call the folder
-    files,      # relative name -> Path; all can be read
-    task,       # the recipe's; None: not known
-) -> dict:      # the files that are data; all of them where that cannot be told yet
+    name,  # what messages call the folder
+    files,  # relative name -> Path; all can be read
+    task,  # the recipe's; None: not known
+) -> dict:  # the files that are data; all of them where that cannot be told yet
     "Documents or rows, where a folder holds both. Raises `MedftError` when it cannot be told."
     texts = {n: p for n, p in files.items() if kind_of(n) == "txt"}
     articles = {n: p for n, p in files.items() if kind_of(n) == "xml"}
@@ -121,11 +193,18 @@ def _wanted_kinds(
         return rows
     raise broken(name, _several(name, files))
 
+
 def _are_beside(others, main):
     "Whether some files are few enough to be notes about the main ones, or one to each of them."
-    few = len(others) == 1 and len(main) > 1 or 5*len(others) <= len(main)
-    each = all(_family(n) == "json" for n in others) and {_stem(n) for n in others} <= {_stem(n) for n in main}
-    return few or (each and len(main) > 1) or (len(others) == len(main) == 1 and kind_of(min(others)) == "txt")
+    few = len(others) == 1 and len(main) > 1 or 5 * len(others) <= len(main)
+    each = all(_family(n) == "json" for n in others) and {_stem(n) for n in others} <= {
+        _stem(n) for n in main
+    }
+    return (
+        few
+        or (each and len(main) > 1)
+        or (len(others) == len(main) == 1 and kind_of(min(others)) == "txt")
+    )
 
 # %% ../../../nbs/data/reading/sources.ipynb #k002
 def _document_splits(files):
@@ -140,11 +219,12 @@ def _document_splits(files):
         found.setdefault(folders[n] or ("train" if known else ""), {})[n] = p
     return found
 
+
 def _row_splits(
-    name,       # what messages call the folder
-    files,      # relative name -> Path
-    pattern,    # whether the recipe names them by a pattern, which says that all of them are meant
-) -> dict:      # split -> files; "" where no name tells one
+    name,  # what messages call the folder
+    files,  # relative name -> Path
+    pattern,  # whether the recipe names them by a pattern, which says that all of them are meant
+) -> dict:  # split -> files; "" where no name tells one
     "Split -> files, of files of rows. Raises `MedftError` for names that leave it open."
     of = {n: split_of_path(n) for n in files}
     known, unnamed = {s for s in of.values() if s}, [n for n, s in of.items() if s is None]
@@ -161,26 +241,36 @@ def _row_splits(
         raise broken(name, _unnamed(name, unnamed, [n for n in files if of[n] == "train"]))
     return found
 
+
 def _check_one_kind(name, files):
     "Raise `MedftError` for rows that may stand there twice."
     if len({_family(n) for n in files}) > 1:
         raise broken(name, _several(name, files))
-    twins = [n for n in files if sum(_stem(n) == _stem(m) for m in files if n != m)] if len(files) < 1000 else ()
+    twins = (
+        [n for n in files if sum(_stem(n) == _stem(m) for m in files if n != m)]
+        if len(files) < 1000
+        else ()
+    )
     if twins:
-        raise broken(name, f"{twins[0]} and {twins[1]} are perhaps the same rows twice; name one of them")
+        raise broken(
+            name, f"{twins[0]} and {twins[1]} are perhaps the same rows twice; name one of them"
+        )
+
 
 def _one_row_each(files):
     "Whether these are JSON files of one object each, as collections of articles are."
     names = list(files)
     if not all(re.search(r"\.json(\.gz)?$", n, re.I) for n in names) or None in files.values():
         return False
-    looked_at = {names[0], names[len(names)//2], names[-1]}
+    looked_at = {names[0], names[len(names) // 2], names[-1]}
     return all(len(list(islice(rows(Part(n, files[n], "json")), 2))) == 1 for n in looked_at)
+
 
 def _first_names(names, most=3):
     "The first of many names, and how many more there are."
     names = list(names)
-    return ", ".join(names[:most]) + f" and {len(names) - most:,} more"*(len(names) > most)
+    return ", ".join(names[:most]) + f" and {len(names) - most:,} more" * (len(names) > most)
+
 
 def _unnamed(name, unnamed, train):
     "The message for files whose names tell no split."
@@ -188,59 +278,82 @@ def _unnamed(name, unnamed, train):
         way = "unpack it, and list those to train on in dataset.path"
     else:
         listed = [f"{name.rstrip('/')}/{n}" for n in (*train, *unnamed)]
-        way = f"list those that are meant: [{', '.join(listed[:3])}{', …'*(len(listed) > 3)}]"
-    beside = f" beside {_first_names(train)}"*bool(train)
-    return (f"{len(unnamed)} file{'s'*(len(unnamed) > 1)} of rows whose names tell no split{beside} ({_first_names(unnamed)}): "
-            f"more rows to train on, the same again, or a test? {way}; or put a split into their names (train, validation, test)")
+        way = f"list those that are meant: [{', '.join(listed[:3])}{', …' * (len(listed) > 3)}]"
+    beside = f" beside {_first_names(train)}" * bool(train)
+    return (
+        f"{len(unnamed)} file{'s' * (len(unnamed) > 1)} of rows whose names tell no split{beside} ({_first_names(unnamed)}): "
+        f"more rows to train on, the same again, or a test? {way}; or put a split into their names (train, validation, test)"
+    )
 
 # %% ../../../nbs/data/reading/sources.ipynb #c012
 def _divided(
-    name,               # what messages call the folder
-    files,              # relative name -> Path; None where it is not here
-    task=None,          # the recipe's
-    pattern=False,      # the recipe names the files by a pattern
-) -> tuple[dict, list]: # split -> files; the names of those that nothing reads
+    name,  # what messages call the folder
+    files,  # relative name -> Path; None where it is not here
+    task=None,  # the recipe's
+    pattern=False,  # the recipe names the files by a pattern
+) -> tuple[dict, list]:  # split -> files; the names of those that nothing reads
     "What is to be read of the files of a folder, by split. Raises `MedftError` when that cannot be told."
     readable = {n: p for n, p in files.items() if kind_of(n)}
     data = {n: p for n, p in readable.items() if not _is_about(n)} or readable
     if not data:
         kinds = f" (there are {_first_names(files)})" if files else ""
-        raise broken(name, f"no file in this folder that can be read{kinds}; known: {', '.join(ENDINGS)} (.gz)")
+        raise broken(
+            name,
+            f"no file in this folder that can be read{kinds}; known: {', '.join(ENDINGS)} (.gz)",
+        )
     data = _wanted_kinds(name, data, task)
     documents = {kind_of(n) for n in data} <= {"txt", "xml"} or _are_fhir(data)
     splits = _document_splits(data) if documents else _row_splits(name, data, pattern)
     if UNCLEAR in splits:
         unclear = _first_names(splits[UNCLEAR])
-        raise broken(name, f"{unclear}: the name speaks of several splits; name the files to train on in dataset.path, a list, and others in dataset.test_path")
+        raise broken(
+            name,
+            f"{unclear}: the name speaks of several splits; name the files to train on in dataset.path, a list, and others in dataset.test_path",
+        )
     order = ["", "train", "validation", "test"]
-    return {s: splits[s] for s in order if s in splits}, [n for n in files if n not in data and not _is_about(n)]
+    return {s: splits[s] for s in order if s in splits}, [
+        n for n in files if n not in data and not _is_about(n)
+    ]
 
 # %% ../../../nbs/data/reading/sources.ipynb #c017
 def _saved(path, name) -> Listing:
     "A `save_to_disk` folder."
     from datasets import load_from_disk
+
     part = Part(name, path, "folder")
     for p in sorted(path.rglob("*.arrow")):
         with explained(part), open(p, "rb") as f:
             check_end(f"{name}/{p.relative_to(path).as_posix()}", f)
     with explained(part):
         data = load_from_disk(str(path))
-    not_read = [f"{name}/{n}" for n in _files(path) if not n.endswith(".arrow") and not _is_about(n)]
+    not_read = [
+        f"{name}/{n}" for n in _files(path) if not n.endswith(".arrow") and not _is_about(n)
+    ]
     if not isinstance(data, dict):
         own = str(data.split) if data.split is not None and split_of_value(data.split) else ""
         return Listing({own: [replace(part, data=data)]}, not_read)
     if len(data) == 1:
         return Listing({s: [replace(part, data=d)] for s, d in data.items()}, not_read)
-    return Listing({s: [replace(part, name=f"{name}/{s}", path=path/s, data=d)] for s, d in data.items()}, not_read)
+    return Listing(
+        {s: [replace(part, name=f"{name}/{s}", path=path / s, data=d)] for s, d in data.items()},
+        not_read,
+    )
 
 # %% ../../../nbs/data/reading/sources.ipynb #c019
-_SYNTHEA = ("patients", "encounters", "conditions", "medications", "immunizations")     # the tables that are read
+_SYNTHEA = (
+    "patients",
+    "encounters",
+    "conditions",
+    "medications",
+    "immunizations",
+)  # the tables that are read
+
 
 def _folder(path, name, task=None, without=()) -> Listing:
     "What is in a folder; `without` are files that the recipe names elsewhere."
-    if any((path/n).exists() for n in MARKS[:2]):
+    if any((path / n).exists() for n in MARKS[:2]):
         return _saved(path, name)
-    if (path/"corpus.json").exists():
+    if (path / "corpus.json").exists():
         return Listing({"": [Part(name, path, "corpus")]})
     inside = [p for p in path.iterdir() if not _hidden(p.name)]
     if len(inside) == 1 and inside[0].is_dir():
@@ -257,8 +370,11 @@ def _folder(path, name, task=None, without=()) -> Listing:
         return _synthea(homes.pop(), name, everything)
     files = {n: p for n, p in everything.items() if p.resolve() not in without}
     if not files and everything:
-        raise broken(name, "every file of this folder is named elsewhere in the recipe; none is left")
+        raise broken(
+            name, "every file of this folder is named elsewhere in the recipe; none is left"
+        )
     return _listing(path if len(files) == len(everything) else None, name, files, task)
+
 
 def _below(folder, listing):
     "A listing of the files in a folder whose own name may tell their split."
@@ -267,27 +383,40 @@ def _below(folder, listing):
         listing.splits = {split: [p for parts in listing.splits.values() for p in parts]}
     return listing
 
+
 def _synthea(home, name, files) -> Listing:
     "Synthea's tables; the others of its export are not read."
     read = {f"{table}.csv{gz}" for table in _SYNTHEA for gz in ("", ".gz")}
     others = [n for n, p in files.items() if p.parent != home or p.name.lower() not in read]
-    return Listing({"": [Part(name, home, "synthea")]}, [_member(name, n) for n in others if not _is_about(n)])
+    return Listing(
+        {"": [Part(name, home, "synthea")]}, [_member(name, n) for n in others if not _is_about(n)]
+    )
 
 # %% ../../../nbs/data/reading/sources.ipynb #c020
 def _member(name, file):
     "What messages call a file of a folder or an archive."
     return f"{name}{file}" if name.endswith("!") else f"{name}/{file}"
 
+
 def _listing(path, name, files, task=None, pattern=False) -> Listing:
     "The listing of a folder's files; `path` is the folder where all of its files may be read together."
     splits, not_read = _divided(name, files, task, pattern)
     first = next(n for members in splits.values() for n in members)
-    kind = "fhir" if kind_of(first) == "json" and _are_fhir({first: files[first]}) else kind_of(first)
+    kind = (
+        "fhir" if kind_of(first) == "json" and _are_fhir({first: files[first]}) else kind_of(first)
+    )
     if path and len(splits) == 1 and kind in ("xml", "fhir"):
         found = {s: [Part(name, path, kind)] for s in splits}
     else:
-        found = {s: [Part(_member(name, n), p, kind if kind == "fhir" else kind_of(n)) for n, p in members.items()] for s, members in splits.items()}
+        found = {
+            s: [
+                Part(_member(name, n), p, kind if kind == "fhir" else kind_of(n))
+                for n, p in members.items()
+            ]
+            for s, members in splits.items()
+        }
     return Listing(found, [_member(name, n) for n in not_read], _decided(name, files, splits))
+
 
 def _decided(name, files, splits):
     "What was decided where documents and rows stand side by side, in words."
@@ -297,140 +426,223 @@ def _decided(name, files, splits):
     if not others:
         return []
     what = "documents" if kinds <= {"txt", "xml"} else "rows"
-    return [f"{name}: the {what} are read ({_counts(read)}), {', '.join(sorted(others))} beside them {'is' if len(others) == 1 else 'are'} not"]
+    return [
+        f"{name}: the {what} are read ({_counts(read)}), {', '.join(sorted(others))} beside them {'is' if len(others) == 1 else 'are'} not"
+    ]
 
 # %% ../../../nbs/data/reading/sources.ipynb #c023
-UNPACKED = 64 << 30     # bytes that one archive may hold
+UNPACKED = 64 << 30  # bytes that one archive may hold
 NESTED = (".zip", ".tar", ".tar.gz", ".tgz", ".7z")
+
 
 def _outside(name):
     "Whether a name in an archive or a bucket leads out of it."
-    return name.startswith(("/", "\\")) or re.match("[A-Za-z]:", name) or ".." in PurePosixPath(name.replace("\\", "/")).parts
+    return (
+        name.startswith(("/", "\\"))
+        or re.match("[A-Za-z]:", name)
+        or ".." in PurePosixPath(name.replace("\\", "/")).parts
+    )
+
 
 def _member_fault(m):
-    if _outside(m.filename): return "points outside the archive; it may be an attack, make a clean one"
-    if m.flag_bits & 1: return "is encrypted; unpack it first"
-    if stat.S_ISLNK(m.external_attr >> 16): return "is a link; pack the file itself"
-    if m.filename.lower().endswith(NESTED): return "is an archive itself; unpack it first"
+    if _outside(m.filename):
+        return "points outside the archive; it may be an attack, make a clean one"
+    if m.flag_bits & 1:
+        return "is encrypted; unpack it first"
+    if stat.S_ISLNK(m.external_attr >> 16):
+        return "is a link; pack the file itself"
+    if m.filename.lower().endswith(NESTED):
+        return "is an archive itself; unpack it first"
 
 # %% ../../../nbs/data/reading/sources.ipynb #c024
 def _check_members(name, members):
     "Refuse an archive for what its index says."
-    size, packed, names = sum(m.file_size for m in members), sum(m.compress_size for m in members), [m.filename for m in members]
+    size, packed, names = (
+        sum(m.file_size for m in members),
+        sum(m.compress_size for m in members),
+        [m.filename for m in members],
+    )
     for m in members:
-        if what := _member_fault(m): raise broken(name, f"member {m.filename!r} {what}")
-    if size > UNPACKED or (size > FREE and size > GROWTH*packed):
+        if what := _member_fault(m):
+            raise broken(name, f"member {m.filename!r} {what}")
+    if size > UNPACKED or (size > FREE and size > GROWTH * packed):
         limit = f"{UNPACKED >> 30} GiB or {GROWTH}-fold"
-        raise broken(name, f"a bomb: {packed:,} bytes unpack to {size:,}, more than {limit}; if you trust it, unpack it yourself")
-    if len(set(names)) < len(names): raise broken(name, "two members of one name; make a clean archive")
-    if all(m.is_dir() for m in members): raise broken(name, "an empty archive")
+        raise broken(
+            name,
+            f"a bomb: {packed:,} bytes unpack to {size:,}, more than {limit}; if you trust it, unpack it yourself",
+        )
+    if len(set(names)) < len(names):
+        raise broken(name, "two members of one name; make a clean archive")
+    if all(m.is_dir() for m in members):
+        raise broken(name, "an empty archive")
 
 # %% ../../../nbs/data/reading/sources.ipynb #c026
 @contextmanager
 def whole_folder(
-    target: Path,   # the name that the folder is to have
-    anew=False,     # replace one that is there; otherwise the first to finish wins
+    target: Path,  # the name that the folder is to have
+    anew=False,  # replace one that is there; otherwise the first to finish wins
 ):
     "A new folder that takes its name only when it is complete."
     target.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
     try:
         yield tmp
-        if anew: shutil.rmtree(target, ignore_errors=True)
-        if not target.is_dir(): os.replace(tmp, target)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+        if anew:
+            shutil.rmtree(target, ignore_errors=True)
+        if not target.is_dir():
+            os.replace(tmp, target)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../../../nbs/data/reading/sources.ipynb #c027
 def _unzip(path, name):
     "A zip's members as a folder in the cache."
-    target = cache()/"unpacked"/sha256(path)[:32]
+    target = cache() / "unpacked" / sha256(path)[:32]
     try:
         with zipfile.ZipFile(path) as z:
             _check_members(name, z.infolist())
             if not target.is_dir():
-                with whole_folder(target) as tmp: z.extractall(tmp, [m for m in z.infolist() if not m.is_dir()])
-    except (MedftError, PermissionError): raise
+                with whole_folder(target) as tmp:
+                    z.extractall(tmp, [m for m in z.infolist() if not m.is_dir()])
+    except (MedftError, PermissionError):
+        raise
     except (zipfile.BadZipFile, zlib.error, EOFError) as e:
-        raise broken(name, f"not a whole zip archive ({str(e) or 'it breaks off'}); fetch it again") from e
-    except Exception as e: raise broken(name, f"cannot be unpacked: {str(e) or type(e).__name__}") from e
+        raise broken(
+            name, f"not a whole zip archive ({str(e) or 'it breaks off'}); fetch it again"
+        ) from e
+    except Exception as e:
+        raise broken(name, f"cannot be unpacked: {str(e) or type(e).__name__}") from e
     return target
 
 # %% ../../../nbs/data/reading/sources.ipynb #c030
 def shown(
-    url,    # as the recipe writes it
+    url,  # as the recipe writes it
 ) -> str:
     "A URL without user, password and query."
     u = urlsplit(url)
     return f"{u.scheme}://{u.netloc.rpartition('@')[2]}{u.path}"
 
+
 def _filesystem(url):
     "The file system of a URL, and the path in it. Raises `MedftError` when it is not known or not installed."
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)     # else a refusal is also a page of traceback
+    logging.getLogger("gcsfs").setLevel(
+        logging.CRITICAL
+    )  # else a refusal is also a page of traceback
     import fsspec
-    if "::" in url: raise broken(shown(url), "chained URLs are not read; name the file itself")
-    more = dict(client_kwargs=dict(trust_env=True)) if url.startswith("http") else {}     # a proxy named in the environment
-    try: return fsspec.core.url_to_fs(url, **more)
-    except ImportError as e: raise broken(shown(url), f"needs a package that is not installed ({e}); pip install medft[bucket]") from None
-    except Exception as e: raise broken(shown(url), _refusal(e)) from e
+
+    if "::" in url:
+        raise broken(shown(url), "chained URLs are not read; name the file itself")
+    more = (
+        dict(client_kwargs=dict(trust_env=True)) if url.startswith("http") else {}
+    )  # a proxy named in the environment
+    try:
+        return fsspec.core.url_to_fs(url, **more)
+    except ImportError as e:
+        raise broken(
+            shown(url), f"needs a package that is not installed ({e}); pip install medft[bucket]"
+        ) from None
+    except Exception as e:
+        raise broken(shown(url), _refusal(e)) from e
 
 # %% ../../../nbs/data/reading/sources.ipynb #c032
 _NO_KEYS = "NoCredentials|Unable to locate credentials|Anonymous caller|DefaultCredentials"
 _GIVE_AGAIN = "no file of a run holds a password or signature: name the whole URL again (dataset.path=URL), or set MEDFT_URL to it"
 _WRONG_KEYS = "PermissionError|Forbidden|AccessDenied|InvalidAccessKey|SignatureDoes|Unauthorized"
 
+
 def _refusal(e):
     "Why a server gave nothing."
-    said, first = " ".join(f"{type(x).__name__} {x}" for x in causes(e)), str(e).strip().partition("\n")[0] or type(e).__name__
+    said, first = (
+        " ".join(f"{type(x).__name__} {x}" for x in causes(e)),
+        str(e).strip().partition("\n")[0] or type(e).__name__,
+    )
     first = redact(first)
     if re.search(_NO_KEYS, said):
-        return ("no credentials for this place; set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-                "GOOGLE_APPLICATION_CREDENTIALS); for a public S3 bucket FSSPEC_S3_ANON=true")
-    if re.search(_WRONG_KEYS, said): return f"access refused ({first}); check the keys and what they may read; {_GIVE_AGAIN}"
-    if isinstance(e, FileNotFoundError) and "annot connect" not in said: return "nothing there; check the bucket and the key"
+        return (
+            "no credentials for this place; set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "GOOGLE_APPLICATION_CREDENTIALS); for a public S3 bucket FSSPEC_S3_ANON=true"
+        )
+    if re.search(_WRONG_KEYS, said):
+        return f"access refused ({first}); check the keys and what they may read; {_GIVE_AGAIN}"
+    if isinstance(e, FileNotFoundError) and "annot connect" not in said:
+        return "nothing there; check the bucket and the key"
     return f"cannot be reached: {first}"
 
 # %% ../../../nbs/data/reading/sources.ipynb #c035
-STATE = ("ETag", "etag", "e_tag", "size", "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "generation", "created",
-         "Content-MD5")
+STATE = (
+    "ETag",
+    "etag",
+    "e_tag",
+    "size",
+    "LastModified",
+    "Last-Modified",
+    "last_modified",
+    "mtime",
+    "updated",
+    "generation",
+    "created",
+    "Content-MD5",
+)
 
-def _pattern(url): return not url.startswith("http") and ("*" in url or "[" in url)
+
+def _pattern(url):
+    return not url.startswith("http") and ("*" in url or "[" in url)
+
 
 def _listed(fs, path, url):
     "What a URL stands for: key -> its state, as the server gives it."
     fs.invalidate_cache()
-    if url.startswith("http"): found = {path: fs.info(path)}
-    elif _pattern(url): found = {k: v for k, v in fs.glob(path, detail=True).items() if v.get("type") == "file"}
-    elif (info := fs.info(path)).get("type") == "file": found = {path: info}
-    else: found = fs.find(path, detail=True)
-    if not found: raise FileNotFoundError(url)
-    return {k: {s: str(v[s]) for s in STATE if v.get(s) is not None} for k, v in sorted(found.items())}
+    if url.startswith("http"):
+        found = {path: fs.info(path)}
+    elif _pattern(url):
+        found = {k: v for k, v in fs.glob(path, detail=True).items() if v.get("type") == "file"}
+    elif (info := fs.info(path)).get("type") == "file":
+        found = {path: info}
+    else:
+        found = fs.find(path, detail=True)
+    if not found:
+        raise FileNotFoundError(url)
+    return {
+        k: {s: str(v[s]) for s in STATE if v.get(s) is not None} for k, v in sorted(found.items())
+    }
 
 # %% ../../../nbs/data/reading/sources.ipynb #c036
-def _bare(key): return key.partition("?")[0]
+def _bare(key):
+    return key.partition("?")[0]
+
 
 def _fetch(fs, found, url, base):
     "Fetch files into the cache, all or nothing: the folder, and key -> Path in it. `base` is left out of their names there."
     names = {k: _bare(k).removeprefix(base).lstrip("/") for k in found}
     for n in names.values():
-        if _outside(n): raise broken(shown(url), f"key {n!r} points outside the folder")
+        if _outside(n):
+            raise broken(shown(url), f"key {n!r} points outside the folder")
     known = all(set(v) - {"size"} for v in found.values())
-    target = cache()/"fetched"/hashlib.sha256(json.dumps([url, base, found if known else None]).encode()).hexdigest()[:32]
+    target = (
+        cache()
+        / "fetched"
+        / hashlib.sha256(json.dumps([url, base, found if known else None]).encode()).hexdigest()[
+            :32
+        ]
+    )
     if not known or not target.is_dir():
         with whole_folder(target, anew=not known) as tmp:
-            for key, n in names.items(): _get(fs, key, tmp/n, found[key].get("size"))
-    return target, {k: target/n for k, n in names.items()}
+            for key, n in names.items():
+                _get(fs, key, tmp / n, found[key].get("size"))
+    return target, {k: target / n for k, n in names.items()}
 
 # %% ../../../nbs/data/reading/sources.ipynb #c037
 def _get(fs, key, to, size):
     "Fetch one file; a connection that dies half-way raises `OSError`."
     to.parent.mkdir(parents=True, exist_ok=True)
     fs.get_file(key, str(to))
-    if size and int(size) != to.stat().st_size: raise OSError(f"{to.name} broke off after {to.stat().st_size:,} of {int(size):,} bytes")
+    if size and int(size) != to.stat().st_size:
+        raise OSError(f"{to.name} broke off after {to.stat().st_size:,} of {int(size):,} bytes")
 
 # %% ../../../nbs/data/reading/sources.ipynb #c039
 def _remote(url, streaming, task=None) -> Listing:
     "What a URL stands for: a file, a folder or a pattern."
-    url = full_url(url)     # its credentials are in memory, where a recipe had some
+    url = full_url(url)  # its credentials are in memory, where a recipe had some
     name, (fs, path) = shown(url), _filesystem(url)
     try:
         found = _listed(fs, path, url)
@@ -442,7 +654,10 @@ def _remote(url, streaming, task=None) -> Listing:
     except Exception as e:
         raise broken(name, _refusal(e)) from e
 
-def _streamed(fs, key, name, state): return Part(name, None, kind_of(name), partial(fs.open, key, "rb"), _version(state))
+
+def _streamed(fs, key, name, state):
+    return Part(name, None, kind_of(name), partial(fs.open, key, "rb"), _version(state))
+
 
 def _remote_file(fs, path, found, url, streaming) -> Listing:
     name = shown(url)
@@ -451,17 +666,30 @@ def _remote_file(fs, path, found, url, streaming) -> Listing:
     _, files = _fetch(fs, found, url, _bare(path).rpartition("/")[0])
     return _file(files[path], name)
 
+
 def _remote_folder(fs, path, found, url, streaming, task) -> Listing:
     "A folder, or the files that a pattern catches."
     pattern = _pattern(url)
-    base = os.path.dirname(path[:re.search(r"[*?\[]", path).start()] + "_") if pattern else path.rstrip("/")
+    base = (
+        os.path.dirname(path[: re.search(r"[*?\[]", path).start()] + "_")
+        if pattern
+        else path.rstrip("/")
+    )
     inner = {k: _bare(k).removeprefix(base).lstrip("/") for k in found}
     outside = next((n for n in inner.values() if _outside(n)), None)
     if outside:
         raise broken(shown(url), f"key {outside!r} points outside the folder")
-    keys = {n: k for k, n in inner.items() if not any(map(_hidden, n.split("/"))) and n.rpartition("/")[2].lower() not in _RECORDS[2:]}
+    keys = {
+        n: k
+        for k, n in inner.items()
+        if not any(map(_hidden, n.split("/"))) and n.rpartition("/")[2].lower() not in _RECORDS[2:]
+    }
     name = shown(fs.unstrip_protocol(base)) if pattern else shown(url).rstrip("/")
-    readable = {n: k for n, k in keys.items() if kind_of(n) or n.rpartition("/")[2] in MARKS or n.lower().endswith(".zip")*pattern}
+    readable = {
+        n: k
+        for n, k in keys.items()
+        if kind_of(n) or n.rpartition("/")[2] in MARKS or n.lower().endswith(".zip") * pattern
+    }
     if streaming and readable and _streamable(readable.values()):
         listing = _listing(None, name, dict.fromkeys(keys), task, pattern)
         for parts in listing.splits.values():
@@ -469,18 +697,30 @@ def _remote_folder(fs, path, found, url, streaming, task) -> Listing:
             parts[:] = [_streamed(fs, k, p.name, found[k]) for p, k in full]
         return listing
     if not readable:
-        raise broken(name, f"no file in this folder that can be read (there are {_first_names(keys)}); known: {', '.join(ENDINGS)} (.gz)")
+        raise broken(
+            name,
+            f"no file in this folder that can be read (there are {_first_names(keys)}); known: {', '.join(ENDINGS)} (.gz)",
+        )
     folder, files = _fetch(fs, {k: found[k] for k in readable.values()}, url, base)
     local = {n: files[k] for n, k in readable.items()}
-    listing = _several_files(name, local, task, pattern=True) if pattern else _folder(folder, name, task)
+    listing = (
+        _several_files(name, local, task, pattern=True) if pattern else _folder(folder, name, task)
+    )
     listing.not_read += [_member(name, n) for n in keys if n not in readable and not _is_about(n)]
     return listing
+
 
 def _version(state):
     "A file's state as text; empty where a server tells its size and nothing that changes with its content."
     return json.dumps(state) if set(state) - {"size"} else ""
 
-def _streamable(keys): return all(kind_of(_bare(k)) in PLAIN | {"parquet", "arrow"} and PurePosixPath(_bare(k)).name not in MARKS for k in keys)
+
+def _streamable(keys):
+    return all(
+        kind_of(_bare(k)) in PLAIN | {"parquet", "arrow"}
+        and PurePosixPath(_bare(k)).name not in MARKS
+        for k in keys
+    )
 
 # %% ../../../nbs/data/reading/sources.ipynb #c041
 def _file(path, name, task=None, without=()) -> Listing:
@@ -495,12 +735,19 @@ def _file(path, name, task=None, without=()) -> Listing:
     part, ending = Part(name, path, kind_of(name)), Path(name).suffix
     if part.kind is None:
         what = repr(ending) if ending else "a file without an ending"
-        raise broken(name, f"don't know how to read {what}; known: {', '.join(ENDINGS)} (text also .gz), .zip, and folders of them")
+        raise broken(
+            name,
+            f"don't know how to read {what}; known: {', '.join(ENDINGS)} (text also .gz), .zip, and folders of them",
+        )
     if part.kind == "json" and _is_fhir(part):
         return Listing({"": [replace(part, kind="fhir")]})
     if part.kind == "txt" and _is_table(part):
-        return Listing({"": [replace(part, kind="tsv")]}, notes=[f"{name}: a table whose cells are separated by tabs, and read as one"])
+        return Listing(
+            {"": [replace(part, kind="tsv")]},
+            notes=[f"{name}: a table whose cells are separated by tabs, and read as one"],
+        )
     return Listing({"": [part]})
+
 
 def _is_table(part):
     "Whether the first lines of a text are a header and rows, separated by tabs."
@@ -512,29 +759,40 @@ def _is_table(part):
     lines = [line for line in lines[:20] if line.strip()]
     counts = {line.count("\t") for line in lines}
     header = [c.strip() for c in lines[0].split("\t")] if lines else []
-    names = all(re.fullmatch(r"[^\W\d][\w .:-]{0,40}", c) for c in header) and len(set(header)) == len(header)
+    names = all(re.fullmatch(r"[^\W\d][\w .:-]{0,40}", c) for c in header) and len(
+        set(header)
+    ) == len(header)
     return len(lines) > 2 and len(counts) == 1 and counts != {0} and names
 
 # %% ../../../nbs/data/reading/sources.ipynb #k003
 def _several_files(name, files, task=None, pattern=True, without=()) -> Listing:
     "What the files, archives and folders stand for that a pattern catches: relative name -> Path."
-    special = {n: p for n, p in files.items() if n.lower().endswith(".zip") or (p.is_dir() and any((p/m).exists() for m in MARKS))}
+    special = {
+        n: p
+        for n, p in files.items()
+        if n.lower().endswith(".zip") or (p.is_dir() and any((p / m).exists() for m in MARKS))
+    }
     plain = {}
     for n, p in files.items():
         if n in special:
             continue
-        below = {f"{n}/{inner}": path for inner, path in _files(p).items()} if p.is_dir() else {n: p}
+        below = (
+            {f"{n}/{inner}": path for inner, path in _files(p).items()} if p.is_dir() else {n: p}
+        )
         plain |= {k: v for k, v in below.items() if v.resolve() not in without}
     for n, p in plain.items():
         if kind_of(n):
             _check_regular(p, name)
     if len(plain) == 1 and not special and not kind_of(next(iter(plain))):
         n, p = plain.popitem()
-        return _file(p, _member(name, n) if name else n)    # refuses it, naming its ending
-    listings = [_below(n, _file(p, _member(name, n) if name else n, task)) for n, p in special.items()]
+        return _file(p, _member(name, n) if name else n)  # refuses it, naming its ending
+    listings = [
+        _below(n, _file(p, _member(name, n) if name else n, task)) for n, p in special.items()
+    ]
     if plain:
         listings.append(_listing(None, name, plain, task, pattern))
     return _joined(listings)
+
 
 def _joined(listings) -> Listing:
     "Several listings as one; beside a listing that is divided, one that is not is for training."
@@ -543,63 +801,86 @@ def _joined(listings) -> Listing:
     for one in listings:
         for split, parts in one.splits.items():
             splits.setdefault(split or ("train" if divided else ""), []).extend(parts)
-    return Listing(splits, [n for one in listings for n in one.not_read], [n for one in listings for n in one.notes])
+    return Listing(
+        splits,
+        [n for one in listings for n in one.not_read],
+        [n for one in listings for n in one.notes],
+    )
 
 # %% ../../../nbs/data/reading/sources.ipynb #c042
 def _local(spec, task=None, without=()) -> Listing:
     "What a path or a pattern on this machine stands for."
-    try: at = locate(spec) if spec.strip() else None
-    except (OSError, ValueError): at = None     # too long for a name, or with a NUL in it
+    try:
+        at = locate(spec) if spec.strip() else None
+    except (OSError, ValueError):
+        at = None  # too long for a name, or with a NUL in it
     if at:
         return _file(at, spec, task, without)
     for base in (Path.cwd(), runs_root().parent, assets()) if glob.has_magic(spec) else ():
         pattern = os.path.expanduser(spec)
         hits = sorted(glob.glob(pattern, root_dir=base, recursive=True))
         if hits:
-            fixed = os.path.dirname(pattern[:re.search(r"[*?\[]", pattern).start()] + "_")
-            files = {os.path.relpath(h, fixed or "."): (base/h).resolve() for h in hits if not os.path.isdir(base/h) or "**" not in spec}
+            fixed = os.path.dirname(pattern[: re.search(r"[*?\[]", pattern).start()] + "_")
+            files = {
+                os.path.relpath(h, fixed or "."): (base / h).resolve()
+                for h in hits
+                if not os.path.isdir(base / h) or "**" not in spec
+            }
             return _several_files(fixed, files, task, without=without)
-    if "\0" not in spec and os.path.islink(spec): raise broken(spec, "a link to nothing")
-    raise MedftError(f"dataset: no file {printable(spec)!r}{_near(spec)} (looked in {Path.cwd()}, beside runs/, and among the shipped assets)")
+    if "\0" not in spec and os.path.islink(spec):
+        raise broken(spec, "a link to nothing")
+    raise MedftError(
+        f"dataset: no file {printable(spec)!r}{_near(spec)} (looked in {Path.cwd()}, beside runs/, and among the shipped assets)"
+    )
+
 
 def _near(spec):
     "The nearest name in the same folder."
-    try: return nearest(Path(spec).name, os.listdir(Path(spec).expanduser().parent))
-    except (OSError, ValueError): return ""
+    try:
+        return nearest(Path(spec).name, os.listdir(Path(spec).expanduser().parent))
+    except (OSError, ValueError):
+        return ""
 
 # %% ../../../nbs/data/reading/sources.ipynb #c043
 def find(
-    spec,               # path, pattern, folder, archive or URL; or a list of those
-    streaming=False,    # read URLs as they come instead of fetching them first
-    task=None,          # the recipe's: decides between documents and rows where a folder holds both
-    without=(),         # resolved paths of files that are no part of a folder, since the recipe names them elsewhere
+    spec,  # path, pattern, folder, archive or URL; or a list of those
+    streaming=False,  # read URLs as they come instead of fetching them first
+    task=None,  # the recipe's: decides between documents and rows where a folder holds both
+    without=(),  # resolved paths of files that are no part of a folder, since the recipe names them elsewhere
 ) -> Listing:
     "What a recipe's path stands for, split by split. Raises `MedftError` when nothing is there, or it is of no kind that we read."
     specs = [str(s) for s in ([spec] if isinstance(spec, (str, Path)) else spec)]
     if not specs:
         raise MedftError("dataset: an empty list of files; name at least one")
-    listing = _joined([_remote(s, streaming, task) if "://" in s else _local(s, task, without) for s in specs])
+    listing = _joined(
+        [_remote(s, streaming, task) if "://" in s else _local(s, task, without) for s in specs]
+    )
     found = [p for parts in listing.splits.values() for p in parts]
     where = [p.path or p.name for p in found]
-    twice = [p.name for p, w in zip(found, where) if where.count(w) > 1] if len(set(where)) < len(where) else ()
+    twice = (
+        [p.name for p, w in zip(found, where) if where.count(w) > 1]
+        if len(set(where)) < len(where)
+        else ()
+    )
     if twice:
         raise broken(twice[-1], "named twice, so its rows would count twice; name it once")
     return listing
+
 
 def called(spec) -> str:
     "What messages call a recipe's path."
     if isinstance(spec, (str, Path)):
         return shown(str(spec)) if "://" in str(spec) else str(spec).rstrip("/")
-    return ", ".join(map(called, list(spec)[:2])) + ", …"*(len(spec) > 2)
+    return ", ".join(map(called, list(spec)[:2])) + ", …" * (len(spec) > 2)
 
 # %% ../../../nbs/data/reading/sources.ipynb #k005
 def split_for(
-    name,           # what messages call the source
-    splits,         # split -> anything; "" for what no name divides
-    split=None,     # as the recipe names it
-    role=None,      # train, validation, test: what the rows are for; None: not known
-    key="dataset.split",    # where the recipe names it
-) -> list[str]:     # names of splits, usually one
+    name,  # what messages call the source
+    splits,  # split -> anything; "" for what no name divides
+    split=None,  # as the recipe names it
+    role=None,  # train, validation, test: what the rows are for; None: not known
+    key="dataset.split",  # where the recipe names it
+) -> list[str]:  # names of splits, usually one
     "Which splits are meant. Raises `MedftError`, naming those that there are."
     known = list(splits)
     listed = ", ".join(repr(s) if s != s.strip() else s for s in map(str, known) if s)
@@ -610,46 +891,71 @@ def split_for(
         if found:
             raise broken(name, f"{key}: {split!r} can be {' or '.join(found)}; write one of them")
         raise broken(name, f"{key}: no split {split!r}{nearest(split, known)}; there are {listed}")
-    if len(known) == 1 and (role != "train" or known == [""] or not splits_in(str(known[0])) - {"train"}):
+    if len(known) == 1 and (
+        role != "train" or known == [""] or not splits_in(str(known[0])) - {"train"}
+    ):
         return known
     if len(known) == 1:
-        raise broken(name, f"all rows here are held out by their name ({listed}), and are not trained on; if that is meant, set dataset.split={known[0]}, or name the files themselves")
+        raise broken(
+            name,
+            f"all rows here are held out by their name ({listed}), and are not trained on; if that is meant, set dataset.split={known[0]}, or name the files themselves",
+        )
     return _by_role(name, known, listed, role)
+
 
 def _by_role(name, known, listed, role):
     "The splits for a role, among several."
     if role is None:
-        raise broken(name, f"files of several splits ({listed}), which must not mix; set dataset.split, or name the files")
-    found = [s for s in known if split_of_value(s) == role] or [s for s in known if splits_in(str(s)) == {role}]
+        raise broken(
+            name,
+            f"files of several splits ({listed}), which must not mix; set dataset.split, or name the files",
+        )
+    found = [s for s in known if split_of_value(s) == role] or [
+        s for s in known if splits_in(str(s)) == {role}
+    ]
     if not found and role == "train":
         found = [s for s in known if not splits_in(str(s))]
     if not found:
-        raise broken(name, f"no split to {dict(train='train', validation='validate', test='test')[role]} on; there are {listed}; name one in dataset.split, or the files themselves")
+        raise broken(
+            name,
+            f"no split to {dict(train='train', validation='validate', test='test')[role]} on; there are {listed}; name one in dataset.split, or the files themselves",
+        )
     if role == "train" and len(found) > 1 and not all(split_of_value(s) for s in found):
-        raise broken(name, f"several splits may be meant for training ({', '.join(map(str, found))}); name one in dataset.split")
+        raise broken(
+            name,
+            f"several splits may be meant for training ({', '.join(map(str, found))}); name one in dataset.split",
+        )
     return found
 
+
 def parts(
-    spec,               # path, pattern, folder, archive or URL; or a list of those
-    split=None,         # which split of a source that has several
-    streaming=False,    # read URLs as they come instead of fetching them first
-    task=None,          # the recipe's
-    role=None,          # what the rows are for: train, validation or test
+    spec,  # path, pattern, folder, archive or URL; or a list of those
+    split=None,  # which split of a source that has several
+    streaming=False,  # read URLs as they come instead of fetching them first
+    task=None,  # the recipe's
+    role=None,  # what the rows are for: train, validation or test
 ) -> list[Part]:
     "What a recipe's path stands for, of one split. Raises `MedftError` when nothing is there, or it is of no kind that we read."
     splits = find(spec, streaming, task).splits
     saved = all(p.kind == "folder" for parts in splits.values() for p in parts)
-    wanted = split_for(called(spec), splits, split, role or ("train" if saved and len(splits) > 1 else None))
+    wanted = split_for(
+        called(spec), splits, split, role or ("train" if saved and len(splits) > 1 else None)
+    )
     return [p for s in wanted for p in splits[s]]
 
 # %% ../../../nbs/data/reading/sources.ipynb #c044
 def digest(
     part: Part,
-) -> str:   # hex; of a streamed file, what the server calls its state
+) -> str:  # hex; of a streamed file, what the server calls its state
     "What tells this part's content from any other: the hub's commit, the server's state, or SHA-256 of its bytes."
     if part.version:
         return part.version
     if part.path:
         return sha256(part.path)
-    with explained(part), part.data() as stream:    # no ETag and no date: only the content itself can tell
-        return hashlib.sha256(hashlib.file_digest(stream, "sha256").digest()).hexdigest()   # as `sha256` of a file
+    with (
+        explained(part),
+        part.data() as stream,
+    ):  # no ETag and no date: only the content itself can tell
+        return hashlib.sha256(
+            hashlib.file_digest(stream, "sha256").digest()
+        ).hexdigest()  # as `sha256` of a file

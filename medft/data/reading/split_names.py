@@ -14,24 +14,49 @@ import unicodedata
 
 # %% ../../../nbs/data/reading/split_names.ipynb #s005
 SPLIT_WORDS = dict(
-    train="train", training="train",
-    validation="validation", valid="validation", val="validation",
-    dev="validation", development="validation", eval="validation", evaluation="validation",
-    test="test", testing="test", holdout="test", heldout="test",
+    train="train",
+    training="train",
+    validation="validation",
+    valid="validation",
+    val="validation",
+    dev="validation",
+    development="validation",
+    eval="validation",
+    evaluation="validation",
+    test="test",
+    testing="test",
+    holdout="test",
+    heldout="test",
 )
-WHOLE_NAMES = dict(trn="train", tst="test", tests="test", evals="validation")   # with nothing else in the name
+WHOLE_NAMES = dict(
+    trn="train", tst="test", tests="test", evals="validation"
+)  # with nothing else in the name
 NEUTRAL = {
-    "set", "sets", "split", "splits", "data", "dataset", "file", "files", "fold", "part",
-    "rows", "items", "examples",
+    "set",
+    "sets",
+    "split",
+    "splits",
+    "data",
+    "dataset",
+    "file",
+    "files",
+    "fold",
+    "part",
+    "rows",
+    "items",
+    "examples",
 }
 
 # %% ../../../nbs/data/reading/split_names.ipynb #s007
 _ENDING = re.compile(r"(\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|xml|nxml|cnxml|zip|gz))+$", re.I)
 _COMPOUND = re.compile(f"({'|'.join(SPLIT_WORDS)})({'|'.join(NEUTRAL)})")
 
+
 def words_in(
     name: str,
-) -> list[list[str]]:   # two readings: a capital begins a word (MyTrain), or a change of case (TRAINdata)
+) -> list[
+    list[str]
+]:  # two readings: a capital begins a word (MyTrain), or a change of case (TRAINdata)
     "The words of a name, in lower case."
     plain = unicodedata.normalize("NFKD", name)
     plain = "".join(c for c in plain if not unicodedata.combining(c))
@@ -44,22 +69,23 @@ def words_in(
         readings.append(words)
     return readings
 
+
 def _splits_of_words(words):
     "The splits that a list of words speaks of."
     if "from" in words[1:]:
-        words = words[:words.index("from", 1)]
+        words = words[: words.index("from", 1)]
     found = set()
     for before, word in zip(["", *words], words):
         if (before, word) in (("held", "out"), ("hold", "out")):
             found.add("test")
-        elif word in SPLIT_WORDS and before != "cross":     # cross-validation is a method, not a split
+        elif word in SPLIT_WORDS and before != "cross":  # cross-validation is a method, not a split
             found.add(SPLIT_WORDS[word])
     return found
 
 # %% ../../../nbs/data/reading/split_names.ipynb #s008
 def splits_in(
-    name: str,      # of a file (its ending may be there), a folder, a split
-) -> set[str]:      # of train, validation, test
+    name: str,  # of a file (its ending may be there), a folder, a split
+) -> set[str]:  # of train, validation, test
     "The splits that a name speaks of."
     stem = _ENDING.sub("", name)
     whole = WHOLE_NAMES.get(re.sub(r"[^a-z]+", "", stem.lower()))
@@ -68,11 +94,12 @@ def splits_in(
     return set().union(*map(_splits_of_words, words_in(stem)))
 
 # %% ../../../nbs/data/reading/split_names.ipynb #s011
-UNCLEAR = "unclear"     # a name that speaks of several splits
+UNCLEAR = "unclear"  # a name that speaks of several splits
+
 
 def split_of_path(
-    path: str,      # relative to the folder that the recipe names
-) -> str | None:    # train, validation, test; None: its name tells none; `UNCLEAR`
+    path: str,  # relative to the folder that the recipe names
+) -> str | None:  # train, validation, test; None: its name tells none; `UNCLEAR`
     "The split that a file belongs to by its name and its folders."
     *folders, name = path.replace("\\", "/").split("/")
     own = splits_in(name)
@@ -88,8 +115,8 @@ def split_of_path(
 
 # %% ../../../nbs/data/reading/split_names.ipynb #s014
 def split_of_value(
-    value,          # of a row's `split` column, or a key: "train", "DEV", "test set"
-) -> str | None:    # train, validation, test; None: none of them
+    value,  # of a row's `split` column, or a key: "train", "DEV", "test set"
+) -> str | None:  # train, validation, test; None: none of them
     "The split that a value means."
     text = str(value).strip()
     found = splits_in(text)
@@ -97,10 +124,11 @@ def split_of_value(
     says_more = set(words_in(text)[0]) - understood
     return min(found) if len(found) == 1 and not says_more else None
 
+
 def matching_splits(
-    wanted: str,    # as a recipe names it: "validation", "eval"
-    known,          # names of splits that there are
-) -> list[str]:     # one name, where one is exactly that; else those that mean the same
+    wanted: str,  # as a recipe names it: "validation", "eval"
+    known,  # names of splits that there are
+) -> list[str]:  # one name, where one is exactly that; else those that mean the same
     "Which of the known splits is meant."
     if wanted in known:
         return [wanted]
@@ -116,8 +144,9 @@ _HEX = re.compile(
 _PIECE = re.compile(r"(part|shard|chunk|piece|slice|batch)([ ._-]?)[a-z]{1,2}(?![a-z])")
 _VERSION = re.compile(r"(?<![a-z])(v|ver|version|rev|revision)[ ._-]?\d+")
 
+
 def numbered_alike(
-    names,      # paths of files
+    names,  # paths of files
 ) -> bool:
     "Whether names differ in nothing but a number."
     patterns = set()

@@ -8,13 +8,13 @@ Docs: https://medft.github.io/medft/evaluate/measures/baselines.html.md"""
 __all__ = ['FIXED', 'PAIR_BASELINES', 'read_pairs', 'pairs_of', 'fixed_rule', 'similarities', 'logistic_regression']
 
 # %% ../../../nbs/evaluate/measures/baselines.ipynb #c002
-from ...core.run import MedftError  # first: it sets switches that the libraries read
+from ...core.run import MedftError
 from ...data import pipeline as data
+from ...data.prepare.linkage import RULES
 from ...data.reading import recipe_sources, schemas, sources
 from ...data.reading.multiple_choice import nested
-from .classification import best_threshold, register
 from ...data.reading.patients import ALIGNED, side_by_side
-from ...data.prepare.linkage import RULES
+from .classification import best_threshold, register
 
 import numpy as np
 
@@ -27,48 +27,78 @@ def read_pairs(
     d, seen, found = run.recipe.dataset, set(), {}
     entries = recipe_sources.open_sources(run.recipe).entries
     for part in entries.get(entry, entries["train"])[0]:
-        reading = schemas.read_examples(sources.rows(part), part.name, d, sources.features(part), seen)
+        reading = schemas.read_examples(
+            sources.rows(part), part.name, d, sources.features(part), seen
+        )
         for n, row, ex, _ in (x for x in reading if x[2]):
-            found[ex["id"]] = (*(_fields(row.get(reading.renames.get(k, k)), part, n) for k in ("left", "right")), ex.get("answer"))
+            found[ex["id"]] = (
+                *(_fields(row.get(reading.renames.get(k, k)), part, n) for k in ("left", "right")),
+                ex.get("answer"),
+            )
     return found
 
+
 def _fields(record, part, n):
-    if isinstance(record := nested(record), dict): return dict.fromkeys(ALIGNED, "") | record
-    raise MedftError(f"{part.name}:{n}: evaluation.baselines compares the fields of two records (left, right), and there are none; leave the baseline out")
+    if isinstance(record := nested(record), dict):
+        return dict.fromkeys(ALIGNED, "") | record
+    raise MedftError(
+        f"{part.name}:{n}: evaluation.baselines compares the fields of two records (left, right), and there are none; leave the baseline out"
+    )
 
 # %% ../../../nbs/evaluate/measures/baselines.ipynb #c006
 def pairs_of(
     run,
-    split,          # a prepared split
-    entry=None,     # where its rows come from; None: its own entry, else cut out of the training rows
-) -> list[tuple]:   # (left, right, label) in the order of the prepared rows
+    split,  # a prepared split
+    entry=None,  # where its rows come from; None: its own entry, else cut out of the training rows
+) -> list[tuple]:  # (left, right, label) in the order of the prepared rows
     "The pairs of a prepared split."
     known = read_pairs(run, entry or split)
     return [known[i] for i in data.load_split(run, split)["id"]]
 
 # %% ../../../nbs/evaluate/measures/baselines.ipynb #c010
-FIXED = dict(all_positive="all positive", equal_ssn="equal SSN", equal_name_and_birth_date="equal name and birth date", exact_rule="either")
+FIXED = dict(
+    all_positive="all positive",
+    equal_ssn="equal SSN",
+    equal_name_and_birth_date="equal name and birth date",
+    exact_rule="either",
+)
+
 
 @register(*FIXED)
 def fixed_rule(run, name) -> dict:
     "What one of the fixed rules says of every scored set; sure of it, right or wrong."
-    said = {s: np.array([RULES[FIXED[name]](left, right) for left, right, _ in pairs_of(run, s)], int) for s in data.scored_sets(run)}
+    said = {
+        s: np.array([RULES[FIXED[name]](left, right) for left, right, _ in pairs_of(run, s)], int)
+        for s in data.scored_sets(run)
+    }
     return {s: (x.astype(float), x) for s, x in said.items()}
 
 # %% ../../../nbs/evaluate/measures/baselines.ipynb #c013
 def similarities(
-    left,   # a record
+    left,  # a record
     right,
-) -> list[float]:   # four for each field
+) -> list[float]:  # four for each field
     "How like two records are, field by field."
     from rapidfuzz.distance import JaroWinkler
+
     both = [(a, b) for _, a, b in side_by_side(left, right)]
-    return [float(x) for a, b in both for x in (not (a and b), a == b != "", JaroWinkler.similarity(a, b) if a and b else 0, a != b and sorted(a) == sorted(b))]
+    return [
+        float(x)
+        for a, b in both
+        for x in (
+            not (a and b),
+            a == b != "",
+            JaroWinkler.similarity(a, b) if a and b else 0,
+            a != b and sorted(a) == sorted(b),
+        )
+    ]
 
 # %% ../../../nbs/evaluate/measures/baselines.ipynb #c016
 def _features(run, split):
     pairs = pairs_of(run, split)
-    return np.array([similarities(left, right) for left, right, _ in pairs]), np.array([label for *_, label in pairs])
+    return np.array([similarities(left, right) for left, right, _ in pairs]), np.array(
+        [label for *_, label in pairs]
+    )
 
 # %% ../../../nbs/evaluate/measures/baselines.ipynb #c017
 @register("logistic_regression")
@@ -77,12 +107,22 @@ def logistic_regression(run, name="logistic_regression") -> dict:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    model, threshold = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*_features(run, "train")), .5
-    says = lambda x: model.predict_proba(x)[:, 1]
-    if (run.path/"data"/"validation").is_dir():
+
+    model, threshold = (
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(
+            *_features(run, "train")
+        ),
+        0.5,
+    )
+
+    def says(x):
+        return model.predict_proba(x)[:, 1]
+
+    if (run.path / "data" / "validation").is_dir():
         x, truth = _features(run, "validation")
         threshold, _ = best_threshold(truth, says(x))
     found = {s: says(_features(run, s)[0]) for s in data.scored_sets(run)}
     return {s: (p, (p >= threshold).astype(int)) for s, p in found.items()}
+
 
 PAIR_BASELINES = dict.fromkeys(FIXED, fixed_rule) | dict(logistic_regression=logistic_regression)

@@ -15,7 +15,8 @@ from ..statistics.verdicts import swapped
 
 import math
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
@@ -23,74 +24,103 @@ from scipy.special import logsumexp, softmax
 def logits(frame) -> np.ndarray:
     "(rows, options) scores, -inf where a row has no such option; of rules that only give probabilities, their logarithms."
     check_frame(frame)
-    if "scores" not in frame: return np.log(np.maximum(np.stack(frame.probabilities), np.finfo(float).tiny))
+    if "scores" not in frame:
+        return np.log(np.maximum(np.stack(frame.probabilities), np.finfo(float).tiny))
     out = np.full((len(frame), max(map(len, frame.scores))), -np.inf)
-    for row, s in zip(out, frame.scores): row[:len(s)] = s
+    for row, s in zip(out, frame.scores):
+        row[: len(s)] = s
     return out
+
 
 def probabilities(frame, temperature=1.0) -> np.ndarray:
     "(rows, options) probabilities: the softmax of scores divided by a temperature."
-    return softmax(logits(frame)/temperature, axis=1)
+    return softmax(logits(frame) / temperature, axis=1)
 
 # %% ../../../nbs/evaluate/measures/calibration.ipynb #c010
 def largest_brier(k) -> int:
     "The largest Brier score of k options: it sums over options, and of two labels counts one."
     return 1 if k == 2 else 2
 
+
 def proper(truth, p) -> dict:
     "Brier score (Brier 1950) and log-loss of (rows, options) probabilities, as functions of weights."
-    n, k = p.shape; mean = lambda x: lambda w: (w @ x)/w.sum(1)
+    n, k = p.shape
+
+    def mean(x):
+        return lambda w: (w @ x) / w.sum(1)
+
     loss = -np.log(np.clip(p[np.arange(n), truth], np.finfo(float).eps, 1))
-    return dict(brier=mean(((p - np.eye(k)[truth])**2).sum(1)*largest_brier(k)/2), log_loss=mean(loss))
+    return dict(
+        brier=mean(((p - np.eye(k)[truth]) ** 2).sum(1) * largest_brier(k) / 2), log_loss=mean(loss)
+    )
 
 # %% ../../../nbs/evaluate/measures/calibration.ipynb #c013
 def stated(frame, p) -> tuple[np.ndarray, np.ndarray]:
     "Each row's stated probability, and 1 where it came true: of the second of two labels, else of the choice."
-    if "probabilities" in frame and p.shape[1] == 2: return p[:, 1], (frame.truth == 1).to_numpy(float)
+    if "probabilities" in frame and p.shape[1] == 2:
+        return p[:, 1], (frame.truth == 1).to_numpy(float)
     return p.max(1), (p.argmax(1) == frame.truth).to_numpy(float)
 
 # %% ../../../nbs/evaluate/measures/calibration.ipynb #c015
-BINS, ROWS = 15, 40     # bins at most, and rows in each at least
+BINS, ROWS = 15, 40  # bins at most, and rows in each at least
+
 
 def bin_of(stated) -> np.ndarray:
     "Each row's bin: bins of equally many rows, numbered by what was stated."
-    k = int(np.clip(len(stated)//ROWS, 2, BINS)); cuts = np.quantile(stated, np.linspace(0, 1, k + 1))[1:-1]
+    k = int(np.clip(len(stated) // ROWS, 2, BINS))
+    cuts = np.quantile(stated, np.linspace(0, 1, k + 1))[1:-1]
     return np.unique(np.searchsorted(cuts, stated), return_inverse=True)[1]
+
 
 def reliability(stated, came_true, groups, confidence=0.95) -> list[dict]:
     "The bins: what was stated from low to high, how often it came true, and Wilson's interval for that."
     at, out = bin_of(stated), []
     for b in range(at.max() + 1):
         s, found = stated[at == b], share(came_true[at == b], confidence, groups[at == b])
-        out.append(dict(low=round(float(s.min()), 6), high=round(float(s.max()), 6), n=len(s), confidence=round(float(s.mean()), 6), accuracy=found["value"], ci95=found["ci95"]))
+        out.append(
+            dict(
+                low=round(float(s.min()), 6),
+                high=round(float(s.max()), 6),
+                n=len(s),
+                confidence=round(float(s.mean()), 6),
+                accuracy=found["value"],
+                ci95=found["ci95"],
+            )
+        )
     return out
 
 # %% ../../../nbs/evaluate/measures/calibration.ipynb #c018
 def ece(stated, came_true):
     "Expected calibration error (Naeini, Cooper, Hauskrecht 2015), as a function of weights; bins stay where they are."
-    at = bin_of(stated); apart = np.eye(at.max() + 1)[at]*(stated - came_true)[:, None]
-    return lambda w: np.abs(w @ apart).sum(1)/w.sum(1)
+    at = bin_of(stated)
+    apart = np.eye(at.max() + 1)[at] * (stated - came_true)[:, None]
+    return lambda w: np.abs(w @ apart).sum(1) / w.sum(1)
+
 
 def believable(stated, came_true, groups) -> float:
     "p of the null hypothesis that these probabilities are right: what was said and what was seen change places, whole groups at a time."
     one = np.eye(bin_of(stated).max() + 1)[bin_of(stated)]
-    return swapped(lambda x, y: np.abs(y - x).sum(-1), one*stated[:, None], one*came_true[:, None], groups)
+    return swapped(
+        lambda x, y: np.abs(y - x).sum(-1), one * stated[:, None], one * came_true[:, None], groups
+    )
 
 # %% ../../../nbs/evaluate/measures/calibration.ipynb #c020
 def reaching(
-    figure,     # of an expected calibration error
-    p,          # of `believable`
+    figure,  # of an expected calibration error
+    p,  # of `believable`
     confidence=0.95,
 ) -> dict:
     "The figure with an interval that reaches 0 where the test does not exclude it."
     low, high = figure["ci95"]
-    if low is None: return figure | dict(p=p)
+    if low is None:
+        return figure | dict(p=p)
     return figure | dict(ci95=[low if p < 1 - confidence else 0.0, max(high, figure["value"])], p=p)
 
 # %% ../../../nbs/evaluate/measures/calibration.ipynb #c024
 def sureness(frame, confidence=0.95, temperature=1.0) -> dict:
     "Figures of what a frame's probabilities are worth: brier, log_loss, and ece with the p of its test."
-    p, groups = probabilities(frame, temperature), frame.group.to_numpy(); said = stated(frame, p)
+    p, groups = probabilities(frame, temperature), frame.group.to_numpy()
+    said = stated(frame, p)
     wanted = proper(frame.truth.to_numpy(), p) | dict(ece=ece(*said))
     found = valued(wanted, groups, confidence, dict(brier=largest_brier(p.shape[1])))
     return found | dict(ece=reaching(found["ece"], believable(*said, groups), confidence))
@@ -100,34 +130,62 @@ def fit_temperature(frame) -> float | None:
     "The temperature of least log-loss on these rows (Guo et al. 2017); None when all are answered rightly."
     z, truth = logits(frame), frame.truth.to_numpy()
     own = z[np.arange(len(z)), truth]
-    if (own == z.max(1)).all(): return None
-    possible = np.isfinite(own)     # a truth that the model rules out has an infinite loss at any temperature
+    if (own == z.max(1)).all():
+        return None
+    possible = np.isfinite(
+        own
+    )  # a truth that the model rules out has an infinite loss at any temperature
     z, own = z[possible], own[possible]
-    if not len(z): return None
-    loss = lambda t: (logsumexp(z/math.exp(t), axis=1) - own/math.exp(t)).mean()
-    return math.exp(minimize_scalar(loss, bounds=(math.log(.01), math.log(100)), method="bounded").x)
+    if not len(z):
+        return None
+
+    def loss(t):
+        return (logsumexp(z / math.exp(t), axis=1) - own / math.exp(t)).mean()
+
+    return math.exp(
+        minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded").x
+    )
 
 # %% ../../../nbs/evaluate/measures/calibration.ipynb #c029
 def believed(frame, temperature=None, confidence=0.95) -> dict:
     "One frame's calibration, as it is and with a temperature; of more than two labels also each label's own error."
     groups, truth = frame.group.to_numpy(), frame.truth.to_numpy()
-    bins = lambda p: reliability(*stated(frame, p), groups, confidence)
-    p = probabilities(frame); out = dict(temperature=temperature and round(temperature, 6)) | sureness(frame, confidence) | dict(bins=bins(p))
+
+    def bins(p):
+        return reliability(*stated(frame, p), groups, confidence)
+
+    p = probabilities(frame)
+    out = (
+        dict(temperature=temperature and round(temperature, 6))
+        | sureness(frame, confidence)
+        | dict(bins=bins(p))
+    )
     if temperature:
-        out |= {f"{m}_scaled": f for m, f in sureness(frame, confidence, temperature).items()} | dict(bins_scaled=bins(probabilities(frame, temperature)))
+        out |= {
+            f"{m}_scaled": f for m, f in sureness(frame, confidence, temperature).items()
+        } | dict(bins_scaled=bins(probabilities(frame, temperature)))
     if "probabilities" in frame and p.shape[1] > 2:
-        out["labels"] = [round(float(ece(q, (truth == j).astype(float))(np.ones((1, len(q))))[0]), 6) for j, q in enumerate(p.T)]
+        out["labels"] = [
+            round(float(ece(q, (truth == j).astype(float))(np.ones((1, len(q))))[0]), 6)
+            for j, q in enumerate(p.T)
+        ]
     return out
 
 # %% ../../../nbs/evaluate/measures/calibration.ipynb #c032
 def temperature_of(run, who) -> float | None:
     "A model's temperature, from its predictions of the validation rows; None when there are none."
-    path = run.path/"predictions"/"validation"/f"{who}.validation.parquet"
-    return fit_temperature(check_frame(pd.read_parquet(path), who, "validation")) if path.exists() else None
+    path = run.path / "predictions" / "validation" / f"{who}.validation.parquet"
+    return (
+        fit_temperature(check_frame(pd.read_parquet(path), who, "validation"))
+        if path.exists()
+        else None
+    )
+
 
 def calibrated(run, frames, metrics) -> dict:
     "{calibration: {model: {set: how far its probabilities can be believed}}}; nothing for texts, which have none."
     some, out = {k: f for k, f in frames.items() if "scores" in f or "probabilities" in f}, {}
     warm = {who: temperature_of(run, who) for who, _ in some}
-    for (who, name), frame in some.items(): out.setdefault(who, {})[name] = believed(frame, warm[who], run.recipe.evaluation.confidence)
+    for (who, name), frame in some.items():
+        out.setdefault(who, {})[name] = believed(frame, warm[who], run.recipe.evaluation.confidence)
     return dict(calibration=out) if out else {}

@@ -10,133 +10,232 @@ __all__ = ['BASELINES', 'best_threshold', 'threshold_of', 'mean_of', 'mcc', 'dec
            'baseline_frames']
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c002
-from ...core.run import MedftError, nearest  # first: it sets switches that the libraries read
-from .calibration import believable, ece, largest_brier, proper, reaching, stated
+from ...core.run import MedftError, nearest
 from ...data.pipeline import load_split, scored_sets
+from medft.evaluate.measures.calibration import (
+    believable,
+    ece,
+    largest_brier,
+    proper,
+    reaching,
+    stated,
+)
 from ..scoring.finite_scores import check_frame, refuse_non_finite
 from ..scoring.predict import choose, identity
 from ..statistics.intervals import f1_each, macro_f1, share, tallies, undefined, valued
 from ..statistics.verdicts import compare_choices, compare_sums
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c007
 def best_threshold(
     truth,  # (rows,) 0 or 1
-    p,      # (rows,) probability of 1
-) -> tuple[float, float]:   # threshold, and the F1 it gives on these rows
+    p,  # (rows,) probability of 1
+) -> tuple[float, float]:  # threshold, and the F1 it gives on these rows
     "The probability from which 1 is said for the best F1."
     truth, p = np.asarray(truth), np.asarray(p, float)
     refuse_non_finite(p, range(len(p)), "probabilities")
     levels, positive = np.unique(p), truth.sum()
-    if not positive: return 0.5, 0.0
-    above = lambda x: len(x) - np.searchsorted(np.sort(x), levels)
-    f1 = 2*above(p[truth == 1])/(above(p) + positive)
-    low = np.append(0.0, levels[:-1]); middle = (low + levels)/2
-    at = np.where((low < .5) & (.5 <= levels), .5, np.where(middle > low, middle, levels))
+    if not positive:
+        return 0.5, 0.0
+
+    def above(x):
+        return len(x) - np.searchsorted(np.sort(x), levels)
+
+    f1 = 2 * above(p[truth == 1]) / (above(p) + positive)
+    low = np.append(0.0, levels[:-1])
+    middle = (low + levels) / 2
+    at = np.where((low < 0.5) & (levels >= 0.5), 0.5, np.where(middle > low, middle, levels))
     best = np.flatnonzero(np.isclose(f1, f1.max(), rtol=0, atol=1e-12))
-    return float(at[best[np.abs(at[best] - .5).argmin()]]), float(f1.max())
+    return float(at[best[np.abs(at[best] - 0.5).argmin()]]), float(f1.max())
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c010
 def threshold_of(
     recipe,
-    frame=None,     # predictions of the validation set; None: there is none
-) -> dict:          # value, source, and on how many rows it was chosen with which F1
+    frame=None,  # predictions of the validation set; None: there is none
+) -> dict:  # value, source, and on how many rows it was chosen with which F1
     "The threshold for a model with two labels: the recipe's, or the best on validation, or a half."
-    if recipe.evaluation.threshold is not None: return dict(value=recipe.evaluation.threshold, source="recipe")
-    if frame is None: return dict(value=0.5, source="a half, for want of a validation set")
+    if recipe.evaluation.threshold is not None:
+        return dict(value=recipe.evaluation.threshold, source="recipe")
+    if frame is None:
+        return dict(value=0.5, source="a half, for want of a validation set")
     value, f1 = best_threshold(frame.truth, np.stack(frame.probabilities)[:, 1])
     return dict(value=value, source="validation", f1=round(f1, 6), n=len(frame))
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c013
 def mean_of(top, bottom, occurs, two):
     "top/bottom of the second of two labels, or the mean over labels that occur; nan where nothing is to be divided by."
-    if two: return np.divide(top[:, 1], bottom[:, 1], out=np.full(len(top), np.nan), where=bottom[:, 1] > 0)
-    return np.nanmean(np.where(occurs, top/np.maximum(bottom, 1e-12), np.nan), -1)
+    if two:
+        return np.divide(
+            top[:, 1], bottom[:, 1], out=np.full(len(top), np.nan), where=bottom[:, 1] > 0
+        )
+    return np.nanmean(np.where(occurs, top / np.maximum(bottom, 1e-12), np.nan), -1)
+
 
 def mcc(hits, truths, choices):
     "Matthews' correlation coefficient for any number of labels (Gorodkin 2004); 0 when all choices are one label."
-    n = truths.sum(-1); cover = hits.sum(-1)*n - (truths*choices).sum(-1)
-    spread = (n**2 - (truths**2).sum(-1))*(n**2 - (choices**2).sum(-1))
+    n = truths.sum(-1)
+    cover = hits.sum(-1) * n - (truths * choices).sum(-1)
+    spread = (n**2 - (truths**2).sum(-1)) * (n**2 - (choices**2).sum(-1))
     return np.divide(cover, np.sqrt(spread), out=np.zeros_like(cover), where=spread > 0)
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c014
 def decisions(truth, choice, k) -> dict:
     "What follows from the choices: name -> function of weights."
     count, two = tallies(truth, choice, k), k == 2
-    def of(f): return lambda w: f(*count(w))
-    occurs = lambda h, t, c: t + c > 0
-    f1 = lambda h, t, c: np.where(t[:, 1] > 0, f1_each(h, t, c)[:, 1], np.nan) if two else np.nanmean(f1_each(h, t, c), -1)
-    return dict(f1=of(f1), precision=of(lambda h, t, c: mean_of(h, c, occurs(h, t, c), two)), recall=of(lambda h, t, c: mean_of(h, t, occurs(h, t, c), two)),
-                macro_f1=macro_f1(truth, choice, k), mcc=of(mcc))
+
+    def of(f):
+        return lambda w: f(*count(w))
+
+    def occurs(h, t, c):
+        return t + c > 0
+
+    def f1(h, t, c):
+        return (
+            np.where(t[:, 1] > 0, f1_each(h, t, c)[:, 1], np.nan)
+            if two
+            else np.nanmean(f1_each(h, t, c), -1)
+        )
+
+    return dict(
+        f1=of(f1),
+        precision=of(lambda h, t, c: mean_of(h, c, occurs(h, t, c), two)),
+        recall=of(lambda h, t, c: mean_of(h, t, occurs(h, t, c), two)),
+        macro_f1=macro_f1(truth, choice, k),
+        mcc=of(mcc),
+    )
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c016
 def ranking(truth, p) -> dict:
     "AUROC and average precision of (rows,) probabilities of a 0/1 truth, as functions of weights."
-    order = np.argsort(-p, kind="stable"); steps = np.flatnonzero(np.append(True, np.diff(p[order]) != 0))
+    order = np.argsort(-p, kind="stable")
+    steps = np.flatnonzero(np.append(True, np.diff(p[order]) != 0))
     positive = (truth == 1)[order]
-    def counts(w): w = w[:, order]; return np.add.reduceat(w*positive, steps, 1), np.add.reduceat(w*~positive, steps, 1)
-    divide = lambda top, bottom: np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom > 0)
-    def auroc(w): a, b = counts(w); n = b.sum(1, keepdims=True); return divide((a*(n - b.cumsum(1) + b/2)).sum(1), a.sum(1)*n[:, 0])
-    def auprc(w): a, b = counts(w); c = a.cumsum(1); return divide((a*c/np.maximum(c + b.cumsum(1), 1e-12)).sum(1), a.sum(1))
+
+    def counts(w):
+        w = w[:, order]
+        return np.add.reduceat(w * positive, steps, 1), np.add.reduceat(w * ~positive, steps, 1)
+
+    def divide(top, bottom):
+        return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom > 0)
+
+    def auroc(w):
+        a, b = counts(w)
+        n = b.sum(1, keepdims=True)
+        return divide((a * (n - b.cumsum(1) + b / 2)).sum(1), a.sum(1) * n[:, 0])
+
+    def auprc(w):
+        a, b = counts(w)
+        c = a.cumsum(1)
+        return divide((a * c / np.maximum(c + b.cumsum(1), 1e-12)).sum(1), a.sum(1))
+
     return dict(auroc=auroc, auprc=auprc)
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c018
 def scorings(truth, p) -> dict:
     "What follows from (rows, labels) probabilities: name -> function of weights."
-    k = p.shape[1]; one = np.eye(k)[truth]
+    k = p.shape[1]
+    one = np.eye(k)[truth]
     each = [ranking(truth, p[:, 1])] if k == 2 else [ranking(one[:, j], p[:, j]) for j in range(k)]
-    over = lambda name: lambda w: np.mean([e[name](w) for e in each], axis=0)
+
+    def over(name):
+        return lambda w: np.mean([e[name](w) for e in each], axis=0)
+
     return dict(auroc=over("auroc"), auprc=over("auprc")) | proper(truth, p)
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c019
 def measure_labels(frame, confidence=0.95) -> dict:
     "Figures of a classifier's predictions, the main one first: F1 of two labels, accuracy of more."
-    truth, choice, p = frame.truth.to_numpy(), frame.choice.to_numpy(), np.stack(frame.probabilities)
-    (n, k), said = p.shape, stated(frame, p); made = decisions(truth, choice, k) | scorings(truth, p) | dict(ece=ece(*said))
-    with np.errstate(all="ignore"): sound = {m for m, f in made.items() if np.isfinite(f(np.ones((1, n)))[0])}
-    if len(set(truth)) < 2: sound -= {"mcc", "auroc", "auprc"}
-    why = f"every row of this set has label {truth[0]}" if len(set(truth)) < 2 else "no row was given the label" if k == 2 else "a label is missing from this set"
+    truth, choice, p = (
+        frame.truth.to_numpy(),
+        frame.choice.to_numpy(),
+        np.stack(frame.probabilities),
+    )
+    (n, k), said = p.shape, stated(frame, p)
+    made = decisions(truth, choice, k) | scorings(truth, p) | dict(ece=ece(*said))
+    with np.errstate(all="ignore"):
+        sound = {m for m, f in made.items() if np.isfinite(f(np.ones((1, n)))[0])}
+    if len(set(truth)) < 2:
+        sound -= {"mcc", "auroc", "auprc"}
+    why = (
+        f"every row of this set has label {truth[0]}"
+        if len(set(truth)) < 2
+        else "no row was given the label"
+        if k == 2
+        else "a label is missing from this set"
+    )
     wanted = {m: f for m, f in made.items() if m in sound}
     found = valued(wanted, frame.group, confidence, dict(brier=largest_brier(k)))
-    out = {m: found.get(m) or undefined(why, n) for m in made} | dict(accuracy=accuracy(frame, confidence))
+    out = {m: found.get(m) or undefined(why, n) for m in made} | dict(
+        accuracy=accuracy(frame, confidence)
+    )
     hits, whose = truth == choice, frame.group.to_numpy()
-    if k == 2: out |= {m: share(hits[of], confidence, whose[of]) | dict(n=n) for m, of in (("precision", choice == 1), ("recall", truth == 1)) if of.any() and hits[of].all()}
+    if k == 2:
+        out |= {
+            m: share(hits[of], confidence, whose[of]) | dict(n=n)
+            for m, of in (("precision", choice == 1), ("recall", truth == 1))
+            if of.any() and hits[of].all()
+        }
     main = "f1" if k == 2 and "f1" in sound else "accuracy"
-    return {main: out[main]} | out | dict(ece=reaching(out["ece"], believable(*said, frame.group), confidence))
+    return (
+        {main: out[main]}
+        | out
+        | dict(ece=reaching(out["ece"], believable(*said, frame.group), confidence))
+    )
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c020
-def accuracy(frame, confidence=0.95) -> dict: "The share of right choices."; return share(frame.correct, confidence, frame.group)
+def accuracy(frame, confidence=0.95) -> dict:
+    "The share of right choices."
+    return share(frame.correct, confidence, frame.group)
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c025
 def confusion(frame) -> list[list[int]]:
     "Rows: what is true; columns: what was said."
-    k = len(frame.probabilities.iloc[0]); at = frame.truth.to_numpy()*k + frame.choice.to_numpy()
-    return np.bincount(at, minlength=k*k).reshape(k, k).tolist()
+    k = len(frame.probabilities.iloc[0])
+    at = frame.truth.to_numpy() * k + frame.choice.to_numpy()
+    return np.bincount(at, minlength=k * k).reshape(k, k).tolist()
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c028
 def compare_labels(a, b, confidence=0.95) -> dict:
     "Difference b - a of paired predictions in their main metric."
     two = len(a.probabilities.iloc[0]) == 2 and (a.truth == 1).any()
-    if not two: return compare_choices(a.correct, b.correct, confidence, a.group)
-    columns = lambda f: np.stack([(f.truth == 1) & (f.choice == 1), f.truth == 1, f.choice == 1], 1).astype(float)
-    f1 = lambda s: 2*s[..., 0]/np.maximum(s[..., 1] + s[..., 2], 1e-12)
+    if not two:
+        return compare_choices(a.correct, b.correct, confidence, a.group)
+
+    def columns(f):
+        return np.stack([(f.truth == 1) & (f.choice == 1), f.truth == 1, f.choice == 1], 1).astype(
+            float
+        )
+
+    def f1(s):
+        return 2 * s[..., 0] / np.maximum(s[..., 1] + s[..., 2], 1e-12)
+
     return compare_sums("f1", f1, columns(a), columns(b), a.group, confidence)
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c031
 BASELINES = {}  # name -> function(run, name) that gives {scored set: (probabilities, choices)}
 
+
 def register(*names):
     "Decorator: make a function the baseline of these names."
-    def keep(f): BASELINES.update(dict.fromkeys(names, f)); return f
+
+    def keep(f):
+        BASELINES.update(dict.fromkeys(names, f))
+        return f
+
     return keep
+
 
 def baseline(
     run,
-    name,   # a key of BASELINES
+    name,  # a key of BASELINES
 ) -> dict:  # scored set -> (probabilities: (rows,) of the second label, or (rows, labels); choices: (rows,)), in the order of the prepared split
     "What a simple rule says. Raises `MedftError` for a rule that nobody registered."
-    if name not in BASELINES: raise MedftError(f"evaluation.baselines: no baseline {name!r}{nearest(name, BASELINES)}; known: {', '.join(BASELINES)}")
+    if name not in BASELINES:
+        raise MedftError(
+            f"evaluation.baselines: no baseline {name!r}{nearest(name, BASELINES)}; known: {', '.join(BASELINES)}"
+        )
     return BASELINES[name](run, name)
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c032
@@ -144,27 +243,38 @@ def label_shares(run) -> np.ndarray:
     "The share of each label among the training rows."
     seen = [np.array(load_split(run, s)["label"]) for s in ("train", *scored_sets(run))]
     counts = np.bincount(seen[0], minlength=max(map(max, seen)) + 1)
-    return counts/counts.sum()
+    return counts / counts.sum()
+
 
 @register("majority", "prior")
 def constant(run, name) -> dict:
     "The commonest training label for everybody; `prior` is as sure of it as the training rows are."
-    p = label_shares(run); best = p.argmax()
-    if name == "majority": p = np.eye(len(p))[best]
+    p = label_shares(run)
+    best = p.argmax()
+    if name == "majority":
+        p = np.eye(len(p))[best]
     sizes = {s: len(load_split(run, s)) for s in scored_sets(run)}
     return {s: (np.tile(p, (n, 1)), np.full(n, best)) for s, n in sizes.items()}
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c033
 def baseline_frames(
     run,
-    rows,   # scored set -> its rows
+    rows,  # scored set -> its rows
 ) -> dict:  # (baseline, set) -> predictions, in the form of a classifier's
     "The recipe's baselines on these rows."
     found = {}
     for name, sets in ((n, baseline(run, n)) for n in run.recipe.evaluation.baselines):
         for s, (p, choice) in sets.items():
-            p, at = np.asarray(p, float), slice(len(rows[s])); p = np.stack([1 - p, p], 1) if p.ndim == 1 else p
-            frame = pd.DataFrame(dict(identity(rows[s]), probabilities=p[at].tolist(), truth=[r["label"] for r in rows[s]], choice=np.asarray(choice, int)[at]))
+            p, at = np.asarray(p, float), slice(len(rows[s]))
+            p = np.stack([1 - p, p], 1) if p.ndim == 1 else p
+            frame = pd.DataFrame(
+                dict(
+                    identity(rows[s]),
+                    probabilities=p[at].tolist(),
+                    truth=[r["label"] for r in rows[s]],
+                    choice=np.asarray(choice, int)[at],
+                )
+            )
             check_frame(frame, f"evaluation.baselines: {name}", s)
             found[name, s] = frame.assign(correct=frame.choice == frame.truth)
     return found

@@ -8,56 +8,95 @@ Docs: https://medft.github.io/medft/evaluate/measures/comparisons.html.md"""
 __all__ = ['figures_of', 'changed_places', 'beside', 'compared']
 
 # %% ../../../nbs/evaluate/measures/comparisons.ipynb #c002
-from .calibration import probabilities, proper  # first: it sets switches that the libraries read
+from .calibration import probabilities, proper
 from .classification import scorings
 from ..statistics.intervals import detectable_mean, macro_f1, owners, redrawn
 from ..statistics.verdicts import comparison, holm, sentence, tail
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 
 # %% ../../../nbs/evaluate/measures/comparisons.ipynb #c005
 def figures_of(frame) -> dict:
     "name -> function of weights: what is compared beside the main metric."
     truth, choice = frame.truth.to_numpy(), frame.choice.to_numpy()
-    if "probabilities" in frame: p = np.stack(frame.probabilities); more = {m: f for m, f in scorings(truth, p).items() if m != "auprc"}
-    else: p = probabilities(frame); more = proper(truth, p)
-    with np.errstate(all="ignore"): sound = {m: f for m, f in more.items() if np.isfinite(f(np.ones((1, len(frame))))).all()}
+    if "probabilities" in frame:
+        p = np.stack(frame.probabilities)
+        more = {m: f for m, f in scorings(truth, p).items() if m != "auprc"}
+    else:
+        p = probabilities(frame)
+        more = proper(truth, p)
+    with np.errstate(all="ignore"):
+        sound = {m: f for m, f in more.items() if np.isfinite(f(np.ones((1, len(frame))))).all()}
     return dict(macro_f1=macro_f1(truth, choice, p.shape[1])) | sound
 
 # %% ../../../nbs/evaluate/measures/comparisons.ipynb #q04ca0
 def changed_places(
-    pooled,     # name -> function of weights over the rows of both models, one model after the other
-    groups,     # (rows,) of one model
-    times=1999, seed=0, batch=100,
-) -> dict:      # name -> (times,) differences, second less first
+    pooled,  # name -> function of weights over the rows of both models, one model after the other
+    groups,  # (rows,) of one model
+    times=1999,
+    seed=0,
+    batch=100,
+) -> dict:  # name -> (times,) differences, second less first
     "What the differences would be if a coin said, for each group, whose answers are whose."
-    code, k = owners(groups); rng, far = np.random.default_rng(seed), {m: [] for m in pooled}
-    for size in [batch]*(times//batch) + [times % batch]:
-        stay = rng.integers(0, 2, (size, k)).astype(float)[:, code]; first, second = np.hstack([stay, 1 - stay]), np.hstack([1 - stay, stay])
-        for m, f in pooled.items(): far[m].append(f(second) - f(first))
+    code, k = owners(groups)
+    rng, far = np.random.default_rng(seed), {m: [] for m in pooled}
+    for size in [batch] * (times // batch) + [times % batch]:
+        stay = rng.integers(0, 2, (size, k)).astype(float)[:, code]
+        first, second = np.hstack([stay, 1 - stay]), np.hstack([1 - stay, stay])
+        for m, f in pooled.items():
+            far[m].append(f(second) - f(first))
     return {m: np.concatenate(x) for m, x in far.items()}
 
 # %% ../../../nbs/evaluate/measures/comparisons.ipynb #c006
 def beside(
-    base,           # predictions of the base
-    tuned,          # name -> predictions of the same items
+    base,  # predictions of the base
+    tuned,  # name -> predictions of the same items
     confidence=0.95,
-) -> dict:          # (name, metric) -> comparison
+) -> dict:  # (name, metric) -> comparison
     "Every other figure of these models against the base: difference, BCa interval, paired permutation test by groups."
     whose, (code, _) = base.group, owners(base.group)
     a, each = figures_of(base), {who: figures_of(f) for who, f in tuned.items()}
-    gaps = {(who, m): (lambda w, m=m, b=b: b(w) - a[m](w)) for who, f in each.items() for m, b in f.items() if m in a}
+    gaps = {
+        (who, m): (lambda w, m=m, b=b: b(w) - a[m](w))
+        for who, f in each.items()
+        for m, b in f.items()
+        if m in a
+    }
     both = {who: figures_of(pd.concat([base, f], ignore_index=True)) for who, f in tuned.items()}
-    ends, far = redrawn(gaps, whose, confidence), changed_places({key: both[key[0]][key[1]] for key in gaps}, whose)
+    ends, far = (
+        redrawn(gaps, whose, confidence),
+        changed_places({key: both[key[0]][key[1]] for key in gaps}, whose),
+    )
     seen = {key: gap(np.ones((1, len(base))))[0] for key, gap in gaps.items()}
-    return {key: comparison(key[1], seen[key], *ends[key][:2], tail(far[key], abs(seen[key])), code, detectable_mean(ends[key][2], confidence), "permutation", confidence) for key in gaps}
+    return {
+        key: comparison(
+            key[1],
+            seen[key],
+            *ends[key][:2],
+            tail(far[key], abs(seen[key])),
+            code,
+            detectable_mean(ends[key][2], confidence),
+            "permutation",
+            confidence,
+        )
+        for key in gaps
+    }
 
 # %% ../../../nbs/evaluate/measures/comparisons.ipynb #c013
 def compared(run, frames, metrics) -> dict:
     "For `evaluate.PARTS`: {comparisons: {model: {metric: comparison with the base}}}, where there are options or labels."
-    main, than, confidence = metrics["main"], f"the {metrics.get('names', {}).get('base', 'base')}", metrics["confidence"]
-    if not {"scores", "probabilities"} & set(frames["base", main]): return {}
-    pairs = beside(frames["base", main], {who: frames[who, main] for who in metrics["verdict"]}, confidence)
+    main, than, confidence = (
+        metrics["main"],
+        f"the {metrics.get('names', {}).get('base', 'base')}",
+        metrics["confidence"],
+    )
+    if not {"scores", "probabilities"} & set(frames["base", main]):
+        return {}
+    pairs = beside(
+        frames["base", main], {who: frames[who, main] for who in metrics["verdict"]}, confidence
+    )
     told, out = dict(zip(pairs, holm(list(pairs.values()), confidence))), {}
-    for (who, m), d in told.items(): out.setdefault(who, {})[m] = d | dict(sentence=sentence(d, who, than, main))
+    for (who, m), d in told.items():
+        out.setdefault(who, {})[m] = d | dict(sentence=sentence(d, who, than, main))
     return dict(comparisons=out)

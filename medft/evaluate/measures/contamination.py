@@ -8,28 +8,38 @@ Docs: https://medft.github.io/medft/evaluate/measures/contamination.html.md"""
 __all__ = ['FOUND_BY', 'LEAST', 'nearly_seen', 'cleaned', 'turned', 'in_words', 'unchecked', 'both', 'without_doubles']
 
 # %% ../../../nbs/evaluate/measures/contamination.ipynb #c002
-from ...core.run import read_json  # first: it sets switches that the libraries read
+from ...core.run import read_json
 
 import json
 
 # %% ../../../nbs/evaluate/measures/contamination.ipynb #c005
 FOUND_BY = ("near_overlap", "overlap")
 
+
 def nearly_seen(run) -> tuple[dict, str]:
     "({set: ids of the rows that are almost training rows}, why that is not known: '' when it is)."
-    report, r = read_json(run.path/"data"/"report.json", {}), run.recipe
-    if not r.engine: return {}, "these models were not trained on this recipe's rows"
-    if "corpus" in report: return {}, "a packed corpus is taken as it is"
+    report, r = read_json(run.path / "data" / "report.json", {}), run.recipe
+    if not r.engine:
+        return {}, "these models were not trained on this recipe's rows"
+    if "corpus" in report:
+        return {}, "a packed corpus is taken as it is"
     checks = report.get("checks", {})
-    if "near_overlap" not in checks: return {}, "the recipe says dataset.checks.near_overlap: off"
+    if "near_overlap" not in checks:
+        return {}, "the recipe says dataset.checks.near_overlap: off"
     kept, found = {c for c in FOUND_BY if checks.get(c, {}).get("action") not in (None, "drop")}, {}
-    lines = (run.path/"data"/"flagged.jsonl").read_text(encoding="utf-8").splitlines() if kept else ()
+    lines = (
+        (run.path / "data" / "flagged.jsonl").read_text(encoding="utf-8").splitlines()
+        if kept
+        else ()
+    )
     for x in map(json.loads, lines):
-        if x["check"] in kept and x["split"] not in (None, "train"): found.setdefault(x["split"], set()).add(x["id"])
+        if x["check"] in kept and x["split"] not in (None, "train"):
+            found.setdefault(x["split"], set()).add(x["id"])
     return found, ""
 
 # %% ../../../nbs/evaluate/measures/contamination.ipynb #c008
-LEAST = 10      # items
+LEAST = 10  # items
+
 
 def cleaned(frames, ids) -> tuple[dict, list]:
     "Predictions without the flagged items; and the sets of which too few would be left, as they are."
@@ -37,43 +47,75 @@ def cleaned(frames, ids) -> tuple[dict, list]:
     few = sorted({s for (_, s), f in kept.items() if len(f) < LEAST and ids.get(s)})
     return {k: frames[k] if k[1] in few else f for k, f in kept.items()}, few
 
+
 def turned(d, clean, n) -> dict:
     "A verdict whose sentence says what becomes of it without the flagged items, if that is another one."
-    if clean is None or clean["label"] == d["label"]: return d
-    return d | dict(sentence=f"{d['sentence']}. Without the {n} scored items that are near-duplicates of training rows it reads: {clean['sentence']}")
+    if clean is None or clean["label"] == d["label"]:
+        return d
+    return d | dict(
+        sentence=f"{d['sentence']}. Without the {n} scored items that are near-duplicates of training rows it reads: {clean['sentence']}"
+    )
 
 # %% ../../../nbs/evaluate/measures/contamination.ipynb #c009
 def in_words(counts, total, few) -> str:
     "What was flagged, in one sentence."
-    if not any(counts.values()): return "No scored item is a near-duplicate of a training row."
+    if not any(counts.values()):
+        return "No scored item is a near-duplicate of a training row."
     said = ", ".join(f"{n} of {total[s]} in {s}" for s, n in counts.items() if n)
-    return f"Near-duplicates of training rows: {said}; every figure is given without them too" + (f", but for {', '.join(few)}, where too few items would remain." if few else ".")
+    return f"Near-duplicates of training rows: {said}; every figure is given without them too" + (
+        f", but for {', '.join(few)}, where too few items would remain." if few else "."
+    )
+
 
 def unchecked(run) -> str:
     "What scoring could not look up, as sentences: models of which nobody here knows what they were trained on."
-    return "".join(f" {line[:1].upper()}{line[1:]}." for line in run.manifest.get("unchecked") or ())
+    return "".join(
+        f" {line[:1].upper()}{line[1:]}." for line in run.manifest.get("unchecked") or ()
+    )
 
 # %% ../../../nbs/evaluate/measures/contamination.ipynb #g009
 def both(metrics, found, counts, few) -> dict:
     "The second table, and the verdicts with what it does to them."
     main, shown = metrics["main"], {s for s, n in counts.items() if n and s not in few}
-    part = lambda table, sets: {who: {s: x for s, x in found.items() if s in sets} for who, found in table.items()}
-    out = dict(models=part(found["models"], shown), differences=part(found["differences"], shown - {main}))
-    if main in few: return dict(clean=out)
-    return dict(clean=out | dict(verdict=found["verdict"]), verdict={e: turned(d, found["verdict"].get(e), sum(counts[s] for s in shown)) for e, d in metrics["verdict"].items()})
+
+    def part(table, sets):
+        return {who: {s: x for s, x in found.items() if s in sets} for who, found in table.items()}
+
+    out = dict(
+        models=part(found["models"], shown), differences=part(found["differences"], shown - {main})
+    )
+    if main in few:
+        return dict(clean=out)
+    return dict(
+        clean=out | dict(verdict=found["verdict"]),
+        verdict={
+            e: turned(d, found["verdict"].get(e), sum(counts[s] for s in shown))
+            for e, d in metrics["verdict"].items()
+        },
+    )
 
 # %% ../../../nbs/evaluate/measures/contamination.ipynb #c010
 def without_doubles(
-    run, frames, metrics,
-    again,      # function of frames that gives metrics.json of them
-) -> dict:      # clean; and the verdict, where it depends on the flagged items
+    run,
+    frames,
+    metrics,
+    again,  # function of frames that gives metrics.json of them
+) -> dict:  # clean; and the verdict, where it depends on the flagged items
     "Every figure without the items that are near-duplicates of training rows."
     (ids, why), more = nearly_seen(run), unchecked(run)
-    if why: return dict(clean=dict(flagged=None, reason=f"not looked for: {why}", sentence=f"Whether scored items are near-duplicates of training rows was not looked for: {why}.{more}"))
+    if why:
+        return dict(
+            clean=dict(
+                flagged=None,
+                reason=f"not looked for: {why}",
+                sentence=f"Whether scored items are near-duplicates of training rows was not looked for: {why}.{more}",
+            )
+        )
     total = {s: len(f) for (who, s), f in frames.items() if who == "base"}
     counts = {s: int(frames["base", s].id.isin(ids.get(s, ())).sum()) for s in total}
     kept, few = cleaned(frames, {s: ids[s] for s, n in counts.items() if n})
     about = dict(flagged=counts, sentence=in_words(counts, total, few) + more)
-    if not any(counts.values()): return dict(clean=about)
+    if not any(counts.values()):
+        return dict(clean=about)
     out = both(metrics, again(kept), counts, few)
     return out | dict(clean=about | out["clean"])

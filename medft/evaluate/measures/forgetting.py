@@ -9,7 +9,7 @@ __all__ = ['JUDGED', 'WORLDS', 'decline', 'judge', 'budget_in', 'retained', 'tol
            'evidence']
 
 # %% ../../../nbs/evaluate/measures/forgetting.ipynb #c002
-from ...core.run import MedftError, assets, read_json, write_json  # first: it sets switches that the libraries read
+from ...core.run import MedftError, assets, read_json, write_json
 from ..statistics.simulation import accuracy_world, loss_world, whose
 from ..statistics.verdicts import LESS, SAYS, UNITS
 
@@ -20,88 +20,183 @@ import numpy as np
 # %% ../../../nbs/evaluate/measures/forgetting.ipynb #c004
 def decline(d) -> tuple:
     "How much worse, with its interval, from a comparison with the base: positive is worse, whichever way the figure runs."
-    if d["metric"] in LESS: return (d["effect"], *d["ci95"])
+    if d["metric"] in LESS:
+        return (d["effect"], *d["ci95"])
     return tuple(x if x is None else -x for x in (d["effect"], *reversed(d["ci95"])))
+
 
 def judge(lost, low, high, budget) -> str:
     "shown, unclear or forgets: non-inferiority by the confidence interval (Piaggio et al. 2012)."
-    if high is not None and high <= budget: return "shown"
+    if high is not None and high <= budget:
+        return "shown"
     return "forgets" if low is not None and low > budget else "unclear"
 
 # %% ../../../nbs/evaluate/measures/forgetting.ipynb #c007
 def budget_in(metric, budget, frame) -> float:
     "A budget in the unit of this figure; `frame`: the base's predictions, whose tokens the budget counts in."
-    return budget*frame.tokens.sum()/frame.bytes.sum()/math.log(2) if metric == "bits_per_byte" else budget
+    return (
+        budget * frame.tokens.sum() / frame.bytes.sum() / math.log(2)
+        if metric == "bits_per_byte"
+        else budget
+    )
 
 # %% ../../../nbs/evaluate/measures/forgetting.ipynb #r1c
 def retained(
-    gaps,       # set -> comparison with the base
-    bases,      # set -> the base's predictions
-    budget,     # None: differences are shown, not judged
-) -> dict:      # set -> metric, decline, ci95, n, groups, detectable; where there is a budget: budget, judged
+    gaps,  # set -> comparison with the base
+    bases,  # set -> the base's predictions
+    budget,  # None: differences are shown, not judged
+) -> (
+    dict
+):  # set -> metric, decline, ci95, n, groups, detectable; where there is a budget: budget, judged
     "What one model kept of each retention set."
     found = {}
     for name, d in gaps.items():
         lost, low, high = decline(d)
-        found[name] = dict(metric=d["metric"], decline=lost, ci95=[low, high], n=d["n"], groups=d.get("groups", d["n"]), detectable=d["detectable"])
-        if budget is not None: b = budget_in(d["metric"], budget, bases.get(name)); found[name] |= dict(budget=round(b, 6), judged=judge(lost, low, high, b))
+        found[name] = dict(
+            metric=d["metric"],
+            decline=lost,
+            ci95=[low, high],
+            n=d["n"],
+            groups=d.get("groups", d["n"]),
+            detectable=d["detectable"],
+        )
+        if budget is not None:
+            b = budget_in(d["metric"], budget, bases.get(name))
+            found[name] |= dict(budget=round(b, 6), judged=judge(lost, low, high, b))
     return found
 
 # %% ../../../nbs/evaluate/measures/forgetting.ipynb #c009
-JUDGED = dict(shown="forgetting of more than {b} on {s} is ruled out", unclear="forgetting of more than {b} on {s} is not ruled out", forgets="it forgets more than {b} on {s}")
+JUDGED = dict(
+    shown="forgetting of more than {b} on {s} is ruled out",
+    unclear="forgetting of more than {b} on {s} is not ruled out",
+    forgets="it forgets more than {b} on {s}",
+)
+
 
 def told(name, r) -> str:
     "One retention set in words."
-    unit, k, f = UNITS[r["metric"]]; say = lambda x: "–" if x is None else f.format(k*x + 0).removeprefix("+")
+    unit, k, f = UNITS[r["metric"]]
+
+    def say(x):
+        return "–" if x is None else f.format(k * x + 0).removeprefix("+")
+
     how = JUDGED[r["judged"]].format(b=f"{say(r['budget'])} {unit}", s=name)
     return f"{how} (decline {say(r['decline'])} [{say(r['ci95'][0])}, {say(r['ci95'][1])}], n = {r['n']})"
 
 # %% ../../../nbs/evaluate/measures/forgetting.ipynb #t1c
 def turned(
-    d,      # the verdict so far, with its sentence
-    kept,   # set -> what was kept, judged
-    who, than="the base",
+    d,  # the verdict so far, with its sentence
+    kept,  # set -> what was kept, judged
+    who,
+    than="the base",
 ) -> dict:
     "A verdict that has regard to forgetting."
     found = {r["judged"] for r in kept.values()}
-    label = "worse" if "forgets" in found else "tie" if "unclear" in found and d["label"] == "better" else d["label"]
-    said = "; ".join(told(name, r) for name, r in sorted(kept.items(), key=lambda x: ["forgets", "unclear", "shown"].index(x[1]["judged"])))
-    sentence = f"{d['sentence']}; {said}" if label == d["label"] else f"{SAYS[label].format(a=who, b=than)}: {said}; but for that, {d['sentence']}"
+    label = (
+        "worse"
+        if "forgets" in found
+        else "tie"
+        if "unclear" in found and d["label"] == "better"
+        else d["label"]
+    )
+    said = "; ".join(
+        told(name, r)
+        for name, r in sorted(
+            kept.items(), key=lambda x: ["forgets", "unclear", "shown"].index(x[1]["judged"])
+        )
+    )
+    sentence = (
+        f"{d['sentence']}; {said}"
+        if label == d["label"]
+        else f"{SAYS[label].format(a=who, b=than)}: {said}; but for that, {d['sentence']}"
+    )
     return d | dict(label=label, label_before=d["label"], retention=kept, sentence=sentence)
 
 # %% ../../../nbs/evaluate/measures/forgetting.ipynb #c014
 def judged(run, frames, metrics) -> dict:
     "For `evaluate.PARTS`, after the seeds: {retention: ..., verdict: turned where a budget is broken}. Raises `MedftError`."
     e, names = run.recipe.evaluation, list(dict.fromkeys(run.recipe.evaluation.retention))
-    if not names: return {}
-    if lacks := [s for s in names if ("base", s) not in frames]: raise MedftError(f"evaluation.retention: {lacks[0]!r} has no predictions; evaluate the run again")
-    if metrics["main"] in names: raise MedftError(f"evaluation.retention: {metrics['main']!r} is the only set to judge by, and cannot show what was kept too; give a dataset.test_path")
-    gaps = {who: metrics.get("over_seeds", {}).get(who, metrics["differences"][who]) for who in metrics["verdict"]}
-    kept = {who: retained({s: g[s] for s in names}, {s: frames["base", s] for s in names}, e.forgetting) for who, g in gaps.items()}
+    if not names:
+        return {}
+    if lacks := [s for s in names if ("base", s) not in frames]:
+        raise MedftError(
+            f"evaluation.retention: {lacks[0]!r} has no predictions; evaluate the run again"
+        )
+    if metrics["main"] in names:
+        raise MedftError(
+            f"evaluation.retention: {metrics['main']!r} is the only set to judge by, and cannot show what was kept too; give a dataset.test_path"
+        )
+    gaps = {
+        who: metrics.get("over_seeds", {}).get(who, metrics["differences"][who])
+        for who in metrics["verdict"]
+    }
+    kept = {
+        who: retained({s: g[s] for s in names}, {s: frames["base", s] for s in names}, e.forgetting)
+        for who, g in gaps.items()
+    }
     out = dict(retention=dict(sets=names, budget=e.forgetting, models=kept))
-    if e.forgetting is None: return out
-    base = metrics["names"].get("base", "base"); than = f"the {base}" if base.startswith("base") else base
-    return out | dict(verdict={who: turned(d, kept[who], who, than) for who, d in metrics["verdict"].items()})
+    if e.forgetting is None:
+        return out
+    base = metrics["names"].get("base", "base")
+    than = f"the {base}" if base.startswith("base") else base
+    return out | dict(
+        verdict={who: turned(d, kept[who], who, than) for who, d in metrics["verdict"].items()}
+    )
 
 # %% ../../../nbs/evaluate/measures/forgetting.ipynb #c019
 def errors(
-    world,      # function of (groups, rng, gain=...) that gives a comparison and the truth
-    n, budget,  # items; the budget
-    times=400, size=1, seed=0,
+    world,  # function of (groups, rng, gain=...) that gives a comparison and the truth
+    n,
+    budget,  # items; the budget
+    times=400,
+    size=1,
+    seed=0,
 ) -> dict:
     "How often each judgement falls at a true decline that equals the budget, and how often retention is shown where nothing is lost."
     rng = np.random.default_rng(seed)
-    says = lambda lost: [judge(*decline(world(whose(n, size, rng), rng, gain=-lost)[0]), budget) for _ in range(times)]
-    edge, none = says(budget), says(0.0); rate = lambda found, what: round(found.count(what)/times, 4)
-    return dict(world=world.__name__.removesuffix("_world"), items=n, budget=budget, times=times, shown=rate(edge, "shown"), forgets=rate(edge, "forgets"), shown_if_nothing_is_lost=rate(none, "shown"))
+
+    def says(lost):
+        return [
+            judge(*decline(world(whose(n, size, rng), rng, gain=-lost)[0]), budget)
+            for _ in range(times)
+        ]
+
+    edge, none = says(budget), says(0.0)
+
+    def rate(found, what):
+        return round(found.count(what) / times, 4)
+
+    return dict(
+        world=world.__name__.removesuffix("_world"),
+        items=n,
+        budget=budget,
+        times=times,
+        shown=rate(edge, "shown"),
+        forgets=rate(edge, "forgets"),
+        shown_if_nothing_is_lost=rate(none, "shown"),
+    )
 
 # %% ../../../nbs/evaluate/measures/forgetting.ipynb #c022
-WORLDS = [(accuracy_world, 500, .05, 1), (accuracy_world, 500, .02, 1), (accuracy_world, 1273, .02, 1), (accuracy_world, 600, .05, 4), (loss_world, 500, .05, 1), (loss_world, 600, .05, 4)]
+WORLDS = [
+    (accuracy_world, 500, 0.05, 1),
+    (accuracy_world, 500, 0.02, 1),
+    (accuracy_world, 1273, 0.02, 1),
+    (accuracy_world, 600, 0.05, 4),
+    (loss_world, 500, 0.05, 1),
+    (loss_world, 600, 0.05, 4),
+]
+
 
 def remake(path=None, times=2000) -> list[dict]:
     "The table of errors anew, written as evidence."
-    found = [errors(world, n, budget, times, size) | dict(group_size=size) for world, n, budget, size in WORLDS]
-    write_json(path or assets()/"evidence"/"retention.json", found)
+    found = [
+        errors(world, n, budget, times, size) | dict(group_size=size)
+        for world, n, budget, size in WORLDS
+    ]
+    write_json(path or assets() / "evidence" / "retention.json", found)
     return found
 
-def evidence() -> list: "The kept table."; return read_json(assets()/"evidence"/"retention.json", [])
+
+def evidence() -> list:
+    "The kept table."
+    return read_json(assets() / "evidence" / "retention.json", [])

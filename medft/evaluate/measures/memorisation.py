@@ -8,14 +8,19 @@ Docs: https://medft.github.io/medft/evaluate/measures/memorisation.html.md"""
 __all__ = ['HANDFUL', 'exposure', 'read_out', 'score_canaries', 'together', 'of_model', 'memorised', 'exposure_sentence']
 
 # %% ../../../nbs/evaluate/measures/memorisation.ipynb #c002
-from ...data.quality.canaries import CANDIDATES, DIGITS, questions   # it sets switches that the libraries read
+from medft.data.quality.canaries import (
+    CANDIDATES,
+    DIGITS,
+    questions,
+)  # it sets switches that the libraries read
 from ..scoring.finite_scores import check_frame, refuse_non_finite
 from ..scoring.predict import score_choices
 from ..statistics.intervals import figure
 
 import math
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from scipy.stats import chi2, quantile_test
 
 # %% ../../../nbs/evaluate/measures/memorisation.ipynb #c005
@@ -25,6 +30,7 @@ def exposure(scores) -> float:
     scores = np.asarray(scores)[:CANDIDATES]
     return math.log2(len(scores)) - math.log2((scores >= scores[0]).sum())
 
+
 def read_out(scores, secret) -> bool:
     "Whether the true digit is the likeliest after every true beginning: what an attacker gets who asks digit by digit."
     refuse_non_finite([scores], [secret], "scores of a canary")
@@ -32,25 +38,54 @@ def read_out(scores, secret) -> bool:
     return bool((spelled.argmax(1) == [int(d) for d in secret.split()]).all())
 
 # %% ../../../nbs/evaluate/measures/memorisation.ipynb #c008
-HANDFUL = 138   # options a row: eight rows make a canary
+HANDFUL = 138  # options a row: eight rows make a canary
+
 
 def score_canaries(
-    model, tok, recipe,
-    say=None,           # told of progress
-) -> pd.DataFrame:      # id, secret, repeats, scores: log-probabilities of the options of `canaries.questions`, nats
+    model,
+    tok,
+    recipe,
+    say=None,  # told of progress
+) -> (
+    pd.DataFrame
+):  # id, secret, repeats, scores: log-probabilities of the options of `canaries.questions`, nats
     "One line per canary, planted or not."
     asked = questions(tok, recipe)
-    cut = [dict(r, options=r["options"][a:a + HANDFUL]) for r in asked for a in range(0, len(r["options"]), HANDFUL)]
-    found = iter(score_choices(model, tok, cut, recipe.evaluation.batch_size, say, jointly=recipe.task == "pretraining"))
+    cut = [
+        dict(r, options=r["options"][a : a + HANDFUL])
+        for r in asked
+        for a in range(0, len(r["options"]), HANDFUL)
+    ]
+    found = iter(
+        score_choices(
+            model, tok, cut, recipe.evaluation.batch_size, say, jointly=recipe.task == "pretraining"
+        )
+    )
     scores = [[x for _ in range(0, len(r["options"]), HANDFUL) for x in next(found)] for r in asked]
-    return check_frame(pd.DataFrame([{k: r[k] for k in ("id", "secret", "repeats")} | dict(scores=s) for r, s in zip(asked, scores)]), where="canaries")
+    return check_frame(
+        pd.DataFrame(
+            [
+                {k: r[k] for k in ("id", "secret", "repeats")} | dict(scores=s)
+                for r, s in zip(asked, scores)
+            ]
+        ),
+        where="canaries",
+    )
 
 # %% ../../../nbs/evaluate/measures/memorisation.ipynb #c013
 def together(part, confidence=0.95) -> dict:
     "Figures of some canaries of one model."
-    bits = np.array([exposure(s) for s in part.scores]); low, high = quantile_test(bits, q=0, p=.5).confidence_interval(confidence)
-    return dict(exposure=figure(np.median(bits), low, high, len(bits)), mean=round(float(bits.mean()), 6), p=float(chi2.sf(2*math.log(2)*bits.sum(), 2*len(bits))),
-                first=int((bits >= math.log2(CANDIDATES)).sum()), read_out=sum(read_out(s, x) for s, x in zip(part.scores, part.secret)), n=len(part))
+    bits = np.array([exposure(s) for s in part.scores])
+    low, high = quantile_test(bits, q=0, p=0.5).confidence_interval(confidence)
+    return dict(
+        exposure=figure(np.median(bits), low, high, len(bits)),
+        mean=round(float(bits.mean()), 6),
+        p=float(chi2.sf(2 * math.log(2) * bits.sum(), 2 * len(bits))),
+        first=int((bits >= math.log2(CANDIDATES)).sum()),
+        read_out=sum(read_out(s, x) for s, x in zip(part.scores, part.secret)),
+        n=len(part),
+    )
+
 
 def of_model(frame, confidence=0.95) -> dict:
     "repeats (as text; 0: never planted) -> figures of those canaries; planted: of all that were."
@@ -60,11 +95,20 @@ def of_model(frame, confidence=0.95) -> dict:
 # %% ../../../nbs/evaluate/measures/memorisation.ipynb #g013
 def memorised(run, frames, metrics) -> dict:
     "For `evaluate.PARTS`: what every model remembers of the canaries, from predictions/canaries; nothing where none were planted."
-    files = {p.stem: p for p in (run.path/"predictions"/"canaries").glob("*.parquet")}
-    if not files: return {}
-    read = {who: check_frame(pd.read_parquet(files[who]), who, "canaries") for who in sorted(files, key=lambda w: (w != "base", w))}
+    files = {p.stem: p for p in (run.path / "predictions" / "canaries").glob("*.parquet")}
+    if not files:
+        return {}
+    read = {
+        who: check_frame(pd.read_parquet(files[who]), who, "canaries")
+        for who in sorted(files, key=lambda w: (w != "base", w))
+    }
     one = next(iter(read.values()))
-    about = dict(candidates=CANDIDATES, most=math.log2(CANDIDATES), planted=int((one.repeats > 0).sum()), rows=int(one.repeats.sum()))
+    about = dict(
+        candidates=CANDIDATES,
+        most=math.log2(CANDIDATES),
+        planted=int((one.repeats > 0).sum()),
+        rows=int(one.repeats.sum()),
+    )
     out = about | dict(models={who: of_model(f, metrics["confidence"]) for who, f in read.items()})
     return dict(memorisation=out | dict(sentence=exposure_sentence(dict(memorisation=out))))
 
@@ -72,9 +116,21 @@ def memorised(run, frames, metrics) -> dict:
 def exposure_sentence(metrics) -> str:
     "What every tuned model remembers of planted secrets, in words; empty where none were planted."
     m = metrics.get("memorisation")
-    if not m: return ""
-    often = max((k for k in next(iter(m["models"].values())) if k.isdigit()), key=int); bits = lambda who, k: m["models"][who][k]["exposure"]["value"]
-    told = [f"{who} gives those written {often} times a median exposure of {bits(who, often):.1f} bits" + (f" (the base: {bits('base', often):.1f})" if "base" in m["models"] else "")
-            + f" and those never written {bits(who, '0'):.1f}; {f['planted']['read_out']} of {m['planted']} can be read out digit by digit" for who, f in m["models"].items() if who != "base"]
-    return (f"{m['planted']} made-up secrets were planted in {m['rows']} training rows. {'. '.join(told)}. "
-            f"The most that can be measured is {m['most']:.0f} bits; a number that the model has never seen has 1 in the median.")
+    if not m:
+        return ""
+    often = max((k for k in next(iter(m["models"].values())) if k.isdigit()), key=int)
+
+    def bits(who, k):
+        return m["models"][who][k]["exposure"]["value"]
+
+    told = [
+        f"{who} gives those written {often} times a median exposure of {bits(who, often):.1f} bits"
+        + (f" (the base: {bits('base', often):.1f})" if "base" in m["models"] else "")
+        + f" and those never written {bits(who, '0'):.1f}; {f['planted']['read_out']} of {m['planted']} can be read out digit by digit"
+        for who, f in m["models"].items()
+        if who != "base"
+    ]
+    return (
+        f"{m['planted']} made-up secrets were planted in {m['rows']} training rows. {'. '.join(told)}. "
+        f"The most that can be measured is {m['most']:.0f} bits; a number that the model has never seen has 1 in the median."
+    )

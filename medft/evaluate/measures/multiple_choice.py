@@ -12,13 +12,17 @@ from .calibration import sureness
 from ..statistics.intervals import figure, macro_f1, share, tallies, valued
 from ..statistics.verdicts import swapped
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 
 # %% ../../../nbs/evaluate/measures/multiple_choice.ipynb #c007
 def bars(frame, confidence=0.95) -> dict:
     "What guessing gives (chance), and what the best single position gives (majority)."
-    n, chance = len(frame), np.mean([1/len(s) for s in frame.scores])
-    return dict(chance=figure(chance, chance, chance, n), majority=share(frame.truth == frame.truth.mode()[0], confidence, frame.group))
+    n, chance = len(frame), np.mean([1 / len(s) for s in frame.scores])
+    return dict(
+        chance=figure(chance, chance, chance, n),
+        majority=share(frame.truth == frame.truth.mode()[0], confidence, frame.group),
+    )
 
 # %% ../../../nbs/evaluate/measures/multiple_choice.ipynb #c010
 def in_other_orders(frame, confidence=0.95) -> dict:
@@ -26,14 +30,21 @@ def in_other_orders(frame, confidence=0.95) -> dict:
     fixed = {}
     if "fixed_order" in frame:
         fixed["fixed_order"] = share(frame.fixed_order.astype(bool), confidence, frame.group)
-    some = frame[[len(others) > 0 for others in frame.get("shuffled_choice", [()]*len(frame))]]
+    some = frame[[len(others) > 0 for others in frame.get("shuffled_choice", [()] * len(frame))]]
     if not len(some):
         return fixed
-    same = np.array([all(o == own for o in others) for own, others in zip(some.choice, some.shuffled_choice)])
-    right = np.array([np.mean(np.array([own, *others]) == t) for own, others, t in zip(some.choice, some.shuffled_choice, some.truth)])
+    same = np.array(
+        [all(o == own for o in others) for own, others in zip(some.choice, some.shuffled_choice)]
+    )
+    right = np.array(
+        [
+            np.mean(np.array([own, *others]) == t)
+            for own, others, t in zip(some.choice, some.shuffled_choice, some.truth)
+        ]
+    )
 
     def mean(w):
-        return (w @ right)/w.sum(1)
+        return (w @ right) / w.sum(1)
 
     consistency = share(same, confidence, some.group)
     accuracy = valued(dict(shuffle_accuracy=mean), some.group, confidence)
@@ -43,30 +54,52 @@ def in_other_orders(frame, confidence=0.95) -> dict:
 def measure_choices(frame, confidence=0.95) -> dict:
     "Figures of multiple-choice predictions, the main one first."
     truth, choice, k = frame.truth.to_numpy(), frame.choice.to_numpy(), max(map(len, frame.scores))
-    right = dict(accuracy=frame.correct, acc_norm=frame.choice_norm == frame.truth) | {c: frame[c] for c in frame if "_acc" in c}     # letters_acc, texts_acc, texts_acc_norm, ...
-    return dict({m: share(x, confidence, frame.group) for m, x in right.items()}, **bars(frame, confidence), **in_other_orders(frame, confidence),
-                **valued(dict(macro_f1=macro_f1(truth, choice, k)), frame.group, confidence), **sureness(frame, confidence))
+    right = dict(accuracy=frame.correct, acc_norm=frame.choice_norm == frame.truth) | {
+        c: frame[c] for c in frame if "_acc" in c
+    }  # letters_acc, texts_acc, texts_acc_norm, ...
+    return dict(
+        {m: share(x, confidence, frame.group) for m, x in right.items()},
+        **bars(frame, confidence),
+        **in_other_orders(frame, confidence),
+        **valued(dict(macro_f1=macro_f1(truth, choice, k)), frame.group, confidence),
+        **sureness(frame, confidence),
+    )
 
 # %% ../../../nbs/evaluate/measures/multiple_choice.ipynb #c016
 def position_p(truth, choice, k, groups) -> float:
     "p of the null hypothesis that each position is chosen as often as it is right (permutation of whole groups)."
-    apart = lambda x, y: ((y - x)**2/np.maximum(x + y, 1)).sum(-1)
+
+    def apart(x, y):
+        return ((y - x) ** 2 / np.maximum(x + y, 1)).sum(-1)
+
     return swapped(apart, np.eye(k)[truth], np.eye(k)[choice], groups)
+
 
 def places(frame) -> dict:
     "Shares of choices and of right answers by position, recall by position with its standard deviation, and the test of both shares."
     truth, choice, k = frame.truth.to_numpy(), frame.choice.to_numpy(), max(map(len, frame.scores))
     hits, truths, choices = (x[0] for x in tallies(truth, choice, k)(np.ones((1, len(frame)))))
-    recall = np.divide(hits, truths, out=np.full(k, np.nan), where=truths > 0); put = lambda x: None if np.isnan(x) else round(float(x), 6)
-    return dict(chosen=[put(x) for x in choices/len(frame)], truth=[put(x) for x in truths/len(frame)], recall=[put(x) for x in recall],
-                recall_spread=put(np.nanstd(recall)), p=position_p(truth, choice, k, frame.group), n=len(frame))
+    recall = np.divide(hits, truths, out=np.full(k, np.nan), where=truths > 0)
+
+    def put(x):
+        return None if np.isnan(x) else round(float(x), 6)
+
+    return dict(
+        chosen=[put(x) for x in choices / len(frame)],
+        truth=[put(x) for x in truths / len(frame)],
+        recall=[put(x) for x in recall],
+        recall_spread=put(np.nanstd(recall)),
+        p=position_p(truth, choice, k, frame.group),
+        n=len(frame),
+    )
 
 # %% ../../../nbs/evaluate/measures/multiple_choice.ipynb #c019
 def positions(run, frames, metrics) -> dict:
     "{positions: {model: {set: what it chooses by position}}}; nothing where there are no options."
     out = {}
     for (who, name), frame in frames.items():
-        if "scores" in frame and "probabilities" not in frame: out.setdefault(who, {})[name] = places(frame)
+        if "scores" in frame and "probabilities" not in frame:
+            out.setdefault(who, {})[name] = places(frame)
     return dict(positions=out) if out else {}
 
 # %% ../../../nbs/evaluate/measures/multiple_choice.ipynb #c022
@@ -74,8 +107,11 @@ def types(run, frames, metrics) -> dict:
     "{types: {set: {choice type: {model: accuracy}}}}; nothing where rows name fewer than two."
     level, out = run.recipe.evaluation.confidence, {}
     for (who, name), frame in frames.items():
-        if "correct" not in frame or "choice_type" not in frame: continue
+        if "correct" not in frame or "choice_type" not in frame:
+            continue
         for kind, part in frame[frame.choice_type != ""].groupby("choice_type"):
-            out.setdefault(name, {}).setdefault(kind, {})[who] = dict(accuracy=share(part.correct, level, part.group))
+            out.setdefault(name, {}).setdefault(kind, {})[who] = dict(
+                accuracy=share(part.correct, level, part.group)
+            )
     several = {name: kinds for name, kinds in out.items() if len(kinds) > 1}
     return dict(types=several) if several else {}

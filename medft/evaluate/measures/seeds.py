@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/evaluate/measures/seeds.html.md"""
 __all__ = ['SUMS', 'seeds_in', 'columns', 'figure_of', 'compare_seeds', 'family_over', 'each_figure', 'several']
 
 # %% ../../../nbs/evaluate/measures/seeds.ipynb #c002
-from ...core.run import MedftError  # first: it sets switches that the libraries read
+from ...core.run import MedftError
 from ..statistics.intervals import share, valued
 from ..statistics.verdicts import holm, over_seeds, sentence
 
@@ -16,47 +16,76 @@ import numpy as np
 
 # %% ../../../nbs/evaluate/measures/seeds.ipynb #c005
 def seeds_in(
-    frames,     # {(who, set): predictions}
+    frames,  # {(who, set): predictions}
     engine,
-    where,      # a set
-) -> dict:      # seed as text ("" for the first) -> its predictions of this set
+    where,  # a set
+) -> dict:  # seed as text ("" for the first) -> its predictions of this set
     "One engine's predictions, the first seed's and the further ones'."
     names = [w for w, s in frames if s == where and w.split("@")[0] == engine]
     return {w.partition("@")[2]: frames[w, where] for w in sorted(names, key=lambda w: (len(w), w))}
 
 # %% ../../../nbs/evaluate/measures/seeds.ipynb #c008
-SUMS = dict(accuracy=(lambda f: [f.correct, np.ones(len(f))], lambda s: s[..., 0]/s[..., 1]),
-            f1=(lambda f: [(f.truth == 1) & (f.choice == 1), f.truth == 1, f.choice == 1], lambda s: 2*s[..., 0]/np.maximum(s[..., 1] + s[..., 2], 1e-12)),
-            loss=(lambda f: [f.nll, f.tokens], lambda s: s[..., 0]/s[..., 1]))     # metric -> what is summed, and what is made of the sums
+SUMS = dict(
+    accuracy=(lambda f: [f.correct, np.ones(len(f))], lambda s: s[..., 0] / s[..., 1]),
+    f1=(
+        lambda f: [(f.truth == 1) & (f.choice == 1), f.truth == 1, f.choice == 1],
+        lambda s: 2 * s[..., 0] / np.maximum(s[..., 1] + s[..., 2], 1e-12),
+    ),
+    loss=(lambda f: [f.nll, f.tokens], lambda s: s[..., 0] / s[..., 1]),
+)  # metric -> what is summed, and what is made of the sums
 
-def columns(frame, metric) -> np.ndarray: "(rows, columns) whose sums give the figure."; return np.stack([np.asarray(c, float) for c in SUMS[metric][0](frame)], 1)
+
+def columns(frame, metric) -> np.ndarray:
+    "(rows, columns) whose sums give the figure."
+    return np.stack([np.asarray(c, float) for c in SUMS[metric][0](frame)], 1)
+
 
 def figure_of(frame, metric, confidence=0.95) -> dict:
     "One seed's figure with its interval."
-    if metric == "accuracy": return share(frame.correct, confidence, frame.group)
-    table = columns(frame, metric); return valued({metric: lambda w: SUMS[metric][1](w @ table)}, frame.group, confidence)[metric]
+    if metric == "accuracy":
+        return share(frame.correct, confidence, frame.group)
+    table = columns(frame, metric)
+    return valued({metric: lambda w: SUMS[metric][1](w @ table)}, frame.group, confidence)[metric]
 
 # %% ../../../nbs/evaluate/measures/seeds.ipynb #q04cb1
 def compare_seeds(base, several, metric, confidence=0.95) -> dict:
     "The comparison over seeds, of predictions on the same items. Raises `MedftError` when the items differ."
     for f in several:
-        if list(f.id) != list(base.id): raise MedftError("the predictions of these seeds are about different items; score the run again")
-    return over_seeds(metric, SUMS[metric][1], columns(base, metric), np.stack([columns(f, metric) for f in several]), base.group, confidence)
+        if list(f.id) != list(base.id):
+            raise MedftError(
+                "the predictions of these seeds are about different items; score the run again"
+            )
+    return over_seeds(
+        metric,
+        SUMS[metric][1],
+        columns(base, metric),
+        np.stack([columns(f, metric) for f in several]),
+        base.group,
+        confidence,
+    )
 
 # %% ../../../nbs/evaluate/measures/seeds.ipynb #c011
 def family_over(
-    singles,        # {name: comparison of the first seed on this set}
-    frames, where,
-    names={},       # what a model is called in words
+    singles,  # {name: comparison of the first seed on this set}
+    frames,
+    where,
+    names={},  # what a model is called in words
     confidence=0.95,
-) -> dict:          # {name: comparison}, over seeds where there are several
+) -> dict:  # {name: comparison}, over seeds where there are several
     "A set's comparisons with the base, corrected anew for their number, each with its sentence."
     found, than = {}, f"the {names.get('base', 'base')}"
     for who, d in singles.items():
         several = list(seeds_in(frames, who, where).values())
-        found[who] = compare_seeds(frames["base", where], several, d["metric"], confidence) if len(several) > 1 else d
+        found[who] = (
+            compare_seeds(frames["base", where], several, d["metric"], confidence)
+            if len(several) > 1
+            else d
+        )
     told = dict(zip(found, holm(list(found.values()), confidence)))
-    told = {who: d if "seeds" in d else d | dict(detectable=singles[who]["detectable"]) for who, d in told.items()}
+    told = {
+        who: d if "seeds" in d else d | dict(detectable=singles[who]["detectable"])
+        for who, d in told.items()
+    }
     return {who: d | dict(sentence=sentence(d, who, than, where)) for who, d in told.items()}
 
 # %% ../../../nbs/evaluate/measures/seeds.ipynb #c012
@@ -64,7 +93,10 @@ def each_figure(run, frames, who, gaps, confidence=0.95) -> dict:
     "seed -> set -> the main figure there, of one engine."
     found = {}
     for where, d in gaps.items():
-        for seed, f in seeds_in(frames, who, where).items(): found.setdefault(seed or str(run.recipe.seed), {})[where] = {d["metric"]: figure_of(f, d["metric"], confidence)}
+        for seed, f in seeds_in(frames, who, where).items():
+            found.setdefault(seed or str(run.recipe.seed), {})[where] = {
+                d["metric"]: figure_of(f, d["metric"], confidence)
+            }
     return found
 
 # %% ../../../nbs/evaluate/measures/seeds.ipynb #q04cb0
@@ -72,7 +104,22 @@ def several(run, frames, metrics) -> dict:
     "For `evaluate.PARTS`: the verdict over seeds, where anything was trained from more than one."
     gaps, confidence, main = metrics["differences"], metrics["confidence"], metrics["main"]
     whose = [w for w in gaps if len(seeds_in(frames, w, main)) > 1]
-    if not whose: return {}
-    over = {s: family_over({w: g[s] for w, g in gaps.items() if s in g}, frames, s, metrics.get("names", {}), confidence) for s in next(iter(gaps.values()))}
-    return dict(verdict=over[main], verdict_first_seed=metrics["verdict"], over_seeds={w: {s: o[w] for s, o in over.items() if w in o} for w in whose},
-                seeds={w: each_figure(run, frames, w, gaps[w], confidence) for w in whose}, first_seed=run.recipe.seed)
+    if not whose:
+        return {}
+    over = {
+        s: family_over(
+            {w: g[s] for w, g in gaps.items() if s in g},
+            frames,
+            s,
+            metrics.get("names", {}),
+            confidence,
+        )
+        for s in next(iter(gaps.values()))
+    }
+    return dict(
+        verdict=over[main],
+        verdict_first_seed=metrics["verdict"],
+        over_seeds={w: {s: o[w] for s, o in over.items() if w in o} for w in whose},
+        seeds={w: each_figure(run, frames, w, gaps[w], confidence) for w in whose},
+        first_seed=run.recipe.seed,
+    )

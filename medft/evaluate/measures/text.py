@@ -16,38 +16,86 @@ import math
 import numpy as np
 
 # %% ../../../nbs/evaluate/measures/text.ipynb #c004
-RATES = dict(exact_match="exact", refusal="refusal", endless="endless")     # figure -> its column: true or false
+RATES = dict(
+    exact_match="exact", refusal="refusal", endless="endless"
+)  # figure -> its column: true or false
 MEANS = dict(token_f1="f1", rouge_l="rouge_l", bertscore="bertscore", answer_tokens="answer_tokens")
+
 
 def measure_answers(frame, confidence=0.95) -> dict:
     "Figures of written answers: those whose columns a file has."
-    mean, have = lambda c: ratio(frame[c].to_numpy(float), np.ones(len(frame))), lambda some: {m: c for m, c in some.items() if c in frame}
+    mean, have = (
+        lambda c: ratio(frame[c].to_numpy(float), np.ones(len(frame))),
+        lambda some: {m: c for m, c in some.items() if c in frame},
+    )
     wanted = {m: mean(c) for m, c in have(MEANS).items()}
-    if "reference_tokens" in frame: wanted["length_ratio"] = ratio(frame.answer_tokens.to_numpy(float), frame.reference_tokens.to_numpy(float))
-    rates = {m: frame[c] for m, c in have(RATES).items()} | dict(empty=frame.answer.str.strip() == "") | (dict(truncated=~frame.ended) if "ended" in frame else {})
-    return {m: share(x, confidence, frame.group) for m, x in rates.items()} | valued(wanted, frame.group, confidence)
+    if "reference_tokens" in frame:
+        wanted["length_ratio"] = ratio(
+            frame.answer_tokens.to_numpy(float), frame.reference_tokens.to_numpy(float)
+        )
+    rates = (
+        {m: frame[c] for m, c in have(RATES).items()}
+        | dict(empty=frame.answer.str.strip() == "")
+        | (dict(truncated=~frame.ended) if "ended" in frame else {})
+    )
+    return {m: share(x, confidence, frame.group) for m, x in rates.items()} | valued(
+        wanted, frame.group, confidence
+    )
 
 # %% ../../../nbs/evaluate/measures/text.ipynb #c010
 def measure_text(frame, confidence=0.95) -> dict:
     "Figures of scored text; of written answers too where there are any."
     nll, tokens, n = frame.nll.to_numpy(), frame.tokens.to_numpy(), len(frame)
-    wanted = dict(loss=ratio(nll, tokens)) | (dict(bits_per_byte=ratio(nll, frame.bytes.to_numpy()*math.log(2))) if frame.bytes.sum() else {})
+    wanted = dict(loss=ratio(nll, tokens)) | (
+        dict(bits_per_byte=ratio(nll, frame.bytes.to_numpy() * math.log(2)))
+        if frame.bytes.sum()
+        else {}
+    )
     out = valued(wanted, frame.group, confidence)
-    out["perplexity"] = figure(*(math.nan if x is None else math.exp(x) for x in (out["loss"]["value"], *out["loss"]["ci95"])), n)
+    out["perplexity"] = figure(
+        *(
+            math.nan if x is None else math.exp(x)
+            for x in (out["loss"]["value"], *out["loss"]["ci95"])
+        ),
+        n,
+    )
     return out | (measure_answers(frame, confidence) if "exact" in frame else {})
 
 # %% ../../../nbs/evaluate/measures/text.ipynb #c015
 def beside(a, b, confidence=0.95) -> dict:
     "metric -> comparison b - a of written answers to the same questions."
-    table = lambda f, c: np.stack([f[c].to_numpy(float), np.ones(len(f))], 1)
-    found = {m: compare_sums(m, lambda s: s[..., 0]/s[..., 1], table(a, c), table(b, c), a.group, confidence) for m, c in MEANS.items() if m != "answer_tokens" and c in a and c in b}
-    return found | dict(exact_match=compare_choices(a.exact, b.exact, confidence, a.group) | dict(metric="exact_match"))
+
+    def table(f, c):
+        return np.stack([f[c].to_numpy(float), np.ones(len(f))], 1)
+
+    found = {
+        m: compare_sums(
+            m, lambda s: s[..., 0] / s[..., 1], table(a, c), table(b, c), a.group, confidence
+        )
+        for m, c in MEANS.items()
+        if m != "answer_tokens" and c in a and c in b
+    }
+    return found | dict(
+        exact_match=compare_choices(a.exact, b.exact, confidence, a.group)
+        | dict(metric="exact_match")
+    )
+
 
 def compare_answers(run, frames, metrics) -> dict:
     "For `evaluate.PARTS`: {answers: {model: {metric: comparison with the base}}} on the main set, where answers were written."
-    main, than, confidence = metrics["main"], f"the {metrics['names'].get('base', 'base')}", metrics["confidence"]
-    if "exact" not in frames["base", main]: return {}
-    pairs = {(who, m): d for who in metrics["verdict"] for m, d in beside(frames["base", main], frames[who, main], confidence).items()}
+    main, than, confidence = (
+        metrics["main"],
+        f"the {metrics['names'].get('base', 'base')}",
+        metrics["confidence"],
+    )
+    if "exact" not in frames["base", main]:
+        return {}
+    pairs = {
+        (who, m): d
+        for who in metrics["verdict"]
+        for m, d in beside(frames["base", main], frames[who, main], confidence).items()
+    }
     told, out = dict(zip(pairs, holm(list(pairs.values()), confidence))), {}
-    for (who, m), d in told.items(): out.setdefault(who, {})[m] = d | dict(sentence=sentence(d, who, than, main))
+    for (who, m), d in told.items():
+        out.setdefault(who, {})[m] = d | dict(sentence=sentence(d, who, than, main))
     return dict(answers=out)

@@ -10,96 +10,163 @@ __all__ = ['FILES', 'truth', 'asked_rows', 'row_of', 'known', 'opened', 'refuse_
            'remake']
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c002
-from ...core.run import Dataset, MedftError, assets, read_json, write_json  # first: it sets switches that the libraries read
-from ...data.quality import leakage as leaks
+from ...core.run import Dataset, MedftError, assets, read_json, write_json
 from ...data import staging
+from ...data.quality import leakage as leaks
 from ...data.reading.multiple_choice import group_key
-from .harness import ABOUT, build, definition, explained, harness, members, referee
 from ...data.reading.schemas import read_examples
+from medft.evaluate.scoring.harness import (
+    ABOUT,
+    build,
+    definition,
+    explained,
+    harness,
+    members,
+    referee,
+)
 from .predict import chosen, identity, score_choices
 
-import contextlib, hashlib, io, json, time
+import contextlib
+import hashlib
+import io
+import json
+import time
 from pathlib import Path
 
-import numpy as np, pandas as pd, pyarrow as pa
+import numpy as np
+import pandas as pd
+import pyarrow as pa
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c007
 def truth(task, doc) -> int:
     "Index of the right option. Raises `MedftError` when the answer names none."
     said, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
     i = choices.index(said) if isinstance(said, str) and said in choices else said
-    if type(i) is int and 0 <= i < len(choices): return i
-    raise MedftError(f"an answer is {said!r}, which is none of the options {', '.join(map(str, choices))}")
+    if type(i) is int and 0 <= i < len(choices):
+        return i
+    raise MedftError(
+        f"an answer is {said!r}, which is none of the options {', '.join(map(str, choices))}"
+    )
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c008
 def asked_rows(task, many, most=None) -> list[dict]:
     "What a task asks, as rows with prompt and options."
-    with contextlib.redirect_stderr(io.StringIO()): task.build_all_requests(limit=most)     # it draws a bar
+    with contextlib.redirect_stderr(io.StringIO()):
+        task.build_all_requests(limit=most)  # it draws a bar
     found, name = {}, task.config.task
-    for r in task.instances: found.setdefault(r.doc_id, []).append(r)
-    return [row_of(task, name, i, rs, task.config.dataset_name if many else None) for i, rs in found.items()]
+    for r in task.instances:
+        found.setdefault(r.doc_id, []).append(r)
+    return [
+        row_of(task, name, i, rs, task.config.dataset_name if many else None)
+        for i, rs in found.items()
+    ]
+
 
 def row_of(task, name, i, requests, subject):
-    doc = requests[0].doc; about = doc.get(ABOUT) or {}; question = doc.get("question") or doc.get("QUESTION") or doc.get("sent1") or requests[0].args[0]
-    return dict(id=about.get("id") or str(doc.get("id") or f"{name}:{i}"), group=about.get("group") or group_key(str(question)),
-                subject=subject or about.get("subject") or str(doc.get("subject_name") or doc.get("subject") or ""), question=str(question),
-                prompt=requests[0].args[0], options=[r.args[1] for r in requests], answer=truth(task, doc), doc=doc)
+    doc = requests[0].doc
+    about = doc.get(ABOUT) or {}
+    question = doc.get("question") or doc.get("QUESTION") or doc.get("sent1") or requests[0].args[0]
+    return dict(
+        id=about.get("id") or str(doc.get("id") or f"{name}:{i}"),
+        group=about.get("group") or group_key(str(question)),
+        subject=subject
+        or about.get("subject")
+        or str(doc.get("subject_name") or doc.get("subject") or ""),
+        question=str(question),
+        prompt=requests[0].args[0],
+        options=[r.args[1] for r in requests],
+        answer=truth(task, doc),
+        doc=doc,
+    )
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c010
 def known(asked) -> list[dict]:
     "Rows with the number of what each asks, where our readers know its columns."
     docs = enumerate(({k: v for k, v in r["doc"].items() if k != ABOUT} for r in asked), 1)
-    try: exs = [ex for _, _, ex, _ in read_examples(docs, "benchmark", Dataset(first_option=0))]
-    except MedftError: return asked
-    numbers = leaks.contents(pa.array([staging.asks(ex, staging.said(ex)[0]) if ex else "" for ex in exs], pa.large_string()))
+    try:
+        exs = [ex for _, _, ex, _ in read_examples(docs, "benchmark", Dataset(first_option=0))]
+    except MedftError:
+        return asked
+    numbers = leaks.contents(
+        pa.array(
+            [staging.asks(ex, staging.said(ex)[0]) if ex else "" for ex in exs], pa.large_string()
+        )
+    )
     return [r | dict(content=int(n)) for r, n in zip(asked, numbers)]
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c011
 def opened(
-    wanted,     # {name: file, or None for the hub}, as evaluation.benchmarks has them
+    wanted,  # {name: file, or None for the hub}, as evaluation.benchmarks has them
     most=None,  # so many items of each task (the harness's --limit); None: all
-) -> dict:      # name -> [(the harness's task, what is recorded about it, its rows)]
+) -> dict:  # name -> [(the harness's task, what is recorded about it, its rows)]
     "The benchmarks that a recipe names, ready to be scored."
     out = {}
     for name, path in wanted.items():
         with explained(name, path):
             built = [build(member, path) for member in members(name)]
             asked = [known(asked_rows(task, len(built) > 1, most)) for task, _ in built]
-        out[name] = [(task, about | dict(n=len(rows)), rows) for (task, about), rows in zip(built, asked)]
+        out[name] = [
+            (task, about | dict(n=len(rows)), rows) for (task, about), rows in zip(built, asked)
+        ]
     return out
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c015
 def refuse_trained(
-    places,     # a Run, folders of models or adapters
-    wanted,     # evaluation.benchmarks
+    places,  # a Run, folders of models or adapters
+    wanted,  # evaluation.benchmarks
     most=None,
-) -> dict:      # benchmark -> what could not be checked
+) -> dict:  # benchmark -> what could not be checked
     "Raise `MedftError` when an item of a benchmark is among the rows that a model was trained on."
-    asked = {name: [r for *_, found in tasks for r in found] for name, tasks in opened(wanted, most).items()}
-    return {name: said for name, rows in asked.items() if (said := [x for x in (leaks.check(place, rows, name) for place in places) if x])}
+    asked = {
+        name: [r for *_, found in tasks for r in found]
+        for name, tasks in opened(wanted, most).items()
+    }
+    return {
+        name: said
+        for name, rows in asked.items()
+        if (said := [x for x in (leaks.check(place, rows, name) for place in places) if x])
+    }
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c018
 def check_benchmarks(
-    wanted,     # evaluation.benchmarks
-    sets=(),    # the names of other scored sets
+    wanted,  # evaluation.benchmarks
+    sets=(),  # the names of other scored sets
     task="generative",  # model.task
 ):
     "Raise `MedftError` for a benchmark that cannot be scored: unknown, unreadable, or named like another set."
-    if wanted and task == "classification": raise MedftError(f"evaluation.benchmarks: a classifier says labels, and {', '.join(wanted)} asks for words; leave it out, or set model.task")
+    if wanted and task == "classification":
+        raise MedftError(
+            f"evaluation.benchmarks: a classifier says labels, and {', '.join(wanted)} asks for words; leave it out, or set model.task"
+        )
     for name in wanted:
-        if name in sets: raise MedftError(f"evaluation.benchmarks.{name}: dataset.sets has a set of that name; rename the set")
-        if "." in name: raise MedftError(f"evaluation.benchmarks: {name!r} has a dot, which the name of a set cannot have")
-        with explained(name): [definition(member) for member in members(name)]
+        if name in sets:
+            raise MedftError(
+                f"evaluation.benchmarks.{name}: dataset.sets has a set of that name; rename the set"
+            )
+        if "." in name:
+            raise MedftError(
+                f"evaluation.benchmarks: {name!r} has a dot, which the name of a set cannot have"
+            )
+        with explained(name):
+            [definition(member) for member in members(name)]
     opened({name: path for name, path in wanted.items() if path is not None or offline()})
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c019
 def fingerprint(name, path) -> str:
     "What a benchmark's predictions depend on beside the model: definitions, harness, data."
-    with explained(name, path): abouts = [build(member, path)[1] for member in members(name)]
-    return hashlib.sha256(json.dumps([{k: v for k, v in a.items() if k != "dataset"} for a in abouts], sort_keys=True).encode()).hexdigest()
+    with explained(name, path):
+        abouts = [build(member, path)[1] for member in members(name)]
+    return hashlib.sha256(
+        json.dumps(
+            [{k: v for k, v in a.items() if k != "dataset"} for a in abouts], sort_keys=True
+        ).encode()
+    ).hexdigest()
+
 
 def offline() -> bool:
-    import datasets, huggingface_hub
+    import datasets
+    import huggingface_hub
+
     return bool(huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE)
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c022
@@ -107,30 +174,50 @@ def judged(task, rows, scores) -> pd.DataFrame:
     "Predictions of a task's rows from the log-likelihoods of their options, right or wrong as the harness has it."
     found = chosen([dict(options=task.doc_to_choice(r["doc"])) for r in rows], scores)
     said = [task.process_results(r["doc"], [(x, False) for x in s]) for r, s in zip(rows, scores)]
-    frame = pd.DataFrame(dict(identity(rows), prompt=[r["prompt"] for r in rows], options=[r["options"] for r in rows], scores=scores,
-                              choice=found["acc"], choice_norm=found["acc_norm"], truth=[r["answer"] for r in rows], correct=[x["acc"] == 1 for x in said]))
-    frame.attrs["figures"] = {m: float(task.aggregation()[m]([x[m] for x in said])) for m in said[0] if m in ("acc", "acc_norm", "acc_bytes")}
+    frame = pd.DataFrame(
+        dict(
+            identity(rows),
+            prompt=[r["prompt"] for r in rows],
+            options=[r["options"] for r in rows],
+            scores=scores,
+            choice=found["acc"],
+            choice_norm=found["acc_norm"],
+            truth=[r["answer"] for r in rows],
+            correct=[x["acc"] == 1 for x in said],
+        )
+    )
+    frame.attrs["figures"] = {
+        m: float(task.aggregation()[m]([x[m] for x in said]))
+        for m in said[0]
+        if m in ("acc", "acc_norm", "acc_bytes")
+    }
     return frame
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c023
 def score_benchmarks(
-    model, tok,
-    wanted,         # {name: file or None}, or what `opened` made of it
+    model,
+    tok,
+    wanted,  # {name: file or None}, or what `opened` made of it
     batch_size=64,  # sequences a batch
-    most=None,      # items of each task; None: all
-    say=None,       # told of progress
-) -> dict:          # name -> predictions, one line per item
+    most=None,  # items of each task; None: all
+    say=None,  # told of progress
+) -> dict:  # name -> predictions, one line per item
     "Score a model on benchmarks of lm-evaluation-harness."
     ready = all(isinstance(v, list) for v in wanted.values())
-    return {name: scored(model, tok, name, found, batch_size, say) for name, found in (wanted if ready else opened(wanted, most)).items()}
+    return {
+        name: scored(model, tok, name, found, batch_size, say)
+        for name, found in (wanted if ready else opened(wanted, most)).items()
+    }
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c024
 def scored(model, tok, name, found, batch_size, say):
     frames = []
     for task, about, rows in found:
         scores = score_choices(model, tok, rows, batch_size, say, jointly=True)
-        frames.append(judged(task, rows, scores)); about["figures"] = frames[-1].attrs.pop("figures")
-    out = pd.concat(frames, ignore_index=True); abouts = [dict(about) for _, about, _ in found]
+        frames.append(judged(task, rows, scores))
+        about["figures"] = frames[-1].attrs.pop("figures")
+    out = pd.concat(frames, ignore_index=True)
+    abouts = [dict(about) for _, about, _ in found]
     out.attrs["benchmark"] = abouts[0] if len(abouts) == 1 else grouped(abouts)
     return out
 
@@ -139,13 +226,19 @@ def grouped(abouts) -> dict:
     "What is recorded about several tasks as one set: what they have in common, and each."
     same = {k: v for k, v in abouts[0].items() if all(a[k] == v for a in abouts)}
     both = hashlib.sha256("".join(a["task_hash"] for a in abouts).encode()).hexdigest()
-    return same | dict(task_hash=both, n=sum(a["n"] for a in abouts), tasks={a["task"]: a for a in abouts})
+    return same | dict(
+        task_hash=both, n=sum(a["n"] for a in abouts), tasks={a["task"]: a for a in abouts}
+    )
+
 
 def about_benchmarks(run, frames, metrics) -> dict:
     "What metrics.json says of the benchmarks among a run's predictions: versions, hashes, data, and the harness's own figures."
     out = {}
     for (who, name), frame in frames.items():
-        if about := frame.attrs.get("benchmark"): out.setdefault(name, {k: v for k, v in about.items() if k != "figures"} | dict(figures={}))["figures"][who] = about.get("figures")
+        if about := frame.attrs.get("benchmark"):
+            out.setdefault(
+                name, {k: v for k, v in about.items() if k != "figures"} | dict(figures={})
+            )["figures"][who] = about.get("figures")
     return dict(benchmarks=out) if out else {}
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c028
@@ -153,37 +246,83 @@ def evaluated(model, tok, task, most=None, batch_size=16) -> tuple[dict, list]:
     "A task by the harness alone: its results, and its samples in order."
     lm, name = referee(model, tok), task.config.task
     from lm_eval.evaluator import evaluate
-    lm.batch_size_per_gpu = batch_size; task.set_fewshot_seed(1234)
-    with contextlib.redirect_stderr(io.StringIO()): found = evaluate(lm, dict(tasks={name: task}), limit=most, bootstrap_iters=0)
+
+    lm.batch_size_per_gpu = batch_size
+    task.set_fewshot_seed(1234)
+    with contextlib.redirect_stderr(io.StringIO()):
+        found = evaluate(lm, dict(tasks={name: task}), limit=most, bootstrap_iters=0)
     return found["results"][name], sorted(found["samples"][name], key=lambda s: s["doc_id"])
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c029
 def compared(model, tok, name, path, most=None, batch_size=64) -> dict:
     "A benchmark by the harness and by us: accuracies, items that differ, the largest difference of a log-likelihood, seconds."
-    wanted = opened({name: path}, most); (task, about, rows), = wanted[name]
-    start = time.perf_counter(); ours = score_benchmarks(model, tok, wanted, batch_size)[name]; half = time.perf_counter()
-    results, samples = evaluated(model, tok, task, most); end = time.perf_counter()
+    wanted = opened({name: path}, most)
+    ((task, about, rows),) = wanted[name]
+    start = time.perf_counter()
+    ours = score_benchmarks(model, tok, wanted, batch_size)[name]
+    half = time.perf_counter()
+    results, samples = evaluated(model, tok, task, most)
+    end = time.perf_counter()
     theirs = [[x[0] for x in s["filtered_resps"]] for s in samples]
-    if [[*map(tuple, s["arguments"])] for s in samples] != [[(r["prompt"], o) for o in r["options"]] for r in rows]: raise MedftError(f"{name}: the harness was asked something else")
-    differ = [r["id"] for r, a, b, t, s in zip(rows, ours.choice, ours.correct, theirs, samples) if a != np.argmax(t) or b != (s["acc"] == 1)]
-    gap = max(abs(a - b) for x, y in zip(theirs, ours.scores) for a, b in zip(x, y)); lead = min(sorted(x)[-1] - sorted(x)[-2] for x in theirs)
-    return dict(benchmark=name, rows=len(rows), acc_lm_eval=results["acc,none"], acc_medft=ours.attrs["benchmark"]["figures"]["acc"], items_that_differ=differ,
-                largest_difference=gap, smallest_lead=lead, seconds_lm_eval=end - half, seconds_medft=half - start, **{k: about[k] for k in ("version", "task_hash", "revision")})
+    if [[*map(tuple, s["arguments"])] for s in samples] != [
+        [(r["prompt"], o) for o in r["options"]] for r in rows
+    ]:
+        raise MedftError(f"{name}: the harness was asked something else")
+    differ = [
+        r["id"]
+        for r, a, b, t, s in zip(rows, ours.choice, ours.correct, theirs, samples)
+        if a != np.argmax(t) or b != (s["acc"] == 1)
+    ]
+    gap = max(abs(a - b) for x, y in zip(theirs, ours.scores) for a, b in zip(x, y))
+    lead = min(sorted(x)[-1] - sorted(x)[-2] for x in theirs)
+    return dict(
+        benchmark=name,
+        rows=len(rows),
+        acc_lm_eval=results["acc,none"],
+        acc_medft=ours.attrs["benchmark"]["figures"]["acc"],
+        items_that_differ=differ,
+        largest_difference=gap,
+        smallest_lead=lead,
+        seconds_lm_eval=end - half,
+        seconds_medft=half - start,
+        **{k: about[k] for k in ("version", "task_hash", "revision")},
+    )
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c032
-FILES = {"medmcqa": "medmcqa/dev.json", "medqa_4options": "medqa/phrases_no_exclude_test.jsonl", "pubmedqa": "pubmedqa/ori_pqal.json"}
+FILES = {
+    "medmcqa": "medmcqa/dev.json",
+    "medqa_4options": "medqa/phrases_no_exclude_test.jsonl",
+    "pubmedqa": "pubmedqa/ori_pqal.json",
+}
+
 
 def remake(
-    folder,     # where FILES are
+    folder,  # where FILES are
     path=None,  # None: the evidence shipped with the package
     most=None,  # rows of each
 ) -> dict:
     "The table of agreement with the harness, made anew and written down."
-    import torch, transformers
     from medft.core.run import cpu_name, model_path
-    base = model_path("tiny-base"); tok = transformers.AutoTokenizer.from_pretrained(base)
+
+    import torch
+    import transformers
+
+    base = model_path("tiny-base")
+    tok = transformers.AutoTokenizer.from_pretrained(base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    versions = dict(lm_eval=harness(), torch=torch.__version__, transformers=transformers.__version__, model="tiny-base, float32", cpu=cpu_name(), threads=torch.get_num_threads())
-    found = dict(versions=versions, tasks=[compared(model, tok, name, Path(folder)/file, most) for name, file in FILES.items()])
-    write_json(path or assets()/"evidence"/"benchmarks.json", found)
+    versions = dict(
+        lm_eval=harness(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        model="tiny-base, float32",
+        cpu=cpu_name(),
+        threads=torch.get_num_threads(),
+    )
+    found = dict(
+        versions=versions,
+        tasks=[
+            compared(model, tok, name, Path(folder) / file, most) for name, file in FILES.items()
+        ],
+    )
+    write_json(path or assets() / "evidence" / "benchmarks.json", found)
     return found

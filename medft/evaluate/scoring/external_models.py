@@ -10,14 +10,16 @@ __all__ = ['named', 'small_file', 'described', 'fingerprint', 'its_recipe', 'ref
            'with_base', 'check_further']
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c002
-from ...core.run import MedftError, Model, Recipe, model_path, read_json, sha256  # first: it sets switches that the libraries read
+from ...core.run import MedftError, Model, Recipe, model_path, read_json, sha256
+from ...data.chat_templates import template, why
 from ...data.pipeline import load_tokenizer, prepare
+from ...data.prepare.cleaning import tokenizer_hash
 from ...model.families import config_of
 from ...model.load import load_base, ready, refuse_pickles
-from ...data.chat_templates import template, why
-from ...data.prepare.cleaning import tokenizer_hash
 
-import hashlib, shutil
+import contextlib
+import hashlib
+import shutil
 from pathlib import Path
 
 from safetensors import safe_open
@@ -29,70 +31,132 @@ def named(what) -> tuple[str, str | None]:
     path, (name, _, commit) = model_path(what), str(what).partition("@")
     return (path, None) if Path(path).is_dir() or not commit else (name, commit)
 
+
 def small_file(what, name) -> Path | None:
     "A small file of a model; None: it has none. Raises `MedftError` when there is no such model."
     path, commit = named(what)
-    if str(path).startswith((".", "/", "~")) and not Path(path).is_dir(): raise MedftError(f"no such folder: {what}")
-    try: found = cached_file(path, name, revision=commit, _raise_exceptions_for_missing_entries=False)
-    except Exception as e: raise MedftError(f"no model {what!r}, neither a folder here nor on the hub: {why(e)}") from None
+    if str(path).startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise MedftError(f"no such folder: {what}")
+    try:
+        found = cached_file(
+            path, name, revision=commit, _raise_exceptions_for_missing_entries=False
+        )
+    except Exception as e:
+        raise MedftError(
+            f"no model {what!r}, neither a folder here nor on the hub: {why(e)}"
+        ) from None
     return found and Path(found)
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c007
 def described(what) -> dict:
     "What a model is: its name, whether it is an adapter, and of what base. Raises `MedftError` when it is none."
     adapter = small_file(what, "adapter_config.json")
-    if adapter is None and small_file(what, "config.json") is None: raise MedftError(f"{what} holds no model: neither config.json nor adapter_config.json")
+    if adapter is None and small_file(what, "config.json") is None:
+        raise MedftError(f"{what} holds no model: neither config.json nor adapter_config.json")
     said = read_json(adapter) if adapter else {}
     base, revision = said.get("base_model_name_or_path"), said.get("revision")
-    if adapter and not base: raise MedftError(f"{what}: its adapter_config.json does not name the base that it belongs to")
-    return dict(name=str(what), adapter=bool(adapter), **(dict(base=f"{base}@{revision}" if revision and not Path(model_path(base)).is_dir() else base, task_type=said.get("task_type")) if adapter else {}))
+    if adapter and not base:
+        raise MedftError(
+            f"{what}: its adapter_config.json does not name the base that it belongs to"
+        )
+    return dict(
+        name=str(what),
+        adapter=bool(adapter),
+        **(
+            dict(
+                base=f"{base}@{revision}"
+                if revision and not Path(model_path(base)).is_dir()
+                else base,
+                task_type=said.get("task_type"),
+            )
+            if adapter
+            else {}
+        ),
+    )
+
 
 def fingerprint(what) -> str | None:
     "What tells a model's files from any others: the SHA-256 of a folder, the commit on the hub."
     path, commit = named(what)
-    if Path(path).is_dir(): return sha256(path)
+    if Path(path).is_dir():
+        return sha256(path)
     file = small_file(what, "adapter_config.json") or small_file(what, "config.json")
     return commit or next((b for a, b in zip(file.parts, file.parts[1:]) if a == "snapshots"), None)
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c010
 def its_recipe(recipe, what):
     "The recipe with another model in it; of an adapter, with the adapter's base."
-    found = described(what); name = found["base"] if found["adapter"] else what
+    found = described(what)
+    name = found["base"] if found["adapter"] else what
     path, commit = named(name)
     same = model_path(recipe.model.name) == str(path) and commit in (None, recipe.model.revision)
-    return recipe if same else recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(name=str(path), revision=commit, from_config=False))))
+    return (
+        recipe
+        if same
+        else recipe.model_copy(
+            update=dict(
+                model=recipe.model.model_copy(
+                    update=dict(name=str(path), revision=commit, from_config=False)
+                )
+            )
+        )
+    )
+
 
 def refuse_pickled_adapter(what):
     "Raise `MedftError` for an adapter from elsewhere whose weights are a pickle."
-    if small_file(what, "adapter_model.safetensors") is None and small_file(what, "adapter_model.bin") is not None:
+    if (
+        small_file(what, "adapter_model.safetensors") is None
+        and small_file(what, "adapter_model.bin") is not None
+    ):
         raise MedftError(
             f"{what} has no adapter_model.safetensors; its adapter_model.bin is a pickle, which runs code when it is opened,"
             " so medft opens none from elsewhere; have its author save it as safetensors"
         )
 
+
 def load_further(recipe, what, base=None, labels=None):
     "A model or adapter, ready to be scored; `base`: the recipe's own, to put an adapter on."
     found, own = described(what), its_recipe(recipe, what)
-    if not found["adapter"]: return load_base(own, labels)
+    if not found["adapter"]:
+        return load_base(own, labels)
     refuse_pickled_adapter(what)
     from peft import PeftModel
+
     path, commit = named(what)
-    return ready(PeftModel.from_pretrained(base if base is not None and own is recipe else load_base(own, labels), path, revision=commit))
+    return ready(
+        PeftModel.from_pretrained(
+            base if base is not None and own is recipe else load_base(own, labels),
+            path,
+            revision=commit,
+        )
+    )
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c012
 def reader(recipe, what) -> str:
     "Where a model's tokenizer is: beside an adapter that brings one, else with its base."
     found = described(what)
-    return str(what) if not found["adapter"] or small_file(what, "tokenizer_config.json") else found["base"]
+    return (
+        str(what)
+        if not found["adapter"] or small_file(what, "tokenizer_config.json")
+        else found["base"]
+    )
+
 
 def for_reader(recipe, what):
     "A recipe whose tokenizer is the one that a model reads with."
     path, commit = named(reader(recipe, what))
     model = recipe.model.model_copy(update=dict(name=str(path), revision=commit))
-    if path == model_path(recipe.model.name): return recipe.model_copy(update=dict(model=model))
-    own = dict(chat_template_path=None, eos_token=None, pad_token=None)    # the recipe's keys are its own base's
+    if path == model_path(recipe.model.name):
+        return recipe.model_copy(update=dict(model=model))
+    own = dict(
+        chat_template_path=None, eos_token=None, pad_token=None
+    )  # the recipe's keys are its own base's
     given = {k: v for k, v in own.items() if getattr(recipe.training, k) is not None}
-    return recipe.model_copy(update=dict(model=model, training=recipe.training.model_copy(update=given)))
+    return recipe.model_copy(
+        update=dict(model=model, training=recipe.training.model_copy(update=given))
+    )
+
 
 def writes(tok) -> tuple:
     "What tells how a model's rows are written and cut."
@@ -102,39 +166,74 @@ def writes(tok) -> tuple:
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c015
 def own_run(run, who, what):
     "A run inside the run, whose data are written for another model. Raises `MedftError` when its items are others."
-    r = for_reader(run.recipe, what); written_for = hashlib.sha256(repr(writes(load_tokenizer(r))).encode()).hexdigest()
-    sub = type(run)(run.path/"models"/who, r.model_copy(update=dict(dataset=r.dataset.model_copy(update=dict(cache=False)))))
-    if sub.manifest.get("written_for") == written_for: return sub
-    run.log(f"evaluate: {who}: reads with another tokenizer or template; preparing the same items for it")
-    shutil.rmtree(sub.path, ignore_errors=True); sub.path.mkdir(parents=True); sub.update(dict(status="running", stages={}))
-    prepare(sub); sub.update(dict(status="finished", written_for=written_for))
+    r = for_reader(run.recipe, what)
+    written_for = hashlib.sha256(repr(writes(load_tokenizer(r))).encode()).hexdigest()
+    sub = type(run)(
+        run.path / "models" / who,
+        r.model_copy(update=dict(dataset=r.dataset.model_copy(update=dict(cache=False)))),
+    )
+    if sub.manifest.get("written_for") == written_for:
+        return sub
+    run.log(
+        f"evaluate: {who}: reads with another tokenizer or template; preparing the same items for it"
+    )
+    shutil.rmtree(sub.path, ignore_errors=True)
+    sub.path.mkdir(parents=True)
+    sub.update(dict(status="running", stages={}))
+    prepare(sub)
+    sub.update(dict(status="finished", written_for=written_for))
     return sub
+
 
 def same_items(rows, own, who, name="test") -> list[dict]:
     "Rows in another writing, each with the hash of the prompt that the base reads. Raises `MedftError` unless they are the same items."
-    trait = lambda r: (r["id"], r["group"], r.get("answer", r.get("label", r.get("reference"))))
+
+    def trait(r):
+        return (r["id"], r["group"], r.get("answer", r.get("label", r.get("reference"))))
+
     other = [a["id"] for a, b in zip(rows, own) if trait(a) != trait(b)]
-    if other or len(rows) != len(own): raise MedftError(f"{who}: prepared for its tokenizer, {name} has {len(own)} rows instead of {len(rows)}, or others ({', '.join(other[:3])}); score it in a run of its own")
-    return [dict(b, item_sha256=hashlib.sha256(a["prompt"].encode()).hexdigest()) for a, b in zip(rows, own)]
+    if other or len(rows) != len(own):
+        raise MedftError(
+            f"{who}: prepared for its tokenizer, {name} has {len(own)} rows instead of {len(rows)}, or others ({', '.join(other[:3])}); score it in a run of its own"
+        )
+    return [
+        dict(b, item_sha256=hashlib.sha256(a["prompt"].encode()).hexdigest())
+        for a, b in zip(rows, own)
+    ]
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c018
 def its_labels(what) -> list | None:
     "A classifier's labels as its files tell them: names, or numbers where only their count is known; None: it has no classifier's head."
     found, config = described(what), small_file(what, "config.json")
     if not found["adapter"]:
-        said = read_json(config); n = len(said.get("id2label") or {}) or 2
-        return [str((said.get("id2label") or {}).get(str(i), i)) for i in range(n)] if any("SequenceClassification" in a for a in said.get("architectures") or ()) else None
+        said = read_json(config)
+        n = len(said.get("id2label") or {}) or 2
+        return (
+            [str((said.get("id2label") or {}).get(str(i), i)) for i in range(n)]
+            if any("SequenceClassification" in a for a in said.get("architectures") or ())
+            else None
+        )
     weights = small_file(what, "adapter_model.safetensors")
-    if weights is None: return None
-    with safe_open(weights, "np") as f: heads = [f.get_slice(k).get_shape() for k in f.keys() if k.endswith("score.weight")]
+    if weights is None:
+        return None
+    with safe_open(weights, "np") as f:
+        heads = [f.get_slice(k).get_shape() for k in f if k.endswith("score.weight")]
     return list(map(str, range(heads[0][0]))) if heads else None
+
 
 def check_labels(who, what, labels):
     "Raise `MedftError` when a classifier tells other labels apart than the data have."
     own = its_labels(what)
-    if own is None: raise MedftError(f"evaluation.models: {who}: {what} has no trained classifier's head")
-    if labels and len(own) != len(labels): raise MedftError(f"evaluation.models: {who}: {what} tells {len(own)} labels apart, the data have {len(labels)}: {', '.join(map(str, labels))}")
-    if labels and set(own) == set(map(str, labels)) and own != list(map(str, labels)): raise MedftError(f"evaluation.models: {who}: {what} counts the labels otherwise ({', '.join(own)}) than the data ({', '.join(map(str, labels))}); give dataset.labels in its order")
+    if own is None:
+        raise MedftError(f"evaluation.models: {who}: {what} has no trained classifier's head")
+    if labels and len(own) != len(labels):
+        raise MedftError(
+            f"evaluation.models: {who}: {what} tells {len(own)} labels apart, the data have {len(labels)}: {', '.join(map(str, labels))}"
+        )
+    if labels and set(own) == set(map(str, labels)) and own != list(map(str, labels)):
+        raise MedftError(
+            f"evaluation.models: {who}: {what} counts the labels otherwise ({', '.join(own)}) than the data ({', '.join(map(str, labels))}); give dataset.labels in its order"
+        )
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c019
 def refuse_foreign_files(what, is_adapter):
@@ -143,26 +242,44 @@ def refuse_foreign_files(what, is_adapter):
     if is_adapter:
         return refuse_pickled_adapter(what)
     refuse_pickles(Recipe(name="further", model=Model(name=str(path))))
-    try: config_of(path, what, revision=commit)
-    except (ValueError, KeyError): pass     # not of transformers' making, or not readable: loading it says so
+    # Not of transformers' making, or not readable: loading it says so.
+    with contextlib.suppress(ValueError, KeyError):
+        config_of(path, what, revision=commit)
+
 
 def with_base(what) -> dict:
     "What a model is; an adapter's base is there too. Raises `MedftError`."
     found = described(what)
     refuse_foreign_files(what, found["adapter"])
-    if not found["adapter"]: return found
-    try: below = described(found["base"])
-    except MedftError as e: raise MedftError(f"its base is missing: {e}; where it lies now belongs into base_model_name_or_path of {what}/adapter_config.json") from None
-    if below["adapter"]: raise MedftError(f"its base {found['base']} is an adapter itself")
+    if not found["adapter"]:
+        return found
+    try:
+        below = described(found["base"])
+    except MedftError as e:
+        raise MedftError(
+            f"its base is missing: {e}; where it lies now belongs into base_model_name_or_path of {what}/adapter_config.json"
+        ) from None
+    if below["adapter"]:
+        raise MedftError(f"its base {found['base']} is an adapter itself")
     return found
+
 
 def check_further(recipe, labels=None):
     "Refuse, by their small files alone, models that this recipe could not score. `labels`: the data's, once they are known."
     classes = recipe.task == "classification"
     for who, what in recipe.evaluation.models.items():
-        try: found = with_base(what)
-        except MedftError as e: raise MedftError(f"evaluation.models: {who}: {e}") from None
+        try:
+            found = with_base(what)
+        except MedftError as e:
+            raise MedftError(f"evaluation.models: {who}: {e}") from None
         kind = found.get("task_type")
-        if not classes and not found["adapter"] and its_labels(what): raise MedftError(f"evaluation.models: {who}: {what} is a classifier, the recipe's task is {recipe.task}")
-        if kind and (kind == "SEQ_CLS") != classes: raise MedftError(f"evaluation.models: {who}: {what} is an adapter for {'classification' if kind == 'SEQ_CLS' else kind}, the recipe's task is {recipe.task}")
-        if classes: check_labels(who, what, labels or recipe.dataset.labels)
+        if not classes and not found["adapter"] and its_labels(what):
+            raise MedftError(
+                f"evaluation.models: {who}: {what} is a classifier, the recipe's task is {recipe.task}"
+            )
+        if kind and (kind == "SEQ_CLS") != classes:
+            raise MedftError(
+                f"evaluation.models: {who}: {what} is an adapter for {'classification' if kind == 'SEQ_CLS' else kind}, the recipe's task is {recipe.task}"
+            )
+        if classes:
+            check_labels(who, what, labels or recipe.dataset.labels)

@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/evaluate/scoring/finite_scores.html.md"""
 __all__ = ['NUMBERS', 'NonFiniteScores', 'comparable', 'all_finite', 'refuse_non_finite', 'check_frame']
 
 # %% ../../../nbs/evaluate/scoring/finite_scores.ipynb #fs02
-from ...core.run import MedftError  # first: it sets switches that the libraries read
+from ...core.run import MedftError
 
 import numpy as np
 import pandas as pd
@@ -17,12 +17,18 @@ import pandas as pd
 class NonFiniteScores(MedftError):
     "Scores of which nothing can be chosen."
 
+
 def comparable(
-    scores,     # a number, or the numbers of an item's options or labels
+    scores,  # a number, or the numbers of an item's options or labels
 ) -> bool:
     "Whether a choice among these scores means something: no NaN, no plus infinity, and at least one finite score."
     values = np.atleast_1d(np.asarray(scores, float))
-    return not np.isnan(values).any() and not np.isposinf(values).any() and bool(np.isfinite(values).any() or not len(values))
+    return (
+        not np.isnan(values).any()
+        and not np.isposinf(values).any()
+        and bool(np.isfinite(values).any() or not len(values))
+    )
+
 
 def all_finite(scores) -> bool:
     "Whether every score is finite, for the usual case that all items have as many; False where they have not."
@@ -31,12 +37,13 @@ def all_finite(scores) -> bool:
     except (TypeError, ValueError):
         return False
 
+
 def refuse_non_finite(
-    scores,             # (items,) numbers, or lists of numbers
-    ids,                # (items,) what the items are called
-    what="scores",      # what the numbers are
-    model="",           # who gave them, if it is known here
-    where="",           # the set
+    scores,  # (items,) numbers, or lists of numbers
+    ids,  # (items,) what the items are called
+    what="scores",  # what the numbers are
+    model="",  # who gave them, if it is known here
+    where="",  # the set
 ):
     "Raise `NonFiniteScores` for the first item whose scores cannot be compared."
     if all_finite(scores):
@@ -46,7 +53,9 @@ def refuse_non_finite(
         return
     item, found = wrong[0]
     numbers = ", ".join(f"{x:.4g}" for x in np.atleast_1d(np.asarray(found, float))[:8])
-    place = f"{model}{' on ' + where if where else ''}: " if model else f"{where}: " if where else ""
+    place = (
+        f"{model}{' on ' + where if where else ''}: " if model else f"{where}: " if where else ""
+    )
     more = f" (and of {len(wrong) - 1} more of {len(ids)} items)" if len(wrong) > 1 else ""
     raise NonFiniteScores(
         f"{place}the {what} of item {item}{more} are no finite numbers: {numbers}. Nothing can be chosen from them; look for NaN in the model's"
@@ -54,12 +63,21 @@ def refuse_non_finite(
     )
 
 # %% ../../../nbs/evaluate/scoring/finite_scores.ipynb #fs08
-NUMBERS = dict(nll="loss", f1="token F1", rouge_l="ROUGE-L", bertscore="BERTScore", answer_tokens="length of the answer", tokens="number of tokens")
+NUMBERS = dict(
+    nll="loss",
+    f1="token F1",
+    rouge_l="ROUGE-L",
+    bertscore="BERTScore",
+    answer_tokens="length of the answer",
+    tokens="number of tokens",
+)
+
 
 def check_frame(
-    frame: pd.DataFrame,    # predictions, one line per item
-    model="", where="",
-) -> pd.DataFrame:          # the same
+    frame: pd.DataFrame,  # predictions, one line per item
+    model="",
+    where="",
+) -> pd.DataFrame:  # the same
     "Raise `NonFiniteScores` where a prediction file holds scores that are no numbers."
     ids = list(frame["id"]) if "id" in frame else list(frame.index)
     for column in frame:

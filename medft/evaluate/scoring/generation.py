@@ -9,13 +9,14 @@ __all__ = ['REFUSALS', 'normal', 'exact', 'token_f1', 'rouge_l', 'endless', 'ref
            'until_stop', 'NonFiniteSteps', 'write_answers', 'answered']
 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #c002
+from ...data.chat_templates import template
+from ...data.prompts import encode
 from .finite_scores import NonFiniteScores
 from .log_likelihood import in_batches, pad, token_budget
 from .semantic_similarity import Encoder, bert_scores
-from ...data.prompts import encode
-from ...data.chat_templates import template
 
-import re, string
+import re
+import string
 from collections import Counter
 from functools import lru_cache
 
@@ -23,38 +24,57 @@ import torch
 from transformers import LogitsProcessor
 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #c004
-def normal(text): "Words without case, punctuation and articles (SQuAD)."; return re.sub(r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation)).split()
+def normal(text):
+    "Words without case, punctuation and articles (SQuAD)."
+    return re.sub(
+        r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation)
+    ).split()
 
-def exact(answer, reference) -> bool: "The same words in the same order."; return normal(answer) == normal(reference)
+
+def exact(answer, reference) -> bool:
+    "The same words in the same order."
+    return normal(answer) == normal(reference)
+
 
 def token_f1(answer, reference) -> float:
     "Overlap of words of an answer with its reference: the harmonic mean of precision and recall (Rajpurkar et al. 2016)."
     a, r = normal(answer), normal(reference)
     same = sum((Counter(a) & Counter(r)).values())
-    return 2*same/(len(a) + len(r)) if a or r else 1.0
+    return 2 * same / (len(a) + len(r)) if a or r else 1.0
 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #c007
 @lru_cache
 def _rouge():
-    from rouge_score.rouge_scorer import RougeScorer    # half a second, for those who need it
+    from rouge_score.rouge_scorer import RougeScorer  # half a second, for those who need it
+
     return RougeScorer(["rougeL"])
 
-def rouge_l(answer, reference) -> float: "F of the longest common subsequence of words (Lin 2004), of `rouge_score`."; return _rouge().score(reference, answer)["rougeL"].fmeasure
+
+def rouge_l(answer, reference) -> float:
+    "F of the longest common subsequence of words (Lin 2004), of `rouge_score`."
+    return _rouge().score(reference, answer)["rougeL"].fmeasure
 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #c010
 def endless(answer) -> bool:
     "Does a phrase of two words or more stand three times at the end (Holtzman et al. 2020)?"
     words = re.findall(r"\w+|[^\w\s]", answer.lower())
-    last = lambda k, n: words[len(words) - (k + 1)*n:len(words) - k*n]
-    return any(last(0, n) == last(1, n) == last(2, n) for n in range(2, len(words)//3 + 1))
+
+    def last(k, n):
+        return words[len(words) - (k + 1) * n : len(words) - k * n]
+
+    return any(last(0, n) == last(1, n) == last(2, n) for n in range(2, len(words) // 3 + 1))
 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #c013
 _UNABLE = r"(can ?not|can't|could not|couldn't|will not|won't|(am|are|'m|'re) (unable|not able|not allowed|not permitted|not qualified) to|(must|have to) decline to)"
 _MACHINE = r"(artificial intelligence|ai|(ai|large)? ?language model|virtual assistant|chat ?bot)"
-REFUSALS = [rf"\b(i|we) ?{_UNABLE} (\w+ ){{0,2}}?(answer|assist|help|provide|give|offer|fulfil|comply|discuss|respond|diagnose|engage|advise|continue with|complete)",
-            rf"\bas an? {_MACHINE}\b", rf"\b(i am|i'm) (just |only )?an? {_MACHINE}\b",
-            r"\bi ?(am|'m) not a (doctor|physician|medical professional|health ?care professional|licensed)",
-            r"^(i am |i'm |we are )?(very |so |really )?(sorry|apologi[sz]e),? but i\b"]
+REFUSALS = [
+    rf"\b(i|we) ?{_UNABLE} (\w+ ){{0,2}}?(answer|assist|help|provide|give|offer|fulfil|comply|discuss|respond|diagnose|engage|advise|continue with|complete)",
+    rf"\bas an? {_MACHINE}\b",
+    rf"\b(i am|i'm) (just |only )?an? {_MACHINE}\b",
+    r"\bi ?(am|'m) not a (doctor|physician|medical professional|health ?care professional|licensed)",
+    r"^(i am |i'm |we are )?(very |so |really )?(sorry|apologi[sz]e),? but i\b",
+]
+
 
 def refuses(answer, words=40) -> bool:
     "Does an answer decline to answer, in its first words?"
@@ -63,32 +83,43 @@ def refuses(answer, words=40) -> bool:
 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #c016
 def judged(
-    answers,    # (n,) texts
-    references, # (n,) texts
-) -> dict:      # columns: answer, reference, exact, f1, rouge_l, refusal, endless
+    answers,  # (n,) texts
+    references,  # (n,) texts
+) -> dict:  # columns: answer, reference, exact, f1, rouge_l, refusal, endless
     "Written answers with what can be said of them without a model."
     pairs, each = list(zip(answers, references)), lambda f: [f(a, r) for a, r in pairs]
-    return dict(answer=list(answers), reference=list(references), exact=each(exact), f1=each(token_f1), rouge_l=each(rouge_l),
-                refusal=[refuses(a) for a in answers], endless=[endless(a) for a in answers])
+    return dict(
+        answer=list(answers),
+        reference=list(references),
+        exact=each(exact),
+        f1=each(token_f1),
+        rouge_l=each(rouge_l),
+        refusal=[refuses(a) for a in answers],
+        endless=[endless(a) for a in answers],
+    )
 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #c020
 def stop_ids(tok, config=None) -> list[int]:
     "Every token that ends an answer: of a generation config, the tokenizer and the chat template."
     given = getattr(config, "eos_token_id", None)
     found = {*(given if isinstance(given, (list, tuple)) else [given]), tok.eos_token_id}
-    if tok.chat_template: found.add(tok.convert_tokens_to_ids(template(tok).stop))
+    if tok.chat_template:
+        found.add(tok.convert_tokens_to_ids(template(tok).stop))
     return sorted(t for t in found if t is not None)
 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #c024
 def bounded(
-    prompts,        # token ids of each
-    references,     # token ids of each
-    most=None,      # evaluation.max_new_tokens; None: twice the reference and a few
-    positions=None, # that the model knows; None: no limit
-) -> list[tuple]:   # (prompt, how many tokens may follow)
+    prompts,  # token ids of each
+    references,  # token ids of each
+    most=None,  # evaluation.max_new_tokens; None: twice the reference and a few
+    positions=None,  # that the model knows; None: no limit
+) -> list[tuple]:  # (prompt, how many tokens may follow)
     "Prompts that fit, and the bound of each answer."
-    asked = [(p, most or 2*len(r) + 8) for p, r in zip(prompts, references)]
-    if positions: asked = [(p[-(positions - n):], n) for p, n in ((p, min(n, positions//2)) for p, n in asked)]
+    asked = [(p, most or 2 * len(r) + 8) for p, r in zip(prompts, references)]
+    if positions:
+        asked = [
+            (p[-(positions - n) :], n) for p, n in ((p, min(n, positions // 2)) for p, n in asked)
+        ]
     return asked
 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #c027
@@ -100,6 +131,7 @@ def until_stop(ids, stops) -> tuple[list, bool]:
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #u1f
 class NonFiniteSteps(LogitsProcessor):
     "Notes for each row of a batch the first step whose scores are NaN, plus infinity, or minus infinity for every token."
+
     def __init__(self, prompt_length: int):
         self.prompt_length, self.first = prompt_length, None
 
@@ -115,42 +147,69 @@ class NonFiniteSteps(LogitsProcessor):
         "Raise `NonFiniteScores` if one of the row's first `n_chosen` tokens was chosen from such scores."
         step = -1 if self.first is None else int(self.first[row])
         if 0 <= step < n_chosen:
-            raise NonFiniteScores(f"the scores of token {step + 1} of the answer to item {item} are no finite numbers; look for NaN in the model's weights, or load it with model.dtype=float32")
+            raise NonFiniteScores(
+                f"the scores of token {step + 1} of the answer to item {item} are no finite numbers; look for NaN in the model's weights, or load it with model.dtype=float32"
+            )
 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #u1c
 @torch.inference_mode()
 def write_answers(model, tok, rows, batch_size=16, say=None, most=None) -> list[dict]:
     "Greedy answers to rows with prompt and reference: answer (str), answer_tokens (without what ends it), ended (by itself)."
     stops = stop_ids(tok, getattr(model, "generation_config", None))
-    prompts = encode(tok, [r["prompt"] for r in rows], [""]*len(rows))["input_ids"]
+    prompts = encode(tok, [r["prompt"] for r in rows], [""] * len(rows))["input_ids"]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     asked = bounded(prompts, tok([r["reference"] for r in rows])["input_ids"], most, positions)
     items = [(r.get("id", i), prompt, n) for i, (r, (prompt, n)) in enumerate(zip(rows, asked))]
+
     def answer(batch):
         ids, mask = pad([prompt for _, prompt, _ in batch], model.device, left=True)
         watch = NonFiniteSteps(ids.shape[1])
         out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max(n for *_, n in batch), do_sample=False, num_beams=1,
-            eos_token_id=stops, pad_token_id=tok.pad_token_id, logits_processor=[watch],
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max(n for *_, n in batch),
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=stops,
+            pad_token_id=tok.pad_token_id,
+            logits_processor=[watch],
         )
         found = []
-        for row, ((item, _, n), new) in enumerate(zip(batch, out[:, ids.shape[1]:].tolist())):
+        for row, ((item, _, n), new) in enumerate(zip(batch, out[:, ids.shape[1] :].tolist())):
             said, ended = until_stop(new[:n], stops)
             watch.refuse(row, item, len(said) + ended)
-            found.append(dict(answer=tok.decode(said, skip_special_tokens=True), answer_tokens=len(said), ended=ended))
+            found.append(
+                dict(
+                    answer=tok.decode(said, skip_special_tokens=True),
+                    answer_tokens=len(said),
+                    ended=ended,
+                )
+            )
         return found
+
     lengths = [len(prompt) + n for _, prompt, n in items]
-    return in_batches(answer, items, lengths, [1/batch_size]*len(rows), say, tokens=4*token_budget(model))
+    return in_batches(
+        answer, items, lengths, [1 / batch_size] * len(rows), say, tokens=4 * token_budget(model)
+    )
 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #c031
 def answered(
-    model, tok, rows,
-    evaluation,     # the recipe's evaluation section
+    model,
+    tok,
+    rows,
+    evaluation,  # the recipe's evaluation section
     say=None,
-) -> dict:          # column -> values
+) -> dict:  # column -> values
     "Answers written and judged; compared by an encoder where the recipe names one."
     encoder = Encoder(evaluation.bertscore, model.device) if evaluation.bertscore else None
     written = write_answers(model, tok, rows, say=say, most=evaluation.max_new_tokens)
     found = judged([w["answer"] for w in written], [r["reference"] for r in rows])
-    found |= {k: [w[k] for w in written] for k in ("answer_tokens", "ended")} | dict(reference_tokens=[len(i) for i in tok([r["reference"] for r in rows], add_special_tokens=False)["input_ids"]])
-    return found | (dict(bertscore=bert_scores(encoder, found["answer"], found["reference"])) if encoder else {})
+    found |= {k: [w[k] for w in written] for k in ("answer_tokens", "ended")} | dict(
+        reference_tokens=[
+            len(i)
+            for i in tok([r["reference"] for r in rows], add_special_tokens=False)["input_ids"]
+        ]
+    )
+    return found | (
+        dict(bertscore=bert_scores(encoder, found["answer"], found["reference"])) if encoder else {}
+    )

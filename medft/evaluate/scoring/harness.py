@@ -10,14 +10,22 @@ __all__ = ['FOLDERS', 'GROUPS', 'COLUMNS', 'ABOUT', 'STAND_INS', 'harness', 'ind
            'from_hub', 'splits_of', 'explained', 'build', 'task_hash', 'referee', 'log_likelihoods']
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c002
-from ...core.run import Dataset, MedftError, assets, nearest, read_json  # first: it sets switches that the libraries read
-from ...data.reading.multiple_choice import OPTIONS, nested
-from ...data.reading.hub import hub
+from ...core.run import Dataset, MedftError, assets, nearest, read_json
 from ...data.quality.near_duplicates import MMLU_MEDICAL
+from ...data.reading.hub import hub
+from ...data.reading.multiple_choice import OPTIONS, nested
 from ...data.reading.schemas import read_examples
 from ...data.reading.sources import digest, features, parts, rows
 
-import contextlib, functools, hashlib, importlib.metadata, importlib.util, inspect, json, logging, os
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import logging
+import os
 from pathlib import Path
 
 from jinja2 import UndefinedError
@@ -25,23 +33,33 @@ from jinja2 import UndefinedError
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c005
 def harness() -> str:
     "The installed version of lm-evaluation-harness, ready for use. Raises `MedftError` when there is none."
-    if not importlib.util.find_spec("lm_eval"): raise MedftError("lm-evaluation-harness is not installed; pip install 'medft[lm-eval]'")
+    if not importlib.util.find_spec("lm_eval"):
+        raise MedftError("lm-evaluation-harness is not installed; pip install 'medft[lm-eval]'")
     before = set(os.environ)
     import lm_eval
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)    # it warns of being handed a model, or data
-    for name in set(os.environ) - before: del os.environ[name]
+
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # it warns of being handed a model, or data
+    for name in set(os.environ) - before:
+        del os.environ[name]
     return importlib.metadata.version("lm_eval")
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c008
 FOLDERS = ("medmcqa", "medqa", "pubmedqa", "mmlu/default")
 GROUPS = {"mmlu_medical": [f"mmlu_{subject}" for subject in MMLU_MEDICAL]}
 
+
 @functools.cache
 def index(*folders):
     "The harness's index of these folders of tasks; of all, if none is named."
     harness()
     from lm_eval import tasks
-    return tasks.TaskManager(include_defaults=not folders, include_path=[Path(tasks.__file__).parent/f for f in folders])
+
+    return tasks.TaskManager(
+        include_defaults=not folders,
+        include_path=[Path(tasks.__file__).parent / f for f in folders],
+    )
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c009
 def members(name) -> list[str]:
@@ -49,28 +67,46 @@ def members(name) -> list[str]:
     task, at, shots = name.partition("@")
     return [member + at + shots for member in GROUPS.get(task, [task])]
 
+
 def index_of(task):
     "The index that knows a task. Raises `MedftError` with the nearest name."
     for folders in (FOLDERS, ()):
-        if task in (found := index(*folders)).all_subtasks: return found
-    if task in found.all_tasks: raise MedftError(f"evaluation.benchmarks: {task} is a group of lm-evaluation-harness's; name its tasks one by one, or mmlu_medical")
-    raise MedftError(f"evaluation.benchmarks: lm-evaluation-harness {harness()} has no task {task!r}{nearest(task, [*GROUPS, *found.all_subtasks])}")
+        if task in (found := index(*folders)).all_subtasks:
+            return found
+    if task in found.all_tasks:
+        raise MedftError(
+            f"evaluation.benchmarks: {task} is a group of lm-evaluation-harness's; name its tasks one by one, or mmlu_medical"
+        )
+    raise MedftError(
+        f"evaluation.benchmarks: lm-evaluation-harness {harness()} has no task {task!r}{nearest(task, [*GROUPS, *found.all_subtasks])}"
+    )
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c011
 def refused(name, why):
     "The error for a task that our scorer cannot do."
-    return MedftError(f"evaluation.benchmarks: {name} {why}, and medft scores options by their log-likelihoods; ask the harness itself: lm_eval --model hf --model_args pretrained=MODEL --tasks {name.partition('@')[0]}")
+    return MedftError(
+        f"evaluation.benchmarks: {name} {why}, and medft scores options by their log-likelihoods; ask the harness itself: lm_eval --model hf --model_args pretrained=MODEL --tasks {name.partition('@')[0]}"
+    )
+
 
 def definition(
-    name,       # a task of the harness, or task@examples
+    name,  # a task of the harness, or task@examples
 ) -> dict:
     "A task's definition as its file has it, functions by name. Raises `MedftError` for an unknown or unfit one."
     task, at, shots = name.partition("@")
     found = index_of(task).task_index[task].cfg
-    if "class" in found or found.get("output_type") != "multiple_choice": raise refused(name, f"is a task of {found.get('output_type') or 'its own program'}")
-    if not at: return found
-    if not shots.isdigit(): raise MedftError(f"evaluation.benchmarks: {name!r}: write {task}@5 for five examples before the question")
-    if found.get("num_fewshot") == 0: raise MedftError(f"evaluation.benchmarks: {name}: the definition of {task} fixes the number of examples at 0")
+    if "class" in found or found.get("output_type") != "multiple_choice":
+        raise refused(name, f"is a task of {found.get('output_type') or 'its own program'}")
+    if not at:
+        return found
+    if not shots.isdigit():
+        raise MedftError(
+            f"evaluation.benchmarks: {name!r}: write {task}@5 for five examples before the question"
+        )
+    if found.get("num_fewshot") == 0:
+        raise MedftError(
+            f"evaluation.benchmarks: {name}: the definition of {task} fixes the number of examples at 0"
+        )
     return found | dict(num_fewshot=int(shots))
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c015
@@ -78,11 +114,26 @@ def own(said, read):
     "The file's own text, if all that its reader did was to take outer blanks off."
     return said if isinstance(said, str) and said.strip() == read else read
 
+
 def texts(row, ex):
     "The options as the file writes them."
-    options, columns = nested(row.get("options", row.get("choices"))), OPTIONS if "opa" in row else [f"ending{i}" for i in range(4)]
-    said = options.values() if isinstance(options, dict) else options if isinstance(options, list) else [row.get(k) for k in columns]
-    return [own(*pair) for pair in zip(said, ex["options"])] if len(said) == len(ex["options"]) else ex["options"]
+    options, columns = (
+        nested(row.get("options", row.get("choices"))),
+        OPTIONS if "opa" in row else [f"ending{i}" for i in range(4)],
+    )
+    said = (
+        options.values()
+        if isinstance(options, dict)
+        else options
+        if isinstance(options, list)
+        else [row.get(k) for k in columns]
+    )
+    return (
+        [own(*pair) for pair in zip(said, ex["options"])]
+        if len(said) == len(ex["options"])
+        else ex["options"]
+    )
+
 
 def abstract(row, ex):
     "PubMedQA's abstract and question."
@@ -90,57 +141,105 @@ def abstract(row, ex):
     said = next((nested(row[k]) for k in ("CONTEXTS", "contexts", "context") if k in row), None)
     said = nested(said.get("contexts")) if isinstance(said, dict) else said
     same = isinstance(said, list) and "\n".join(str(s).strip() for s in said).strip() == context
-    return dict(CONTEXTS=said if same else [context], QUESTION=own(row.get("QUESTION", row.get("question")), question), final_decision=ex["options"][ex["answer"]])
+    return dict(
+        CONTEXTS=said if same else [context],
+        QUESTION=own(row.get("QUESTION", row.get("question")), question),
+        final_decision=ex["options"][ex["answer"]],
+    )
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c016
-def asked_in(row, ex): return row["sent1"] if "sent1" in row else own(row.get("question"), ex["question"])
+def asked_in(row, ex):
+    return row["sent1"] if "sent1" in row else own(row.get("question"), ex["question"])
 
-COLUMNS = {     # the hub data set that a definition names -> its columns, from a row and what our reader makes of it
-    "openlifescienceai/medmcqa": lambda row, ex: dict(zip(OPTIONS, texts(row, ex)), question=asked_in(row, ex), cop=ex["answer"]),
-    "GBaker/MedQA-USMLE-4-options-hf": lambda row, ex: {f"ending{i}": o for i, o in enumerate(texts(row, ex))} | dict(sent1=asked_in(row, ex), sent2="", label=ex["answer"]),
+
+COLUMNS = {  # the hub data set that a definition names -> its columns, from a row and what our reader makes of it
+    "openlifescienceai/medmcqa": lambda row, ex: dict(
+        zip(OPTIONS, texts(row, ex)), question=asked_in(row, ex), cop=ex["answer"]
+    ),
+    "GBaker/MedQA-USMLE-4-options-hf": lambda row, ex: (
+        {f"ending{i}": o for i, o in enumerate(texts(row, ex))}
+        | dict(sent1=asked_in(row, ex), sent2="", label=ex["answer"])
+    ),
     "bigbio/pubmed_qa": abstract,
-    "cais/mmlu": lambda row, ex: dict(question=asked_in(row, ex), choices=texts(row, ex), answer=ex["answer"])}
+    "cais/mmlu": lambda row, ex: dict(
+        question=asked_in(row, ex), choices=texts(row, ex), answer=ex["answer"]
+    ),
+}
+
 
 def converted(where, n, row, ex, why, task) -> dict:
     "A row in the columns of a task. Raises `MedftError` for one that has no answer, or not as many options as the task."
-    if not why and "options" not in ex: why = "no question with options"
+    if not why and "options" not in ex:
+        why = "no question with options"
     choices = task.get("doc_to_choice")
-    if not why and isinstance(choices, list) and len(ex["options"]) != len(choices): why = f"{len(ex['options'])} options, and {task['task']} has {len(choices)}"
-    if why: raise MedftError(f"{where}:{n}: {why}; a benchmark is scored whole or not at all")
-    return COLUMNS[task["dataset_path"]](row, ex) | {ABOUT: dict(id=ex["id"], group=ex["group"], subject=ex.get("subject") or "")}
+    if not why and isinstance(choices, list) and len(ex["options"]) != len(choices):
+        why = f"{len(ex['options'])} options, and {task['task']} has {len(choices)}"
+    if why:
+        raise MedftError(f"{where}:{n}: {why}; a benchmark is scored whole or not at all")
+    return COLUMNS[task["dataset_path"]](row, ex) | {
+        ABOUT: dict(id=ex["id"], group=ex["group"], subject=ex.get("subject") or "")
+    }
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c018
-ABOUT = "medft"     # a column
+ABOUT = "medft"  # a column
+
 
 def table(found, task, keep=lambda row: True):
     "The rows of these parts as a `datasets` data set in the columns of a task."
     import datasets
-    if task.get("dataset_path") not in COLUMNS: made = [row for p in found for _, row in rows(p)]
-    else: made = [converted(p.name, n, row, ex, why, task) for p in found for n, row, ex, why in read_examples(rows(p), p.name, None, features(p)) if keep(row)]
-    if not made: raise MedftError(f"{found[0].name}: holds no row for {task['task']} ({task.get('dataset_name')})")
+
+    if task.get("dataset_path") not in COLUMNS:
+        made = [row for p in found for _, row in rows(p)]
+    else:
+        made = [
+            converted(p.name, n, row, ex, why, task)
+            for p in found
+            for n, row, ex, why in read_examples(rows(p), p.name, None, features(p))
+            if keep(row)
+        ]
+    if not made:
+        raise MedftError(
+            f"{found[0].name}: holds no row for {task['task']} ({task.get('dataset_name')})"
+        )
     return datasets.Dataset.from_list(made)
+
 
 def from_file(task, path):
     "A file's rows, and what they came from."
     found, mmlu = parts(path, role="test"), task.get("dataset_path") == "cais/mmlu"
-    subject = lambda row: not mmlu or row.get("subject") in (None, "", task["dataset_name"])
-    return table(found, task, subject), dict(dataset=str(path), revision=hashlib.sha256("".join(map(digest, found)).encode()).hexdigest())
+
+    def subject(row):
+        return not mmlu or row.get("subject") in (None, "", task["dataset_name"])
+
+    return table(found, task, subject), dict(
+        dataset=str(path), revision=hashlib.sha256("".join(map(digest, found)).encode()).hexdigest()
+    )
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c023
-STAND_INS = {"bigbio/pubmed_qa": ("qiaojin/PubMedQA", "pqa_labeled", "train")}  # hub id -> where else its rows are
+STAND_INS = {
+    "bigbio/pubmed_qa": ("qiaojin/PubMedQA", "pqa_labeled", "train")
+}  # hub id -> where else its rows are
+
 
 def official():
     "What tells the official test set among PubMedQA's labelled thousand."
-    folds = set(read_json(assets()/"benchmarks"/"pubmedqa_folds.json"))
+    folds = set(read_json(assets() / "benchmarks" / "pubmedqa_folds.json"))
     return lambda row: int(row["pubid"]) not in folds
+
 
 def from_hub(task, split, revision=None):
     "A split of the data set that a task names, and the commit it came from."
     name, config = task["dataset_path"], task.get("dataset_name")
-    if set(task.get("dataset_kwargs") or {}) - {"trust_remote_code"}: raise MedftError(f"its data are more than a split of {name!r}")
-    try: (part,), commit = hub(Dataset(name=name, config_name=config, split=split, revision=revision)); return part.data, dict(dataset=name, revision=commit)
+    if set(task.get("dataset_kwargs") or {}) - {"trust_remote_code"}:
+        raise MedftError(f"its data are more than a split of {name!r}")
+    try:
+        (part,), commit = hub(
+            Dataset(name=name, config_name=config, split=split, revision=revision)
+        )
+        return part.data, dict(dataset=name, revision=commit)
     except MedftError:
-        if name not in STAND_INS or split != task["test_split"]: raise
+        if name not in STAND_INS or split != task["test_split"]:
+            raise
     name, config, split = STAND_INS[name]
     found, commit = hub(Dataset(name=name, config_name=config, split=split))
     return table(found, task, official()), dict(dataset=name, revision=commit)
@@ -150,12 +249,23 @@ def splits_of(task, path):
     "{split: rows} as a task wants them, and what they came from."
     split, shots = task.get("test_split") or task.get("validation_split"), task.get("num_fewshot")
     few = task.get("fewshot_config") or {}
-    source = task.get("fewshot_split") or few.get("split") or task.get("training_split") or task.get("validation_split")
-    if shots and path is not None and "samples" not in few: raise MedftError(f"examples come from another split ({source}) than the questions, and a file is one; leave the file out, or the examples")
+    source = (
+        task.get("fewshot_split")
+        or few.get("split")
+        or task.get("training_split")
+        or task.get("validation_split")
+    )
+    if shots and path is not None and "samples" not in few:
+        raise MedftError(
+            f"examples come from another split ({source}) than the questions, and a file is one; leave the file out, or the examples"
+        )
     found, about = from_file(task, path) if path is not None else from_hub(task, split)
-    others = {task.get(k) for k in ("training_split", "validation_split", "test_split", "fewshot_split")} | {few.get("split")}
+    others = {
+        task.get(k) for k in ("training_split", "validation_split", "test_split", "fewshot_split")
+    } | {few.get("split")}
     data = dict.fromkeys(filter(None, others), found.select([0])) | {split: found}
-    if shots and "samples" not in few: data[source] = from_hub(task, source, about["revision"])[0]
+    if shots and "samples" not in few:
+        data[source] = from_hub(task, source, about["revision"])[0]
     return data, about
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c026
@@ -163,30 +273,62 @@ def splits_of(task, path):
 def explained(name, path=""):
     "Every error about a benchmark says which one; `path` None: and that a file would do."
     way = f"; or give a file of its rows: {{{name}: FILE}}" if path is None else ""
-    try: yield
-    except MedftError as e: raise MedftError(str(e) if str(e).startswith("evaluation.") else f"evaluation.benchmarks.{name}: {str(e).removeprefix('dataset.name: ')}{way}") from e
-    except ImportError as e: raise MedftError(f"evaluation.benchmarks.{name}: its definition needs a package that is not installed: {e}") from e
+    try:
+        yield
+    except MedftError as e:
+        raise MedftError(
+            str(e)
+            if str(e).startswith("evaluation.")
+            else f"evaluation.benchmarks.{name}: {str(e).removeprefix('dataset.name: ')}{way}"
+        ) from e
+    except ImportError as e:
+        raise MedftError(
+            f"evaluation.benchmarks.{name}: its definition needs a package that is not installed: {e}"
+        ) from e
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, UndefinedError) as e:
-        raise MedftError(f"evaluation.benchmarks.{name}: lm-evaluation-harness cannot make questions of these rows: {type(e).__name__} {e}; do they have the task's own columns?") from e
+        raise MedftError(
+            f"evaluation.benchmarks.{name}: lm-evaluation-harness cannot make questions of these rows: {type(e).__name__} {e}; do they have the task's own columns?"
+        ) from e
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c027
 def build(name, path):
     "The harness's task on its data, and what is recorded about it."
-    task, _, _ = name.partition("@"); d = definition(name); data, about = splits_of(d, path)
+    task, _, _ = name.partition("@")
+    d = definition(name)
+    data, about = splits_of(d, path)
     wanted = dict(task=task, custom_dataset=lambda **_: data, num_fewshot=d.get("num_fewshot") or 0)
     found = index_of(task).load(dict(group="medft", task=[wanted]))["tasks"][task]
-    own = found.config.process_results is not None or found.multiple_input or found.multiple_target or "acc_mutual_info" in found.aggregation() or "acc" not in found.aggregation()
-    if own: raise refused(name, "has a way of its own to score answers")
-    found.set_fewshot_seed(1234)    # the harness's own
-    return found, dict(task=task, version=str(found.VERSION), task_hash=task_hash(found), num_fewshot=wanted["num_fewshot"], chat_template=False, lm_eval=harness()) | about
+    own = (
+        found.config.process_results is not None
+        or found.multiple_input
+        or found.multiple_target
+        or "acc_mutual_info" in found.aggregation()
+        or "acc" not in found.aggregation()
+    )
+    if own:
+        raise refused(name, "has a way of its own to score answers")
+    found.set_fewshot_seed(1234)  # the harness's own
+    return found, dict(
+        task=task,
+        version=str(found.VERSION),
+        task_hash=task_hash(found),
+        num_fewshot=wanted["num_fewshot"],
+        chat_template=False,
+        lm_eval=harness(),
+    ) | about
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c029
 def task_hash(task) -> str:
     "SHA-256 of a task's definition: every key, functions by their source, without the data and where the file lies."
-    text = lambda x: inspect.getsource(x) if callable(x) else type(x).__name__
+
+    def text(x):
+        return inspect.getsource(x) if callable(x) else type(x).__name__
+
     known = task.config.to_dict(keep_callable=True)
     kept = {k: v for k, v in known.items() if k not in ("custom_dataset", "num_fewshot")}
-    kept["metadata"] = {k: v for k, v in (known.get("metadata") or {}).items() if k != "config_source"}
+    kept["metadata"] = {
+        k: v for k, v in (known.get("metadata") or {}).items() if k != "config_source"
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=text).encode()).hexdigest()
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c032
@@ -194,12 +336,19 @@ def referee(model, tok):
     "The harness's own scorer around a loaded model."
     harness()
     from lm_eval.models.huggingface import HFLM
+
     return HFLM(pretrained=model, tokenizer=tok, device=str(model.device), backend="causal")
+
 
 def log_likelihoods(lm, rows, batch_size=64) -> list[list[float]]:
     "What the harness's scorer says of every option of every row."
     from lm_eval.api.instance import Instance
+
     lm.batch_size_per_gpu = batch_size
-    asked = [Instance("loglikelihood", {}, (r["prompt"], o), i) for r in rows for i, o in enumerate(r["options"])]
+    asked = [
+        Instance("loglikelihood", {}, (r["prompt"], o), i)
+        for r in rows
+        for i, o in enumerate(r["options"])
+    ]
     found = iter(lm.loglikelihood(asked, disable_tqdm=True))
     return [[next(found)[0] for _ in r["options"]] for r in rows]

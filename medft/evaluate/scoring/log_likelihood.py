@@ -9,46 +9,64 @@ __all__ = ['CELLS', 'hidden_states', 'finished', 'log_probabilities', 'once', 'c
            'as_rows', 'token_budget', 'batches', 'in_batches', 'by_rows']
 
 # %% ../../../nbs/evaluate/scoring/log_likelihood.ipynb #c002
-from ...core.run import MedftError  # first: it sets switches that the libraries read
+from ...core.run import MedftError
 
-import time, weakref
+import time
+import weakref
 from contextlib import contextmanager
 from functools import wraps
 
 import torch
 
 # %% ../../../nbs/evaluate/scoring/log_likelihood.ipynb #c007
-CELLS = 2**25   # logits that exist at one time, at most
+CELLS = 2**25  # logits that exist at one time, at most
+
 
 @contextmanager
 def hidden_states(model):
     "Collect what the output head would read, and give it one position only."
     kept = []
-    def keep(head, args): kept.append(args[0]); return (args[0][:1, :1],)
+
+    def keep(head, args):
+        kept.append(args[0])
+        return (args[0][:1, :1],)
+
     hook = model.get_output_embeddings().register_forward_pre_hook(keep)
-    try: yield kept
-    finally: hook.remove()
+    try:
+        yield kept
+    finally:
+        hook.remove()
 
 # %% ../../../nbs/evaluate/scoring/log_likelihood.ipynb #c009
 def finished(logits, config):
     "What some models do to their logits after the head."
     cap = getattr(config, "final_logit_softcapping", None)
-    logits = logits*(getattr(config, "logit_scale", None) or 1)/(getattr(config, "logits_scaling", None) or 1)
-    return logits if cap is None else cap*torch.tanh(logits/cap)
+    logits = (
+        logits
+        * (getattr(config, "logit_scale", None) or 1)
+        / (getattr(config, "logits_scaling", None) or 1)
+    )
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 # %% ../../../nbs/evaluate/scoring/log_likelihood.ipynb #c010
 def log_probabilities(
     model,
-    hidden,     # (positions, width)
-    at,         # (targets,) which position each target is predicted from
-    targets,    # (targets,) token ids
+    hidden,  # (positions, width)
+    at,  # (targets,) which position each target is predicted from
+    targets,  # (targets,) token ids
 ) -> torch.Tensor:  # (targets,), float32, nats
     "Log-probabilities of tokens, a block of positions at a time."
-    head, config, out = model.get_output_embeddings(), model.config.get_text_config(), torch.empty(len(targets), device=hidden.device)
-    used, place = at.unique(return_inverse=True); size = max(CELLS//config.vocab_size, 1)
+    head, config, out = (
+        model.get_output_embeddings(),
+        model.config.get_text_config(),
+        torch.empty(len(targets), device=hidden.device),
+    )
+    used, place = at.unique(return_inverse=True)
+    size = max(CELLS // config.vocab_size, 1)
     for a in range(0, len(used), size):
-        logits = finished(head(hidden[used[a:a + size]]).float(), config)
-        here = ((place >= a) & (place < a + size)).nonzero()[:, 0]; row = place[here] - a
+        logits = finished(head(hidden[used[a : a + size]]).float(), config)
+        here = ((place >= a) & (place < a + size)).nonzero()[:, 0]
+        row = place[here] - a
         out[here] = logits[row, targets[here]] - logits.logsumexp(-1)[row]
     return out
 
@@ -56,11 +74,17 @@ def log_probabilities(
 def once(question):
     "Ask each model once, and again when its attention was changed; an answer costs a few forward passes."
     known = weakref.WeakKeyDictionary()
+
     @wraps(question)
     def asked(model):
-        answers, kind = known.setdefault(model, {}), model.config.get_text_config()._attn_implementation
-        if kind not in answers: answers[kind] = question(model)
+        answers, kind = (
+            known.setdefault(model, {}),
+            model.config.get_text_config()._attn_implementation,
+        )
+        if kind not in answers:
+            answers[kind] = question(model)
         return answers[kind]
+
     return asked
 
 # %% ../../../nbs/evaluate/scoring/log_likelihood.ipynb #c0s1
@@ -68,18 +92,26 @@ def once(question):
 @torch.inference_mode()
 def check_head(model):
     "Raise `MedftError` when this model's logits are not what its head and `finished` give."
-    ids = torch.tensor([[0, 1, 2]], device=model.device); own = model(input_ids=ids, use_cache=False).logits[0].float()
-    with hidden_states(model) as kept: model(input_ids=ids, use_cache=False)
-    ours = finished(model.get_output_embeddings()(kept[0][0]).float(), model.config.get_text_config())
+    ids = torch.tensor([[0, 1, 2]], device=model.device)
+    own = model(input_ids=ids, use_cache=False).logits[0].float()
+    with hidden_states(model) as kept:
+        model(input_ids=ids, use_cache=False)
+    ours = finished(
+        model.get_output_embeddings()(kept[0][0]).float(), model.config.get_text_config()
+    )
     if not own.isfinite().all():
-        return      # nothing to compare; the scores of every item are looked at one by one
-    if not torch.allclose(own, ours, rtol=.05, atol=.05*own.std().item()):
-        raise MedftError(f"{type(model).__name__} changes its logits after the head in a way that medft does not know, so it cannot be scored; please report the model's name")
+        return  # nothing to compare; the scores of every item are looked at one by one
+    if not torch.allclose(own, ours, rtol=0.05, atol=0.05 * own.std().item()):
+        raise MedftError(
+            f"{type(model).__name__} changes its logits after the head in a way that medft does not know, so it cannot be scored; please report the model's name"
+        )
 
 # %% ../../../nbs/evaluate/scoring/log_likelihood.ipynb #c014
 def pad(rows, device, left=False, fill=0):
     "Lists of token ids as one tensor, and the mask of what is not padding."
-    n = max(map(len, rows)); ids = torch.full((len(rows), n), fill); mask = torch.zeros_like(ids)
+    n = max(map(len, rows))
+    ids = torch.full((len(rows), n), fill)
+    mask = torch.zeros_like(ids)
     for i, r in enumerate(rows):
         at = slice(n - len(r), n) if left else slice(0, len(r))
         ids[i, at], mask[i, at] = torch.tensor(r, dtype=torch.long), 1
@@ -90,42 +122,78 @@ def summed(logs, owner, n):
     "Log-probabilities of tokens summed by owner."
     return torch.zeros(n, dtype=torch.float64).index_add(0, owner.cpu(), logs.double().cpu())
 
+
 @torch.inference_mode()
 def score_rows(
     model,
-    rows,   # [(token ids, mask: 1 where a token is scored)]
-) -> torch.Tensor:   # one summed log-probability a row, in nats
+    rows,  # [(token ids, mask: 1 where a token is scored)]
+) -> torch.Tensor:  # one summed log-probability a row, in nats
     "Score the masked tokens of each row. A row's first token has nothing before it and is never scored."
-    ids, mask = pad([r for r, _ in rows], model.device); n = ids.shape[1]
-    i, t = torch.tensor([(i, t) for i, (_, m) in enumerate(rows) for t in range(1, len(m)) if m[t]], device=ids.device, dtype=torch.long).reshape(-1, 2).T
-    with hidden_states(model) as kept: model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return summed(log_probabilities(model, kept[0].flatten(0, 1), i*n + t - 1, ids[i, t]), i, len(rows))
+    ids, mask = pad([r for r, _ in rows], model.device)
+    n = ids.shape[1]
+    i, t = (
+        torch.tensor(
+            [(i, t) for i, (_, m) in enumerate(rows) for t in range(1, len(m)) if m[t]],
+            device=ids.device,
+            dtype=torch.long,
+        )
+        .reshape(-1, 2)
+        .T
+    )
+    with hidden_states(model) as kept:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return summed(
+        log_probabilities(model, kept[0].flatten(0, 1), i * n + t - 1, ids[i, t]), i, len(rows)
+    )
 
-def as_rows(items): "Items with options as rows of their own."; return [(p + o, [0]*len(p) + [1]*len(o)) for p, options in items for o in options]
+
+def as_rows(items):
+    "Items with options as rows of their own."
+    return [(p + o, [0] * len(p) + [1] * len(o)) for p, options in items for o in options]
 
 # %% ../../../nbs/evaluate/scoring/log_likelihood.ipynb #c020
-def token_budget(model) -> int: "Tokens of a forward pass that keep a device busy."; return 2**11 if model.device.type == "cpu" else 2**14
+def token_budget(model) -> int:
+    "Tokens of a forward pass that keep a device busy."
+    return 2**11 if model.device.type == "cpu" else 2**14
+
 
 def batches(costs, order, lengths=None, tokens=None):
     "Cut `order` into runs whose costs add up to at most 1, and that have at most so many tokens with padding; what is more stands alone."
     batch, full = [], 0.0
     for i in order:
-        long = tokens and batch and (len(batch) + 1)*max(lengths[batch[0]], lengths[i]) > tokens
-        if batch and (long or full + costs[i] > 1 + 1e-9): yield batch; batch, full = [], 0.0
-        batch.append(i); full += costs[i]
-    if batch: yield batch
+        long = tokens and batch and (len(batch) + 1) * max(lengths[batch[0]], lengths[i]) > tokens
+        if batch and (long or full + costs[i] > 1 + 1e-9):
+            yield batch
+            batch, full = [], 0.0
+        batch.append(i)
+        full += costs[i]
+    if batch:
+        yield batch
 
 # %% ../../../nbs/evaluate/scoring/log_likelihood.ipynb #c022
 def in_batches(score, items, lengths, costs, say=None, every=60, tokens=None):
     "Apply `score` to batches of items, longest first; results in the items' own order. `say` hears of progress once a minute."
-    out, done, start = [None]*len(items), 0, time.time(); heard = start
-    for batch in batches(costs, sorted(range(len(items)), key=lambda i: -lengths[i]), lengths, tokens):
-        for i, r in zip(batch, score([items[i] for i in batch])): out[i] = r
+    out, done, start = [None] * len(items), 0, time.time()
+    heard = start
+    for batch in batches(
+        costs, sorted(range(len(items)), key=lambda i: -lengths[i]), lengths, tokens
+    ):
+        for i, r in zip(batch, score([items[i] for i in batch])):
+            out[i] = r
         done += len(batch)
-        if say and time.time() - heard > every: heard = time.time(); say(f"{done}/{len(items)}, {(heard - start)/done*(len(items) - done):.0f} s left")
+        if say and time.time() - heard > every:
+            heard = time.time()
+            say(f"{done}/{len(items)}, {(heard - start) / done * (len(items) - done):.0f} s left")
     return out
 
 # %% ../../../nbs/evaluate/scoring/log_likelihood.ipynb #c024
 def by_rows(model, rows, batch_size, say) -> list[float]:
     "Every row's score, in order."
-    return in_batches(lambda b: score_rows(model, b).tolist(), rows, [len(r) for r, _ in rows], [1/batch_size]*len(rows), say, tokens=token_budget(model))
+    return in_batches(
+        lambda b: score_rows(model, b).tolist(),
+        rows,
+        [len(r) for r, _ in rows],
+        [1 / batch_size] * len(rows),
+        say,
+        tokens=token_budget(model),
+    )

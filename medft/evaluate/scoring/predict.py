@@ -10,126 +10,224 @@ __all__ = ['FORMS', 'code_choices', 'code_pair', 'code_jointly', 'score_choices'
            'predict_forms', 'score_labels', 'choose', 'predict_labels', 'windows', 'predict_text', 'predict']
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c002
-from ...core.run import MedftError  # first: it sets switches that the libraries read
-from .shared_prefix import obstacle, score_branches, score_items, shares_prompts
-from ...data.pipeline import encode
-from .finite_scores import check_frame, refuse_non_finite
-from .log_likelihood import by_rows, check_head, in_batches, pad, score_rows, token_budget     # and for those who look for them here
-from ...data.prompts import LETTERS, MARKS
-from .generation import answered
-from ...data.reading.option_texts import keeps_its_order
+from ...core.run import MedftError
 from ...data.chat_templates import template
+from ...data.pipeline import encode
+from ...data.prompts import LETTERS, MARKS
+from ...data.reading.option_texts import keeps_its_order
+from .finite_scores import check_frame, refuse_non_finite
+from .generation import answered
+from medft.evaluate.scoring.log_likelihood import (
+    by_rows,
+    check_head,
+    in_batches,
+    pad,
+    score_rows,
+    token_budget,
+)  # and for those who look for them here
+from medft.evaluate.scoring.shared_prefix import (
+    obstacle,
+    score_branches,
+    score_items,
+    shares_prompts,
+)
 
 import hashlib
 
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c008
 def code_choices(tok, rows) -> list:
     "Rows with prompt and options as (prompt ids, [option ids, ...]); empty ones are refused."
-    flat = encode(tok, [r["prompt"] for r in rows for _ in r["options"]], [o for r in rows for o in r["options"]])
-    cut = iter([([t for t, m in zip(i, k) if not m], [t for t, m in zip(i, k) if m]) for i, k in zip(flat["input_ids"], flat["completion_mask"])])
+    flat = encode(
+        tok,
+        [r["prompt"] for r in rows for _ in r["options"]],
+        [o for r in rows for o in r["options"]],
+    )
+    cut = iter(
+        [
+            ([t for t, m in zip(i, k) if not m], [t for t, m in zip(i, k) if m])
+            for i, k in zip(flat["input_ids"], flat["completion_mask"])
+        ]
+    )
     items = [[next(cut) for _ in r["options"]] for r in rows]
-    empty = [r["id"] for r, parts in zip(rows, items) if not parts or any(not p or not o for p, o in parts)]
-    if empty: raise MedftError(f"rows without a prompt, without options or with an empty option cannot be scored: {', '.join(map(str, empty[:5]))}")
+    empty = [
+        r["id"]
+        for r, parts in zip(rows, items)
+        if not parts or any(not p or not o for p, o in parts)
+    ]
+    if empty:
+        raise MedftError(
+            f"rows without a prompt, without options or with an empty option cannot be scored: {', '.join(map(str, empty[:5]))}"
+        )
     return [(parts[0][0], [o for _, o in parts]) for parts in items]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c010
 def code_pair(tok, prompt, option) -> tuple[list, list]:
     "Prompt and option as lm-evaluation-harness codes them."
-    code = lambda s: tok(s, add_special_tokens=not (tok.bos_token and s.startswith(tok.bos_token)), verbose=False)["input_ids"]
+
+    def code(s):
+        return tok(
+            s, add_special_tokens=not (tok.bos_token and s.startswith(tok.bos_token)), verbose=False
+        )["input_ids"]
+
     first = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
     if not prompt:
         ids = tok(option, add_special_tokens=False)["input_ids"]
         return ([first], ids) if ids[:1] != [first] else (ids[:1], ids[1:])
     blanks = len(prompt) - len(prompt.rstrip())
-    if blanks: prompt, option = prompt[:-blanks], prompt[-blanks:] + option
+    if blanks:
+        prompt, option = prompt[:-blanks], prompt[-blanks:] + option
     before = code(prompt)
-    return before, code(prompt + option)[len(before):]
+    return before, code(prompt + option)[len(before) :]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c011
 def code_jointly(tok, rows) -> list:
     "`code_choices` in lm-evaluation-harness's way."
     items = [[code_pair(tok, r["prompt"], o) for o in r["options"]] for r in rows]
-    empty = [r.get("id", i) for i, (r, parts) in enumerate(zip(rows, items)) if not parts or not all(o for _, o in parts)]
-    if empty: raise MedftError(f"rows without options, or with an option that is no token of its own behind its prompt, cannot be scored: {', '.join(map(str, empty[:5]))}")
+    empty = [
+        r.get("id", i)
+        for i, (r, parts) in enumerate(zip(rows, items))
+        if not parts or not all(o for _, o in parts)
+    ]
+    if empty:
+        raise MedftError(
+            f"rows without options, or with an option that is no token of its own behind its prompt, cannot be scored: {', '.join(map(str, empty[:5]))}"
+        )
     return [(parts[0][0], [o for _, o in parts]) for parts in items]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c013
 def score_choices(
-    model, tok,
-    rows,           # dicts with prompt (str) and options (list[str])
+    model,
+    tok,
+    rows,  # dicts with prompt (str) and options (list[str])
     batch_size=64,  # sequences a batch
-    say=None,       # told of progress
+    say=None,  # told of progress
     jointly=False,  # tokenise a prompt and its option together
-) -> list[list[float]]:   # summed log-probability of every option, in nats
+) -> list[list[float]]:  # summed log-probability of every option, in nats
     "Score the options of multiple-choice rows."
-    return score_items(model, (code_jointly if jointly else code_choices)(tok, rows), batch_size, say)
+    return score_items(
+        model, (code_jointly if jointly else code_choices)(tok, rows), batch_size, say
+    )
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c019
 def identity(rows) -> dict:
     "The columns that every prediction file has."
-    known = dict(choice_type=[r.get("choice_type") or "" for r in rows]) if any(r.get("choice_type") for r in rows) else {}
-    return dict(id=[r["id"] for r in rows], group=[r["group"] for r in rows], subject=[r.get("subject") or "" for r in rows], **known,
-                prompt_sha256=[hashlib.sha256(r["prompt"].encode()).hexdigest() for r in rows])
+    known = (
+        dict(choice_type=[r.get("choice_type") or "" for r in rows])
+        if any(r.get("choice_type") for r in rows)
+        else {}
+    )
+    return dict(
+        id=[r["id"] for r in rows],
+        group=[r["group"] for r in rows],
+        subject=[r.get("subject") or "" for r in rows],
+        **known,
+        prompt_sha256=[hashlib.sha256(r["prompt"].encode()).hexdigest() for r in rows],
+    )
+
 
 def chosen(rows, scores) -> dict:
     "The choice by each of lm-evaluation-harness's rules: acc (the sum), acc_norm (per character of the option), acc_bytes (per byte)."
     texts = [[o.strip() for o in r["options"]] for r in rows]
     refuse_non_finite(scores, [r.get("id", i) for i, r in enumerate(rows)])
-    rules = dict(acc=lambda o: 1, acc_norm=lambda o: max(len(o), 1), acc_bytes=lambda o: max(len(o.encode()), 1))
-    return {name: [int(np.argmax([s/size(o) for s, o in zip(ss, os)])) for ss, os in zip(scores, texts)] for name, size in rules.items()}
+    rules = dict(
+        acc=lambda o: 1,
+        acc_norm=lambda o: max(len(o), 1),
+        acc_bytes=lambda o: max(len(o.encode()), 1),
+    )
+    return {
+        name: [
+            int(np.argmax([s / size(o) for s, o in zip(ss, os)])) for ss, os in zip(scores, texts)
+        ]
+        for name, size in rules.items()
+    }
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c019s1
 def as_chosen(rows, scores) -> pd.DataFrame:
     "One line per multiple-choice row: the options' scores, the choice, whether it is right."
     found = chosen(rows, scores)
-    frame = pd.DataFrame(dict(identity(rows), scores=scores, choice=found["acc"], choice_norm=found["acc_norm"], truth=[r["answer"] for r in rows]))
+    frame = pd.DataFrame(
+        dict(
+            identity(rows),
+            scores=scores,
+            choice=found["acc"],
+            choice_norm=found["acc_norm"],
+            truth=[r["answer"] for r in rows],
+        )
+    )
     return frame.assign(correct=frame.choice == frame.truth)
 
-def predict_choices(model, tok, rows, batch_size=64, say=None) -> pd.DataFrame: "Options as they were trained, and no more."; return as_chosen(rows, score_choices(model, tok, rows, batch_size, say))
+
+def predict_choices(model, tok, rows, batch_size=64, say=None) -> pd.DataFrame:
+    "Options as they were trained, and no more."
+    return as_chosen(rows, score_choices(model, tok, rows, batch_size, say))
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c022
 def listed(row, after) -> list[str] | None:
     "The options' texts as a prompt lists them, `after` being what follows the question; None: it lists none."
-    if not row["prompt"].endswith(after): return None
-    text, found = row["prompt"][:len(row["prompt"]) - len(after)], []
-    for mark in reversed(MARKS[:len(row["options"])]):
+    if not row["prompt"].endswith(after):
+        return None
+    text, found = row["prompt"][: len(row["prompt"]) - len(after)], []
+    for mark in reversed(MARKS[: len(row["options"])]):
         text, sign, option = text.rpartition("\n" + mark)
-        if not sign: return None
+        if not sign:
+            return None
         found.append(option)
     return found[::-1]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c023
 def rendered(tok, rows, form) -> list[dict]:
     "Rows with their options as letters or as texts. Raises `MedftError` for a template that cannot be taken apart."
-    t = template(tok); f = t.frame()
-    if f is None: raise MedftError("evaluation.score: this model's chat template cannot be taken apart into question and answer; leave the key out")
-    said = lambda s: (f[2] + s + f[3]).removesuffix(t.after)
+    t = template(tok)
+    f = t.frame()
+    if f is None:
+        raise MedftError(
+            "evaluation.score: this model's chat template cannot be taken apart into question and answer; leave the key out"
+        )
+
+    def said(s):
+        return (f[2] + s + f[3]).removesuffix(t.after)
+
     texts = [listed(r, f[1]) for r in rows]
-    return [dict(r, options=[said(LETTERS[i] if form == "letters" else o) for i, o in enumerate(o)]) if o else r for r, o in zip(rows, texts)]
+    return [
+        dict(r, options=[said(LETTERS[i] if form == "letters" else o) for i, o in enumerate(o)])
+        if o
+        else r
+        for r, o in zip(rows, texts)
+    ]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c025
 FORMS = dict(letters=["letters"], texts=["texts"], both=["letters", "texts"])
 
+
 def forms_of(model, tok, rows, score=None, say=None) -> dict:
     "form -> the rows with their options in it: what `score` asks for; None: both, where prompts list options and it costs little."
-    if score is None:
-        if template(tok).frame() is None or not shares_prompts(model):
-            if say: say("options are scored only as they were trained: " + (obstacle(model) or "the chat template cannot be taken apart"))
-            return {}
+    if score is None and (template(tok).frame() is None or not shares_prompts(model)):
+        if say:
+            say(
+                "options are scored only as they were trained: "
+                + (obstacle(model) or "the chat template cannot be taken apart")
+            )
+        return {}
     found = {form: rendered(tok, rows, form) for form in FORMS[score or "both"]}
     return found if score or found["letters"] != found["texts"] else {}
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c025s1
 def score_forms(
-    model, tok,
-    several,        # the same rows, their options in different forms
-    batch_size=64, say=None,
-) -> list:          # [form][row][option], summed log-probabilities in nats
+    model,
+    tok,
+    several,  # the same rows, their options in different forms
+    batch_size=64,
+    say=None,
+) -> list:  # [form][row][option], summed log-probabilities in nats
     "Score options in several forms, reading each question once."
     each = [list(dict.fromkeys(o for r in same for o in r["options"])) for same in zip(*several)]
-    scores = score_choices(model, tok, [dict(r, options=o) for r, o in zip(several[0], each)], batch_size, say)
+    scores = score_choices(
+        model, tok, [dict(r, options=o) for r, o in zip(several[0], each)], batch_size, say
+    )
     known = [dict(zip(o, s)) for o, s in zip(each, scores)]
     return [[[k[o] for o in r["options"]] for r, k in zip(rows, known)] for rows in several]
 
@@ -137,19 +235,40 @@ def score_forms(
 def orders(id, n, shuffles) -> list[list[int]]:
     "Rotations of n options: which option stands at each place. In every one each option has moved."
     first = int(hashlib.sha256(str(id).encode()).hexdigest(), 16)
-    return [[(place + 1 + (first + i) % (n - 1)) % n for place in range(n)] for i in range(min(shuffles, n - 1))]
+    return [
+        [(place + 1 + (first + i) % (n - 1)) % n for place in range(n)]
+        for i in range(min(shuffles, n - 1))
+    ]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c026b1
 def turned(tok, rows, shuffles) -> list[tuple]:
     "(row number, order, the row so listed), of every row whose prompt lists its options and whose options allow it."
-    f, out = template(tok).frame(), []; after = f[1] if f else ""
-    for i, (r, own) in enumerate(zip(rows, rendered(tok, rows, "letters") if f and shuffles else ())):
+    f, out = template(tok).frame(), []
+    after = f[1] if f else ""
+    for i, (r, own) in enumerate(
+        zip(rows, rendered(tok, rows, "letters") if f and shuffles else ())
+    ):
         texts = listed(r, after)
-        if not texts or keeps_its_order(texts): continue
-        head, letters = r["prompt"][:-len("".join(f"\n{m}{o}" for m, o in zip(MARKS, texts)) + after)], own["options"] == r["options"]
+        if not texts or keeps_its_order(texts):
+            continue
+        head, letters = (
+            r["prompt"][: -len("".join(f"\n{m}{o}" for m, o in zip(MARKS, texts)) + after)],
+            own["options"] == r["options"],
+        )
         for order in orders(r["id"], len(texts), shuffles):
             prompt = head + "".join(f"\n{m}{texts[o]}" for m, o in zip(MARKS, order)) + after
-            out.append((i, order, dict(r, prompt=prompt, options=r["options"] if letters else [r["options"][o] for o in order], answer=order.index(r["answer"]))))
+            out.append(
+                (
+                    i,
+                    order,
+                    dict(
+                        r,
+                        prompt=prompt,
+                        options=r["options"] if letters else [r["options"][o] for o in order],
+                        answer=order.index(r["answer"]),
+                    ),
+                )
+            )
     return out
 
 
@@ -160,29 +279,45 @@ def in_fixed_order(tok, rows) -> list[bool]:
     return [bool(t) and keeps_its_order(t) for t in texts]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c026d
-def predict_forms(model, tok, rows, score=None, shuffles=0, batch_size=64, say=None) -> pd.DataFrame:
+def predict_forms(
+    model, tok, rows, score=None, shuffles=0, batch_size=64, say=None
+) -> pd.DataFrame:
     "`predict_choices`, and beside it what the options score in other forms and which are chosen in other orders."
     forms, again = forms_of(model, tok, rows, score, say), turned(tok, rows, shuffles)
-    own, *others = score_forms(model, tok, [rows, *forms.values()], batch_size, say); frame = as_chosen(rows, own)
+    own, *others = score_forms(model, tok, [rows, *forms.values()], batch_size, say)
+    frame = as_chosen(rows, own)
     for form, scores in zip(forms, others):
-        right = {f"{form}_{name}": frame.truth == choice for name, choice in chosen(forms[form], scores).items()}
-        frame = frame.assign(**{f"{form}_scores": scores}, **(right if form == "texts" else dict(list(right.items())[:1])))
+        right = {
+            f"{form}_{name}": frame.truth == choice
+            for name, choice in chosen(forms[form], scores).items()
+        }
+        frame = frame.assign(
+            **{f"{form}_scores": scores},
+            **(right if form == "texts" else dict(list(right.items())[:1])),
+        )
     fixed = in_fixed_order(tok, rows) if shuffles else []
     if any(fixed):
         frame = frame.assign(fixed_order=fixed)
         if say:
-            say(f"{sum(fixed):,} of {len(rows):,} items are asked in their own order only: an option speaks of others by letter or place")
-    if not again: return frame
-    picked = [[] for _ in rows]; scores = score_choices(model, tok, [r for *_, r in again], batch_size, say)
-    refuse_non_finite(scores, [r["id"] for *_, r in again], "scores in another order of the options")
-    for (i, order, _), s in zip(again, scores): picked[i].append(order[int(np.argmax(s))])
+            say(
+                f"{sum(fixed):,} of {len(rows):,} items are asked in their own order only: an option speaks of others by letter or place"
+            )
+    if not again:
+        return frame
+    picked = [[] for _ in rows]
+    scores = score_choices(model, tok, [r for *_, r in again], batch_size, say)
+    refuse_non_finite(
+        scores, [r["id"] for *_, r in again], "scores in another order of the options"
+    )
+    for (i, order, _), s in zip(again, scores):
+        picked[i].append(order[int(np.argmax(s))])
     return frame.assign(shuffled_choice=picked)
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c028
 @torch.inference_mode()
 def score_labels(
     model,  # a sequence classifier
-    rows,   # lists of token ids
+    rows,  # lists of token ids
 ) -> torch.Tensor:  # (rows, labels), float32
     "The logits of every label."
     ids, mask = pad(rows, model.device, fill=model.config.get_text_config().pad_token_id or 0)
@@ -192,45 +327,93 @@ def score_labels(
 def choose(frame, threshold=None) -> pd.DataFrame:
     "Predictions with the label that is said at this threshold (None: a half), and whether it is right."
     p = np.stack(check_frame(frame).probabilities)
-    choice = (p[:, 1] >= (0.5 if threshold is None else threshold)).astype(int) if p.shape[1] == 2 else p.argmax(1)
+    choice = (
+        (p[:, 1] >= (0.5 if threshold is None else threshold)).astype(int)
+        if p.shape[1] == 2
+        else p.argmax(1)
+    )
     return frame.assign(choice=choice, correct=choice == frame.truth)
 
-def predict_labels(model, tok, rows, batch_size=64, length=None, threshold=None, say=None) -> pd.DataFrame:
+
+def predict_labels(
+    model, tok, rows, batch_size=64, length=None, threshold=None, say=None
+) -> pd.DataFrame:
     "One line per labelled row: the labels' logits and probabilities, the choice, whether it is right."
     ids = [r["input_ids"][:length] for r in rows]
     size = batch_size if model.config.get_text_config().pad_token_id is not None else 1
-    logits = in_batches(lambda b: score_labels(model, b).tolist(), ids, list(map(len, ids)), [1/size]*len(ids), say, tokens=token_budget(model))
+    logits = in_batches(
+        lambda b: score_labels(model, b).tolist(),
+        ids,
+        list(map(len, ids)),
+        [1 / size] * len(ids),
+        say,
+        tokens=token_budget(model),
+    )
     refuse_non_finite(logits, [r["id"] for r in rows], "logits")
     p = torch.tensor(logits, dtype=torch.float64).softmax(-1).tolist()
-    return choose(pd.DataFrame(dict(identity(rows), scores=logits, probabilities=p, truth=[r["label"] for r in rows])), threshold)
+    return choose(
+        pd.DataFrame(
+            dict(identity(rows), scores=logits, probabilities=p, truth=[r["label"] for r in rows])
+        ),
+        threshold,
+    )
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c035
 def windows(ids, mask, length):
     "Cut a row into windows of at most `length` tokens that overlap by one."
-    return [(ids[s:s + length], mask[s:s + length]) for s in range(0, max(len(ids) - 1, 1), length - 1)]
+    return [
+        (ids[s : s + length], mask[s : s + length])
+        for s in range(0, max(len(ids) - 1, 1), length - 1)
+    ]
+
 
 def predict_text(model, tok, rows, batch_size=64, length=2048, say=None) -> pd.DataFrame:
     "One line per row: negative log-likelihood (nats), tokens and bytes that were predicted."
-    cut = [(i, w) for i, r in enumerate(rows) for w in windows(r["input_ids"], r["completion_mask"], length)]
-    check_head(model); found = by_rows(model, [w for _, w in cut], batch_size, say)
+    cut = [
+        (i, w)
+        for i, r in enumerate(rows)
+        for w in windows(r["input_ids"], r["completion_mask"], length)
+    ]
+    check_head(model)
+    found = by_rows(model, [w for _, w in cut], batch_size, say)
     nll = np.bincount([i for i, _ in cut], weights=[-x for x in found], minlength=len(rows))
     refuse_non_finite(nll, [r["id"] for r in rows], "loss")
     scored = [[t for t, m in zip(r["input_ids"][1:], r["completion_mask"][1:]) if m] for r in rows]
-    return pd.DataFrame(dict(identity(rows), nll=nll, tokens=[len(s) for s in scored],
-                             bytes=[len(tok.decode(s, skip_special_tokens=True).encode()) for s in scored]))
+    return pd.DataFrame(
+        dict(
+            identity(rows),
+            nll=nll,
+            tokens=[len(s) for s in scored],
+            bytes=[len(tok.decode(s, skip_special_tokens=True).encode()) for s in scored],
+        )
+    )
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c044
 def predict(
-    model, tok, rows, recipe,
-    say=None,       # told of progress
-    threshold=None, # two labels: the probability from which the second is said
-    beside=False,   # options: also in their other form, and listed in other orders
+    model,
+    tok,
+    rows,
+    recipe,
+    say=None,  # told of progress
+    threshold=None,  # two labels: the probability from which the second is said
+    beside=False,  # options: also in their other form, and listed in other orders
 ) -> pd.DataFrame:
     "Score rows of a prepared split by what they are: a label, options, a reference answer, or text."
-    e = recipe.evaluation; size = e.batch_size
-    if "label" in rows[0]: return predict_labels(model, tok, rows, size, recipe.max_length, threshold, say)
-    if "options" in rows[0]: return predict_forms(model, tok, rows, e.score, e.shuffles, size, say) if beside else predict_choices(model, tok, rows, size, say)
-    if "input_ids" not in rows[0]: raise MedftError(f"scored rows need options, or input_ids and completion_mask; found {sorted(rows[0])}")
+    e = recipe.evaluation
+    size = e.batch_size
+    if "label" in rows[0]:
+        return predict_labels(model, tok, rows, size, recipe.max_length, threshold, say)
+    if "options" in rows[0]:
+        return (
+            predict_forms(model, tok, rows, e.score, e.shuffles, size, say)
+            if beside
+            else predict_choices(model, tok, rows, size, say)
+        )
+    if "input_ids" not in rows[0]:
+        raise MedftError(
+            f"scored rows need options, or input_ids and completion_mask; found {sorted(rows[0])}"
+        )
     frame = predict_text(model, tok, rows, size, recipe.max_length, say)
-    if "reference" not in rows[0] or not recipe.evaluation.generate: return frame
+    if "reference" not in rows[0] or not recipe.evaluation.generate:
+        return frame
     return frame.assign(**answered(model, tok, rows, recipe.evaluation, say))

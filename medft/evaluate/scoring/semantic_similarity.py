@@ -8,9 +8,9 @@ Docs: https://medft.github.io/medft/evaluate/scoring/semantic_similarity.html.md
 __all__ = ['Encoder', 'nearest_of', 'overlap', 'embedded', 'bert_scores']
 
 # %% ../../../nbs/evaluate/scoring/semantic_similarity.ipynb #c002
-from ...core.run import MedftError, locate  # first: it sets switches that the libraries read
-from ...model.families import config_of
+from ...core.run import MedftError, locate
 from .log_likelihood import in_batches, pad
+from ...model.families import config_of
 
 import torch
 from transformers import AutoModel, AutoTokenizer
@@ -18,38 +18,76 @@ from transformers import AutoModel, AutoTokenizer
 # %% ../../../nbs/evaluate/scoring/semantic_similarity.ipynb #c004
 class Encoder:
     "A local encoder for BERTScore, read up to the layer at three quarters of its depth. Raises `MedftError`."
+
     def __init__(self, path, device="cpu"):
-        if not (at := locate(path)) or not (at/"config.json").is_file(): raise MedftError(f"evaluation.bertscore: {path} is no folder of a model (it has no config.json); download an encoder and name its folder, or leave the key out")
-        plain = dict(local_files_only=True, trust_remote_code=False)    # no code that comes with the folder, and no pickles
+        if not (at := locate(path)) or not (at / "config.json").is_file():
+            raise MedftError(
+                f"evaluation.bertscore: {path} is no folder of a model (it has no config.json); download an encoder and name its folder, or leave the key out"
+            )
+        plain = dict(
+            local_files_only=True, trust_remote_code=False
+        )  # no code that comes with the folder, and no pickles
         try:
             config = config_of(at, path, local_files_only=True)
             self.tok = AutoTokenizer.from_pretrained(at, **plain)
-            self.model = AutoModel.from_pretrained(at, config=config, use_safetensors=True, **plain).to(device).eval()
-        except MedftError as e: raise MedftError(str(e).replace("model.name", "evaluation.bertscore", 1)) from None
-        except (OSError, ValueError, KeyError) as e: raise MedftError(f"evaluation.bertscore: {path} holds no encoder that transformers reads: {str(e).splitlines()[0]}") from None
+            self.model = (
+                AutoModel.from_pretrained(at, config=config, use_safetensors=True, **plain)
+                .to(device)
+                .eval()
+            )
+        except MedftError as e:
+            raise MedftError(str(e).replace("model.name", "evaluation.bertscore", 1)) from None
+        except (OSError, ValueError, KeyError) as e:
+            raise MedftError(
+                f"evaluation.bertscore: {path} holds no encoder that transformers reads: {str(e).splitlines()[0]}"
+            ) from None
         config = self.model.config.get_text_config()
-        self.layer, self.most = max(round(.75*config.num_hidden_layers), 1), getattr(config, "max_position_embeddings", None) or 512
+        self.layer, self.most = (
+            max(round(0.75 * config.num_hidden_layers), 1),
+            getattr(config, "max_position_embeddings", None) or 512,
+        )
 
 # %% ../../../nbs/evaluate/scoring/semantic_similarity.ipynb #c006
 def nearest_of(a, b) -> float:
     "Mean cosine of every inner token of a with its nearest of b; (tokens, width), of length 1."
     return (a @ b.T).max(1).values[1:-1].mean().item()
 
+
 def overlap(a, b) -> float:
     "BERTScore's F of the embeddings of two texts (Zhang et al. 2020); 0 where one is empty."
-    if min(len(a), len(b)) < 3: return 0.0
+    if min(len(a), len(b)) < 3:
+        return 0.0
     p, r = nearest_of(a, b), nearest_of(b, a)
-    return 2*p*r/(p + r) if p + r else 0.0
+    return 2 * p * r / (p + r) if p + r else 0.0
 
 # %% ../../../nbs/evaluate/scoring/semantic_similarity.ipynb #c008
 @torch.inference_mode()
 def embedded(encoder: Encoder, texts, batch_size=32) -> list[torch.Tensor]:
     "(tokens, width) of each text, every row of length 1, its first and last token included."
-    ids = [encoder.tok(t.strip(), truncation=True, max_length=min(encoder.most, encoder.tok.model_max_length), verbose=False)["input_ids"] for t in texts]
+    ids = [
+        encoder.tok(
+            t.strip(),
+            truncation=True,
+            max_length=min(encoder.most, encoder.tok.model_max_length),
+            verbose=False,
+        )["input_ids"]
+        for t in texts
+    ]
+
     def look(batch):
         x, mask = pad(batch, encoder.model.device, fill=encoder.tok.pad_token_id or 0)
-        h = encoder.model(input_ids=x, attention_mask=mask, output_hidden_states=True).hidden_states[encoder.layer].float()
-        return [v[:len(i)].cpu() for v, i in zip(torch.nn.functional.normalize(h, dim=-1), batch)]
-    return in_batches(look, ids, list(map(len, ids)), [1/batch_size]*len(ids))
+        h = (
+            encoder.model(input_ids=x, attention_mask=mask, output_hidden_states=True)
+            .hidden_states[encoder.layer]
+            .float()
+        )
+        return [v[: len(i)].cpu() for v, i in zip(torch.nn.functional.normalize(h, dim=-1), batch)]
 
-def bert_scores(encoder, answers, references) -> list[float]: "BERTScore's F of each pair."; return [overlap(a, b) for a, b in zip(embedded(encoder, answers), embedded(encoder, references))]
+    return in_batches(look, ids, list(map(len, ids)), [1 / batch_size] * len(ids))
+
+
+def bert_scores(encoder, answers, references) -> list[float]:
+    "BERTScore's F of each pair."
+    return [
+        overlap(a, b) for a, b in zip(embedded(encoder, answers), embedded(encoder, references))
+    ]

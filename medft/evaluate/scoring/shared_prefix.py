@@ -9,167 +9,278 @@ __all__ = ['BLOCK', 'WAY', 'PLAIN', 'PROBE', 'shared_prefix', 'Tree', 'visible',
            'score_branches', 'obstacle', 'shares_prompts', 'fitted', 'by_branches', 'score_items']
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c002
-from .log_likelihood import as_rows, by_rows, check_head, hidden_states, in_batches, log_probabilities, once, score_rows, summed, token_budget
+from medft.evaluate.scoring.log_likelihood import (
+    as_rows,
+    by_rows,
+    check_head,
+    hidden_states,
+    in_batches,
+    log_probabilities,
+    once,
+    score_rows,
+    summed,
+    token_budget,
+)
 
 from contextlib import contextmanager
 
-from fastcore.basics import patch
-
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c008
 def shared_prefix(prompts, least=16) -> int:
     "How many tokens all prompts begin with, at most all but the last of the shortest; 0 for fewer than `least`."
-    a, b = min(prompts), max(prompts); most = min(map(len, prompts)) - 1
+    a, b = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1
     n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), most)
     return min(n, most) if len(prompts) > 1 and min(n, most) >= least else 0
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c009
 class Tree:
     "Items [(prompt ids, [option ids, ...])] as one row: ids, places, branch (0: prompt), parts (start, branches' start, end)."
+
     def __init__(self, items):
         n = self.prefix = shared_prefix([p for p, _ in items])
         self.ids, self.places, self.branch, self.parts = [], [], [], []
         self.at, self.targets, self.owner, self.options = [], [], [], 0
-        if n: self.parts.append((0, n, n)); self.put(items[0][0][:n], 0, 0)
+        if n:
+            self.parts.append((0, n, n))
+            self.put(items[0][0][:n], 0, 0)
         for p, options in items:
-            start = len(self.ids); self.put(p[n:], n, 0); last = len(self.ids) - 1
-            for b, o in enumerate(options, 1): self.score(o, last); self.put(o[:-1], len(p), b)
+            start = len(self.ids)
+            self.put(p[n:], n, 0)
+            last = len(self.ids) - 1
+            for b, o in enumerate(options, 1):
+                self.score(o, last)
+                self.put(o[:-1], len(p), b)
             self.parts.append((start, last + 1, len(self.ids)))
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c010
 @patch
 def put(self: Tree, ids, place, branch):
     "Tokens of one branch, from this position on."
-    self.ids += ids; self.places += range(place, place + len(ids)); self.branch += [branch]*len(ids)
+    self.ids += ids
+    self.places += range(place, place + len(ids))
+    self.branch += [branch] * len(ids)
+
 
 @patch
 def score(self: Tree, option, last):
     "An option's tokens are predicted from its prompt's last token and from its own."
-    n = len(self.ids); self.at += [last, *range(n, n + len(option) - 1)]
-    self.targets += option; self.owner += [self.options]*len(option); self.options += 1
+    n = len(self.ids)
+    self.at += [last, *range(n, n + len(option) - 1)]
+    self.targets += option
+    self.owner += [self.options] * len(option)
+    self.options += 1
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c013
-BLOCK = 1024    # queries a mask
+BLOCK = 1024  # queries a mask
+
 
 def visible(tree, a, b, keys, window, device):
     "The mask of queries a to b: which keys (ranges of the row) each may see."
     place, branch = (torch.tensor(x, device=device) for x in (tree.places, tree.branch))
-    q, k = torch.arange(a, b, device=device)[:, None], torch.cat([torch.arange(s.start, s.stop, device=device) for s in keys])
+    q, k = (
+        torch.arange(a, b, device=device)[:, None],
+        torch.cat([torch.arange(s.start, s.stop, device=device) for s in keys]),
+    )
     mask = (q >= k) & ((branch[k] == 0) | (branch[k] == branch[q]))
     return mask if window is None else mask & (place[q] - place[k] < window)
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c014
 def views(
     tree,
-    window=None,    # positions that a layer looks back, itself included; None: all
+    window=None,  # positions that a layer looks back, itself included; None: all
     device="cpu",
-) -> list:          # (queries, [keys], mask or None: causal), slices of the row
+) -> list:  # (queries, [keys], mask or None: causal), slices of the row
     "Which keys each stretch of queries may see."
     out = []
     for start, fork, end in tree.parts:
-        before = tree.prefix if start else 0; plain = not before and (window is None or fork - start <= window)
-        if plain: out.append((slice(start, fork), [slice(start, fork)], None))
+        before = tree.prefix if start else 0
+        plain = not before and (window is None or fork - start <= window)
+        if plain:
+            out.append((slice(start, fork), [slice(start, fork)], None))
         for a in range(fork if plain else start, end, BLOCK):
-            b = min(a + BLOCK, end); reach = 0 if window is None else max(min(tree.places[a:b]) - window + 1, 0)
-            keys = [s for s in (slice(min(reach, before), before), slice(start + max(reach - before, 0), b)) if s.start < s.stop]
+            b = min(a + BLOCK, end)
+            reach = 0 if window is None else max(min(tree.places[a:b]) - window + 1, 0)
+            keys = [
+                s
+                for s in (
+                    slice(min(reach, before), before),
+                    slice(start + max(reach - before, 0), b),
+                )
+                if s.start < s.stop
+            ]
             out.append((slice(a, b), keys, visible(tree, a, b, keys, window, device)))
     return out
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c017
 WAY = "medft_branches"
 
+
 def attend(views, query, key, value, scaling):
     "Attention of every stretch of queries over its keys; (1, heads, tokens, width) to (1, tokens, heads, width)."
-    groups, out = query.shape[1]//key.shape[1], None
-    if groups > 1: key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    groups, out = query.shape[1] // key.shape[1], None
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     out = value.new_empty(1, query.shape[2], *value.shape[1::2])
     for q, keys, mask in views:
-        k, v = ((x[:, :, keys[0]] if len(keys) == 1 else torch.cat([x[:, :, s] for s in keys], 2)) for x in (key, value))
-        out[:, q] = F.scaled_dot_product_attention(query[:, :, q], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling).transpose(1, 2)
+        k, v = (
+            (x[:, :, keys[0]] if len(keys) == 1 else torch.cat([x[:, :, s] for s in keys], 2))
+            for x in (key, value)
+        )
+        out[:, q] = F.scaled_dot_product_attention(
+            query[:, :, q], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
+        ).transpose(1, 2)
     return out
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c018
 def configs(model) -> list:
     "Every configuration that the model's parts read."
-    return list({id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}.values())
+    return list(
+        {
+            id(c): c
+            for m in model.modules()
+            if hasattr(c := getattr(m, "config", None), "_attn_implementation")
+        }.values()
+    )
+
 
 @contextmanager
 def branching(model, tree):
     "Attention as the tree has it; yields the list of layers that asked for it."
     known, called, before = {}, [], [(c, c._attn_implementation) for c in configs(model)]
-    def attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **_):
-        if sliding_window not in known: known[sliding_window] = views(tree, sliding_window, query.device)
-        called.append(module); return attend(known[sliding_window], query, key, value, scaling), None
+
+    def attention(
+        module, query, key, value, attention_mask, scaling=None, sliding_window=None, **_
+    ):
+        if sliding_window not in known:
+            known[sliding_window] = views(tree, sliding_window, query.device)
+        called.append(module)
+        return attend(known[sliding_window], query, key, value, scaling), None
+
     ALL_ATTENTION_FUNCTIONS.register(WAY, attention)
-    for c, _ in before: c._attn_implementation_internal = WAY   # the setter would go through every part again
-    try: yield called
+    for c, _ in before:
+        c._attn_implementation_internal = WAY  # the setter would go through every part again
+    try:
+        yield called
     finally:
-        for c, was in before: c._attn_implementation_internal = was
+        for c, was in before:
+            c._attn_implementation_internal = was
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c019
 @torch.inference_mode()
 def score_branches(
     model,
     items,  # [(prompt ids, [option ids, ...])]
-) -> torch.Tensor:   # summed log-probability of every option, in order
+) -> torch.Tensor:  # summed log-probability of every option, in order
     "Score options that share a prompt, reading each prompt once."
     tree = Tree(items)
-    at, targets, owner, ids, places = (torch.tensor(x, device=model.device) for x in (tree.at, tree.targets, tree.owner, [tree.ids], [tree.places]))
-    with branching(model, tree), hidden_states(model) as kept: model(input_ids=ids, position_ids=places, use_cache=False)
+    at, targets, owner, ids, places = (
+        torch.tensor(x, device=model.device)
+        for x in (tree.at, tree.targets, tree.owner, [tree.ids], [tree.places])
+    )
+    with branching(model, tree), hidden_states(model) as kept:
+        model(input_ids=ids, position_ids=places, use_cache=False)
     return summed(log_probabilities(model, kept[0][0], at, targets), owner, tree.options)
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c024
-PLAIN = {"full_attention", "sliding_attention"}, {"DynamicLayer", "DynamicSlidingWindowLayer"}  # kinds of layers, and of their memory
+PLAIN = (
+    {"full_attention", "sliding_attention"},
+    {"DynamicLayer", "DynamicSlidingWindowLayer"},
+)  # kinds of layers, and of their memory
 PROBE = [([0, 1, 2], [[1, 2], [2, 1]])]
+
 
 @once
 @torch.inference_mode()
 def obstacle(model) -> str | None:
     "Why this model's options cannot branch from a shared prompt; None when they can."
     text, ids = model.config.get_text_config(), torch.tensor([[0, 1, 2]], device=model.device)
-    if other := set(getattr(text, "layer_types", None) or ()) - PLAIN[0]: return f"it has layers of {', '.join(sorted(other))}"
+    if other := set(getattr(text, "layer_types", None) or ()) - PLAIN[0]:
+        return f"it has layers of {', '.join(sorted(other))}"
     layers = getattr(model(input_ids=ids, use_cache=True).past_key_values, "layers", [])
-    if not layers or {type(l).__name__ for l in layers} - PLAIN[1]: return "its memory of a prompt is not attention alone"
-    if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation != "sdpa": return "its attention scores are capped"
-    with branching(model, Tree(PROBE)) as called: model(input_ids=ids, position_ids=ids, use_cache=False)
-    if len(called) != len(layers) or any(hasattr(m, "sinks") for m in called): return "its attention is its own"
-    if not torch.allclose(score_branches(model, PROBE), score_rows(model, as_rows(PROBE)), rtol=.05, atol=.05): return "a tree gives other figures"
+    if not layers or {type(l).__name__ for l in layers} - PLAIN[1]:
+        return "its memory of a prompt is not attention alone"
+    if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation != "sdpa":
+        return "its attention scores are capped"
+    with branching(model, Tree(PROBE)) as called:
+        model(input_ids=ids, position_ids=ids, use_cache=False)
+    if len(called) != len(layers) or any(hasattr(m, "sinks") for m in called):
+        return "its attention is its own"
+    if not torch.allclose(
+        score_branches(model, PROBE), score_rows(model, as_rows(PROBE)), rtol=0.05, atol=0.05
+    ):
+        return "a tree gives other figures"
 
-def shares_prompts(model) -> bool: "Whether options can branch from a shared prompt."; return obstacle(model) is None
+
+def shares_prompts(model) -> bool:
+    "Whether options can branch from a shared prompt."
+    return obstacle(model) is None
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c027
 def fitted(
     items,
-    most,   # positions that the model knows; None: no limit
+    most,  # positions that the model knows; None: no limit
 ) -> list:  # as many options, in the same order, in perhaps more items
     "Items that fit the model's positions."
-    alone = lambda p, o: ((p + o)[-(most + 1):-len(o)], [o])
-    fits = lambda p, options: most is None or len(p) + max(map(len, options)) - 1 <= most
-    return [x for p, options in items for x in ([(p, options)] if fits(p, options) else [alone(p, o) for o in options])]
+
+    def alone(p, o):
+        return ((p + o)[-(most + 1) : -len(o)], [o])
+
+    def fits(p, options):
+        return most is None or len(p) + max(map(len, options)) - 1 <= most
+
+    return [
+        x
+        for p, options in items
+        for x in ([(p, options)] if fits(p, options) else [alone(p, o) for o in options])
+    ]
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c028
 def by_branches(model, items, batch_size, say) -> list[float]:
     "Every option's score, in order: a question and its options are one item."
     long = [len(p) + sum(len(o) - 1 for o in options) for p, options in items]
-    def score(batch): found = iter(score_branches(model, batch).tolist()); return [[next(found) for _ in o] for _, o in batch]
-    return [x for many in in_batches(score, items, long, [len(o)/batch_size for _, o in items], say, tokens=token_budget(model)) for x in many]
 
+    def score(batch):
+        found = iter(score_branches(model, batch).tolist())
+        return [[next(found) for _ in o] for _, o in batch]
 
+    return [
+        x
+        for many in in_batches(
+            score,
+            items,
+            long,
+            [len(o) / batch_size for _, o in items],
+            say,
+            tokens=token_budget(model),
+        )
+        for x in many
+    ]
 
 # %% ../../../nbs/evaluate/scoring/shared_prefix.ipynb #c029
 def score_items(
     model,
-    items,              # [(prompt ids, [option ids, ...])]
-    batch_size=64,      # sequences a batch
-    say=None,           # told of progress
-) -> list[list[float]]: # summed log-probability of every option, in nats
+    items,  # [(prompt ids, [option ids, ...])]
+    batch_size=64,  # sequences a batch
+    say=None,  # told of progress
+) -> list[list[float]]:  # summed log-probability of every option, in nats
     "Score options in batches, as branches if the model can take it. Raises `MedftError` for a model whose head is unknown."
-    check_head(model); fit = fitted(items, getattr(model.config.get_text_config(), "max_position_embeddings", None))
-    if len(fit) > len(items) and say: say(f"{len(fit) - len(items)} options stand apart: their prompts are longer than the model's positions, and lose their beginning")
+    check_head(model)
+    fit = fitted(items, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    if len(fit) > len(items) and say:
+        say(
+            f"{len(fit) - len(items)} options stand apart: their prompts are longer than the model's positions, and lose their beginning"
+        )
     why = obstacle(model)
-    if why and say: say(f"every option is scored in a row of its own: {why}")
-    found = iter(by_rows(model, as_rows(fit), batch_size, say) if why else by_branches(model, fit, batch_size, say))
+    if why and say:
+        say(f"every option is scored in a row of its own: {why}")
+    found = iter(
+        by_rows(model, as_rows(fit), batch_size, say)
+        if why
+        else by_branches(model, fit, batch_size, say)
+    )
     return [[next(found) for _ in options] for _, options in items]

@@ -9,32 +9,61 @@ __all__ = ['is_run', 'meant', 'short_name', 'with_names', 'with_files', 'of_run'
            'check_scored']
 
 # %% ../../../nbs/evaluate/scoring/without_training.ipynb #c002
-from ...core.run import MedftError, Recipe, Run, locate, nearest, runs_root  # first: it sets switches that the libraries read
-from .external_models import check_further, check_labels, described, its_labels, named
 from ...core.recipe import load_recipe
+from ...core.run import MedftError, Recipe, Run, locate, nearest, runs_root
+from medft.evaluate.scoring.external_models import (
+    check_further,
+    check_labels,
+    described,
+    its_labels,
+    named,
+)
 from ...train.baseline import trained
 
-import re, tempfile
+import re
+import tempfile
 from pathlib import Path
 
 # %% ../../../nbs/evaluate/scoring/without_training.ipynb #c005
-def is_run(path) -> bool: return (Path(path)/"manifest.json").is_file() and (Path(path)/"recipe.yaml").is_file()
+def is_run(path) -> bool:
+    return (Path(path) / "manifest.json").is_file() and (Path(path) / "recipe.yaml").is_file()
+
 
 def meant(what) -> Run | str:
     "The run that is meant, or the model: a folder's whole path, or a hub id. Raises `MedftError`."
-    for p in (Path(what).expanduser(), runs_root()/what, *sorted(runs_root().glob(f"*/{what}"))*("/" not in what)):
-        if is_run(p): return Run.open(p)
-    if what == "tiny-base": return what
-    if locate(what): return str(locate(what))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", what) and not what.startswith("."): return what
-    known = ["tiny-base", *(f"{p.parent.parent.name}/{p.parent.name}" for p in runs_root().glob("*/*/manifest.json"))]
-    raise MedftError(f"{what!r} is neither a run, nor a folder here, nor a hub id (org/name){nearest(what, known)}; `medft list` shows the runs")
+    for p in (
+        Path(what).expanduser(),
+        runs_root() / what,
+        *sorted(runs_root().glob(f"*/{what}")) * ("/" not in what),
+    ):
+        if is_run(p):
+            return Run.open(p)
+    if what == "tiny-base":
+        return what
+    if locate(what):
+        return str(locate(what))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", what) and not what.startswith("."):
+        return what
+    known = [
+        "tiny-base",
+        *(f"{p.parent.parent.name}/{p.parent.name}" for p in runs_root().glob("*/*/manifest.json")),
+    ]
+    raise MedftError(
+        f"{what!r} is neither a run, nor a folder here, nor a hub id (org/name){nearest(what, known)}; `medft list` shows the runs"
+    )
 
 # %% ../../../nbs/evaluate/scoring/without_training.ipynb #c008
 def short_name(what) -> str:
     "What a model is called in tables and file names."
     parts = [p for p in re.split(r"[/\\]", str(what).split("@")[0]) if p]
-    name = next((p for p in reversed(parts) if p not in ("adapters", "adapter", "model", "merged", "final")), "model")
+    name = next(
+        (
+            p
+            for p in reversed(parts)
+            if p not in ("adapters", "adapter", "model", "merged", "final")
+        ),
+        "model",
+    )
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_") or "model"
 
 # %% ../../../nbs/evaluate/scoring/without_training.ipynb #c010
@@ -43,24 +72,41 @@ def with_names(given) -> dict:
     found = {}
     for text in given:
         name, eq, what = text.partition("=")
-        if not eq or not name or not what: raise MedftError(f"--with {text}: write NAME=PATH, as in --with other=org/model")
-        if name in found: raise MedftError(f"--with {name}: named twice")
+        if not eq or not name or not what:
+            raise MedftError(f"--with {text}: write NAME=PATH, as in --with other=org/model")
+        if name in found:
+            raise MedftError(f"--with {name}: named twice")
         place = meant(what)
-        if isinstance(place, Run): raise MedftError(f"--with {name}: {what} is a run; name one of its adapters, as in {name}={what}/{(trained(place) or ['trl'])[0]}/adapters")
+        if isinstance(place, Run):
+            raise MedftError(
+                f"--with {name}: {what} is a run; name one of its adapters, as in {name}={what}/{(trained(place) or ['trl'])[0]}/adapters"
+            )
         found[name] = place
     return found
 
+
 def with_files(given) -> dict:
     "`--benchmarks a,b=FILE` as evaluation.benchmarks."
-    return {n.strip(): f or None for n, _, f in (x.partition("=") for x in (given or "").split(",")) if n.strip()}
+    return {
+        n.strip(): f or None
+        for n, _, f in (x.partition("=") for x in (given or "").split(","))
+        if n.strip()
+    }
 
 # %% ../../../nbs/evaluate/scoring/without_training.ipynb #c013
 def of_run(run, merged=False) -> dict:
     "What a run made, by engine. Raises `MedftError` where it has no such files."
-    found = {e: run.path/e/("model" if (run.path/e/"model").is_dir() else "adapters") for e in trained(run)}
-    if merged: found |= {f"{e}-merged": run.path/e/"merged" for e in trained(run)}
+    found = {
+        e: run.path / e / ("model" if (run.path / e / "model").is_dir() else "adapters")
+        for e in trained(run)
+    }
+    if merged:
+        found |= {f"{e}-merged": run.path / e / "merged" for e in trained(run)}
     gone = [str(p.relative_to(run.path)) for p in found.values() if not p.is_dir()]
-    if gone: raise MedftError(f"{run.path.name} has no {', '.join(gone)} (any more); train or export it again")
+    if gone:
+        raise MedftError(
+            f"{run.path.name} has no {', '.join(gone)} (any more); train or export it again"
+        )
     return {who: str(p) for who, p in found.items()}
 
 # %% ../../../nbs/evaluate/scoring/without_training.ipynb #c015
@@ -68,43 +114,86 @@ def parts_of(what, recipe, merged=False) -> tuple:
     "The sections that a run or model puts in the recipe's place, the models to score beside the base, and what the base is called."
     source = meant(what)
     if isinstance(source, Run):
-        if recipe.task != source.recipe.task: raise MedftError(f"{what} is a run for {source.recipe.task}, the recipe {recipe.name} for {recipe.task}")
-        return dict(model=source.recipe.model, quantization=source.recipe.quantization, lora=source.recipe.lora), of_run(source, merged), {}
-    if merged: raise MedftError("--merged: only a run has merged weights of its own; name the folder instead")
-    found = described(source); base, commit = named(found["base"] if found["adapter"] else source)
-    model = recipe.model.model_copy(update=dict(name="tiny-base" if "tiny-base" in (source, found.get("base")) else base, revision=commit, from_config=False))
-    if found["adapter"]: return dict(model=model), {short_name(source): source}, {}
+        if recipe.task != source.recipe.task:
+            raise MedftError(
+                f"{what} is a run for {source.recipe.task}, the recipe {recipe.name} for {recipe.task}"
+            )
+        return (
+            dict(
+                model=source.recipe.model,
+                quantization=source.recipe.quantization,
+                lora=source.recipe.lora,
+            ),
+            of_run(source, merged),
+            {},
+        )
+    if merged:
+        raise MedftError(
+            "--merged: only a run has merged weights of its own; name the folder instead"
+        )
+    found = described(source)
+    base, commit = named(found["base"] if found["adapter"] else source)
+    model = recipe.model.model_copy(
+        update=dict(
+            name="tiny-base" if "tiny-base" in (source, found.get("base")) else base,
+            revision=commit,
+            from_config=False,
+        )
+    )
+    if found["adapter"]:
+        return dict(model=model), {short_name(source): source}, {}
     return dict(model=model), {}, dict(base=short_name(source))
 
 # %% ../../../nbs/evaluate/scoring/without_training.ipynb #c017
 def again(recipe, overrides) -> Recipe:
     "A recipe that was put together, through the loader once more."
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)/f"{recipe.name}.yaml"; path.write_text(recipe.to_yaml(), encoding="utf-8")
+        path = Path(folder) / f"{recipe.name}.yaml"
+        path.write_text(recipe.to_yaml(), encoding="utf-8")
         return load_recipe(path, overrides)
 
+
 def scoring_recipe(
-    what,               # a run, a model, an adapter
-    recipe=None,        # whose sets are scored; None: those of the run
-    overrides=(), further={}, merged=False, benchmarks={},
-) -> tuple:             # the recipe, and what the base is called
+    what,  # a run, a model, an adapter
+    recipe=None,  # whose sets are scored; None: those of the run
+    overrides=(),
+    further={},
+    merged=False,
+    benchmarks={},
+) -> tuple:  # the recipe, and what the base is called
     "The recipe of an evaluation without training. Raises `MedftError`."
     source = meant(what)
-    if recipe is None and not isinstance(source, Run): raise MedftError(f"{what} is a model: say whose test sets it is scored on, as in --recipe quickstart")
-    r = load_recipe(recipe or source.path/"recipe.yaml")
+    if recipe is None and not isinstance(source, Run):
+        raise MedftError(
+            f"{what} is a model: say whose test sets it is scored on, as in --recipe quickstart"
+        )
+    r = load_recipe(recipe or source.path / "recipe.yaml")
     sections, models, called = parts_of(what, again(r, overrides), merged)
-    if clash := set(further) & set(models): raise MedftError(f"--with {min(clash)}: the run has a model of that name; choose another")
-    e = r.evaluation.model_copy(update=dict(models=r.evaluation.models | models | further, benchmarks=r.evaluation.benchmarks | benchmarks, seeds=1, early_stopping_patience=None))
-    return again(r.model_copy(update=sections | dict(engine=[], engine_chosen=None, evaluation=e)), overrides), called
+    if clash := set(further) & set(models):
+        raise MedftError(f"--with {min(clash)}: the run has a model of that name; choose another")
+    e = r.evaluation.model_copy(
+        update=dict(
+            models=r.evaluation.models | models | further,
+            benchmarks=r.evaluation.benchmarks | benchmarks,
+            seeds=1,
+            early_stopping_patience=None,
+        )
+    )
+    return again(
+        r.model_copy(update=sections | dict(engine=[], engine_chosen=None, evaluation=e)), overrides
+    ), called
 
 # %% ../../../nbs/evaluate/scoring/without_training.ipynb #c020
 def check_scored(recipe):
     "Refuse models and benchmarks that cannot be scored under this recipe. Raises `MedftError`."
     if not recipe.engine:
         labels, name = its_labels(recipe.model.name), recipe.model.name
-        if recipe.task != "classification" and labels is not None: raise MedftError(f"{name} is a classifier, the recipe's task is {recipe.task}")
-        if recipe.task == "classification" and not recipe.evaluation.models: check_labels("the model", name, recipe.dataset.labels)
+        if recipe.task != "classification" and labels is not None:
+            raise MedftError(f"{name} is a classifier, the recipe's task is {recipe.task}")
+        if recipe.task == "classification" and not recipe.evaluation.models:
+            check_labels("the model", name, recipe.dataset.labels)
     check_further(recipe)
     if recipe.evaluation.benchmarks:
         from medft.evaluate.scoring.benchmarks import check_benchmarks
+
         check_benchmarks(recipe.evaluation.benchmarks, recipe.dataset.sets, recipe.task)

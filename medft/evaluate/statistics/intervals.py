@@ -14,127 +14,160 @@ from ...data.reading.group_names import split_group_names
 
 import math
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from scipy.optimize import brentq
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import norm, t as student
+from scipy.stats import norm
+from scipy.stats import t as student
 from statsmodels.stats.proportion import proportion_confint
 
 # %% ../../../nbs/evaluate/statistics/intervals.ipynb #c005
 def owners(
-    groups,     # (rows,) numbers, names, names joined by ` & `, or lists of names
+    groups,  # (rows,) numbers, names, names joined by ` & `, or lists of names
 ) -> tuple[np.ndarray, int]:
     "Each row's cluster as a number, and how many there are: rows that share a group, directly or through others. A row without a group stands alone."
-    flat = isinstance(groups, range) or isinstance(groups, np.ndarray) and groups.ndim == 1 and groups.dtype.kind in "iu"
+    flat = (
+        isinstance(groups, range)
+        or isinstance(groups, np.ndarray)
+        and groups.ndim == 1
+        and groups.dtype.kind in "iu"
+    )
     if flat:
         code, found = pd.factorize(np.asarray(groups))
         return code, len(found)
-    names = [split_group_names(g) or [i] for i, g in enumerate(groups)]     # a number cannot be the name of another row's group
+    names = [
+        split_group_names(g) or [i] for i, g in enumerate(groups)
+    ]  # a number cannot be the name of another row's group
     code, found = pd.factorize(np.array([name for several in names for name in several], object))
     if len(code) > len(names):
         row = np.repeat(np.arange(len(names)), list(map(len, names)))
-        ties = coo_array((np.ones(len(row)), (row, len(names) + code)), shape=(len(names) + len(found),)*2)
-        code, found = pd.factorize(connected_components(ties, directed=False)[1][:len(names)])
+        ties = coo_array(
+            (np.ones(len(row)), (row, len(names) + code)), shape=(len(names) + len(found),) * 2
+        )
+        code, found = pd.factorize(connected_components(ties, directed=False)[1][: len(names)])
     return code, len(found)
+
 
 def worth(code) -> float:
     "The effective number of groups (Kish 1965): so many of equal size tell as much."
     sizes = np.bincount(code)
-    return sizes.sum()**2/(sizes**2).sum()
+    return sizes.sum() ** 2 / (sizes**2).sum()
+
 
 def quantile(code, confidence=0.95) -> float:
     "How many standard errors an interval reaches: the normal's for free rows, Student's for groups."
     free = len(code) == code.max() + 1
-    return float(norm.ppf(.5 + confidence/2) if free else student.ppf(.5 + confidence/2, max(worth(code) - 1, 1)))
+    return float(
+        norm.ppf(0.5 + confidence / 2)
+        if free
+        else student.ppf(0.5 + confidence / 2, max(worth(code) - 1, 1))
+    )
 
 # %% ../../../nbs/evaluate/statistics/intervals.ipynb #c006b
 FEW_GROUPS, RESEMBLANCE = 10, 0.2
+
 
 def too_few(code) -> bool:
     "Whether rows fall into so few clusters that their resemblance cannot be measured."
     return bool(code.max() + 1 < len(code) and worth(code) < FEW_GROUPS)
 
+
 def assumed_design_effect(code) -> float:
     "The design effect that few clusters have at least; 0 where they are many enough to measure it."
     if not too_few(code):
         return 0.0
-    mean_size = len(code)/worth(code)
-    return mean_size if code.max() == 0 else 1 + (mean_size - 1)*RESEMBLANCE
+    mean_size = len(code) / worth(code)
+    return mean_size if code.max() == 0 else 1 + (mean_size - 1) * RESEMBLANCE
 
 # %% ../../../nbs/evaluate/statistics/intervals.ipynb #c008
 def figure(value, low, high, n) -> dict:
     "A value with its interval, as metrics.json holds it."
-    put = lambda x: round(float(x), 6) if np.isfinite(x) else None
+
+    def put(x):
+        return round(float(x), 6) if np.isfinite(x) else None
+
     return dict(value=put(value), ci95=[put(low), put(high)], n=int(n))
 
-def undefined(reason, n) -> dict: "A figure that this set cannot give, and why."; return dict(value=None, ci95=[None, None], n=int(n), reason=reason)
+
+def undefined(reason, n) -> dict:
+    "A figure that this set cannot give, and why."
+    return dict(value=None, ci95=[None, None], n=int(n), reason=reason)
+
 
 def design_effect(
     apart,  # (rows,) how far each is from the mean
-    code,   # (rows,) its group's number
+    code,  # (rows,) its group's number
 ) -> float:
     "How many times the variance of the mean exceeds that of free rows; where nothing varies, as if groups were rows."
     k, spread = code.max() + 1, (apart**2).sum()
-    if k == len(code): return 1.0
-    if k == 1 or not spread: return len(code)/worth(code)
-    return k/(k - 1)*(np.bincount(code, apart)**2).sum()/spread
+    if k == len(code):
+        return 1.0
+    if k == 1 or not spread:
+        return len(code) / worth(code)
+    return k / (k - 1) * (np.bincount(code, apart) ** 2).sum() / spread
 
 # %% ../../../nbs/evaluate/statistics/intervals.ipynb #c009
 def share(
-    hits,               # (rows,) right or wrong
+    hits,  # (rows,) right or wrong
     confidence=0.95,
-    groups=None,        # (rows,) whom a row belongs to; None: every row stands alone
+    groups=None,  # (rows,) whom a row belongs to; None: every row stands alone
 ) -> dict:
     "A proportion with Wilson's score interval (Wilson 1927; Brown, Cai, DasGupta 2001 recommend it), of groups by their design effect."
     hits = np.asarray(hits, float)
     n, mean = len(hits), hits.mean()
     code = np.arange(n) if groups is None else owners(groups)[0]
     effect = max(design_effect(hits - mean, code), assumed_design_effect(code), 1)
-    alpha = 2*norm.sf(quantile(code, confidence))
-    low, high = proportion_confint(hits.sum()/effect, n/effect, alpha=alpha, method="wilson")
+    alpha = 2 * norm.sf(quantile(code, confidence))
+    low, high = proportion_confint(hits.sum() / effect, n / effect, alpha=alpha, method="wilson")
     return figure(mean, low, high, n)
 
 # %% ../../../nbs/evaluate/statistics/intervals.ipynb #c012
 def redraws(groups, times=2000, seed=0, batch=100):
     "Yield (batch, rows) weights: how often each row's group was drawn."
-    code, k = owners(groups); rng = np.random.default_rng(seed)
-    for size in [batch]*(times//batch):
-        at = rng.integers(0, k, (size, k)) + k*np.arange(size)[:, None]
-        yield np.bincount(at.ravel(), minlength=size*k).reshape(size, k)[:, code].astype(float)
+    code, k = owners(groups)
+    rng = np.random.default_rng(seed)
+    for size in [batch] * (times // batch):
+        at = rng.integers(0, k, (size, k)) + k * np.arange(size)[:, None]
+        yield np.bincount(at.ravel(), minlength=size * k).reshape(size, k)[:, code].astype(float)
+
 
 def left_out(groups, most=400, batch=100):
     "Yield (batch, rows) weights, each without one group; of many groups, without one of `most` random handfuls of them."
-    code, k = owners(groups); m = min(k, most)
+    code, k = owners(groups)
+    m = min(k, most)
     handful = (np.random.default_rng(0).permutation(k) % m)[code]
-    for out in np.array_split(np.arange(m), math.ceil(m/batch)): yield (handful != out[:, None]).astype(float)
+    for out in np.array_split(np.arange(m), math.ceil(m / batch)):
+        yield (handful != out[:, None]).astype(float)
 
 # %% ../../../nbs/evaluate/statistics/intervals.ipynb #c015
 def bca_levels(
-    drawn,      # (redraws,) values
-    value,      # on the set itself
-    without,    # (handfuls,) values without each handful of groups
-    code,       # (rows,) numbers of the groups
+    drawn,  # (redraws,) values
+    value,  # on the set itself
+    without,  # (handfuls,) values without each handful of groups
+    code,  # (rows,) numbers of the groups
     confidence=0.95,
 ) -> np.ndarray:
     "The two levels at which redrawn values are cut (BCa: Efron 1987, JASA 82:171; widened for few groups: Hesterberg 2015)."
-    pull = without.mean() - without; tiny = 1e-12*max(abs(value), 1)
-    a = (pull**3).sum()/6/max((pull**2).sum()**1.5, 1e-300)
-    below = ((drawn < value - tiny).mean() + (drawn <= value + tiny).mean())/2
-    z0, k = norm.ppf(np.clip(below, .001, .999)), max(worth(code), 2)
-    z = z0 + np.array([-1, 1])*student.ppf(.5 + confidence/2, k - 1)*math.sqrt(k/(k - 1))
-    return norm.cdf(z0 + z/np.maximum(1 - a*z, .1))
+    pull = without.mean() - without
+    tiny = 1e-12 * max(abs(value), 1)
+    a = (pull**3).sum() / 6 / max((pull**2).sum() ** 1.5, 1e-300)
+    below = ((drawn < value - tiny).mean() + (drawn <= value + tiny).mean()) / 2
+    z0, k = norm.ppf(np.clip(below, 0.001, 0.999)), max(worth(code), 2)
+    z = z0 + np.array([-1, 1]) * student.ppf(0.5 + confidence / 2, k - 1) * math.sqrt(k / (k - 1))
+    return norm.cdf(z0 + z / np.maximum(1 - a * z, 0.1))
 
 # %% ../../../nbs/evaluate/statistics/intervals.ipynb #c016
 def redrawn(
-    statistics,     # name -> function of weights (redraws, rows) that gives (redraws,) values
-    groups,         # (rows,)
+    statistics,  # name -> function of weights (redraws, rows) that gives (redraws,) values
+    groups,  # (rows,)
     confidence=0.95,
-) -> dict:          # name -> (low, high, standard error); nan where there is but one group
+) -> dict:  # name -> (low, high, standard error); nan where there is but one group
     "Bootstrap intervals (BCa) over 2,000 redraws of the groups. Redraws in which a figure is undefined are passed over."
     code, k = owners(groups)
     if k < 2:
-        return dict.fromkeys(statistics, (math.nan,)*3)
+        return dict.fromkeys(statistics, (math.nan,) * 3)
     drawn, without = values_of(statistics, redraws(code)), values_of(statistics, left_out(code))
     by_rows = values_of(statistics, redraws(range(len(code)))) if too_few(code) else None
     found = {}
@@ -142,41 +175,53 @@ def redrawn(
         d, j = (x[np.isfinite(x)] for x in (drawn[name], without[name]))
         value = f(np.ones((1, len(code))))[0]
         low, high = np.quantile(d, bca_levels(d, value, j, code, confidence))
-        se = d.std(ddof=1)*math.sqrt(k/(k - 1))
+        se = d.std(ddof=1) * math.sqrt(k / (k - 1))
         if by_rows is not None:
             low, high, se = widened(value, low, high, se, by_rows[name], code, confidence)
         found[name] = (low, high, se)
     return found
+
 
 def values_of(statistics, weights) -> dict:
     "The value of every statistic for each of these weights."
     batches = [[f(w) for f in statistics.values()] for w in weights]
     return {name: np.concatenate(values) for name, values in zip(statistics, zip(*batches))}
 
+
 def widened(
-    value, low, high, se,   # as few groups gave them
-    drawn,                  # (redraws,) values where single rows were redrawn
-    code,                   # (rows,) numbers of the groups
+    value,
+    low,
+    high,
+    se,  # as few groups gave them
+    drawn,  # (redraws,) values where single rows were redrawn
+    code,  # (rows,) numbers of the groups
     confidence=0.95,
 ) -> tuple[float, float, float]:
     "An interval and its standard error of few groups, at least as wide as the resemblance that is assumed of them makes it."
     drawn = drawn[np.isfinite(drawn)]
-    se = max(se, drawn.std(ddof=1)*math.sqrt(assumed_design_effect(code)))
-    reach = quantile(code, confidence)*se
+    se = max(se, drawn.std(ddof=1) * math.sqrt(assumed_design_effect(code)))
+    reach = quantile(code, confidence) * se
     return min(low, value - reach), max(high, value + reach), se
+
 
 def ratio(top, bottom):
     "Sum over sum, as a function of weights: a loss per token weighs every token alike."
-    return lambda w: (w @ top)/(w @ bottom)
+    return lambda w: (w @ top) / (w @ bottom)
 
 # %% ../../../nbs/evaluate/statistics/intervals.ipynb #c022
 def tallies(truth, choice, k):
     "A function of weights: (hits, truths, choices), each (redraws, labels)."
     one, right = np.eye(k), (truth == choice)[:, None]
-    columns = np.hstack([one[truth]*right, one[truth], one[choice]])
+    columns = np.hstack([one[truth] * right, one[truth], one[choice]])
     return lambda w: np.moveaxis((w @ columns).reshape(-1, 3, k), 1, 0)
 
-def f1_each(hits, truths, choices): "F1 of every label; nan for one that does not occur."; return np.divide(2*hits, truths + choices, out=np.full(hits.shape, np.nan), where=truths + choices > 0)
+
+def f1_each(hits, truths, choices):
+    "F1 of every label; nan for one that does not occur."
+    return np.divide(
+        2 * hits, truths + choices, out=np.full(hits.shape, np.nan), where=truths + choices > 0
+    )
+
 
 def macro_f1(truth, choice, k):
     "The mean F1 of the labels that occur, as a function of weights (scikit-learn's `f1_score(average='macro')`)."
@@ -184,15 +229,25 @@ def macro_f1(truth, choice, k):
     return lambda w: np.nanmean(f1_each(*count(w)), -1)
 
 # %% ../../../nbs/evaluate/statistics/intervals.ipynb #c025
-BOUNDED = {"accuracy", "exact_match", "f1", "macro_f1", "token_f1", "rouge_l", "auroc", "auprc"}     # figures from 0 to 1 of which more is better
-SHARES = BOUNDED | {"precision", "recall", "ece", "shuffle_accuracy"}   # all figures from 0 to 1
+BOUNDED = {
+    "accuracy",
+    "exact_match",
+    "f1",
+    "macro_f1",
+    "token_f1",
+    "rouge_l",
+    "auroc",
+    "auprc",
+}  # figures from 0 to 1 of which more is better
+SHARES = BOUNDED | {"precision", "recall", "ece", "shuffle_accuracy"}  # all figures from 0 to 1
+
 
 def valued(
-    statistics,         # name -> function of weights
-    groups,             # of every row: what it was drawn with
+    statistics,  # name -> function of weights
+    groups,  # of every row: what it was drawn with
     confidence=0.95,
-    largest=None,       # name -> the largest value it can have; `SHARES` end at 1
-) -> dict:              # name -> figure
+    largest=None,  # name -> the largest value it can have; `SHARES` end at 1
+) -> dict:  # name -> figure
     "Figures of functions of weights: the value on the set itself, the interval by redraws."
     n, out = len(groups), {}
     largest = dict.fromkeys(SHARES, 1) | (largest or {})
@@ -206,16 +261,23 @@ def valued(
 
 # %% ../../../nbs/evaluate/statistics/intervals.ipynb #c031
 def detectable(
-    n,                  # scored rows
-    discordance=0.2,    # the share of rows that just one of two models gets right
+    n,  # scored rows
+    discordance=0.2,  # the share of rows that just one of two models gets right
     confidence=0.95,
     power=0.8,
-    tests=1,            # how many comparisons are corrected for (Holm's first step)
-    design=1.0,         # design effect: n counts as n/design free rows
+    tests=1,  # how many comparisons are corrected for (Holm's first step)
+    design=1.0,  # design effect: n counts as n/design free rows
 ) -> float:
     "Smallest difference of paired proportions that n rows show with this power (Connor 1987, Biometrics 43:207, solved for the difference)."
-    za, zb, rows = norm.ppf(1 - (1 - confidence)/2/tests), norm.ppf(power), n/design
-    def short(d): p = max(discordance, d); return d*math.sqrt(rows) - za*math.sqrt(p) - zb*math.sqrt(p - d*d)
+    za, zb, rows = norm.ppf(1 - (1 - confidence) / 2 / tests), norm.ppf(power), n / design
+
+    def short(d):
+        p = max(discordance, d)
+        return d * math.sqrt(rows) - za * math.sqrt(p) - zb * math.sqrt(p - d * d)
+
     return brentq(short, 1e-9, 1.0) if short(1.0) > 0 else 1.0
 
-def detectable_mean(se, confidence=0.95, power=0.8, tests=1) -> float: "Smallest difference of any figure with this standard error that is found with this power."; return se*(norm.ppf(1 - (1 - confidence)/2/tests) + norm.ppf(power))
+
+def detectable_mean(se, confidence=0.95, power=0.8, tests=1) -> float:
+    "Smallest difference of any figure with this standard error that is found with this power."
+    return se * (norm.ppf(1 - (1 - confidence) / 2 / tests) + norm.ppf(power))

@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/evaluate/statistics/power.html.md"""
 __all__ = ['DISCORDANT', 'ALIKE', 'UNKNOWN_LOSS', 'sets_of', 'foreseen', 'foreseen_of', 'power_in_words', 'foreseen_in_words']
 
 # %% ../../../nbs/evaluate/statistics/power.ipynb #c002
-from ...core.run import Recipe  # first: it sets switches that the libraries read
+from ...core.run import Recipe
 from ...data.pipeline import load_split, scored_sets
 from .intervals import FEW_GROUPS, RESEMBLANCE, detectable, owners
 
@@ -17,6 +17,7 @@ import numpy as np
 # %% ../../../nbs/evaluate/statistics/power.ipynb #c005
 DISCORDANT, ALIKE = 0.2, RESEMBLANCE
 
+
 def sets_of(run) -> dict:
     "The scored sets of prepared data: rows that would be scored, groups, the mean size of a row's group, and whether the answers are right or wrong."
     found, most = {}, run.recipe.evaluation.max_items
@@ -24,43 +25,54 @@ def sets_of(run) -> dict:
         ds = load_split(run, name)
         code, k = owners(ds["group"][:most])
         sizes = np.bincount(code)
-        mean_size = round(float((sizes**2).sum()/sizes.sum()), 3)
-        found[name] = dict(n=len(code), groups=k, size=mean_size, counted=bool({"options", "label"} & set(ds.column_names)))
+        mean_size = round(float((sizes**2).sum() / sizes.sum()), 3)
+        found[name] = dict(
+            n=len(code),
+            groups=k,
+            size=mean_size,
+            counted=bool({"options", "label"} & set(ds.column_names)),
+        )
     return found
 
 # %% ../../../nbs/evaluate/statistics/power.ipynb #c007
 UNKNOWN_LOSS = "how much the losses of two models differ is known after the first run"
 
+
 def foreseen(
     recipe: Recipe,
     sets: dict | None,  # `sets_of`; None: the rows are not here
-) -> dict | None:       # set -> n, groups, and the smallest difference it could show; None: not known
+) -> dict | None:  # set -> n, groups, and the smallest difference it could show; None: not known
     "What every scored set of a recipe could show with a power of 80 %."
     if sets is None:
         return None
     tests = max(len(recipe.engine) + len(recipe.evaluation.models), 1)
     return {name: foreseen_of(s, recipe.evaluation.confidence, tests) for name, s in sets.items()}
 
+
 def foreseen_of(
-    s,              # one set of `sets_of`
+    s,  # one set of `sets_of`
     confidence=0.95,
-    tests=1,        # comparisons that are corrected for
+    tests=1,  # comparisons that are corrected for
 ) -> dict:
     "What one scored set could show; `few_groups`, the effective number of groups, where these are too few to tell."
     grouped = s["groups"] < s["n"]
     out = dict(n=s["n"], groups=s["groups"], tests=tests)
-    if grouped and s["n"]/s["size"] < FEW_GROUPS:
-        out["few_groups"] = round(s["n"]/s["size"], 2)
+    if grouped and s["n"] / s["size"] < FEW_GROUPS:
+        out["few_groups"] = round(s["n"] / s["size"], 2)
     if not s["counted"]:
         return out | dict(detectable=None, reason=UNKNOWN_LOSS)
-    design = s["size"] if s["groups"] == 1 else 1 + (s["size"] - 1)*ALIKE
+    design = s["size"] if s["groups"] == 1 else 1 + (s["size"] - 1) * ALIKE
     smallest = round(detectable(s["n"], DISCORDANT, confidence, tests=tests, design=design), 4)
-    return out | dict(detectable=smallest, discordance=DISCORDANT, resemblance=ALIKE if grouped else None)
+    return out | dict(
+        detectable=smallest, discordance=DISCORDANT, resemblance=ALIKE if grouped else None
+    )
 
 # %% ../../../nbs/evaluate/statistics/power.ipynb #c010
 def power_in_words(name, s) -> str:
     "What one set could show."
-    said = f"{name}: {s['n']:,} rows" + (f" in {s['groups']:,} groups" if s["groups"] < s["n"] else "")
+    said = f"{name}: {s['n']:,} rows" + (
+        f" in {s['groups']:,} groups" if s["groups"] < s["n"] else ""
+    )
     if "few_groups" in s:
         said += f" (too few groups to tell small differences: they count as {s['few_groups']:.1f})"
     if s["detectable"] is None:
@@ -68,16 +80,24 @@ def power_in_words(name, s) -> str:
     assumed = f"if the models differ on {s['discordance']:.0%} of the rows"
     if s["resemblance"]:
         assumed += f" and rows of a group resemble each other by {s['resemblance']}"
-    comparisons = f"{s['tests']} comparison{'s'*(s['tests'] > 1)}"
-    return f"{said}; the smallest difference it could show: {100*s['detectable']:.1f} points (80 % power, {comparisons}, {assumed})"
+    comparisons = f"{s['tests']} comparison{'s' * (s['tests'] > 1)}"
+    return f"{said}; the smallest difference it could show: {100 * s['detectable']:.1f} points (80 % power, {comparisons}, {assumed})"
+
 
 def foreseen_in_words(power, seeds=1, confidence=0.95) -> list[str]:
     "Lines for a plan."
     if power is None:
-        few = ", ".join(f"{n:,} rows {100*detectable(n, DISCORDANT, confidence):.1f}" for n in (200, 1000, 5000))
-        return [f"test sets: what they could show is known when their rows are; as a rule, in points of accuracy, for one engine: {few} "
-                f"(80 % power, models that differ on {DISCORDANT:.0%} of the rows)"]
+        few = ", ".join(
+            f"{n:,} rows {100 * detectable(n, DISCORDANT, confidence):.1f}"
+            for n in (200, 1000, 5000)
+        )
+        return [
+            f"test sets: what they could show is known when their rows are; as a rule, in points of accuracy, for one engine: {few} "
+            f"(80 % power, models that differ on {DISCORDANT:.0%} of the rows)"
+        ]
     lines = [power_in_words(name, s) for name, s in power.items()]
     if seeds > 1:
-        lines.append(f"every engine is trained with {seeds} seeds, and the verdict is over them: how much seeds differ is not known before, and widens this")
+        lines.append(
+            f"every engine is trained with {seeds} seeds, and the verdict is over them: how much seeds differ is not known before, and widens this"
+        )
     return lines

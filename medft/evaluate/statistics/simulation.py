@@ -11,9 +11,15 @@ __all__ = ['PREVALENCE', 'BLOCKS', 'FURTHER', 'TABLES', 'whose', 'paired', 'alik
            'coins', 'answerers', 'readers', 'families', 'nulls', 'covers', 'seeded', 'gaps', 'remake', 'evidence']
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c002
-from ...core.run import assets, read_json, write_json    # first: it sets switches that the libraries read
+from ...core.run import assets, read_json, write_json
 from .intervals import detectable, f1_each, macro_f1, redrawn, share
-from .verdicts import compare_choices, compare_sums, holm, mid_p, over_seeds
+from medft.evaluate.statistics.verdicts import (
+    compare_choices,
+    compare_sums,
+    holm,
+    mid_p,
+    over_seeds,
+)
 
 import numpy as np
 from scipy.stats import norm
@@ -22,121 +28,218 @@ from statsmodels.stats.contingency_tables import mcnemar
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c005
 def whose(n, size, rng) -> np.ndarray:
     "The group of each of n rows: 1 to 2*size - 1 rows each, `size` on average; size 1: every row stands alone."
-    return np.arange(n) if size == 1 else np.repeat(np.arange(n), rng.integers(1, 2*size, n))[:n]
+    return np.arange(n) if size == 1 else np.repeat(np.arange(n), rng.integers(1, 2 * size, n))[:n]
+
 
 def paired(
-    n,          # rows, each a pair of records
-    firsts,     # first patients of a block
-    seconds,    # second patients of a block
-) -> np.ndarray:    # (n, 2) the two patients of each pair
+    n,  # rows, each a pair of records
+    firsts,  # first patients of a block
+    seconds,  # second patients of a block
+) -> np.ndarray:  # (n, 2) the two patients of each pair
     "Blocks in which every first patient is compared with every second one, as candidates are made for a search for doubles."
-    block, place = np.divmod(np.arange(n), firsts*seconds)
-    first = block*firsts + place//seconds
-    second = n + block*seconds + place % seconds
+    block, place = np.divmod(np.arange(n), firsts * seconds)
+    first = block * firsts + place // seconds
+    second = n + block * seconds + place % seconds
     return np.stack([first, second], 1)
 
+
 def alike(
-    code,       # (rows,) group of each row, or (rows, 2) both groups of each
+    code,  # (rows,) group of each row, or (rows, 2) both groups of each
     rng,
-    icc=0.4,    # correlation of two rows that share a group
+    icc=0.4,  # correlation of two rows that share a group
 ) -> np.ndarray:
     "Standard normal numbers, correlated within groups."
     columns = np.atleast_2d(np.transpose(code))
-    shared = [icc**.5*rng.normal(size=c.max() + 1)[c] for c in columns]
-    return sum(shared) + (1 - icc*len(columns))**.5*rng.normal(size=columns.shape[1])
+    shared = [icc**0.5 * rng.normal(size=c.max() + 1)[c] for c in columns]
+    return sum(shared) + (1 - icc * len(columns)) ** 0.5 * rng.normal(size=columns.shape[1])
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c008
 def accuracy_world(code, rng, gain=0.0, disagree=0.2):
     "Comparison of accuracies, and the true difference."
-    u, coin = norm.cdf(alike(code, rng)), rng.random(len(code)) < .5
-    up, down = u < (disagree + gain)/2, u > 1 - (disagree - gain)/2
-    return compare_choices(np.where(up, False, down | coin), np.where(down, False, up | coin), groups=code), gain
+    u, coin = norm.cdf(alike(code, rng)), rng.random(len(code)) < 0.5
+    up, down = u < (disagree + gain) / 2, u > 1 - (disagree - gain) / 2
+    return compare_choices(
+        np.where(up, False, down | coin), np.where(down, False, up | coin), groups=code
+    ), gain
+
 
 def loss_world(code, rng, gain=0.0):
     "Comparison of losses per token, and the true difference."
-    tokens, easy = rng.integers(20, 200, len(code)), np.exp(.4*alike(code, rng))
-    apart = .2*alike(code, rng) + .2*(np.exp(.8*alike(code, rng)) - np.exp(.32)) - gain
-    sums = lambda nll: np.stack([nll*tokens, tokens], 1)
-    return compare_sums("loss", lambda s: s[..., 0]/s[..., 1], sums(easy), sums(easy + apart), code), -gain
+    tokens, easy = rng.integers(20, 200, len(code)), np.exp(0.4 * alike(code, rng))
+    apart = 0.2 * alike(code, rng) + 0.2 * (np.exp(0.8 * alike(code, rng)) - np.exp(0.32)) - gain
+
+    def sums(nll):
+        return np.stack([nll * tokens, tokens], 1)
+
+    return compare_sums(
+        "loss", lambda s: s[..., 0] / s[..., 1], sums(easy), sums(easy + apart), code
+    ), -gain
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c009
 PREVALENCE = 0.3
 
-def f1_of(s): "F1 from sums (..., [hits, truths, choices])."; return 2*s[..., 0]/np.maximum(s[..., 1] + s[..., 2], 1e-12)
+
+def f1_of(s):
+    "F1 from sums (..., [hits, truths, choices])."
+    return 2 * s[..., 0] / np.maximum(s[..., 1] + s[..., 2], 1e-12)
+
 
 def true_f1(skill, cut):
     "F1 in the population of a classifier with this skill that says yes above this cut."
-    hits, wrong = PREVALENCE*norm.sf(cut - skill), (1 - PREVALENCE)*norm.sf(cut + skill)
-    return 2*hits/(hits + PREVALENCE + wrong)
+    hits, wrong = PREVALENCE * norm.sf(cut - skill), (1 - PREVALENCE) * norm.sf(cut + skill)
+    return 2 * hits / (hits + PREVALENCE + wrong)
+
 
 def f1_world(code, rng, skills=(1.0, 1.0), cuts=(0.0, 0.0)):
     "Comparison of two classifiers' F1, and the true difference."
     truth, common = alike(code, rng) < norm.ppf(PREVALENCE), alike(code, rng)
-    said = [s*np.where(truth, 1, -1) + .6*common + .8*alike(code, rng) > c for s, c in zip(skills, cuts)]
+    said = [
+        s * np.where(truth, 1, -1) + 0.6 * common + 0.8 * alike(code, rng) > c
+        for s, c in zip(skills, cuts)
+    ]
     a, b = (np.stack([truth & c, truth, c], 1).astype(float) for c in said)
-    return compare_sums("f1", f1_of, a, b, code), true_f1(skills[1], cuts[1]) - true_f1(skills[0], cuts[0])
+    return compare_sums("f1", f1_of, a, b, code), true_f1(skills[1], cuts[1]) - true_f1(
+        skills[0], cuts[0]
+    )
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c012
 def share_world(code, rng, p=0.25):
     "A share of right answers, and the true one."
     return share(alike(code, rng) < norm.ppf(p), groups=code), p
 
+
 def macro_world(code, rng, know=0.5):
     "Macro-F1 of someone who knows half of the answers and guesses the rest, and the true one."
-    truth, guess = rng.integers(0, 4, (2, len(code))); choice = np.where(alike(code, rng) < norm.ppf(know), truth, guess)
+    truth, guess = rng.integers(0, 4, (2, len(code)))
+    choice = np.where(alike(code, rng) < norm.ppf(know), truth, guess)
     low, high, _ = redrawn(dict(m=macro_f1(truth, choice, 4)), code)["m"]
-    return dict(ci95=[low, high]), know + (1 - know)/4
+    return dict(ci95=[low, high]), know + (1 - know) / 4
+
 
 def gaps_world(code, rng, know=(0.5, 0.5)):
     "Comparison of two such people's macro-F1, who know the same things as far as they go, and the true difference."
     common, truth = alike(code, rng), rng.integers(0, 4, len(code))
-    choose = lambda k: np.where(.6*common + .8*alike(code, rng) < norm.ppf(k), truth, rng.integers(0, 4, len(code)))
-    one, tally = np.eye(4), lambda choice: np.hstack([one[choice]*(choice == truth)[:, None], one[truth], one[choice]])
-    value = lambda s: f1_each(s[..., :4], s[..., 4:8], s[..., 8:]).mean(-1)
-    return compare_sums("macro_f1", value, tally(choose(know[0])), tally(choose(know[1])), code), (know[1] - know[0])*3/4
+
+    def choose(k):
+        return np.where(
+            0.6 * common + 0.8 * alike(code, rng) < norm.ppf(k),
+            truth,
+            rng.integers(0, 4, len(code)),
+        )
+
+    one, tally = (
+        np.eye(4),
+        lambda choice: np.hstack(
+            [one[choice] * (choice == truth)[:, None], one[truth], one[choice]]
+        ),
+    )
+
+    def value(s):
+        return f1_each(s[..., :4], s[..., 4:8], s[..., 8:]).mean(-1)
+
+    return compare_sums("macro_f1", value, tally(choose(know[0])), tally(choose(know[1])), code), (
+        know[1] - know[0]
+    ) * 3 / 4
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c102
 def seeds_world(code, rng, seeds=3, gain=0.0, luck=0.02):
     "Comparison of accuracies over seeds, and the true mean difference."
-    base, often = rng.random(len(code)) < .5, norm.cdf(alike(code, rng)); pair = lambda x: np.stack([x, np.ones(len(x))], -1)
-    def trained(): change = rng.random(len(code)) < .3; return np.where(change, often < .5 + (gain + luck*rng.normal())/.3, base)
+    base, often = rng.random(len(code)) < 0.5, norm.cdf(alike(code, rng))
+
+    def pair(x):
+        return np.stack([x, np.ones(len(x))], -1)
+
+    def trained():
+        change = rng.random(len(code)) < 0.3
+        return np.where(change, often < 0.5 + (gain + luck * rng.normal()) / 0.3, base)
+
     several = np.stack([pair(trained()) for _ in range(seeds)])
-    return over_seeds("accuracy", lambda s: s[..., 0]/s[..., 1], pair(base), several, code), gain
+    return over_seeds("accuracy", lambda s: s[..., 0] / s[..., 1], pair(base), several, code), gain
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #q04bb0
 def loss_seeds_world(code, rng, seeds=3, gain=0.0, luck=0.03):
     "The same of losses per token."
-    tokens, easy, common = rng.integers(20, 200, len(code)), np.exp(.4*alike(code, rng)), .2*alike(code, rng)
-    sums = lambda nll: np.stack([nll*tokens, tokens], 1).astype(float)
-    trained = lambda: sums(easy + common + .2*(np.exp(.8*alike(code, rng)) - np.exp(.32)) - gain - luck*rng.normal())
-    return over_seeds("loss", lambda s: s[..., 0]/s[..., 1], sums(easy), np.stack([trained() for _ in range(seeds)]), code), -gain
+    tokens, easy, common = (
+        rng.integers(20, 200, len(code)),
+        np.exp(0.4 * alike(code, rng)),
+        0.2 * alike(code, rng),
+    )
+
+    def sums(nll):
+        return np.stack([nll * tokens, tokens], 1).astype(float)
+
+    def trained():
+        return sums(
+            easy
+            + common
+            + 0.2 * (np.exp(0.8 * alike(code, rng)) - np.exp(0.32))
+            - gain
+            - luck * rng.normal()
+        )
+
+    return over_seeds(
+        "loss",
+        lambda s: s[..., 0] / s[..., 1],
+        sums(easy),
+        np.stack([trained() for _ in range(seeds)]),
+        code,
+    ), -gain
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c103
 def f1_seeds_world(code, rng, seeds=3, skill=1.0, luck=0.05):
     "The same of F1: classifiers whose skill differs by `luck`, against one of skill 1."
     truth, common = alike(code, rng) < norm.ppf(PREVALENCE), alike(code, rng)
-    def trained(s): said = s*np.where(truth, 1, -1) + .6*common + .8*alike(code, rng) > 0; return np.stack([truth & said, truth, said], 1).astype(float)
-    return over_seeds("f1", f1_of, trained(1.0), np.stack([trained(skill + luck*rng.normal()) for _ in range(seeds)]), code), true_f1(skill, 0) - true_f1(1.0, 0)
+
+    def trained(s):
+        said = s * np.where(truth, 1, -1) + 0.6 * common + 0.8 * alike(code, rng) > 0
+        return np.stack([truth & said, truth, said], 1).astype(float)
+
+    return over_seeds(
+        "f1",
+        f1_of,
+        trained(1.0),
+        np.stack([trained(skill + luck * rng.normal()) for _ in range(seeds)]),
+        code,
+    ), true_f1(skill, 0) - true_f1(1.0, 0)
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c014
 def tried(
-    world,          # function of (groups, rng) that gives a comparison or figure, and the truth
-    n, size=1,      # rows; rows a group, on average
-    times=1000, seed=0,
-    pairs=None,     # (firsts, seconds) of a block: rows are pairs of two patients
-    **how,          # for the world
+    world,  # function of (groups, rng) that gives a comparison or figure, and the truth
+    n,
+    size=1,  # rows; rows a group, on average
+    times=1000,
+    seed=0,
+    pairs=None,  # (firsts, seconds) of a block: rows are pairs of two patients
+    **how,  # for the world
 ) -> dict:
     "One line of the table."
     rng = np.random.default_rng(seed)
-    found = [world(paired(n, *pairs) if pairs else whose(n, size, rng), rng, **how) for _ in range(times)]
+    found = [
+        world(paired(n, *pairs) if pairs else whose(n, size, rng), rng, **how) for _ in range(times)
+    ]
     low, high = np.array([d["ci95"] for d, _ in found], float).T
     truth = np.array([t for _, t in found])
-    def rate(x): return round(float(np.mean(x)), 4)
+
+    def rate(x):
+        return round(float(np.mean(x)), 4)
+
     drawn = dict(group_size=size) if pairs is None else dict(firsts=pairs[0], seconds=pairs[1])
-    verdicts = dict(verdicts=rate([d["label"] != "tie" for d, _ in found])) if "label" in found[0][0] else {}
+    verdicts = (
+        dict(verdicts=rate([d["label"] != "tie" for d, _ in found]))
+        if "label" in found[0][0]
+        else {}
+    )
     return dict(
-        world=world.__name__.removesuffix("_world"), rows=n, **drawn, **how, truth=round(float(truth[0]), 4), times=times, **verdicts,
-        covered=rate(~(low > truth) & ~(truth > high)), below=rate(truth < low), above=rate(truth > high),    # no interval: nothing is claimed
+        world=world.__name__.removesuffix("_world"),
+        rows=n,
+        **drawn,
+        **how,
+        truth=round(float(truth[0]), 4),
+        times=times,
+        **verdicts,
+        covered=rate(~(low > truth) & ~(truth > high)),
+        below=rate(truth < low),
+        above=rate(truth > high),  # no interval: nothing is claimed
     )
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #p002
@@ -147,65 +250,146 @@ def first_only_world(code, rng, **how):
     free = np.repeat([1, 0, 0], [d["lost"], d["gained"], len(code) - d["lost"] - d["gained"]])
     return compare_choices(free, right), truth
 
-BLOCKS = ((10, 1), (5, 2), (4, 4))     # first and second patients of a block
+
+BLOCKS = ((10, 1), (5, 2), (4, 4))  # first and second patients of a block
+
 
 def pairs_of_patients(times=1000, n=480) -> list[dict]:
     "Comparisons of pairs without a difference: by clusters of both patients, of few clusters, and by the first patient only."
-    found = [tried(world, n, times=times, pairs=block) for world in (accuracy_world, loss_world) for block in BLOCKS]
+    found = [
+        tried(world, n, times=times, pairs=block)
+        for world in (accuracy_world, loss_world)
+        for block in BLOCKS
+    ]
     found.append(tried(f1_world, n, times=times, pairs=(10, 1)))
     found.append(tried(seeds_world, n, times=times, pairs=(10, 1)))
-    few = [tried(world, n, times=times, pairs=(12, k)) for world in (accuracy_world, loss_world) for k in (8, 20, 40)]
+    few = [
+        tried(world, n, times=times, pairs=(12, k))
+        for world in (accuracy_world, loss_world)
+        for k in (8, 20, 40)
+    ]
     return found + few + [tried(first_only_world, n, times=times, pairs=(10, 1))]
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c019
 def power(n, gain, disagree=0.2, confidence=0.95) -> float:
     "Chance that n paired rows show this gain (Connor 1987)."
-    za = norm.ppf(.5 + confidence/2)
-    return float(norm.cdf((gain*n**.5 - za*disagree**.5)/(disagree - gain**2)**.5))
+    za = norm.ppf(0.5 + confidence / 2)
+    return float(norm.cdf((gain * n**0.5 - za * disagree**0.5) / (disagree - gain**2) ** 0.5))
+
 
 def powers(times=1000) -> list[dict]:
     "Found and promised power, from half of the detectable gain to one and a half."
     lines = []
-    for n, disagree, part in ((n, d, p) for n, d in ((200, .3), (423, .2), (1273, .1)) for p in (.5, 1, 1.5)):
-        gain = part*detectable(n, disagree); line = tried(accuracy_world, n, times=times, gain=gain, disagree=disagree)
-        lines.append(dict(rows=n, disagree=disagree, gain=round(gain, 4), promised=round(power(n, gain, disagree), 4), found=line["verdicts"], times=times))
+    for n, disagree, part in (
+        (n, d, p) for n, d in ((200, 0.3), (423, 0.2), (1273, 0.1)) for p in (0.5, 1, 1.5)
+    ):
+        gain = part * detectable(n, disagree)
+        line = tried(accuracy_world, n, times=times, gain=gain, disagree=disagree)
+        lines.append(
+            dict(
+                rows=n,
+                disagree=disagree,
+                gain=round(gain, 4),
+                promised=round(power(n, gain, disagree), 4),
+                found=line["verdicts"],
+                times=times,
+            )
+        )
     return lines
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c106
-FURTHER = ((loss_world, dict(gain=.035)), (loss_world, dict(gain=.07)), (f1_world, dict(skills=(1, 1.2))), (f1_world, dict(skills=(1, 1.4))))
+FURTHER = (
+    (loss_world, dict(gain=0.035)),
+    (loss_world, dict(gain=0.07)),
+    (f1_world, dict(skills=(1, 1.2))),
+    (f1_world, dict(skills=(1, 1.4))),
+)
+
 
 def further_powers(times=1000, n=500) -> list[dict]:
     "Found and promised power of losses and F1."
     lines = []
     for world, how in FURTHER:
-        rng = np.random.default_rng(0); found = [world(whose(n, 1, rng), rng, **how) for _ in range(times)]
+        rng = np.random.default_rng(0)
+        found = [world(whose(n, 1, rng), rng, **how) for _ in range(times)]
         effects, truth = np.array([d["effect"] for d, _ in found]), found[0][1]
-        promised, spoke = norm.cdf(abs(truth)/effects.std(ddof=1) - norm.ppf(.975)), np.mean([d["label"] != "tie" for d, _ in found])
-        lines.append(dict(world=world.__name__.removesuffix("_world"), rows=n, truth=round(truth, 4), promised=round(float(promised), 4), found=round(float(spoke), 4), times=times))
+        promised, spoke = (
+            norm.cdf(abs(truth) / effects.std(ddof=1) - norm.ppf(0.975)),
+            np.mean([d["label"] != "tie" for d, _ in found]),
+        )
+        lines.append(
+            dict(
+                world=world.__name__.removesuffix("_world"),
+                rows=n,
+                truth=round(truth, 4),
+                promised=round(float(promised), 4),
+                found=round(float(spoke), 4),
+                times=times,
+            )
+        )
     return lines
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c109
 def coins(times=10_000) -> list[dict]:
     "False alarms of three forms of McNemar's test on n paired rows without a difference."
-    plain = lambda exact: lambda g, l: mcnemar([[0, l], [g, 0]], exact=exact, correction=False).pvalue if g + l else 1.0
-    tests, rng, lines = dict(exact=plain(True), mid_p=mid_p, asymptotic=plain(False)), np.random.default_rng(0), []
-    for n, disagree in ((200, .02), (200, .1), (500, .02), (500, .05), (500, .2), (1273, .1)):
-        pairs, count = np.unique(rng.multinomial(n, [disagree/2, disagree/2, 1 - disagree], times)[:, :2], axis=0, return_counts=True)
-        alarm = {name: round(float(sum(c for (g, l), c in zip(pairs.tolist(), count) if p(g, l) < .05)/times), 4) for name, p in tests.items()}
+
+    def plain(exact):
+        return lambda g, l: (
+            mcnemar([[0, l], [g, 0]], exact=exact, correction=False).pvalue if g + l else 1.0
+        )
+
+    tests, rng, lines = (
+        dict(exact=plain(True), mid_p=mid_p, asymptotic=plain(False)),
+        np.random.default_rng(0),
+        [],
+    )
+    for n, disagree in ((200, 0.02), (200, 0.1), (500, 0.02), (500, 0.05), (500, 0.2), (1273, 0.1)):
+        pairs, count = np.unique(
+            rng.multinomial(n, [disagree / 2, disagree / 2, 1 - disagree], times)[:, :2],
+            axis=0,
+            return_counts=True,
+        )
+        alarm = {
+            name: round(
+                float(sum(c for (g, l), c in zip(pairs.tolist(), count) if p(g, l) < 0.05) / times),
+                4,
+            )
+            for name, p in tests.items()
+        }
         lines.append(dict(rows=n, disagree=disagree, **alarm, times=times))
     return lines
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c022
 def answerers(n, rng, engines=3) -> list[dict]:
     "Accuracies of engines that resemble each other, against the base."
-    base, common = rng.random(n) < .5, rng.random(n) < .1
-    return [compare_choices(base, base ^ (common & (rng.random(n) < .5) | (rng.random(n) < .1))) for _ in range(engines)]
+    base, common = rng.random(n) < 0.5, rng.random(n) < 0.1
+    return [
+        compare_choices(base, base ^ (common & (rng.random(n) < 0.5) | (rng.random(n) < 0.1)))
+        for _ in range(engines)
+    ]
+
 
 def readers(n, rng, engines=3) -> list[dict]:
     "The same of losses."
-    tokens, easy, common = rng.integers(20, 200, n), np.exp(.4*rng.normal(size=n)), rng.normal(size=n)
-    sums = lambda nll: np.stack([nll*tokens, tokens], 1)
-    return [compare_sums("loss", lambda s: s[..., 0]/s[..., 1], sums(easy), sums(easy + .14*(common + rng.normal(size=n))), range(n)) for _ in range(engines)]
+    tokens, easy, common = (
+        rng.integers(20, 200, n),
+        np.exp(0.4 * rng.normal(size=n)),
+        rng.normal(size=n),
+    )
+
+    def sums(nll):
+        return np.stack([nll * tokens, tokens], 1)
+
+    return [
+        compare_sums(
+            "loss",
+            lambda s: s[..., 0] / s[..., 1],
+            sums(easy),
+            sums(easy + 0.14 * (common + rng.normal(size=n))),
+            range(n),
+        )
+        for _ in range(engines)
+    ]
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #q04bb1
 def families(times=1000, n=500, engines=3, draw=answerers) -> dict:
@@ -213,43 +397,115 @@ def families(times=1000, n=500, engines=3, draw=answerers) -> dict:
     rng, any_raw, any_held = np.random.default_rng(0), 0, 0
     for _ in range(times):
         made = draw(n, rng, engines)
-        any_raw += any(d["label"] != "tie" for d in made); any_held += any(d["label"] != "tie" for d in holm(made))
-    return dict(engines=engines, rows=n, times=times, uncorrected=round(any_raw/times, 4), holm=round(any_held/times, 4))
+        any_raw += any(d["label"] != "tie" for d in made)
+        any_held += any(d["label"] != "tie" for d in holm(made))
+    return dict(
+        engines=engines,
+        rows=n,
+        times=times,
+        uncorrected=round(any_raw / times, 4),
+        holm=round(any_held / times, 4),
+    )
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c025
 def nulls(times=1000) -> list[dict]:
     "Comparisons without a difference."
-    few = [tried(accuracy_world, n, size, 2*times, disagree=d) for n, size, d in ((200, 1, .2), (500, 1, .05), (500, 1, .2), (1273, 1, .1), (500, 4, .2), (1000, 10, .1))]
-    return few + [tried(loss_world, *at, 2*times) for at in ((200, 1), (500, 1), (600, 4))] + [
-        tried(f1_world, *at, times) for at in ((500, 1), (600, 4))] + [tried(f1_world, 500, 1, times, skills=(1, 1), cuts=(-.4, .69644227))]
+    few = [
+        tried(accuracy_world, n, size, 2 * times, disagree=d)
+        for n, size, d in (
+            (200, 1, 0.2),
+            (500, 1, 0.05),
+            (500, 1, 0.2),
+            (1273, 1, 0.1),
+            (500, 4, 0.2),
+            (1000, 10, 0.1),
+        )
+    ]
+    return (
+        few
+        + [tried(loss_world, *at, 2 * times) for at in ((200, 1), (500, 1), (600, 4))]
+        + [tried(f1_world, *at, times) for at in ((500, 1), (600, 4))]
+        + [tried(f1_world, 500, 1, times, skills=(1, 1), cuts=(-0.4, 0.69644227))]
+    )
+
 
 def covers(times=1000) -> list[dict]:
     "Comparisons with a difference, and single figures."
-    gains = [tried(accuracy_world, n, size, 2*times, disagree=d, gain=g) for n, size, d, g in ((200, 1, .2, .1), (1273, 1, .1, .03), (200, 2, .2, .1), (500, 4, .2, .05))]
-    return gains + [tried(loss_world, 500, 4, times, gain=.05), tried(f1_world, 200, 1, times, skills=(1, 1.4)), tried(f1_world, 600, 4, times, skills=(1, 1.4))] + [
-        tried(share_world, *at, 2*times, p=p) for at in ((200, 2), (600, 4)) for p in (.05, .25, .9)] + [tried(macro_world, *at, times) for at in ((200, 1), (600, 4))]
+    gains = [
+        tried(accuracy_world, n, size, 2 * times, disagree=d, gain=g)
+        for n, size, d, g in (
+            (200, 1, 0.2, 0.1),
+            (1273, 1, 0.1, 0.03),
+            (200, 2, 0.2, 0.1),
+            (500, 4, 0.2, 0.05),
+        )
+    ]
+    return (
+        gains
+        + [
+            tried(loss_world, 500, 4, times, gain=0.05),
+            tried(f1_world, 200, 1, times, skills=(1, 1.4)),
+            tried(f1_world, 600, 4, times, skills=(1, 1.4)),
+        ]
+        + [
+            tried(share_world, *at, 2 * times, p=p)
+            for at in ((200, 2), (600, 4))
+            for p in (0.05, 0.25, 0.9)
+        ]
+        + [tried(macro_world, *at, times) for at in ((200, 1), (600, 4))]
+    )
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c026
 def seeded(times=1000) -> list[dict]:
     "Verdicts over several seeds: without and with a gain, of seeds that differ not at all, a little, and more than the items do."
-    some = dict(luck=.02); five, more = some | dict(seeds=5), dict(gain=.05)
-    found = [tried(seeds_world, 500, 1, times, **how) for how in (some, some | more, five, five | more, dict(luck=.05), dict(luck=0.0))] + [tried(seeds_world, 600, 4, times, **some)]
-    found += [tried(loss_seeds_world, *at, times, **how) for *at, how in ((500, 1, {}), (500, 1, dict(gain=.08)), (600, 4, {}))]
-    return found + [tried(f1_seeds_world, *at, times, **how) for *at, how in ((500, 1, {}), (500, 1, dict(skill=1.3)), (600, 4, {}))]
+    some = dict(luck=0.02)
+    five, more = some | dict(seeds=5), dict(gain=0.05)
+    found = [
+        tried(seeds_world, 500, 1, times, **how)
+        for how in (some, some | more, five, five | more, dict(luck=0.05), dict(luck=0.0))
+    ] + [tried(seeds_world, 600, 4, times, **some)]
+    found += [
+        tried(loss_seeds_world, *at, times, **how)
+        for *at, how in ((500, 1, {}), (500, 1, dict(gain=0.08)), (600, 4, {}))
+    ]
+    return found + [
+        tried(f1_seeds_world, *at, times, **how)
+        for *at, how in ((500, 1, {}), (500, 1, dict(skill=1.3)), (600, 4, {}))
+    ]
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #q04bb3
 def gaps(times=1000) -> list[dict]:
     "Macro-F1 compared, without and with a difference."
-    return [tried(gaps_world, n, size, times, know=k) for n, size, k in ((500, 1, (.5, .5)), (600, 4, (.5, .5)), (500, 1, (.5, .57)))]
+    return [
+        tried(gaps_world, n, size, times, know=k)
+        for n, size, k in ((500, 1, (0.5, 0.5)), (600, 4, (0.5, 0.5)), (500, 1, (0.5, 0.57)))
+    ]
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #q04bb2
-TABLES = dict(nulls=nulls, covers=covers, powers=lambda times: powers(2*times), families=families, seeds=seeded, gaps=gaps, coins=lambda times: coins(10*times),
-              loss_families=lambda times: families(times, draw=readers), further_powers=further_powers, pairs=pairs_of_patients)     # name -> function of how many trials to make
+TABLES = dict(
+    nulls=nulls,
+    covers=covers,
+    powers=lambda times: powers(2 * times),
+    families=families,
+    seeds=seeded,
+    gaps=gaps,
+    coins=lambda times: coins(10 * times),
+    loss_families=lambda times: families(times, draw=readers),
+    further_powers=further_powers,
+    pairs=pairs_of_patients,
+)  # name -> function of how many trials to make
+
 
 def remake(path=None, times=1000, only=tuple(TABLES)) -> dict:
     "All tables anew, or only some, written as evidence."
-    path = path or assets()/"evidence"/"verdicts.json"; found = read_json(path, {})
-    for name in only: found[name] = TABLES[name](times); write_json(path, found)
+    path = path or assets() / "evidence" / "verdicts.json"
+    found = read_json(path, {})
+    for name in only:
+        found[name] = TABLES[name](times)
+        write_json(path, found)
     return found
 
-def evidence() -> dict: "The kept tables."; return read_json(assets()/"evidence"/"verdicts.json", {})
+
+def evidence() -> dict:
+    "The kept tables."
+    return read_json(assets() / "evidence" / "verdicts.json", {})

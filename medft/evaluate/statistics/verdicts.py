@@ -12,7 +12,16 @@ __all__ = ['LESS', 'SAYS', 'UNITS', 'OTHER', 'mid_p', 'tango', 'moves', 'tail', 
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c002
 from medft.evaluate.statistics.intervals import (
-    BOUNDED, assumed_design_effect, design_effect, detectable, detectable_mean, owners, quantile, redrawn, too_few, worth,
+    BOUNDED,
+    assumed_design_effect,
+    design_effect,
+    detectable,
+    detectable_mean,
+    owners,
+    quantile,
+    redrawn,
+    too_few,
+    worth,
 )
 
 import math
@@ -25,73 +34,117 @@ from statsmodels.stats.multitest import multipletests
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c005
 def mid_p(
-    gained,     # pairs that only the second model got right
-    lost,       # pairs that only the first one did
+    gained,  # pairs that only the second model got right
+    lost,  # pairs that only the first one did
 ) -> float:
     "McNemar's exact test, two-sided, its own outcome counted by half (mid-p: Lancaster 1961; Fagerland, Lydersen, Laake 2013)."
-    if gained == lost: return 1.0
-    return float(mcnemar([[0, lost], [gained, 0]], exact=True).pvalue - binom.pmf(min(gained, lost), gained + lost, .5))
+    if gained == lost:
+        return 1.0
+    return float(
+        mcnemar([[0, lost], [gained, 0]], exact=True).pvalue
+        - binom.pmf(min(gained, lost), gained + lost, 0.5)
+    )
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c008
 def tango(
-    gained, lost, n,    # pairs that only the second, only the first model got right; all pairs
-    z=1.959964,         # how many standard errors it reaches
+    gained,
+    lost,
+    n,  # pairs that only the second, only the first model got right; all pairs
+    z=1.959964,  # how many standard errors it reaches
 ) -> tuple[float, float]:
     "Score interval of a difference of paired proportions (Tango 1998, Statistics in Medicine 17:891)."
+
     def beyond(d):
-        b, c = (2*n - gained + lost)*d - gained - lost, -lost*d*(1 - d)
-        missed = (math.sqrt(max(b*b - 8*n*c, 0)) - b)/(4*n)         # what only the first gets right, were d the truth
-        return (gained - lost - n*d)/math.sqrt(max(n*(2*missed + d*(1 - d)), 1e-300))
-    middle, edge = (gained - lost)/n, 1 - 1e-9
-    low = brentq(lambda d: beyond(d) - z, -edge, middle) if middle > -edge and beyond(-edge) > z else -1.0
-    return low, brentq(lambda d: beyond(d) + z, middle, edge) if middle < edge and beyond(edge) < -z else 1.0
+        b, c = (2 * n - gained + lost) * d - gained - lost, -lost * d * (1 - d)
+        missed = (math.sqrt(max(b * b - 8 * n * c, 0)) - b) / (
+            4 * n
+        )  # what only the first gets right, were d the truth
+        return (gained - lost - n * d) / math.sqrt(max(n * (2 * missed + d * (1 - d)), 1e-300))
+
+    middle, edge = (gained - lost) / n, 1 - 1e-9
+    low = (
+        brentq(lambda d: beyond(d) - z, -edge, middle)
+        if middle > -edge and beyond(-edge) > z
+        else -1.0
+    )
+    return low, brentq(lambda d: beyond(d) + z, middle, edge) if middle < edge and beyond(
+        edge
+    ) < -z else 1.0
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c016
 def moves(apart, times=4999, seed=0, batch=200):
     "Yield (batch, columns): how far sums move when a fair coin says for each group whether its (groups, columns) differences change sides."
     apart, rng = apart[(apart != 0).any(1)], np.random.default_rng(seed)
-    for size in [batch]*(times//batch) + [times % batch]: yield rng.integers(0, 2, (size, len(apart)), dtype=bool).astype(float) @ apart
+    for size in [batch] * (times // batch) + [times % batch]:
+        yield rng.integers(0, 2, (size, len(apart)), dtype=bool).astype(float) @ apart
+
 
 def tail(far, seen) -> float:
     "Two-sided p of what was seen among (times,) that chance gave."
-    tiny, over = 1e-9*max(seen, 1e-6), np.abs(far) - seen
-    return 1.0 if seen <= 1e-12 else float(((over > tiny).sum() + (np.abs(over) <= tiny).sum()/2 + 1)/(len(far) + 1))
+    tiny, over = 1e-9 * max(seen, 1e-6), np.abs(far) - seen
+    return (
+        1.0
+        if seen <= 1e-12
+        else float(((over > tiny).sum() + (np.abs(over) <= tiny).sum() / 2 + 1) / (len(far) + 1))
+    )
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #q04ba0
 def swapped(gap, a, b, groups, times=4999, seed=0) -> float:
     "Two-sided p of `gap(sums of a, sums of b)` when the models of whole groups change places at random (paired permutation test)."
-    code, _ = owners(groups); total_a, total_b = a.sum(0), b.sum(0)
+    code, _ = owners(groups)
+    total_a, total_b = a.sum(0), b.sum(0)
     apart = np.stack([np.bincount(code, c) for c in (b - a).T], 1)
-    return tail(np.concatenate([gap(total_a + m, total_b - m) for m in moves(apart, times, seed)]), abs(gap(total_a, total_b)))
+    return tail(
+        np.concatenate([gap(total_a + m, total_b - m) for m in moves(apart, times, seed)]),
+        abs(gap(total_a, total_b)),
+    )
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c019
-LESS = {"loss", "bits_per_byte", "perplexity", "brier", "log_loss"}     # figures of which less is better
+LESS = {
+    "loss",
+    "bits_per_byte",
+    "perplexity",
+    "brier",
+    "log_loss",
+}  # figures of which less is better
+
 
 def label(d, confidence=0.95) -> str:
     "better, tie or worse: what a comparison amounts to."
     low, high = d["ci95"]
-    if d.get("p_holm", d["p"]) >= 1 - confidence or low is None or low <= 0 <= high: return "tie"
+    if d.get("p_holm", d["p"]) >= 1 - confidence or low is None or low <= 0 <= high:
+        return "tie"
     return "better" if (d["effect"] > 0) != (d["metric"] in LESS) else "worse"
+
 
 def finite_or_none(x) -> float | None:
     "A number as metrics.json holds it."
     return round(float(x), 6) if math.isfinite(x) else None
+
 
 def comparison(metric, effect, low, high, p, code, detectable, test, confidence, **more) -> dict:
     "A comparison as metrics.json holds it; `few_groups`, the effective number of groups, where they are too few to tell."
     if too_few(code):
         more["few_groups"] = round(float(worth(code)), 2)
     d = dict(
-        metric=metric, effect=finite_or_none(effect), ci95=[finite_or_none(low), finite_or_none(high)], p=float(p),
-        n=len(code), groups=int(code.max()) + 1, detectable=finite_or_none(detectable), **more, test=test,
+        metric=metric,
+        effect=finite_or_none(effect),
+        ci95=[finite_or_none(low), finite_or_none(high)],
+        p=float(p),
+        n=len(code),
+        groups=int(code.max()) + 1,
+        detectable=finite_or_none(detectable),
+        **more,
+        test=test,
     )
     return dict(label=label(d, confidence)) | d
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c020
 def compare_choices(
-    a, b,               # (rows,) right or wrong, of both models
+    a,
+    b,  # (rows,) right or wrong, of both models
     confidence=0.95,
-    groups=None,        # (rows,); None: every row stands alone
+    groups=None,  # (rows,); None: every row stands alone
 ) -> dict:
     "Difference b - a of paired 0/1 arrays, with interval, McNemar's test (of groups: by permutation) and what could have been detected."
     a, b = np.asarray(a, float), np.asarray(b, float)
@@ -99,74 +152,131 @@ def compare_choices(
     code, _ = owners(range(n) if groups is None else groups)
     net = np.bincount(code, apart)
     gained, lost = int((apart > 0).sum()), int((apart < 0).sum())
-    effect = max(design_effect(apart - apart.mean(), code), assumed_design_effect(code), .5)
+    effect = max(design_effect(apart - apart.mean(), code), assumed_design_effect(code), 0.5)
     by_coin = np.abs(net).max() <= 1
     if by_coin:
         p = mid_p(int((net > 0).sum()), int((net < 0).sum()))
     else:
         p = swapped(lambda x, y: y[..., 0] - x[..., 0], a[:, None], b[:, None], code)
-    low, high = tango(gained/effect, lost/effect, n/effect, quantile(code, confidence))
-    smallest = detectable(n, (gained + lost)/n, confidence, design=effect)
+    low, high = tango(gained / effect, lost / effect, n / effect, quantile(code, confidence))
+    smallest = detectable(n, (gained + lost) / n, confidence, design=effect)
     test = "McNemar" if by_coin else "permutation"
-    return comparison("accuracy", apart.mean(), low, high, p, code, smallest, test, confidence, gained=gained, lost=lost)
+    return comparison(
+        "accuracy",
+        apart.mean(),
+        low,
+        high,
+        p,
+        code,
+        smallest,
+        test,
+        confidence,
+        gained=gained,
+        lost=lost,
+    )
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c025
 def compare_sums(
-    metric,         # its name
-    value,          # function of sums (..., columns) that gives the figure
-    a, b,           # (rows, columns) of both models
-    groups,         # (rows,)
+    metric,  # its name
+    value,  # function of sums (..., columns) that gives the figure
+    a,
+    b,  # (rows, columns) of both models
+    groups,  # (rows,)
     confidence=0.95,
 ) -> dict:
     "Difference b - a of a figure that follows from sums over rows: BCa interval and paired permutation test, both by groups."
-    def gap(x, y): return value(y) - value(x)
+
+    def gap(x, y):
+        return value(y) - value(x)
+
     code = owners(groups)[0]
     low, high, se = redrawn(dict(gap=lambda w: gap(w @ a, w @ b)), code, confidence)["gap"]
     p, smallest = swapped(gap, a, b, code), detectable_mean(se, confidence)
-    return comparison(metric, gap(a.sum(0), b.sum(0)), low, high, p, code, smallest, "permutation", confidence)
+    return comparison(
+        metric, gap(a.sum(0), b.sum(0)), low, high, p, code, smallest, "permutation", confidence
+    )
+
 
 def compare_text(a, b, confidence=0.95) -> dict:
     "Difference b - a in loss per token (nats) of paired frames."
-    columns = lambda f: f[["nll", "tokens"]].to_numpy(float)
-    return compare_sums("loss", lambda s: s[..., 0]/s[..., 1], columns(a), columns(b), a.group, confidence)
+
+    def columns(f):
+        return f[["nll", "tokens"]].to_numpy(float)
+
+    return compare_sums(
+        "loss", lambda s: s[..., 0] / s[..., 1], columns(a), columns(b), a.group, confidence
+    )
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c028
 def holm(
-    family,             # comparisons that are looked at together
+    family,  # comparisons that are looked at together
     confidence=0.95,
 ) -> list[dict]:
     "The same comparisons with p corrected for their number (Holm 1979), and the labels that remain."
-    if not family: return []
-    k = len(family); scale = detectable_mean(1, confidence, tests=k)/detectable_mean(1, confidence)
-    corrected = multipletests([d["p"] for d in family], method="holm")[1] if k > 1 else [family[0]["p"]]
-    told = [d | dict(p_holm=float(p), tests=k, detectable=d["detectable"] and round(float(min(d["detectable"]*scale, 1 if d["metric"] in BOUNDED else math.inf)), 6)) for d, p in zip(family, corrected)]
+    if not family:
+        return []
+    k = len(family)
+    scale = detectable_mean(1, confidence, tests=k) / detectable_mean(1, confidence)
+    corrected = (
+        multipletests([d["p"] for d in family], method="holm")[1] if k > 1 else [family[0]["p"]]
+    )
+    told = [
+        d
+        | dict(
+            p_holm=float(p),
+            tests=k,
+            detectable=d["detectable"]
+            and round(
+                float(min(d["detectable"] * scale, 1 if d["metric"] in BOUNDED else math.inf)), 6
+            ),
+        )
+        for d, p in zip(family, corrected)
+    ]
     return [d | dict(label=label(d, confidence)) for d in told]
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c031
-def jackknife(gaps) -> float: "Variance of a figure from its values without each group (Tukey 1958)."; return (len(gaps) - 1)*np.var(gaps)
+def jackknife(gaps) -> float:
+    "Variance of a figure from its values without each group (Tukey 1958)."
+    return (len(gaps) - 1) * np.var(gaps)
+
 
 def two_lucks(
-    effects,    # (seeds,)
-    gaps,       # (seeds, groups): the same without each group
-    groups,     # effective number of them
+    effects,  # (seeds,)
+    gaps,  # (seeds, groups): the same without each group
+    groups,  # effective number of them
     cells=40,
 ) -> np.ndarray:
     "(cells*cells,) equally likely variances of the mean effect: those of items and of seeds, as far as so few tell (Fisher 1935)."
-    k = len(effects); both = sum(map(jackknife, gaps - gaps.mean(0)))/k/(k - 1)
-    by_group, by_seed = max(jackknife(gaps.mean(0)) - both, 0), effects.var(ddof=1)/k
-    unsure = lambda df: df/chi2.ppf((np.arange(cells) + .5)/cells, df)
-    return np.add.outer(by_group*unsure(max(groups - 1, 1)), by_seed*unsure(k - 1)).ravel()
+    k = len(effects)
+    both = sum(map(jackknife, gaps - gaps.mean(0))) / k / (k - 1)
+    by_group, by_seed = max(jackknife(gaps.mean(0)) - both, 0), effects.var(ddof=1) / k
+
+    def unsure(df):
+        return df / chi2.ppf((np.arange(cells) + 0.5) / cells, df)
+
+    return np.add.outer(by_group * unsure(max(groups - 1, 1)), by_seed * unsure(k - 1)).ravel()
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #q04ba9
-def beyond(x, variances) -> float: "Two-sided p of a mean effect x."; return float(2*norm.sf(abs(x)/np.sqrt(variances)).mean()) if variances.any() else 1.0
-def reach(p, variances) -> float: "The mean effect that has this p."; return brentq(lambda x: beyond(x, variances) - p, 0, 60*math.sqrt(variances.max())) if variances.any() else 0.0
+def beyond(x, variances) -> float:
+    "Two-sided p of a mean effect x."
+    return float(2 * norm.sf(abs(x) / np.sqrt(variances)).mean()) if variances.any() else 1.0
+
+
+def reach(p, variances) -> float:
+    "The mean effect that has this p."
+    return (
+        brentq(lambda x: beyond(x, variances) - p, 0, 60 * math.sqrt(variances.max()))
+        if variances.any()
+        else 0.0
+    )
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #s001
 def over_seeds(
-    metric, value,
-    a,              # (rows, columns) of the base
-    several,        # (seeds, rows, columns) of the adapters of each seed
-    groups,         # (rows,)
+    metric,
+    value,
+    a,  # (rows, columns) of the base
+    several,  # (seeds, rows, columns) of the adapters of each seed
+    groups,  # (rows,)
     confidence=0.95,
 ) -> dict:
     "Is the recipe better, whatever the seed? The mean difference, with the luck of items and of seeds, and a Behrens-Fisher test on it."
@@ -174,61 +284,134 @@ def over_seeds(
     whole = [value(x.sum(0)) for x in (a, *several)]
     effects = np.array(whole[1:]) - whole[0]
     mean, spread = effects.mean(), effects.std(ddof=1)
-    of_seeds = dict(seeds=len(effects), effects=[round(float(e), 6) for e in effects], spread=round(float(spread), 6))
-    if code.max() == 0:     # one group: nothing to compare it with
-        return comparison(metric, mean, math.nan, math.nan, 1.0, code, math.nan, "Behrens-Fisher", confidence, **of_seeds)
+    of_seeds = dict(
+        seeds=len(effects),
+        effects=[round(float(e), 6) for e in effects],
+        spread=round(float(spread), 6),
+    )
+    if code.max() == 0:  # one group: nothing to compare it with
+        return comparison(
+            metric,
+            mean,
+            math.nan,
+            math.nan,
+            1.0,
+            code,
+            math.nan,
+            "Behrens-Fisher",
+            confidence,
+            **of_seeds,
+        )
     gaps = gaps_without_each(value, a, several, code)
     lucks = two_lucks(effects, gaps, worth(code))
     if too_few(code):
         rows = np.arange(len(code))
-        by_rows = two_lucks(effects, gaps_without_each(value, a, several, rows)*math.sqrt(assumed_design_effect(code)), worth(code))
+        by_rows = two_lucks(
+            effects,
+            gaps_without_each(value, a, several, rows) * math.sqrt(assumed_design_effect(code)),
+            worth(code),
+        )
         lucks = np.maximum(lucks, by_rows)
     far = reach(1 - confidence, lucks)
-    smallest = far + reach(.4, lucks)
+    smallest = far + reach(0.4, lucks)
     return comparison(
-        metric, mean, mean - far, mean + far, beyond(mean, lucks), code, smallest, "Behrens-Fisher", confidence, **of_seeds,
+        metric,
+        mean,
+        mean - far,
+        mean + far,
+        beyond(mean, lucks),
+        code,
+        smallest,
+        "Behrens-Fisher",
+        confidence,
+        **of_seeds,
     )
+
 
 def gaps_without_each(value, a, several, code) -> np.ndarray:
     "(seeds, groups): every seed's difference from the base without each group."
-    base, *each = [value(x.sum(0) - np.stack([np.bincount(code, column) for column in x.T], 1)) for x in (a, *several)]
+    base, *each = [
+        value(x.sum(0) - np.stack([np.bincount(code, column) for column in x.T], 1))
+        for x in (a, *several)
+    ]
     return np.array(each) - base
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c034
 SAYS = dict(better="{a} is better than {b}", worse="{a} is worse than {b}", tie="{a} ties with {b}")
-UNITS = dict(accuracy=("points", 100, "{:+.1f}"), f1=("F1", 1, "{:+.3f}"), loss=("nats per token", 1, "{:+.3f}"), bits_per_byte=("bits per byte", 1, "{:+.3f}"))
-OTHER = dict(exact_match="points of exact match", token_f1="token F1", rouge_l="ROUGE-L", bertscore="BERTScore", macro_f1="macro-F1", mcc="MCC", auroc="AUROC", auprc="average precision", brier="Brier score", log_loss="nats of log loss")
-UNITS |= {m: (name, *((100, "{:+.1f}") if m == "exact_match" else (1, "{:+.3f}"))) for m, name in OTHER.items()}
+UNITS = dict(
+    accuracy=("points", 100, "{:+.1f}"),
+    f1=("F1", 1, "{:+.3f}"),
+    loss=("nats per token", 1, "{:+.3f}"),
+    bits_per_byte=("bits per byte", 1, "{:+.3f}"),
+)
+OTHER = dict(
+    exact_match="points of exact match",
+    token_f1="token F1",
+    rouge_l="ROUGE-L",
+    bertscore="BERTScore",
+    macro_f1="macro-F1",
+    mcc="MCC",
+    auroc="AUROC",
+    auprc="average precision",
+    brier="Brier score",
+    log_loss="nats of log loss",
+)
+UNITS |= {
+    m: (name, *((100, "{:+.1f}") if m == "exact_match" else (1, "{:+.3f}")))
+    for m, name in OTHER.items()
+}
+
 
 def chance_text(d) -> str:
     "The test and its p in words, corrected where more than one comparison was made."
-    text = lambda p: "p < 0.001" if p < .001 else f"p = {p:.3f}"
-    return f"{d['test']} {text(d['p'])}" + (f", {text(d['p_holm']).removeprefix('p = ')} after Holm over {d['tests']} tests" if d.get("tests", 1) > 1 else "")
+
+    def text(p):
+        return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+    return f"{d['test']} {text(d['p'])}" + (
+        f", {text(d['p_holm']).removeprefix('p = ')} after Holm over {d['tests']} tests"
+        if d.get("tests", 1) > 1
+        else ""
+    )
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c035
 def rows_in_words(d) -> str:
     "How many rows, and in how many groups where rows depend on each other."
     if d.get("groups", d["n"]) == d["n"]:
         return f"n = {d['n']}"
-    return f"n = {d['n']} in {d['groups']} group{'s'*(d['groups'] > 1)}"
+    return f"n = {d['n']} in {d['groups']} group{'s' * (d['groups'] > 1)}"
+
 
 def few_groups_in_words(d) -> str:
     "What it means that rows fall into few groups; empty where they are enough."
     if "few_groups" not in d:
         return ""
-    return (f"; too few groups to tell more: rows that share a patient, a document or a question, directly or through others, "
-            f"count as {d['few_groups']:.1f} independent groups")
+    return (
+        f"; too few groups to tell more: rows that share a patient, a document or a question, directly or through others, "
+        f"count as {d['few_groups']:.1f} independent groups"
+    )
+
 
 def sentence(d, who, than="the base", where="test") -> str:
     "A comparison in words."
     unit, k, form = UNITS[d["metric"]]
-    def said(x): return form.format(k*x)
-    def bare(x): return "–" if x is None else said(x).removeprefix("+")
+
+    def said(x):
+        return form.format(k * x)
+
+    def bare(x):
+        return "–" if x is None else said(x).removeprefix("+")
+
     rows, set_name = rows_in_words(d), "this set"
     if "seeds" in d:
-        where, rows = f"{where} over {d['seeds']} seeds", f"{rows}, between seeds ±{bare(d['spread'])}"
+        where, rows = (
+            f"{where} over {d['seeds']} seeds",
+            f"{rows}, between seeds ±{bare(d['spread'])}",
+        )
         set_name = "this set and these seeds"
     low, high = d["ci95"]
     smallest = "not known" if d["detectable"] is None else f"{bare(d['detectable'])} {unit}"
-    return (f"{SAYS[d['label']].format(a=who, b=than)}: {said(d['effect'])} {unit} [{bare(low)}, {bare(high)}] on {where} ({rows}, {chance_text(d)})"
-            f"; the smallest difference {set_name} could have shown is {smallest}{few_groups_in_words(d)}")
+    return (
+        f"{SAYS[d['label']].format(a=who, b=than)}: {said(d['effect'])} {unit} [{bare(low)}, {bare(high)}] on {where} ({rows}, {chance_text(d)})"
+        f"; the smallest difference {set_name} could have shown is {smallest}{few_groups_in_words(d)}"
+    )
