@@ -65,7 +65,10 @@ def resumes(tmp_path, run):
     )
 
 
-@pytest.mark.parametrize("number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, expected",
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)],
+)
 def test_a_signal_ends_the_run_and_resume_finishes_it(tmp_path, number, expected):
     p, run, kernel = begin(tmp_path)
     pressed = time.time()
@@ -90,8 +93,16 @@ def test_a_signal_ends_the_run_and_resume_finishes_it(tmp_path, number, expected
     resumes(tmp_path, run)
 
 
+def refuses_a_second_process(tmp_path, run, kernel):
+    before = (run / "manifest.json").read_text()
+    code, out, err = medft(tmp_path, "resume", "run")
+    assert code == 2 and err.count("\n") == 1 and "another process" in err
+    assert (run / "manifest.json").read_text() == before and alive(kernel)
+
+
 def test_kill_9_leaves_no_orphan_and_reads_as_interrupted(tmp_path):
     p, run, kernel = begin(tmp_path)
+    refuses_a_second_process(tmp_path, run, kernel)
     p.kill()
     p.wait()
     until(lambda: not alive(kernel), 15)
@@ -106,14 +117,3 @@ def test_kill_9_leaves_no_orphan_and_reads_as_interrupted(tmp_path):
         == "interrupted"
     )  # ... and yet it is seen
     resumes(tmp_path, run)
-
-
-def test_only_one_process_works_on_a_run(tmp_path):
-    p, run, kernel = begin(tmp_path)
-    before = (run / "manifest.json").read_text()
-    code, out, err = medft(tmp_path, "resume", "run")
-    assert code == 2 and err.count("\n") == 1 and "another process" in err
-    assert (run / "manifest.json").read_text() == before and alive(kernel)
-    (run / "go").touch()
-    out, err = p.communicate(timeout=60)
-    assert p.returncode == 0 and manifest(run)["status"] == "finished", err

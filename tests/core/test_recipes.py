@@ -205,7 +205,11 @@ def walk(run):
         export.export(run)
 
 
-@pytest.mark.parametrize("name", REAL)
+# One of each task here; each of the others by the command in `make test-long`.
+EACH_TASK = ["nemotron_30b_medmcqa_lora", "medgemma_4b_classifier", "gemma3_4b_cpt"]
+
+
+@pytest.mark.parametrize("name", EACH_TASK)
 def test_a_recipe_goes_its_whole_way_in_rehearsal(place, name):
     from medft.cli.resume import differences
     from medft.plan.rehearsal import rehearsal
