@@ -99,7 +99,7 @@ def restore_eye(model, recipe):
     wanted = {part_of(n): p for n, p in model.named_parameters() if part_of(n)}
     for path in base_files(recipe) if wanted else ():
         with safe_open(path, "pt") as f:
-            for name in f:
+            for name in f.keys():
                 if (p := wanted.pop(part_of(name), None)) is not None:
                     p.data = f.get_tensor(name).to(p.device)
     if wanted:

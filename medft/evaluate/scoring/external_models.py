@@ -217,7 +217,7 @@ def its_labels(what) -> list | None:
     if weights is None:
         return None
     with safe_open(weights, "np") as f:
-        heads = [f.get_slice(k).get_shape() for k in f if k.endswith("score.weight")]
+        heads = [f.get_slice(k).get_shape() for k in f.keys() if k.endswith("score.weight")]
     return list(map(str, range(heads[0][0]))) if heads else None
 
 
