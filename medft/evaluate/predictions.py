@@ -250,7 +250,7 @@ def files_of(run, files, sets, prints) -> dict:
     }
     if run.recipe.engine and run.recipe.dataset.canaries:
         made[SECRETS] = digest(
-            [one, marks, run.recipe.dataset.canaries, sha256(PACKAGE / "canaries.py")]
+            [one, marks, run.recipe.dataset.canaries, sha256(PACKAGE / "data/quality/canaries.py")]
         )
     return made | {
         name: digest(
@@ -258,7 +258,10 @@ def files_of(run, files, sets, prints) -> dict:
                 one,
                 marks,
                 benchmarks.fingerprint(name, file),
-                *(sha256(PACKAGE / f"{room}.py") for room in ("harness", "benchmarks")),
+                *(
+                    sha256(PACKAGE / f"{room}.py")
+                    for room in ("evaluate/scoring/harness", "evaluate/scoring/benchmarks")
+                ),
                 run.recipe.evaluation.max_items,
             ]
         )
