@@ -294,7 +294,7 @@ def test_near_copies_stay_on_one_side(tmp_path):
 
 def test_more_rows_move_no_row_to_another_side():
     few, many = (
-        dict(zip(keys, staging.side(keys, 1, 0.1)))
+        dict(zip(keys, staging.split_by_hash(keys, 1, 0.1)))
         for keys in (list(map(str, range(n))) for n in (100, 1000))
     )
     assert few.items() <= many.items() and set(many.values()) == {"train", "validation", "test"}

@@ -10,7 +10,7 @@ __all__ = ['NICKNAMES', 'CHANGES', 'MINIMUM', 'SHARES', 'KINDS', 'typo', 'spoil'
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c002
 from ...core.run import MedftError
-from ..quality.near_duplicates import groups
+from ..quality.near_duplicates import label_groups
 from ..reading.patients import pair_text, record
 from ..reading.sources import digest, parts, rows
 
@@ -229,7 +229,7 @@ def split_patients(
         for p in patients
     ]
     people = defaultdict(list)
-    for p, g in zip(patients, groups(keys)):
+    for p, g in zip(patients, label_groups(keys)):
         people[int(g)].append(p | dict(alike=int(g)))
     waiting, sides = sorted(people.values(), key=lambda g: _hash(seed, g[0]["patient_id"])), {}
     for name in list(shares)[1:]:
