@@ -23,15 +23,9 @@ from medft.core.run import (
 )
 from . import prompts, staging
 from . import splits as storage
-from .chat_templates import rendering
+from .chat_templates import load_tokenizer, rendering
 from .prepare.cleaning import tokenizer_hash
-from medft.data.prompts import (
-    LETTERS,
-    encode,  # noqa: F401 (other modules import it from here)
-    load_tokenizer,
-    sample_text,
-    show_sample,
-)
+from .prompts import LETTERS
 from .quality import canaries, checks
 from .quality import leakage as leaks
 from .quality import near_duplicates as neighbours
@@ -42,6 +36,11 @@ from medft.data.reading import (
     sources,
 )
 from .reading.recipe_sources import open_entry
+from medft.data.tokens import (
+    encode,  # noqa: F401 (other modules import it from here)
+    sample_text,
+    show_sample,
+)
 
 import gc
 import json

@@ -11,10 +11,10 @@ __all__ = ['ONLY_FOR_CHECKS', 'KEPT_COLUMNS', 'ROOMS', 'LIBRARIES', 'CACHED', 'K
 
 # %% ../../nbs/data/splits.ipynb #c002
 from ..core.run import PACKAGE, read_json, sha256
-from . import prompts
 from .quality import checks
 from .quality import leakage as leaks
 from .staging import ROWS_PER_CHUNK, STAGED
+from .tokens import token_rows
 
 import hashlib
 import importlib.metadata
@@ -43,9 +43,8 @@ def with_tokens(
         rest = with_tokens(tok, table.filter(pa.array(lacks_tokens)))
         order = np.argsort(lacks_tokens, kind="stable")  # rows in the order: ready, rest
         return pa.concat_tables([ready, rest]).take(pa.array(np.argsort(order)))
-    ids, starts, mask = prompts.token_rows(
-        tok, table["prompt"].to_pylist(), table["completion"].to_pylist()
-    )
+    prompts, completions = table["prompt"].to_pylist(), table["completion"].to_pylist()
+    ids, starts, mask = token_rows(tok, prompts, completions)
     for name, values in (("input_ids", ids), ("completion_mask", mask)):
         column = pa.LargeListArray.from_arrays(pa.array(starts), pa.array(values))
         table = table.set_column(table.column_names.index(name), STAGED.field(name), column)

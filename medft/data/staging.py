@@ -20,6 +20,7 @@ from .quality import canaries, checks
 from .quality import leakage as leaks
 from .quality import near_duplicates as neighbours
 from .reading import schemas, sources
+from .reading.chat_formats import FORMATS, headers
 from .reading.free_text import among, fold_labels
 from .reading.group_names import join_group_names
 from .reading.list_cells import missing_kind
@@ -152,11 +153,11 @@ def text_of_turns(
     text: str,  # with the markers of one of `chat_formats.FORMATS`
 ) -> str:  # the text itself if it has none
     "What the turns of a ready text say, without their markers."
-    name, turns = prompts.headers(text)
+    name, turns = headers(text)
     ends = [*(start for _, start, _ in turns[1:]), len(text)]
     contents = []
     for (_, _, begin), end in zip(turns, ends, strict=False):  # without turns there is one end
-        stop = prompts.FORMATS[name].stop
+        stop = FORMATS[name].stop
         contents.append(text[begin:end].strip().removesuffix(stop).strip())
     return "\n".join(filter(None, contents)) or text
 

@@ -224,7 +224,7 @@ def test_shipped_rows_are_written_to_the_character_as_before(answer, chat):
     tok, rows = T.load_tokenizer(QUICK), list(starter())
     if not chat:
         tok.chat_template = None
-    assert len(rows) > 10_000 and {P.form(r) for r in rows} >= {"options", "text", "prompt"}
+    assert len(rows) > 10_000 and {P.form_of(r) for r in rows} >= {"options", "text", "prompt"}
     assert P.prompts(tok, rows, recipe(f"dataset.answer={answer}")) == [
         to_prompt_before(tok, r, answer) for r in rows
     ]
@@ -294,7 +294,7 @@ def test_rows_put_together_from_pieces_are_what_the_template_writes(name, system
                 dict(question=q, options=["no", a], answer=1, listed=False),
             ):
                 ex |= dict(id="1", group="g", subject="")
-                assert P._row(t, ex, d) == P._row(t, ex, d, fast=False), (q, a)
+                assert P._render_row(t, ex, d) == P._render_row(t, ex, d, from_pieces=False), (q, a)
 
 
 def test_a_template_that_changes_texts_is_found_out_and_rendered_row_by_row():
@@ -839,7 +839,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("kind", ["bytes", "unigram", "llama2", "wordpiece"])
 def test_tokens_are_the_tokenizers_own(kind, monkeypatch):
-    monkeypatch.setattr(K, "CHUNK", 5)
+    monkeypatch.setattr(K, "TEXTS_PER_CALL", 5)
     tok = tokenizer(kind, markers=LLAMA, adds_bos=True)
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     tok(
@@ -944,7 +944,7 @@ def test_samples_show_what_is_trained_on_and_leave_out_the_middle():
     long = K.encode(tok, ["zinc " * 3000], ["iron<eos>"])
     args = tok, long["input_ids"][0], long["completion_mask"][0]
     n = len(args[1]) - 600
-    assert sum(map(len, K._cut(list(range(777)), 100)[:2])) == 100
+    assert sum(map(len, K._without_middle(list(range(777)), 100)[:2])) == 100
     for text in (K.sample_text(*args), K.show_sample(*args)):
         assert (
             f"{n:,} tokens" in text
