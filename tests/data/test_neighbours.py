@@ -1,4 +1,4 @@
-"""Near-duplicates, groups and benchmark overlap: against brute force, on planted copies, at size, and on real exam questions."""
+"""Near-duplicates, groups and benchmark overlap: against brute force, and on planted copies."""
 
 from medft.core.run import MedftError
 from medft.data.quality import minhash as sh
@@ -62,7 +62,9 @@ def exact(texts, limit, n=3):
     x, y = shared.coords
     j = shared.data / (size[x] + size[y] - shared.data)
     return {
-        (i, k): v for i, k, v in zip(x.tolist(), y.tolist(), j.tolist()) if i < k and v >= limit
+        (i, k): v
+        for i, k, v in zip(x.tolist(), y.tolist(), j.tolist(), strict=False)
+        if i < k and v >= limit
     }
 
 
@@ -105,7 +107,7 @@ def test_across_agrees_with_brute_force():
         want, got = {p[side] for p in truth}, {p[side] for p in found}
         assert got <= want and len(got) >= 0.995 * len(want)
     best = {}
-    for (i, k), j in truth.items():
+    for (i, _), j in truth.items():
         best[i] = max(best.get(i, 0), j)
     closest = Counter(
         abs(max(j for i_, _, j in found if i_ == i) - best[i]) < 1e-6 for i in {p[0] for p in found}
@@ -178,7 +180,8 @@ def test_variants(a, b):
         ("Sjögren’s syndrome is", "SJOGREN'S SYNDROME IS:"),
         (
             "The drug of choice for treatment of status epilepticus in a child is which one",
-            "Drug of choice for the treatment of status epilepticus in a child is which one (asked twice)",
+            "Drug of choice for the treatment of status epilepticus in a child is which one "
+            "(asked twice)",
         ),
         ("A beta-blocker", "a beta blocker"),
         ("given without food", "given with out food"),
@@ -284,8 +287,10 @@ def test_long_texts_across():
 
 def test_same_in_every_process():
     code = (
-        "import json, sys; from medft.data.quality import near_duplicates as nb; t = json.load(sys.stdin); "
-        "print(json.dumps([nb.near_duplicates(t), nb.across(t[::2], t[1::2]), nb.contaminated(t[::2], t[1::2]), nb.groups(t, [(0, 1)]).tolist()]))"
+        "import json, sys; from medft.data.quality import near_duplicates as nb; t = "
+        "json.load(sys.stdin); "
+        "print(json.dumps([nb.near_duplicates(t), nb.across(t[::2], t[1::2]), "
+        "nb.contaminated(t[::2], t[1::2]), nb.groups(t, [(0, 1)]).tolist()]))"
     )
     texts = json.dumps(disturbed(exam(60)))
     out = {
@@ -346,7 +351,10 @@ def test_signatures_estimate_the_similarity():
     )
 
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi psi omega".split()
+WORDS = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron "
+    "pi rho sigma tau upsilon phi chi psi omega"
+).split()
 
 
 def test_a_benchmark_in_running_text():
@@ -406,7 +414,7 @@ def test_benchmarks_are_named_fully():
 
 
 def questions(path):
-    return [json.loads(l) for l in (LARGE / path).open()]
+    return [json.loads(line) for line in (LARGE / path).open()]
 
 
 def whole(r):
