@@ -117,7 +117,7 @@ def item_texts(
         features = sources.features(part)
         for _, _, ex, _ in schemas.read_examples(sources.rows(part), part.name, dataset, features):
             if ex:
-                texts.append("\n".join(staging.user_and_reply(ex)))
+                texts.append("\n".join(staging.said(ex)))
     return texts
 
 # %% ../../nbs/01_data.ipynb #c013

@@ -89,7 +89,7 @@ def test_agrees_with_brute_force(limit):
     assert len(truth) > 100 and all(
         (i, k) in truth and abs(truth[i, k] - j) < 1e-6 for i, k, j in found
     ), "a pair that is not one"
-    label = nb.groups([""] * len(texts), found)
+    label = nb.label_groups([""] * len(texts), found)
     held = sum(label[i] == label[k] for i, k in truth) / len(truth)
     assert held >= 0.99, f"{held:.4f} of the true pairs are in one group"
     assert len(found) == len(texts) - len(set(label)), "more ties than a group needs"
@@ -211,7 +211,7 @@ def test_big_clusters_of_variants_stay_linear():
     began = time.perf_counter()
     ties = nb.near_duplicates(texts)
     seconds = time.perf_counter() - began
-    label = nb.groups([""] * len(texts), ties)
+    label = nb.label_groups([""] * len(texts), ties)
     assert len(truth) > 100_000 and len(ties) < len(texts) and seconds < 15
     assert np.mean([label[i] == label[k] for i, k in truth]) >= 0.995
 
@@ -290,7 +290,7 @@ def test_same_in_every_process():
         "import json, sys; from medft.data.quality import near_duplicates as nb; t = "
         "json.load(sys.stdin); "
         "print(json.dumps([nb.near_duplicates(t), nb.across(t[::2], t[1::2]), "
-        "nb.contaminated(t[::2], t[1::2]), nb.groups(t, [(0, 1)]).tolist()]))"
+        "nb.contaminated(t[::2], t[1::2]), nb.label_groups(t, [(0, 1)]).tolist()]))"
     )
     texts = json.dumps(disturbed(exam(60)))
     out = {
@@ -308,14 +308,18 @@ def test_same_in_every_process():
 
 
 def test_groups():
-    assert nb.groups([]).tolist() == [] and nb.groups(["", "", None]).tolist() == [0, 1, 2]
-    assert nb.groups(["a", "b", "c", "d"], [(0, 1), (1, 2, 0.8)]).tolist() == [0, 0, 0, 1], (
+    assert nb.label_groups([]).tolist() == [] and nb.label_groups(["", "", None]).tolist() == [
+        0,
+        1,
+        2,
+    ]
+    assert nb.label_groups(["a", "b", "c", "d"], [(0, 1), (1, 2, 0.8)]).tolist() == [0, 0, 0, 1], (
         "not transitive"
     )
-    assert nb.groups([["p1", "p2"], ["p3"], ["p2", "p3"], "p4"]).tolist() == [0, 0, 0, 1], (
+    assert nb.label_groups([["p1", "p2"], ["p3"], ["p2", "p3"], "p4"]).tolist() == [0, 0, 0, 1], (
         "a row of two patients ties both"
     )
-    big = nb.groups([f"k{i % 1000}" for i in range(100_000)])
+    big = nb.label_groups([f"k{i % 1000}" for i in range(100_000)])
     assert big.max() == 999 and big[:1000].tolist() == list(range(1000))
 
 
@@ -436,7 +440,7 @@ def test_real_medmcqa():
     texts = [whole(r) for r in rows]
     ties = nb.near_duplicates(texts)
     truth = exact(texts, 0.8)
-    label = nb.groups([""] * len(texts), ties)
+    label = nb.label_groups([""] * len(texts), ties)
     assert (
         10 <= len(ties) <= 60
         and all(label[i] == label[k] for i, k in truth)
