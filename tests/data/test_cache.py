@@ -13,7 +13,10 @@ import threading
 
 import pytest
 
-CHECKS_OFF = "dataset.checks={near_duplicates: off, near_overlap: off, untrainable: off, chat_markers: off, contradictions: off}"
+CHECKS_OFF = (
+    "dataset.checks={near_duplicates: off, near_overlap: off, untrainable: off, "
+    "chat_markers: off, contradictions: off}"
+)
 SMALL = [
     "dataset.holdout=0.0",
     "training.max_length=128",
@@ -45,7 +48,9 @@ def rows(tmp_path):
 
 
 def test_a_run_placed_by_hand_never_prunes_beside_it(tmp_path, rows, monkeypatch):
-    "`--run-dir HOME/work/run` once kept its rows in HOME/.data and deleted all but ten of the user's folders there."
+    """`--run-dir HOME/work/run` once kept its rows in HOME/.data and deleted all but ten of the
+    user's folders there.
+    """
     home = tmp_path / "home"
     for number in range(14):
         (home / ".data" / f"my-study-{number:02d}").mkdir(parents=True)
@@ -118,7 +123,9 @@ def tokenizer_with(folder, **changes):
 
 
 def test_special_tokens_decide_the_key(tmp_path, rows):
-    "Llama 3's base and instruct tokenizers have one vocabulary and two end tokens; one was given the other's rows."
+    """Llama 3's base and instruct tokenizers have one vocabulary and two end tokens; one was given
+    the other's rows.
+    """
     recipe = load_recipe("your_data", [f"dataset.path={rows}", *SMALL])
     word = load_tokenizer(recipe).convert_ids_to_tokens(300)
     keys = set()
@@ -144,11 +151,11 @@ def test_library_versions_decide_the_key(rows, monkeypatch):
     for name in storing.LIBRARIES:
         real = storing.importlib.metadata.version
         with monkeypatch.context() as m:
-            m.setattr(
-                storing.importlib.metadata,
-                "version",
-                lambda asked: "0.0" if asked == name else real(asked),
-            )
+
+            def version(asked, name=name, real=real):
+                return "0.0" if asked == name else real(asked)
+
+            m.setattr(storing.importlib.metadata, "version", version)
             assert storing.cache_key(recipe, {}, tok) != before, name
 
 

@@ -1,4 +1,4 @@
-"A corpus comes out the same whatever happens on the way; nothing is lost, nothing comes twice, and memory does not grow."
+"""A corpus comes out the same after any interruption: nothing is lost, nothing comes twice."""
 
 from medft.core.run import MedftError
 from medft.data.prepare import cleaning as texts
@@ -94,7 +94,7 @@ def start(tokens, paths, out, step=20_000, **how):
 
 
 def lines(out):
-    return [json.loads(l) for l in (Path(out) / "documents.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(out) / "documents.jsonl").read_text().splitlines()]
 
 
 # one result, whatever happens
@@ -252,7 +252,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokens):
         return [int(x) for x in out.split()[1:]]
 
     small, large = peak(700), peak(5600)
-    assert all(b - a < 25e6 for a, b in zip(small, large)), (small, large)
+    assert all(b - a < 25e6 for a, b in zip(small, large, strict=False)), (small, large)
 
 
 # nothing is lost, nothing comes twice
@@ -275,13 +275,13 @@ def test_every_token_is_in_the_windows_once_and_in_order(tmp_path, fast, tokens)
                 row["seq_lengths"]
             ) == len(row["documents"])
             at = 0
-            for n, k in zip(row["documents"], row["seq_lengths"]):
+            for n, k in zip(row["documents"], row["seq_lengths"], strict=False):
                 found.setdefault(n, []).extend(row["input_ids"][at : at + k])
                 at += k
     fates = lines(tmp_path / "out")
-    assert len(fates) == len(docs) and set(found) == {l["n"] for l in fates if "split" in l} == set(
-        range(122)
-    )
+    assert len(fates) == len(docs) and set(found) == {
+        line["n"] for line in fates if "split" in line
+    } == set(range(122))
     for n, ids in found.items():
         assert (
             ids
@@ -332,7 +332,8 @@ def test_a_tokenizer_with_a_begin_token_gets_one_per_document(tmp_path, monkeypa
 @given(
     st.text(
         st.sampled_from(
-            "ab1 \t\n\r\x0c\x85\u2028\xa0\u3000\xad\ufeff\u200b\u200d\ufb01e\u0301\u0344血ก\x00\x1c\ud800ÃÂ©"
+            "ab1 \t\n\r\x0c\x85\u2028\xa0\u3000\xad\ufeff\u200b\u200d\ufb01e\u0301\u0344"
+            "血ก\x00\x1c\ud800ÃÂ©"
         )
     )
     | st.text()
@@ -449,10 +450,14 @@ def test_groups_are_not_split_and_counts_add_up(tmp_path, fast):
 # what is refused
 
 JATS = (
-    '<article><front><article-meta><article-id pub-id-type="doi">10.1/x.{0}</article-id><title-group><article-title>T{0}</article-title></title-group></article-meta></front>'
+    "<article><front><article-meta><article-id "
+    'pub-id-type="doi">10.1/x.{0}</article-id><title-group><article-title>T{0}</article-title></title-group></article-meta></front>'
     "<body><p>{1}</p></body></article>"
 )
-QA = '<Document id="1"><QAPairs><QAPair pid="1"><Question qid="1-1" qtype="causes">Why?</Question><Answer>So.</Answer></QAPair></QAPairs></Document>'
+QA = (
+    '<Document id="1"><QAPairs><QAPair pid="1"><Question qid="1-1" '
+    'qtype="causes">Why?</Question><Answer>So.</Answer></QAPair></QAPairs></Document>'
+)
 
 
 def test_xml_folders_text_files_and_a_chosen_column(tmp_path, fast):
@@ -468,10 +473,8 @@ def test_xml_folders_text_files_and_a_chosen_column(tmp_path, fast):
         tmp_path / "c.jsonl.gz", [dict(abstract=page(f"c{i}", 20), label=1) for i in range(4)]
     )
     made = make([str(tmp_path / "xml"), str(tmp_path / "txt")], tmp_path / "out", workers=2)
-    assert made["documents"]["kept"] == 8 and [l["id"] for l in lines(tmp_path / "out")][:2] == [
-        "x.0",
-        "x.2",
-    ]
+    assert made["documents"]["kept"] == 8
+    assert [line["id"] for line in lines(tmp_path / "out")][:2] == ["x.0", "x.2"]
     assert make([rows], tmp_path / "out2", column="abstract")["documents"]["kept"] == 4
     with pytest.raises(
         MedftError, match="no column 'text'.* it has abstract: name the one to train on with --text"
@@ -687,12 +690,13 @@ def test_articles_as_rows_and_as_xml_are_the_same_articles(tmp_path, folder, n_r
 @pytest.mark.long
 @needs_large
 def test_side_by_side_with_map_and_trl_packing(tmp_path, capsys):
-    "Documents a second of both routes and of the tokenizer alone, on the same texts: printed, not asserted (other work on the machine decides too)."
-    rows = [
-        json.loads(l)
-        for f in ("plos_articles", "openstax_ap2e")
-        for l in gzip.open(SHARED / f"{f}.jsonl.gz", "rt")
-    ]
+    """Documents a second of both routes and of the tokenizer alone, on the same texts: printed,
+    not asserted (other work on the machine decides too).
+    """
+    rows = []
+    for name in ("plos_articles", "openstax_ap2e"):
+        with gzip.open(SHARED / f"{name}.jsonl.gz", "rt") as f:
+            rows += map(json.loads, f)
     sentences = [s for r in rows for s in r["text"].split(". ") if s]
     rng = random.Random(0)
     path = write(
@@ -702,14 +706,26 @@ def test_side_by_side_with_map_and_trl_packing(tmp_path, capsys):
             for _ in range(1500)
         ),
     )
-    plain = f"""import time, json, gzip
-from datasets import load_dataset; from trl import pack_dataset; from medft.core.run import assets; from transformers import AutoTokenizer
-import os; os.environ["TOKENIZERS_PARALLELISM"] = "true"
-tok = AutoTokenizer.from_pretrained(str(assets()/"tiny_base")); texts = [json.loads(l)["text"] for l in gzip.open({path!r}, "rt")]
-t = time.time(); tok.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False); print(time.time() - t)
-t = time.time(); ds = load_dataset("json", data_files={path!r}, split="train", cache_dir={str(tmp_path / "cache")!r})
-ds = ds.map(lambda b: dict(input_ids=tok([x + tok.eos_token for x in b["text"]])["input_ids"]), batched=True, remove_columns=["text"])
-pack_dataset(ds, 8192, "bfd_split").save_to_disk({str(tmp_path / "plain")!r}); print(time.time() - t)"""
+    plain = f"""
+import gzip, json, os, time
+from datasets import load_dataset
+from trl import pack_dataset
+from medft.core.run import assets
+from transformers import AutoTokenizer
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+tok = AutoTokenizer.from_pretrained(str(assets() / "tiny_base"))
+texts = [json.loads(line)["text"] for line in gzip.open({path!r}, "rt")]
+start = time.time()
+tok.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+print(time.time() - start)
+start = time.time()
+cache = {str(tmp_path / "cache")!r}
+ds = load_dataset("json", data_files={path!r}, split="train", cache_dir=cache)
+def tokenised(batch):
+    return dict(input_ids=tok([text + tok.eos_token for text in batch["text"]])["input_ids"])
+ds = ds.map(tokenised, batched=True, remove_columns=["text"])
+pack_dataset(ds, 8192, "bfd_split").save_to_disk({str(tmp_path / "plain")!r})
+print(time.time() - start)"""
     for attempt in range(3):
         made = prepare_corpus([path], tmp_path / f"ours{attempt}", workers=2, tell=quiet)
         alone, other = map(
@@ -720,6 +736,8 @@ pack_dataset(ds, 8192, "bfd_split").save_to_disk({str(tmp_path / "plain")!r}); p
         )
         with capsys.disabled():
             print(
-                f"\n1500 documents: ours {made['seconds']:.1f} s, map + pack {other:.1f} s ({other / made['seconds']:.1f}x), tokenizer alone {alone:.1f} s ({alone / made['seconds']:.0%})"
+                f"\n1500 documents: ours {made['seconds']:.1f} s, map + pack {other:.1f} s "
+                f"({other / made['seconds']:.1f}x), tokenizer alone {alone:.1f} s "
+                f"({alone / made['seconds']:.0%})"
             )
     assert made["documents"]["kept"] == 1500

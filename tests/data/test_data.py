@@ -1,4 +1,4 @@
-"""The data room whole: real files by recipe, splits that hold groups together, checks, the cache."""
+"""The data stage whole: real files, splits that hold groups together, checks, the cache."""
 
 from medft.core.run import MedftError, Run, load_recipe, read_json
 from medft.data import pipeline as data
@@ -6,7 +6,6 @@ from medft.data import splits as storing
 from medft.data import staging
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +36,7 @@ def balanced(report):
 
 
 def flagged(run):
-    return [json.loads(l) for l in (run.path / "data/flagged.jsonl").open()]
+    return [json.loads(line) for line in (run.path / "data/flagged.jsonl").open()]
 
 
 def split(run, name):
@@ -105,7 +104,7 @@ def test_every_real_file_goes_in(tmp_path, folder, name, rows, schema):
         and report["shapes"]["train"] == (schema or report["shapes"]["train"])
     ), report
     assert report["rows_out"] > 0 and report["trainable_tokens"] > 0
-    rejected = [json.loads(l) for l in (run.path / "data/rejected.jsonl").open()]
+    rejected = [json.loads(line) for line in (run.path / "data/rejected.jsonl").open()]
     assert len(rejected) == sum(report["rejected"].values()) and all(
         r["file"] and r["reason"] and r["row"] for r in rejected
     )
@@ -138,7 +137,7 @@ def test_unlabelled_rows_are_set_aside_and_named(tmp_path, folder):
     with pytest.raises(MedftError, match="no usable training row"):
         prepared(tmp_path, folder / "medmcqa/test_unlabelled.parquet")
     rejected = [
-        json.loads(l) for l in next((tmp_path / "runs").rglob("data/rejected.jsonl")).open()
+        json.loads(line) for line in next((tmp_path / "runs").rglob("data/rejected.jsonl")).open()
     ]
     assert len(rejected) == (5 if folder == SMALL else 200) and all(
         "no answer" in r["reason"] and r["file"].endswith("test_unlabelled.parquet")
@@ -204,7 +203,7 @@ def test_bad_rows_are_counted_and_kept(tmp_path):
     assert (
         balanced(report) and sum(report["rejected"].values()) == 4 and len(report["rejected"]) == 4
     )
-    assert [json.loads(l)["row"] for l in (run.path / "data/rejected.jsonl").open()] == [
+    assert [json.loads(line)["row"] for line in (run.path / "data/rejected.jsonl").open()] == [
         51,
         52,
         53,
@@ -241,7 +240,9 @@ def test_a_scored_question_in_the_training_rows_is_refused_or_dropped(tmp_path):
 
 def test_a_benchmark_item_in_the_training_rows_is_found(tmp_path):
     item = MCQ | dict(
-        question="A 54-year-old man with a long history of smoking presents with haemoptysis, weight loss and a mass in the hilum of the right lung; which cells are seen?"
+        question="A 54-year-old man with a long history of smoking presents with "
+        "haemoptysis, weight loss and a mass in the hilum of the right lung; which "
+        "cells are seen?"
     )
     a, b = (
         write(tmp_path / "a.jsonl", questions(30) + [item]),
@@ -272,7 +273,9 @@ def test_max_samples_is_counted_as_filtered_and_repeatable(tmp_path):
 
 
 def test_near_copies_stay_on_one_side(tmp_path):
-    words = "fever cough rash nausea fatigue tremor oedema pallor dyspnoea jaundice syncope ataxia".split()
+    words = (
+        "fever cough rash nausea fatigue tremor oedema pallor dyspnoea jaundice syncope ataxia"
+    ).split()
     rng = np.random.default_rng(0)
     base = [" ".join(rng.choice(words, 30)) + f" case {i}" for i in range(150)]
     rows = [
@@ -294,7 +297,7 @@ def test_near_copies_stay_on_one_side(tmp_path):
 
 def test_more_rows_move_no_row_to_another_side():
     few, many = (
-        dict(zip(keys, staging.side(keys, 1, 0.1)))
+        dict(zip(keys, staging.split_by_hash(keys, 1, 0.1), strict=False))
         for keys in (list(map(str, range(n))) for n in (100, 1000))
     )
     assert few.items() <= many.items() and set(many.values()) == {"train", "validation", "test"}
@@ -377,7 +380,7 @@ def test_an_exact_mask(tmp_path):
             slow[0]
         ) + [1] * len(slow[1])
         assert (
-            tok.decode([i for i, m in zip(r["input_ids"], r["completion_mask"]) if m])
+            tok.decode([i for i, m in zip(r["input_ids"], r["completion_mask"], strict=False) if m])
             == r["completion"]
         )
 

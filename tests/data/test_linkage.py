@@ -1,4 +1,4 @@
-"""Record pairs: split by patient, repeatable to the byte, hard but fair, and pushed only when asked."""
+"""Record pairs: split by patient, repeatable to the byte, and pushed only when asked."""
 
 from medft.core.run import MedftError
 from medft.data.prepare import linkage
@@ -30,7 +30,8 @@ def people(n, seed=0):
     return [
         dict(
             Id=f"p{i:04d}",
-            BIRTHDATE=f"{rng.randint(1940, 2008)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}",
+            BIRTHDATE=f"{rng.randint(1940, 2008)}-{rng.randint(1, 12):02d}"
+            f"-{rng.randint(1, 28):02d}",
             SSN=f"999-{rng.randint(10, 99)}-{rng.randint(1000, 9999)}",
             FIRST=rng.choice(FIRST) + "7",
             LAST=rng.choice(LAST) + "12",
@@ -83,7 +84,10 @@ def write(folder, people, seed=1, visits=9):
 
 def pairs(out):
     return {
-        s: [json.loads(l) for l in (out / f"{s}.jsonl").read_text(encoding="utf-8").splitlines()]
+        s: [
+            json.loads(line)
+            for line in (out / f"{s}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         for s in ("train", "validation", "test")
     }
 
@@ -127,35 +131,35 @@ def test_a_match_shares_no_visit_and_kinds_hold(made):
     born = {p["Id"]: p for p in people(300)}
     total = Counter(e["PATIENT"] for e in csv.DictReader((made[0] / "encounters.csv").open()))
     for x in (x for rows in pairs(made[1]).values() for x in rows):
-        l, r, changed = x["left"], x["right"], set(x["right_changes"])
+        left, right, changed = x["left"], x["right"], set(x["right_changes"])
         if x["label"]:
             assert (
-                l["visits"] + r["visits"] == total[x["left_patient"]]
-                and l["visits"]
-                and r["visits"]
+                left["visits"] + right["visits"] == total[x["left_patient"]]
+                and left["visits"]
+                and right["visits"]
             )
             untouched = {
                 k for k in ("first", "last", "birth_date", "sex", "address", "zip") if not changed
             }
-            assert all(l[k] == r[k] for k in untouched)
+            assert all(left[k] == right[k] for k in untouched)
         if x["kind"] == "same_surname" and not changed & {
             "last_typo",
             "swap_names",
             "maiden",
             "upper",
         }:
-            assert l["last"] == r["last"]
+            assert left["last"] == right["last"]
         if x["kind"] == "same_year_sex" and not changed & {
             "dob_format",
             "dob_digit",
             "dob_swap",
             "sex_missing",
         }:
-            assert (l["birth_date"][:4], l["sex"]) == (r["birth_date"][:4], r["sex"])
+            assert (left["birth_date"][:4], left["sex"]) == (right["birth_date"][:4], right["sex"])
         if x["kind"] == "household" and not changed & {"moved", "address_abbrev", "upper"}:
-            assert l["address"] == r["address"]
-        assert born[x["left_patient"]]["BIRTHDATE"] == l["birth_date"] and not any(
-            c.isdigit() for c in l["first"] + l["last"]
+            assert left["address"] == right["address"]
+        assert born[x["left_patient"]]["BIRTHDATE"] == left["birth_date"] and not any(
+            c.isdigit() for c in left["first"] + left["last"]
         )
 
 
@@ -238,7 +242,11 @@ def test_neither_trivial_nor_impossible(made):
 
 
 def test_same_seed_same_bytes_whatever_the_hash_seed_the_place_and_the_order(made, tmp_path):
-    code = "import sys; from medft.data.prepare.linkage import prepare_pairs; import json; print(json.dumps(prepare_pairs(sys.argv[1], sys.argv[2], license='apache-2.0')['files']))"
+    code = (
+        "import sys; from medft.data.prepare.linkage import prepare_pairs; import json; "
+        "print(json.dumps(prepare_pairs(sys.argv[1], sys.argv[2], "
+        "license='apache-2.0')['files']))"
+    )
     for hash_seed in ("1", "4242"):
         out = subprocess.run(
             [sys.executable, "-c", code, str(made[0]), str(tmp_path / hash_seed)],

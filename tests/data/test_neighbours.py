@@ -1,4 +1,4 @@
-"""Near-duplicates, groups and benchmark overlap: against brute force, on planted copies, at size, and on real exam questions."""
+"""Near-duplicates, groups and benchmark overlap: against brute force, and on planted copies."""
 
 from medft.core.run import MedftError
 from medft.data.quality import minhash as sh
@@ -62,7 +62,9 @@ def exact(texts, limit, n=3):
     x, y = shared.coords
     j = shared.data / (size[x] + size[y] - shared.data)
     return {
-        (i, k): v for i, k, v in zip(x.tolist(), y.tolist(), j.tolist()) if i < k and v >= limit
+        (i, k): v
+        for i, k, v in zip(x.tolist(), y.tolist(), j.tolist(), strict=False)
+        if i < k and v >= limit
     }
 
 
@@ -87,7 +89,7 @@ def test_agrees_with_brute_force(limit):
     assert len(truth) > 100 and all(
         (i, k) in truth and abs(truth[i, k] - j) < 1e-6 for i, k, j in found
     ), "a pair that is not one"
-    label = nb.groups([""] * len(texts), found)
+    label = nb.label_groups([""] * len(texts), found)
     held = sum(label[i] == label[k] for i, k in truth) / len(truth)
     assert held >= 0.99, f"{held:.4f} of the true pairs are in one group"
     assert len(found) == len(texts) - len(set(label)), "more ties than a group needs"
@@ -105,7 +107,7 @@ def test_across_agrees_with_brute_force():
         want, got = {p[side] for p in truth}, {p[side] for p in found}
         assert got <= want and len(got) >= 0.995 * len(want)
     best = {}
-    for (i, k), j in truth.items():
+    for (i, _), j in truth.items():
         best[i] = max(best.get(i, 0), j)
     closest = Counter(
         abs(max(j for i_, _, j in found if i_ == i) - best[i]) < 1e-6 for i in {p[0] for p in found}
@@ -178,7 +180,8 @@ def test_variants(a, b):
         ("Sjögren’s syndrome is", "SJOGREN'S SYNDROME IS:"),
         (
             "The drug of choice for treatment of status epilepticus in a child is which one",
-            "Drug of choice for the treatment of status epilepticus in a child is which one (asked twice)",
+            "Drug of choice for the treatment of status epilepticus in a child is which one "
+            "(asked twice)",
         ),
         ("A beta-blocker", "a beta blocker"),
         ("given without food", "given with out food"),
@@ -208,7 +211,7 @@ def test_big_clusters_of_variants_stay_linear():
     began = time.perf_counter()
     ties = nb.near_duplicates(texts)
     seconds = time.perf_counter() - began
-    label = nb.groups([""] * len(texts), ties)
+    label = nb.label_groups([""] * len(texts), ties)
     assert len(truth) > 100_000 and len(ties) < len(texts) and seconds < 15
     assert np.mean([label[i] == label[k] for i, k in truth]) >= 0.995
 
@@ -284,8 +287,10 @@ def test_long_texts_across():
 
 def test_same_in_every_process():
     code = (
-        "import json, sys; from medft.data.quality import near_duplicates as nb; t = json.load(sys.stdin); "
-        "print(json.dumps([nb.near_duplicates(t), nb.across(t[::2], t[1::2]), nb.contaminated(t[::2], t[1::2]), nb.groups(t, [(0, 1)]).tolist()]))"
+        "import json, sys; from medft.data.quality import near_duplicates as nb; t = "
+        "json.load(sys.stdin); "
+        "print(json.dumps([nb.near_duplicates(t), nb.across(t[::2], t[1::2]), "
+        "nb.contaminated(t[::2], t[1::2]), nb.label_groups(t, [(0, 1)]).tolist()]))"
     )
     texts = json.dumps(disturbed(exam(60)))
     out = {
@@ -303,14 +308,18 @@ def test_same_in_every_process():
 
 
 def test_groups():
-    assert nb.groups([]).tolist() == [] and nb.groups(["", "", None]).tolist() == [0, 1, 2]
-    assert nb.groups(["a", "b", "c", "d"], [(0, 1), (1, 2, 0.8)]).tolist() == [0, 0, 0, 1], (
+    assert nb.label_groups([]).tolist() == [] and nb.label_groups(["", "", None]).tolist() == [
+        0,
+        1,
+        2,
+    ]
+    assert nb.label_groups(["a", "b", "c", "d"], [(0, 1), (1, 2, 0.8)]).tolist() == [0, 0, 0, 1], (
         "not transitive"
     )
-    assert nb.groups([["p1", "p2"], ["p3"], ["p2", "p3"], "p4"]).tolist() == [0, 0, 0, 1], (
+    assert nb.label_groups([["p1", "p2"], ["p3"], ["p2", "p3"], "p4"]).tolist() == [0, 0, 0, 1], (
         "a row of two patients ties both"
     )
-    big = nb.groups([f"k{i % 1000}" for i in range(100_000)])
+    big = nb.label_groups([f"k{i % 1000}" for i in range(100_000)])
     assert big.max() == 999 and big[:1000].tolist() == list(range(1000))
 
 
@@ -346,7 +355,10 @@ def test_signatures_estimate_the_similarity():
     )
 
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi psi omega".split()
+WORDS = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron "
+    "pi rho sigma tau upsilon phi chi psi omega"
+).split()
 
 
 def test_a_benchmark_in_running_text():
@@ -406,7 +418,7 @@ def test_benchmarks_are_named_fully():
 
 
 def questions(path):
-    return [json.loads(l) for l in (LARGE / path).open()]
+    return [json.loads(line) for line in (LARGE / path).open()]
 
 
 def whole(r):
@@ -428,7 +440,7 @@ def test_real_medmcqa():
     texts = [whole(r) for r in rows]
     ties = nb.near_duplicates(texts)
     truth = exact(texts, 0.8)
-    label = nb.groups([""] * len(texts), ties)
+    label = nb.label_groups([""] * len(texts), ties)
     assert (
         10 <= len(ties) <= 60
         and all(label[i] == label[k] for i, k in truth)

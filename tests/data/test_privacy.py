@@ -1,4 +1,4 @@
-"""Identifiers: what is found, what must not be, how well on generated notes in other words than the notebook's, and how fast."""
+"""Identifiers: what is found, what must not be, how well on generated notes, and how fast."""
 
 from medft.data.quality.identifiers import APART, KINDS, Finding, find, scan
 
@@ -52,11 +52,12 @@ def test_rows_and_counts():
 def test_findings_stand_in_order_and_do_not_overlap():
     (found,) = find(
         [
-            "Fax 301-496-5248, MRN 123-45-6789, born 3/4/1980, 12 Oak Street, Akron, OH 44304, http://a.com/?q=b@c.com 4111111111111111"
+            "Fax 301-496-5248, MRN 123-45-6789, born 3/4/1980, 12 Oak Street, Akron, OH "
+            "44304, http://a.com/?q=b@c.com 4111111111111111"
         ]
     )
     assert [f.kind for f in found][:5] == ["fax", "mrn", "date", "address", "zip"]
-    assert all(a.end <= b.start for a, b in zip(found, found[1:]))
+    assert all(a.end <= b.start for a, b in zip(found, found[1:], strict=False))
 
 
 # ---- kind by kind
@@ -172,16 +173,25 @@ def test_found(kind, text):
         assert kind in kinds(t)[0], f"{kind} not found in {t!r}: {kinds(t)}"
 
 
-SILENT = """BP 120/80 mmHg, pulse 72|T2-3 N0 M0|BRCA1, IL-2, CD4+ and HLA-DRB1*04:01:01:01|p.Arg117His|c.1521_1523delCTT|chr17:41,196,312-41,277,500
-17q21.31|PMID 12345678|PMC1234567|doi:10.1371/journal.pmed.1001080|10 digits: 3014965248|range 100-200-3000|100-200|1-800|version 10.2.3.4|v1.12.0.15
-Ans. is 1.2.3.4|Ans: 10.11.12.13|EC 3.4.21.69|section 2.10.3.1|Na 135-145 mmol/L, WBC 4500-11000|NCT01234567|CAS 7732-18-5|ISBN 978-0-306-40615-7
-N Engl J Med 2003;348:1387-1394|published online March 14, 2002|in 1962|born in 1962|on March 14|Patients were admitted from 1 May 2004 to 30 June 2006
-aged 90 and over|people over 90 years of age|from 15 to 93 years old|aged 95 days|up to age 90|angle of 90o|temperature 98 F|a 45-year-old man|95% CI 1.2-1.9
-dose of 12 mg/kg every 8 h|Medical records of 12000 patients|Patient no. 3|control group = 1620/15225|case 12: 4500 cells|account for 120000 deaths
-growth plate 24 weeks|serial ECG at 12 and 24 h|license to practise since 1998|12 Contrast CT|2 mm ST elevation|6 Minute Walk Test|Table 2 Chi Square
-5 St. George score|In 2004 Professor Dr Smith|20 Circle of Willis|SPSS version 16, SPSS Inc., Chicago, Illinois|IN 12345 patients|1:100000 dilution
-56.8+16.9|9.4+10.4+9.6+9.1|12:30:45|1234567890123456|lot AB1234563|1M8GDM9A7KP042788|AGCTAGCTAGCTAGCTA|12345678901234567|http://enm|E.coli/S.aureus|5 mg @ 8 am
-G2 P1+0+0|cell 4500-11000|T cell 100-200 20000|call for 100 units|name: aspirin|patient name|the MRN|SSN is not recorded|ICD-10 E11.65|SNOMED 44054006|LOINC 2345-7"""
+SILENT = """\
+BP 120/80 mmHg, pulse 72|T2-3 N0 M0|BRCA1, IL-2, CD4+ and HLA-DRB1*04:01:01:01|p.Arg117His
+c.1521_1523delCTT|chr17:41,196,312-41,277,500|17q21.31|PMID 12345678|PMC1234567
+doi:10.1371/journal.pmed.1001080|10 digits: 3014965248|range 100-200-3000|100-200|1-800
+version 10.2.3.4|v1.12.0.15|Ans. is 1.2.3.4|Ans: 10.11.12.13|EC 3.4.21.69|section 2.10.3.1
+Na 135-145 mmol/L, WBC 4500-11000|NCT01234567|CAS 7732-18-5|ISBN 978-0-306-40615-7
+N Engl J Med 2003;348:1387-1394|published online March 14, 2002|in 1962|born in 1962|on March 14
+Patients were admitted from 1 May 2004 to 30 June 2006|aged 90 and over
+people over 90 years of age|from 15 to 93 years old|aged 95 days|up to age 90|angle of 90o
+temperature 98 F|a 45-year-old man|95% CI 1.2-1.9|dose of 12 mg/kg every 8 h
+Medical records of 12000 patients|Patient no. 3|control group = 1620/15225|case 12: 4500 cells
+account for 120000 deaths|growth plate 24 weeks|serial ECG at 12 and 24 h
+license to practise since 1998|12 Contrast CT|2 mm ST elevation|6 Minute Walk Test
+Table 2 Chi Square|5 St. George score|In 2004 Professor Dr Smith|20 Circle of Willis
+SPSS version 16, SPSS Inc., Chicago, Illinois|IN 12345 patients|1:100000 dilution|56.8+16.9
+9.4+10.4+9.6+9.1|12:30:45|1234567890123456|lot AB1234563|1M8GDM9A7KP042788|AGCTAGCTAGCTAGCTA
+12345678901234567|http://enm|E.coli/S.aureus|5 mg @ 8 am|G2 P1+0+0|cell 4500-11000
+T cell 100-200 20000|call for 100 units|name: aspirin|patient name|the MRN|SSN is not recorded
+ICD-10 E11.65|SNOMED 44054006|LOINC 2345-7"""
 
 
 @pytest.mark.parametrize("text", SILENT.replace("\n", "|").split("|"))
@@ -316,12 +326,12 @@ def test_precision_and_recall():
     for kind in NOTES:
         right = [
             any(f.kind == kind and f.start < e and s < f.end for f in fs)
-            for (k, _, (s, e)), fs in zip(rows, found)
+            for (k, _, (s, e)), fs in zip(rows, found, strict=False)
             if k == kind
         ]
         said = [
             k == kind and f.start < e and s < f.end
-            for (k, _, (s, e)), fs in zip(rows, found)
+            for (k, _, (s, e)), fs in zip(rows, found, strict=False)
             for f in fs
             if f.kind == kind
         ]
@@ -381,7 +391,7 @@ SCRAPS = st.sampled_from(
 def test_never_raises_and_spans_slice_back(texts):
     found = find(texts)
     assert len(found) == len(texts)
-    for text, fs in zip(texts, found):
+    for text, fs in zip(texts, found, strict=False):
         assert all(
             isinstance(f, Finding)
             and text[f.start : f.end] == f.text
@@ -389,7 +399,7 @@ def test_never_raises_and_spans_slice_back(texts):
             and f.kind in {*KINDS, *APART}
             for f in fs
         )
-        assert all(a.end <= b.start for a, b in zip(fs, fs[1:]))
+        assert all(a.end <= b.start for a, b in zip(fs, fs[1:], strict=False))
 
 
 def test_a_text_found_alone_is_found_among_others():
@@ -419,8 +429,10 @@ def test_a_text_found_alone_is_found_among_others():
 )
 def test_odd_texts_take_no_time(odd):
     text = (
-        odd * 5000
-        + " MRN: 00482913 call 301-496-5248 born 3/4/1980 a@b.com 4111 1111 1111 1111 from 73.162.4.19 at 12 Oak Street, Akron, OH 44304"
+        odd
+        * 5000
+        + " MRN: 00482913 call 301-496-5248 born 3/4/1980 a@b.com 4111 1111 1111 1111 from "
+        "73.162.4.19 at 12 Oak Street, Akron, OH 44304"
     )
     start = time.perf_counter()
     find([text])
@@ -429,7 +441,8 @@ def test_odd_texts_take_no_time(odd):
 
 def test_fast_enough_for_a_training_set():
     base = [
-        "A 45-year-old man (BP 120/80) has had chest pain for 3 hours. Which is next?\nECG\nTroponin 0.4\nAspirin 300 mg\nCT"
+        "A 45-year-old man (BP 120/80) has had chest pain for 3 hours. Which is "
+        "next?\nECG\nTroponin 0.4\nAspirin 300 mg\nCT"
     ] * 60_000
     start = time.process_time()
     assert scan(base)[0] == []
@@ -477,7 +490,7 @@ def test_health_pages_hold_offices_mostly():
 
 @on_real_rows
 def test_synthetic_patients_are_recognised(folder):
-    pairs = [json.loads(l) for l in (folder / "synthea/er_pairs.jsonl").open()]
+    pairs = [json.loads(line) for line in (folder / "synthea/er_pairs.jsonl").open()]
     texts = [json.dumps(p[side]) for p in pairs for side in ("left", "right")]
     rows, counts = scan(texts)
     held = sum(bool(p[side]["ssn"]) for p in pairs for side in ("left", "right"))

@@ -1,4 +1,4 @@
-"""One prompt path: templates of every family, formatted rows, masks, stop tokens, and tokens equal to the tokenizer's own."""
+"""Prompts of every template family, formatted rows, masks, stop tokens, and tokens."""
 
 from medft.core.run import MedftError, assets, load_recipe
 from medft.data import chat_templates as T
@@ -39,40 +39,53 @@ CHATML = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 # Small templates in the manner of the families; none is a copy
 STYLES = {
     "llama3": (
-        "{% for m in messages %}{{ (bos_token if loop.first else '') ~ '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' ~ m.content | trim ~ '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+        "{% for m in messages %}{{ (bos_token if loop.first else '') ~ "
+        "'<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' ~ m.content | trim ~ "
+        "'<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ "
+        "'<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
         LLAMA,
         "<|eot_id|>",
     ),
     "gemma": (
-        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
-        "{{ '<start_of_turn>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\n' ~ m.content | trim ~ '<end_of_turn>\n' }}{% endfor %}"
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System "
+        "role not supported') }}{% endif %}{% for m in messages %}"
+        "{{ '<start_of_turn>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\n' ~ "
+        "m.content | trim ~ '<end_of_turn>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
         GEMMA,
         "<end_of_turn>",
     ),
     "mistral": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' ~ m.content ~ ' [/INST]' }}{% elif m.role == 'assistant' %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' ~ "
+        "m.content ~ ' [/INST]' }}{% elif m.role == 'assistant' %}"
         "{{ ' ' ~ m.content | trim ~ eos_token }}{% endif %}{% endfor %}",
         (),
         "<eos>",
     ),  # drops system messages silently
     "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ "
+        "'<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
         CHATML,
         "<|im_end|>",
     ),
     "thinking": (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n<think></think>' ~ m.content.split('</think>')[-1] ~ '<|im_end|>\n' }}"
-        "{% else %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
-        "{{ '<|im_start|>assistant\n' ~ ('<think></think>' if enable_thinking is defined and not enable_thinking else '<think>\n') }}{% endif %}",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ "
+        "'<|im_start|>assistant\n<think></think>' ~ m.content.split('</think>')[-1] ~ "
+        "'<|im_end|>\n' }}"
+        "{% else %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% "
+        "endif %}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' ~ ('<think></think>' if enable_thinking is defined "
+        "and not enable_thinking else '<think>\n') }}{% endif %}",
         CHATML,
         "<|im_end|>",
     ),
     "marked": (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}{{ m.content ~ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-        "{% else %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' "
+        "}}{% generation %}{{ m.content ~ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+        "{% else %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% "
+        "endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
         CHATML,
         "<|im_end|>",
@@ -84,7 +97,8 @@ STYLES = {
 def backend(kind="bytes", markers=()):
     "A tiny tokenizer of one kind, trained on the spot."
     texts = [
-        "Which vitamin prevents scurvy? Vitamin C. Iron, zinc, naloxone: β-blocker 37 °C\n user assistant system model"
+        "Which vitamin prevents scurvy? Vitamin C. Iron, zinc, naloxone: β-blocker 37 °C\n "
+        "user assistant system model"
     ] * 20
     special = ["<unk>", "<pad>", "<bos>", "<eos>"]
     if kind == "bytes":
@@ -188,7 +202,12 @@ def to_prompt_before(tok, ex, answer):
         return out | dict(prompt=prompt, completion=completion, reference=ex["answer"])
     said = ex["options"] if answer == "text" else list("ABCDEFGHIJ"[: len(ex["options"])])
     prompt, completion = render(
-        "\n".join([ex["question"], *(f"{a}. {o}" for a, o in zip("ABCDEFGHIJ", ex["options"]))]),
+        "\n".join(
+            [
+                ex["question"],
+                *(f"{a}. {o}" for a, o in zip("ABCDEFGHIJ", ex["options"], strict=False)),
+            ]
+        ),
         said[ex["answer"]],
     )
     head = completion[: completion.index(said[ex["answer"]])]
@@ -199,7 +218,8 @@ def to_prompt_before(tok, ex, answer):
 
 def starter():
     for path in sorted((assets() / "starter").glob("*.jsonl*")):
-        for n, line in enumerate(gzip.open(path, "rt") if path.suffix == ".gz" else path.open()):
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        for n, line in enumerate(raw.splitlines()):
             r = json.loads(line)
             base = dict(id=f"{path.name}:{n}", group="g", subject="")
             if "opa" in r:
@@ -224,7 +244,7 @@ def test_shipped_rows_are_written_to_the_character_as_before(answer, chat):
     tok, rows = T.load_tokenizer(QUICK), list(starter())
     if not chat:
         tok.chat_template = None
-    assert len(rows) > 10_000 and {P.form(r) for r in rows} >= {"options", "text", "prompt"}
+    assert len(rows) > 10_000 and {P.form_of(r) for r in rows} >= {"options", "text", "prompt"}
     assert P.prompts(tok, rows, recipe(f"dataset.answer={answer}")) == [
         to_prompt_before(tok, r, answer) for r in rows
     ]
@@ -238,7 +258,9 @@ def test_a_stop_token_ends_what_is_trained_on_exactly_once(name):
     tok, stop = styled(name), STYLES[name][2]
     prompt, completion = T.render(tok, ASK)
     coded = K.encode(tok, [prompt], [completion])
-    trained = [i for i, m in zip(coded["input_ids"][0], coded["completion_mask"][0]) if m]
+    trained = [
+        i for i, m in zip(coded["input_ids"][0], coded["completion_mask"][0], strict=False) if m
+    ]
     said = tok.decode(trained)
     assert (
         T.template(tok).stop == stop
@@ -294,7 +316,7 @@ def test_rows_put_together_from_pieces_are_what_the_template_writes(name, system
                 dict(question=q, options=["no", a], answer=1, listed=False),
             ):
                 ex |= dict(id="1", group="g", subject="")
-                assert P._row(t, ex, d) == P._row(t, ex, d, fast=False), (q, a)
+                assert P._render_row(t, ex, d) == P._render_row(t, ex, d, from_pieces=False), (q, a)
 
 
 def test_a_template_that_changes_texts_is_found_out_and_rendered_row_by_row():
@@ -307,8 +329,8 @@ def test_a_template_that_changes_texts_is_found_out_and_rendered_row_by_row():
             id=str(i),
             group="g",
             subject="",
-            question="Why is this question longer than seventy characters, and what becomes of its end? "
-            + str(i),
+            question="Why is this question longer than seventy characters, and what becomes "
+            "of its end? " + str(i),
             answer="So.",
         )
         for i in range(9)
@@ -364,7 +386,8 @@ def test_a_system_message_is_never_lost(name, where):
 def test_a_thinking_template_is_asked_not_to_think_and_says_so():
     tok = styled("thinking")
     assert T.render(tok, ASK) == (
-        "<|im_start|>user\nWhich vitamin prevents scurvy?<|im_end|>\n<|im_start|>assistant\n<think></think>",
+        "<|im_start|>user\nWhich vitamin prevents "
+        "scurvy?<|im_end|>\n<|im_start|>assistant\n<think></think>",
         "Vitamin C<|im_end|>\n",
     )
     assert any("enable_thinking=False" in n for n in P.check_template(tok, QUICK)["notes"])
@@ -378,12 +401,14 @@ def test_a_template_that_reads_the_clock_writes_the_same_prompt_tomorrow():
 
 REFUSED = {
     "answer differs": (
-        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ m.content ~ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>bot' }}{% endif %}",
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ m.content ~ '<|im_end|>' }}{% "
+        "endfor %}{% if add_generation_prompt %}{{ '<|im_start|>bot' }}{% endif %}",
         {},
         "finished exchange",
     ),
     "leaves the question out": (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content ~ '<|im_end|>' }}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content ~ '<|im_end|>' "
+        "}}{% endif %}{% endfor %}",
         {},
         "leaves out",
     ),
@@ -416,7 +441,8 @@ def test_a_template_nothing_can_be_trained_through_is_refused_in_one_line(case):
 
 def test_a_template_without_a_stop_token_gets_one_and_says_so():
     tok = tokenizer(
-        source="{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+        source="{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}{% "
+        "if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
     r = row(tok, question="Why?", options=["a", "b"], answer=0)
     assert (
@@ -661,7 +687,8 @@ def test_formatted_rows_are_cut_after_the_last_assistant_header(case):
     with pytest.raises(MedftError, match="as plain text") as e:
         row(tokenizer(markers=()), formatted=text)
     assert (
-        "or, if the file has these texts without markers in other columns, read those (dataset.schema: alpaca when they"
+        "or, if the file has these texts without markers in other columns, read those "
+        "(dataset.schema: alpaca when they"
         in str(e.value)
         and "\n" not in str(e.value)
     )
@@ -716,14 +743,16 @@ def test_a_ready_text_begins_with_one_begin_token_where_the_tokenizer_would_add_
 
 @on_real_rows
 def test_the_real_formatted_rows(folder):
-    rows = [json.loads(l) for l in (folder / "llama3_prompt/medical_llama3_instruct.jsonl").open()]
+    rows = [
+        json.loads(line) for line in (folder / "llama3_prompt/medical_llama3_instruct.jsonl").open()
+    ]
     tok = tokenizer(markers=LLAMA, source=STYLES["llama3"][0], adds_bos=True)
     made = P.prompts(
         tok,
         [dict(id=str(i), group="g", subject="", formatted=r["prompt"]) for i, r in enumerate(rows)],
         QUICK,
     )
-    for r, m in zip(rows, made):
+    for r, m in zip(rows, made, strict=False):
         assert (
             m["prompt"] + m["completion"] == "<bos>" + r["prompt"]
             and m["reference"] == r["output"].strip()
@@ -839,7 +868,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("kind", ["bytes", "unigram", "llama2", "wordpiece"])
 def test_tokens_are_the_tokenizers_own(kind, monkeypatch):
-    monkeypatch.setattr(K, "CHUNK", 5)
+    monkeypatch.setattr(K, "TEXTS_PER_CALL", 5)
     tok = tokenizer(kind, markers=LLAMA, adds_bos=True)
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     tok(
@@ -848,7 +877,7 @@ def test_tokens_are_the_tokenizers_own(kind, monkeypatch):
     ids, at = K.token_arrays(tok, TEXTS)
     assert (
         ids.dtype == np.int32
-        and [ids[a:b].tolist() for a, b in zip(at, at[1:])]
+        and [ids[a:b].tolist() for a, b in zip(at, at[1:], strict=False)]
         == tok(TEXTS, add_special_tokens=False)["input_ids"]
     )
     assert os.environ.get("TOKENIZERS_PARALLELISM") == before
@@ -875,7 +904,7 @@ def test_prompt_and_completion_join_to_what_the_model_reads(kind):
         return tok(s, add_special_tokens=False)["input_ids"]
 
     assert K.marks_starts(tok) == (kind in ("unigram", "llama2"))
-    for p, c, ids, mask in zip(prompts, completions, *coded.values()):
+    for p, c, ids, mask in zip(prompts, completions, *coded.values(), strict=False):
         assert ids[: len(own(p))] == own(p) and mask == [0] * len(own(p)) + [1] * (
             len(ids) - len(own(p))
         )
@@ -898,7 +927,8 @@ class Slow:
 def test_a_tokenizer_without_a_native_part_is_called_itself():
     tok = tokenizer()
     assert all(
-        (a == b).all() for a, b in zip(K.token_arrays(Slow(tok), TEXTS), K.token_arrays(tok, TEXTS))
+        (a == b).all()
+        for a, b in zip(K.token_arrays(Slow(tok), TEXTS), K.token_arrays(tok, TEXTS), strict=False)
     )
 
 
@@ -922,12 +952,12 @@ def test_a_very_long_row_is_read_once():
 
 def test_encode_on_the_tiny_base_is_as_before():
     tok = T.load_tokenizer(QUICK)
-    rows = P.prompts(tok, [r for _, r in zip(range(300), starter())], QUICK)
+    rows = P.prompts(tok, [r for _, r in zip(range(300), starter(), strict=False)], QUICK)
     p, c = ([r[k] for r in rows] for k in ("prompt", "completion"))
     a, b = (tok(x, add_special_tokens=False)["input_ids"] for x in (p, c))
     assert K.encode(tok, p, c) == dict(
-        input_ids=[x + y for x, y in zip(a, b)],
-        completion_mask=[[0] * len(x) + [1] * len(y) for x, y in zip(a, b)],
+        input_ids=[x + y for x, y in zip(a, b, strict=False)],
+        completion_mask=[[0] * len(x) + [1] * len(y) for x, y in zip(a, b, strict=False)],
     )
 
 
@@ -944,7 +974,7 @@ def test_samples_show_what_is_trained_on_and_leave_out_the_middle():
     long = K.encode(tok, ["zinc " * 3000], ["iron<eos>"])
     args = tok, long["input_ids"][0], long["completion_mask"][0]
     n = len(args[1]) - 600
-    assert sum(map(len, K._cut(list(range(777)), 100)[:2])) == 100
+    assert sum(map(len, K._without_middle(list(range(777)), 100)[:2])) == 100
     for text in (K.sample_text(*args), K.show_sample(*args)):
         assert (
             f"{n:,} tokens" in text
@@ -1050,7 +1080,8 @@ def test_a_tokenizer_that_cannot_be_had_is_one_line_that_says_why(tmp_path):
     finally:
         server.shutdown()
     assert len(lines) == len(names) and all(
-        l.startswith(f"model.name: no tokenizer for {n!r}: ") for l, n in zip(lines, names)
+        line.startswith(f"model.name: no tokenizer for {name!r}: ")
+        for line, name in zip(lines, names, strict=True)
     )
     assert (
         "licence" in lines[0]
@@ -1065,7 +1096,9 @@ def test_a_tokenizer_that_cannot_be_had_is_one_line_that_says_why(tmp_path):
 
 
 def test_a_forked_process_tokenises_too():
-    "The tokenizer's threads stay behind in the parent: a child that counted on them once waited forever."
+    """The tokenizer's threads stay behind in the parent: a child that counted on them once waited
+    forever.
+    """
     tok = T.load_tokenizer(QUICK)
     texts = [f"text {i}" for i in range(3000)]
     whole = K.token_arrays(tok, texts)[0]

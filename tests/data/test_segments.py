@@ -27,7 +27,8 @@ def test_mixed_rows_keep_their_order_and_their_masks(tmp_path):
         load_recipe(
             "starter_base",
             [
-                f"dataset={{path: {tmp_path / 'rows.jsonl'}, holdout: 0.0, cache: false, checks: {off}}}"
+                f"dataset={{path: {tmp_path / 'rows.jsonl'}, holdout: 0.0, cache: false, "
+                f"checks: {off}}}"
             ],
         ),
         root=tmp_path,
@@ -39,9 +40,11 @@ def test_mixed_rows_keep_their_order_and_their_masks(tmp_path):
         and report["tokens"] == sum(map(len, ds["input_ids"]))
         and report["trainable_tokens"] == sum(map(sum, ds["completion_mask"]))
     )
-    shown = [sample_text(tok, x, m) for x, m in zip(ds["input_ids"], ds["completion_mask"])]
+    shown = [
+        sample_text(tok, x, m) for x, m in zip(ds["input_ids"], ds["completion_mask"], strict=False)
+    ]
     at = [int(r["id"].rpartition(":")[2]) - 1 for r in ds]
-    for i, text in zip(at, shown):
+    for i, text in zip(at, shown, strict=False):
         assert (
             text
             == [

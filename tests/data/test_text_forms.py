@@ -1,4 +1,4 @@
-"""Texts in their many forms: whose rows they are, when two are the same, conversations in one string, broken text."""
+"""Texts in their many forms: owners of rows, equal texts, conversations in one string, repair."""
 
 from medft.core.identity import group_rows, identity, identity_columns, kind_of_column
 from medft.core.run import MedftError, Run, load_recipe
@@ -243,7 +243,7 @@ def test_every_check_sees_the_same_question_in_another_form(tmp_path):
     rows = [dict(question=ASKED.format(i), answer=f"Mäßig nach {i} Tagen.") for i in range(33)]
     again = [
         dict(question=change(r["question"]), answer=r["answer"])
-        for r, change in zip(rows, list(FORMS.values()) * 3)
+        for r, change in zip(rows, list(FORMS.values()) * 3, strict=False)
     ]
     test = write(tmp_path / "test.jsonl", again)
     with pytest.raises(MedftError, match="overlap"):
@@ -270,7 +270,8 @@ def test_every_check_sees_the_same_question_in_another_form(tmp_path):
 # ---- conversations in one string ----
 FACTS = [(f"Which sign has finding {i}, seen on day {i * i}?", f"Sign {i * 7}.") for i in range(30)]
 PLAIN = {
-    "Alpaca": "Below is an instruction that describes a task.\n\n### Instruction:\n{}\n\n### Response:\n{}",
+    "Alpaca": "Below is an instruction that describes a task.\n\n### "
+    "Instruction:\n{}\n\n### Response:\n{}",
     "Guanaco": "### Human: {}### Assistant: {}",
     "Vicuna": "A chat between a curious user and an assistant. USER: {} ASSISTANT: {}</s>",
     "Human and Assistant": "\n\nHuman: {}\n\nAssistant: {}",

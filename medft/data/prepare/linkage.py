@@ -20,16 +20,24 @@ from collections import Counter
 from pathlib import Path
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c009
-RULES = {
-    "all positive": lambda l, r: True,
-    "equal SSN": lambda l, r: bool(l["ssn"]) and l["ssn"] == r["ssn"],
-    "equal name and birth date": lambda l, r: all(
-        l[k] == r[k] for k in ("first", "last", "birth_date")
-    ),
+def _equal_ssn(left, right):
+    return bool(left["ssn"]) and left["ssn"] == right["ssn"]
+
+
+def _equal_name_and_birth_date(left, right):
+    return all(left[key] == right[key] for key in ("first", "last", "birth_date"))
+
+
+def _either(left, right):
+    return _equal_ssn(left, right) or _equal_name_and_birth_date(left, right)
+
+
+RULES = {  # name -> function of two records: whether they are one person's
+    "all positive": lambda left, right: True,
+    "equal SSN": _equal_ssn,
+    "equal name and birth date": _equal_name_and_birth_date,
+    "either": _either,
 }
-RULES["either"] = lambda l, r: any(
-    RULES[k](l, r) for k in ("equal SSN", "equal name and birth date")
-)
 
 
 def baselines(
@@ -38,21 +46,23 @@ def baselines(
     "What fixed rules reach on labelled pairs."
     from sklearn.metrics import precision_recall_fscore_support as score
 
-    labels = [x["label"] for x in pairs]
-    said = {name: [int(rule(x["left"], x["right"])) for x in pairs] for name, rule in RULES.items()}
-    found = {
-        name: score(labels, calls, average="binary", zero_division=0)[:3]
-        for name, calls in said.items()
-    }
-    return {
-        name: dict(zip(("precision", "recall", "f1"), (round(float(v), 3) for v in values)))
-        for name, values in found.items()
-    }
+    labels = [pair["label"] for pair in pairs]
+    table = {}
+    for name, rule in RULES.items():
+        calls = [int(rule(pair["left"], pair["right"])) for pair in pairs]
+        precision, recall, f1, _ = score(labels, calls, average="binary", zero_division=0)
+        table[name] = dict(
+            precision=round(float(precision), 3),
+            recall=round(float(recall), 3),
+            f1=round(float(f1), 3),
+        )
+    return table
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c012
 _CARD = """# Patient record pairs
 
-Pairs of **synthetic** patient records with the question whether both describe one person (label 1) or two (label 0).
+Pairs of **synthetic** patient records with the question whether both describe one person (label \
+1) or two (label 0).
 No real patient's data is in it.
 
 Licence: {licence}.
@@ -68,10 +78,14 @@ No patient is in two splits. Patients left out: {left_out}.
 _MADE = """## How it was made
 
 By `medft prepare entity-resolution` with seed {seed}, from {source}.
-Each patient gives {per_patient} matches and as many mismatches; a patient with one encounter gives mismatches only. The two records of a
-match know disjoint parts of the encounters, a quarter to three quarters each. The right record carries 0 to 4 errors, named in
-`right_changes`; a share of {ssn_missing} of the left records lacks the social security number. Kinds of mismatch: any two patients; same
-surname; same sex and birth year; one household (three in ten of them with one birth date, as twins). `text` is the pair as a model reads it.
+Each patient gives {per_patient} matches and as many mismatches; a patient with one encounter \
+gives mismatches only. The two records of a
+match know disjoint parts of the encounters, a quarter to three quarters each. The right record \
+carries 0 to 4 errors, named in
+`right_changes`; a share of {ssn_missing} of the left records lacks the social security number. \
+Kinds of mismatch: any two patients; same
+surname; same sex and birth year; one household (three in ten of them with one birth date, as \
+twins). `text` is the pair as a model reads it.
 
 Errors made: {changes}.
 
@@ -85,11 +99,18 @@ Errors made: {changes}.
 # %% ../../../nbs/data/prepare/linkage.ipynb #c014
 _LIMITS = """## Limits
 
-- No real person is described. Names, addresses and histories are Synthea's; its social security numbers begin with 999, which is never issued.
-- The errors follow a fixed model with even odds. Real registries err differently, and unevenly over groups of people: measure on your own.
-- Open conditions appear in both records of a match, as they would; closed ones, medications and immunizations in one only.
-- Synthea repeats check-ups at regular intervals, so the dates of two halves interleave; real clinics' do not.
-- Where no two patients share a surname, a birth year or a home, the right record of a mismatch was given it.
+- No real person is described. Names, addresses and histories are Synthea's; its social security \
+numbers begin with \
+999, which is never issued.
+- The errors follow a fixed model with even odds. Real registries err differently, and unevenly \
+over groups of \
+people: measure on your own.
+- Open conditions appear in both records of a match, as they would; closed ones, medications and \
+immunizations in one only.
+- Synthea repeats check-ups at regular intervals, so the dates of two halves interleave; real \
+clinics' do not.
+- Where no two patients share a surname, a birth year or a home, the right record of a mismatch \
+was given it.
 """
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c015
@@ -102,7 +123,8 @@ def card(
     "The data set's README.md, with the hub's metadata."
     from huggingface_hub import DatasetCard, DatasetCardData
 
-    files, kinds = [dict(split=s, path=f"{s}.jsonl") for s in about["pairs"]], ["same", *KINDS]
+    files = [dict(split=split, path=f"{split}.jsonl") for split in about["pairs"]]
+    kinds = ["same", *KINDS]
     data = DatasetCardData(
         language="en",
         license=about["license"],
@@ -131,14 +153,10 @@ def card(
         left_out=listed(about["left_out"]),
         rules=lines([name, *x.values()] for name, x in about["baselines"].items()),
         licence=about["license"]
-        or "not stated by whoever made this set; state one before passing it on",
+        or "not stated by the maker of this set; state one before passing it on",
     )
-    return str(
-        DatasetCard(
-            f"---\n{data.to_yaml()}\n---\n"
-            + "\n".join(t.format(**fill) for t in (_CARD, _MADE, _LIMITS))
-        )
-    )
+    text = "\n".join(part.format(**fill) for part in (_CARD, _MADE, _LIMITS))
+    return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n{text}"))
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c018
 MADE_BY = "medft prepare entity-resolution"
@@ -155,15 +173,17 @@ def facts_about(
     for s, part in pairs.items():
         if not part:
             raise MedftError(
-                f"no pair for {s}: its {len(members[s])} patients may be one person, by number or name; generate more patients"
+                f"no pair for {s}: its {len(members[s])} patients may be one person, by number or"
+                " name; generate more patients"
             )
         assert all({x["left_patient"], x["right_patient"]} <= members[s] for x in part), (
             "a patient crossed splits"
         )
-    every, count = (
-        [x for part in pairs.values() for x in part],
-        lambda words: dict(sorted(Counter(words).items())),
-    )
+    every = [pair for part in pairs.values() for pair in part]
+
+    def count(words):
+        return dict(sorted(Counter(words).items()))
+
     return dict(
         made_by=MADE_BY,
         **settings,
@@ -176,7 +196,7 @@ def facts_about(
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c022
 def _check_out(out):
-    "Raises `MedftError` unless the folder is absent, empty, or one that we made and nobody added to."
+    "Raise `MedftError` unless the folder is absent, empty, or holds only what we made."
     if not out.exists():
         return
     if not out.is_dir():
@@ -190,7 +210,8 @@ def _check_out(out):
     foreign = sorted(names - {*about.get("files", ()), "pairs.json"} if ours else names)
     if foreign:
         raise MedftError(
-            f"{out}: holds {foreign[0]!r}, which this command did not make; name another folder, or empty this one"
+            f"{out}: holds {foreign[0]!r}, which this command did not make;"
+            " name another folder, or empty this one"
         )
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #c023
@@ -207,7 +228,8 @@ def _place(files, out):
         try:
             os.replace(new, out)
         except OSError:
-            old.exists() and os.replace(old, out)
+            if old.exists():
+                os.replace(old, out)
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -217,7 +239,8 @@ def _place(files, out):
 def _upload(folder, repo, private, message):
     from huggingface_hub import HfApi
 
-    api, files = HfApi(), [*read_json(Path(folder) / "pairs.json")["files"], "pairs.json"]
+    api = HfApi()
+    files = [*read_json(Path(folder) / "pairs.json")["files"], "pairs.json"]
     api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
     if private and not api.dataset_info(repo).private:
         raise MedftError(

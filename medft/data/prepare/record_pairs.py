@@ -10,7 +10,7 @@ __all__ = ['NICKNAMES', 'CHANGES', 'MINIMUM', 'SHARES', 'KINDS', 'typo', 'spoil'
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c002
 from ...core.run import MedftError
-from ..quality.near_duplicates import groups
+from ..quality.near_duplicates import label_groups
 from ..reading.patients import pair_text, record
 from ..reading.sources import digest, parts, rows
 
@@ -24,9 +24,9 @@ from datetime import date
 _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
 
-def _beside(c):
-    row = next((r for r in _KEYS if c in r), "eaoi")
-    i = row.find(c)
+def _neighbouring_keys(letter):
+    row = next((row for row in _KEYS if letter in row), "eaoi")
+    i = row.find(letter)
     return row[i - 1 : i] + row[i + 1 : i + 2] if i > 0 else row[1]
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c007
@@ -34,17 +34,18 @@ def typo(
     word,  # at least three letters; shorter ones stay
     rng,  # random.Random
 ) -> str:
-    "The word with one slip of the fingers after its first letter."
+    "The word with one typing error after its first letter."
     if len(word) < 3:
         return word
     i = rng.randrange(1, len(word) - 1)
-    slips = (
-        word[:i] + rng.choice(_beside(word[i].lower())) + word[i + 1 :],
+    wrong_key = rng.choice(_neighbouring_keys(word[i].lower()))
+    typos = (
+        word[:i] + wrong_key + word[i + 1 :],
         word[:i] + word[i + 1 :],
         word[: i + 1] + word[i:],
         word[:i] + word[i + 1] + word[i] + word[i + 2 :],
     )
-    return rng.choice([s for s in slips if s != word])
+    return rng.choice([changed for changed in typos if changed != word])
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c010
 NICKNAMES = dict(
@@ -70,25 +71,26 @@ NICKNAMES = dict(
 
 
 def _nickname(first):
-    short = (
-        NICKNAMES.get(first)
-        or (
-            re.match(r"\w[^aeiouy\W]*[aeiouy]+[^aeiouy\W]", first.split()[0] if first else "")
-            or [""]
-        )[0]
-    )
+    "A usual short form of a first name; empty if there is none."
+    short = NICKNAMES.get(first)
+    if not short:
+        word = first.split()[0] if first else ""
+        beginning = re.match(r"\w[^aeiouy\W]*[aeiouy]+[^aeiouy\W]", word)
+        short = beginning[0] if beginning else ""
     return short if 3 <= len(short) < len(first) else ""
 
 
-def _valid(day):
+def _valid_date(day):
+    "A date as it is written; empty if there is no such day."
     try:
         return str(date.fromisoformat(day))
     except ValueError:
         return ""
 
 
-def _digit(text, at, rng):
-    return text[:at] + rng.choice([d for d in "0123456789" if d != text[at]]) + text[at + 1 :]
+def _with_wrong_digit(text, place, rng):
+    digit = rng.choice([d for d in "0123456789" if d != text[place]])
+    return text[:place] + digit + text[place + 1 :]
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c011
 _SHORT = dict(
@@ -104,7 +106,7 @@ _SHORT = dict(
     Boulevard="Blvd",
 )
 
-CHANGES = dict(  # name -> function of (record, patient, another address, rng) that gives the changed fields
+CHANGES = dict(  # name -> function of (record, patient, another address, rng): the changed fields
     first_typo=lambda r, p, home, rng: dict(first=typo(r["first"], rng)),
     last_typo=lambda r, p, home, rng: dict(last=typo(r["last"], rng)),
     initial=lambda r, p, home, rng: dict(first=r["first"][:1] + "."),
@@ -116,22 +118,34 @@ CHANGES = dict(  # name -> function of (record, patient, another address, rng) t
 )
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c012
+def _american_date(r, p, home, rng):
+    year, month, day = r["birth_date"][:4], r["birth_date"][5:7], r["birth_date"][8:]
+    return dict(birth_date=f"{month}/{day}/{year}")
+
+
+def _wrong_date_digit(r, p, home, rng):
+    changed = _with_wrong_digit(r["birth_date"], rng.choice((3, 6, 9)), rng)
+    return dict(birth_date=_valid_date(changed))
+
+
+def _day_for_month(r, p, home, rng):
+    year, month, day = r["birth_date"][:4], r["birth_date"][5:7], r["birth_date"][8:]
+    return dict(birth_date=_valid_date(f"{year}-{day}-{month}"))
+
+
+def _wrong_ssn_digit(r, p, home, rng):
+    if len(r["ssn"]) <= 8:
+        return dict(ssn="")
+    place = len(r["ssn"]) - rng.choice((1, 2, 3, 4))
+    return dict(ssn=_with_wrong_digit(r["ssn"], place, rng))
+
+
 CHANGES |= dict(
-    dob_format=lambda r, p, home, rng: dict(
-        birth_date=f"{r['birth_date'][5:7]}/{r['birth_date'][8:]}/{r['birth_date'][:4]}"
-    ),
-    dob_digit=lambda r, p, home, rng: dict(
-        birth_date=_valid(_digit(r["birth_date"], rng.choice((3, 6, 9)), rng))
-    ),
-    dob_swap=lambda r, p, home, rng: dict(
-        birth_date=_valid(f"{r['birth_date'][:5]}{r['birth_date'][8:]}-{r['birth_date'][5:7]}")
-    ),
+    dob_format=_american_date,
+    dob_digit=_wrong_date_digit,
+    dob_swap=_day_for_month,
     ssn_missing=lambda r, p, home, rng: dict(ssn=None),
-    ssn_digit=lambda r, p, home, rng: dict(
-        ssn=_digit(r["ssn"], len(r["ssn"]) - rng.choice((1, 2, 3, 4)), rng)
-        if len(r["ssn"]) > 8
-        else ""
-    ),
+    ssn_digit=_wrong_ssn_digit,
     address_abbrev=lambda r, p, home, rng: dict(
         address=re.sub(r"\w+", lambda m: _SHORT.get(m[0], m[0]), r["address"])
     ),
@@ -147,22 +161,20 @@ def spoil(
     rng,  # random.Random
 ):  # the changed record, and the names of the changes
     "A record with 0 to 4 errors, no two in the same field."
-    wanted, done, touched, new = rng.randrange(5), [], set(), dict(r)
+    wanted = rng.randrange(5)
+    names, changed_fields = [], set()
+    changed = dict(r)
     for name in rng.sample(list(CHANGES), len(CHANGES)):
-        change = (
-            {
-                k: v
-                for k, v in CHANGES[name](r, patient, home, rng).items()
-                if v != "" and (v or "") != r[k]
-            }
-            if len(done) < wanted
-            else {}
-        )
-        if change and not touched & set(change):
-            done.append(name)
-            touched |= set(change)
-            new |= {k: v or "" for k, v in change.items()}
-    return new, sorted(done)
+        if len(names) == wanted:
+            break
+        fields = CHANGES[name](r, patient, home, rng)
+        # "" is a change that does not apply; None empties the field.
+        fields = {k: v for k, v in fields.items() if v != "" and (v or "") != r[k]}
+        if fields and not changed_fields & set(fields):
+            names.append(name)
+            changed_fields |= set(fields)
+            changed |= {k: v or "" for k, v in fields.items()}
+    return changed, sorted(names)
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c017
 MINIMUM = 8  # patients: two each for validation and test, and four to train on
@@ -173,7 +185,7 @@ def _unusable(p, found):
         return "no id"
     if p["patient_id"] in found:
         return "id seen before"
-    if not _valid(p["birth_date"]):
+    if not _valid_date(p["birth_date"]):
         return "no birth date"
     return "" if p["first"] and p["last"] else "no name"
 
@@ -182,11 +194,8 @@ def read_patients(
     synthea,  # folder
 ):  # (rows sorted by id, Counter of reasons for leaving one out, SHA-256 of the folder)
     "The patients of a folder. Raises `MedftError` when it holds something else, or too few."
-    needed, found, left_out = (
-        "name a Synthea CSV folder (with patients.csv) or a folder of FHIR bundles",
-        {},
-        Counter(),
-    )
+    needed = "name a Synthea CSV folder (with patients.csv) or a folder of FHIR bundles"
+    found, left_out = {}, Counter()
     try:
         part = parts(str(synthea))[0]
     except MedftError as e:
@@ -194,13 +203,15 @@ def read_patients(
     if part.kind not in ("synthea", "fhir"):
         raise MedftError(f"{synthea}: holds {part.kind} files; {needed}")
     for _, p in rows(part):
-        if reason := _unusable(p, found):
+        reason = _unusable(p, found)
+        if reason:
             left_out[reason] += 1
         else:
             found[p["patient_id"]] = p
     if len(found) < MINIMUM:
         raise MedftError(
-            f"{synthea}: {len(found)} usable patients (left out: {dict(left_out) or 0}), at least {MINIMUM} are needed; generate more"
+            f"{synthea}: {len(found)} usable patients (left out: {dict(left_out) or 0}),"
+            f" at least {MINIMUM} are needed; generate more"
         )
     return [found[k] for k in sorted(found)], left_out, digest(part)
 
@@ -219,24 +230,23 @@ def split_patients(
     seed=42,
     shares=SHARES,  # name -> share; the first takes what is left
 ):  # name -> rows, each with `alike`: its group's number
-    "Patients by split, those who could be one person together."
-    keys = [
-        [
-            k
-            for k in (p["ssn"] and f"ssn {p['ssn']}", f"{p['first']} {p['last']} {p['birth_date']}")
-            if k
-        ]
-        for p in patients
-    ]
+    "Patients by split; those who could be one person stay together."
+    keys = []
+    for p in patients:
+        name_and_birth = f"{p['first']} {p['last']} {p['birth_date']}"
+        keys.append([f"ssn {p['ssn']}", name_and_birth] if p["ssn"] else [name_and_birth])
     people = defaultdict(list)
-    for p, g in zip(patients, groups(keys)):
-        people[int(g)].append(p | dict(alike=int(g)))
-    waiting, sides = sorted(people.values(), key=lambda g: _hash(seed, g[0]["patient_id"])), {}
-    for name in list(shares)[1:]:
-        side = sides[name] = []
-        while waiting and len(side) < max(2, round(shares[name] * len(patients))):
-            side += waiting.pop()
-    return {list(shares)[0]: [p for g in waiting for p in g]} | sides
+    for p, group in zip(patients, label_groups(keys).tolist(), strict=True):
+        people[group].append(p | dict(alike=group))
+    waiting = sorted(people.values(), key=lambda group: _hash(seed, group[0]["patient_id"]))
+    first, *others = shares
+    sides = {}
+    for name in others:
+        wanted = max(2, round(shares[name] * len(patients)))
+        sides[name] = []
+        while waiting and len(sides[name]) < wanted:
+            sides[name] += waiting.pop()
+    return {first: [p for group in waiting for p in group]} | sides
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c026
 KINDS = ("random", "same_surname", "same_year_sex", "household")
@@ -265,19 +275,21 @@ class Side:
 
     def other(self, p, kind, rng):
         "Another patient who shares with `p` what the kind says; None when there is none."
-        found = (
-            [q for q in rng.sample(c, min(len(c), 12)) if q["alike"] != p["alike"]]
-            if (c := self.by[kind][_key(kind, p)])
-            else []
-        )
-        return found[0] if found else None
+        candidates = self.by[kind][_key(kind, p)]
+        if not candidates:
+            return None
+        for q in rng.sample(candidates, min(len(candidates), 12)):
+            if q["alike"] != p["alike"]:
+                return q
+        return None
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c027
-def _begins(r):
-    return min(
-        [d for k in ("conditions", "medications", "immunizations") for d, _ in r[k]]
-        + [r["last_visit"] or "9999"]
-    )
+def _first_date(r):
+    "The earliest date in a record."
+    dates = [r["last_visit"] or "9999"]
+    for key in ("conditions", "medications", "immunizations"):
+        dates += [day for day, _ in r[key]]
+    return min(dates)
 
 
 def _home(p):
@@ -289,17 +301,14 @@ def _copied(kind, left, right, rng):
     if kind == "same_surname":
         return dict(last=left["last"])
     if kind == "household":
-        twin = rng.random() < 0.3 and left["birth_date"] <= _begins(right)
-        return dict(last=left["last"], **_home(left)) | (
-            dict(birth_date=left["birth_date"]) if twin else {}
-        )
-    day = left["birth_date"][:4] + right["birth_date"][4:]
-    day = _valid(day) or f"{day[:4]}-02-28"
-    return (
-        dict(birth_date=day, sex=left["sex"])
-        if kind == "same_year_sex" and day <= _begins(right)
-        else None
-    )
+        copied = dict(last=left["last"], **_home(left))
+        is_twin = rng.random() < 0.3 and left["birth_date"] <= _first_date(right)
+        return copied | dict(birth_date=left["birth_date"]) if is_twin else copied
+    year = left["birth_date"][:4]
+    day = _valid_date(year + right["birth_date"][4:]) or f"{year}-02-28"
+    if kind == "same_year_sex" and day <= _first_date(right):
+        return dict(birth_date=day, sex=left["sex"])
+    return None
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c028
 def look_alike(
@@ -308,19 +317,23 @@ def look_alike(
     side,  # Side
     seen,  # function of a patient that gives the right record
     rng,  # random.Random
-):  # (kind as it came out, other patient, right record before errors); None when there is nobody else
+):  # (kind as it came out, other patient, right record before errors); None: no other patient
     "Another patient's record that is easily taken for this one's."
-    left = record(p)
-    if kind in ("same_surname", "same_year_sex") and (q := side.other(p, kind, rng)):
-        return kind, q, seen(q)
-    q = (side.other(p, "sex", rng) if kind == "same_year_sex" else None) or side.other(
-        p, "random", rng
-    )
+    q = None
+    if kind in ("same_surname", "same_year_sex"):
+        q = side.other(p, kind, rng)
+        if q:
+            return kind, q, seen(q)
+    if kind == "same_year_sex":
+        q = side.other(p, "sex", rng)
+    q = q or side.other(p, "random", rng)
     if q is None:
         return None
     right = seen(q)
-    taken = {} if kind == "random" else _copied(kind, left, right, rng)
-    return ("random", q, right) if taken is None else (kind, q, right | taken)
+    if kind == "random":
+        return kind, q, right
+    copied = _copied(kind, record(p), right, rng)
+    return ("random", q, right) if copied is None else (kind, q, right | copied)
 
 # %% ../../../nbs/data/prepare/record_pairs.ipynb #c030
 def _halves(p, rng):
@@ -382,7 +395,8 @@ def pair_up(
 ) -> list:  # pairs in random order, without pair_id
     "Labelled pairs among the patients of one split."
     side, pairs = Side(patients), {}
-    for p, k in ((p, k) for p in patients for k in range(per_patient)):
-        for pair in _of_patient(p, k, side, seed, ssn_missing):
-            pairs.setdefault(pair["text"], pair)
+    for p in patients:
+        for k in range(per_patient):
+            for pair in _of_patient(p, k, side, seed, ssn_missing):
+                pairs.setdefault(pair["text"], pair)
     return sorted(pairs.values(), key=lambda x: _hash(seed, x["text"]))
