@@ -12,7 +12,7 @@ __all__ = ['PATIENCE', 'FILES', 'BINARY', 'ENDED', 'tracking_uri', 'connect', 'r
 # %% ../../nbs/cli/tracking.ipynb #c002
 from ..core.disclosure import holds_rows, host_of, is_remote, why_hidden, without_rows
 from ..core.run import Run, read_json, runs_root, write_json
-from ..core.secrets import SECRET, full_url, load_env, redact, redacted_json
+from ..core.secrets import full_url, is_secret_name, load_env, redact, redacted_json
 
 import hashlib
 import json
@@ -72,7 +72,7 @@ def recipe_parameters(recipe) -> dict:
     return {
         k: redact(str(v))[:500]
         for k, v in recipe.flat().items()
-        if not SECRET.search(k.split(".")[-1]) and v not in (None, {}, "")
+        if not is_secret_name(k.split(".")[-1]) and v not in (None, {}, "")
     }
 
 
