@@ -11,7 +11,7 @@ __all__ = ['Weights', 'Action', 'Labels', 'STAGES', 'TRAINING_STAGES', 'ENGINES'
 
 # %% ../../nbs/core/sections.ipynb #s002
 from medft.core.ranges import (
-    LIBRARIES,
+    LIBRARY_RANGES,
     Count,
     Finite,
     HubId,
@@ -126,7 +126,7 @@ def library_section(
 ) -> type[BaseModel]:  # every field optional
     "A strict model with the library's own keys and types; only what the recipe sets is set."
     enums = library_enums()
-    ranges = LIBRARIES[section]
+    ranges = LIBRARY_RANGES[section]
     fields = {}
     for key, annotation in library_fields(section).items():
         kind = ranges[key] if key in ranges else _annotation_type(annotation, enums)

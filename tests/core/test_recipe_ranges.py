@@ -97,7 +97,7 @@ def test_what_is_not_finite_is_found_at_any_depth():
 
 NUMBERS = {
     k: t
-    for k, t in (ranges.TRAINING | ranges.LORA).items()
+    for k, t in (ranges.TRAINING_RANGES | ranges.LORA_RANGES).items()
     if ranges.bounds(getattr(t, "__metadata__", ()))
 }
 
@@ -105,7 +105,7 @@ NUMBERS = {
 @given(key=st.sampled_from(sorted(NUMBERS)), value=st.one_of(st.integers(), st.floats()))
 @settings(max_examples=150, deadline=None, database=None)
 def test_a_number_is_taken_exactly_within_its_range(key, value):
-    section = "training" if key in ranges.TRAINING else "lora"
+    section = "training" if key in ranges.TRAINING_RANGES else "lora"
     bounds = re.findall(r"([<>≤≥]) (-?[\d.,e+]+)", ranges.bounds(NUMBERS[key].__metadata__))
     within = {
         ">": lambda a, b: a > b,
@@ -127,7 +127,7 @@ def test_a_number_is_taken_exactly_within_its_range(key, value):
 
 
 def test_every_numeric_key_of_the_libraries_has_a_range():
-    for section, table in ranges.LIBRARIES.items():
+    for section, table in ranges.LIBRARY_RANGES.items():
         fields = library_fields(section)
         assert set(table) <= set(fields), set(table) - set(fields)
         open_ = {
@@ -138,7 +138,7 @@ def test_every_numeric_key_of_the_libraries_has_a_range():
 
 def test_every_numeric_key_of_ours_has_a_range():
     for name, model in SECTIONS.items():
-        if name in ranges.LIBRARIES:
+        if name in ranges.LIBRARY_RANGES:
             continue
         for key, field in model.model_fields.items():
             kinds = typing.get_args(field.annotation) or (field.annotation,)
