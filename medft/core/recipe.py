@@ -266,6 +266,11 @@ def _place(loc, file, lines, overrides=()) -> str:
     return file
 
 
+def _key_text(loc) -> str:
+    "A key with its section, on one line."
+    return " ".join(".".join(loc).split())
+
+
 def _known_keys(name) -> dict:
     "The keys of a section, or of `dataset.checks`; none for anything else."
     if name == "checks":
@@ -291,7 +296,7 @@ def _explain(error, file, lines, overrides=()) -> MedftError:
     "The first of pydantic's errors, as one line with file, line, key and the nearest known key."
     first = error.errors()[0]
     loc = _key_path(first["loc"])
-    at = f"{_place(loc, file, lines, overrides)}: {'.'.join(loc)}"
+    at = f"{_place(loc, file, lines, overrides)}: {_key_text(loc)}"
     if first["type"] == "extra_forbidden":
         known = _known_keys(loc[-2]) if len(loc) > 1 else Recipe.model_fields
         n_more = error.error_count() - 1
@@ -845,7 +850,7 @@ def load_recipe(
     raw = _completed(raw, overrides, written, as_name(path.stem))
     for loc, value in non_finite(raw):
         place = _place(loc, path.name, lines, overrides)
-        raise MedftError(f"{place}: {'.'.join(loc)}: a number must be finite, found {value}")
+        raise MedftError(f"{place}: {_key_text(loc)}: a number must be finite, found {value}")
     try:
         recipe = Recipe(**raw)
     except ValidationError as e:
@@ -855,6 +860,6 @@ def load_recipe(
     for section, key, reason in contradictions(recipe):
         loc = (section, key) if key else (section,)
         place = _place(loc, path.name, lines, overrides)
-        raise MedftError(f"{place}: {'.'.join(loc)}: {reason}")
+        raise MedftError(f"{place}: {_key_text(loc)}: {reason}")
     remember_urls(recipe)
     return recipe
