@@ -1,7 +1,8 @@
-"""Every notebook in a process of its own, in reading order; the libraries that nearly all of them need are loaded once, before the processes part."""
+"""Run every notebook in a process of its own, in reading order; it prints the failures."""
 
 import medft.core.run
 
+import importlib
 import json
 import os
 import sys
@@ -9,70 +10,89 @@ import tempfile
 import time
 from pathlib import Path
 
-import datasets
-import matplotlib.pyplot
-import pandas
-import peft
-import sklearn
-import torch
-import transformers
-import trl  # noqa: loaded here, each saves its seconds in every notebook
 from nbdev.test import nbdev_test
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: transformers loads its parts when they are asked for
-from trl import SFTConfig, SFTTrainer  # noqa
 
-# The stage notebooks run whole, every cell, in tests/cli/test_run.py (`medft run quickstart`); the others run here.
-STAGES = {f"{n}.ipynb" for n in medft.core.run.STAGES.values()}
-given = [Path(a) for a in sys.argv[1:]]
+# tests/cli/test_run.py runs the stage notebooks, every cell (`medft run quickstart`).
+STAGES = {f"{name}.ipynb" for name in medft.core.run.STAGES.values()}
+# Nearly every notebook needs these. Loaded once, before the processes are forked, they save seconds
+# in each. transformers and trl load their parts on demand, so the parts are named.
+SHARED = {
+    "datasets": [],
+    "matplotlib.pyplot": [],
+    "pandas": [],
+    "peft": [],
+    "sklearn": [],
+    "torch": [],
+    "transformers": ["AutoModelForCausalLM", "AutoTokenizer", "Trainer"],
+    "trl": ["SFTConfig", "SFTTrainer"],
+}
 
 
-def cells_not_run(nb):
+def load_shared():
+    "Import the shared libraries and their parts."
+    for name, parts in SHARED.items():
+        library = importlib.import_module(name)
+        for part in parts:
+            getattr(library, part)
+
+
+def all_notebooks():
+    "Every notebook but the stages, in reading order."
+    found = sorted(Path("nbs").rglob("*.ipynb"))
+    visible = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    return [path for path in visible if path.name not in STAGES]
+
+
+def cells_not_run(notebook):
     "How many cells a directive keeps from running, besides the one that installs medft on Colab."
-    sources = [
-        "".join(cell["source"])
-        for cell in json.loads(nb.read_text())["cells"]
-        if cell["cell_type"] == "code"
-    ]
-    never = "#| notest", "#| gpu", "#| eval: false"
-    return sum(
-        any(line.startswith(never) for line in s.splitlines()) and "pip" not in s for s in sources
-    )
+    cells = json.loads(notebook.read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    directives = ("#| notest", "#| gpu", "#| eval: false")
+    n_cells = 0
+    for source in sources:
+        has_directive = any(line.startswith(directives) for line in source.splitlines())
+        n_cells += has_directive and "pip" not in source
+    return n_cells
 
 
-every = sorted(
-    p
-    for p in Path("nbs").rglob("*.ipynb")
-    if not any(part.startswith(".") for part in p.parts) and p.name not in STAGES
-)
-bad, left_out = 0, []
-for nb in given or every:
-    start, said = time.time(), tempfile.TemporaryFile()
-    child = os.fork()
-    if child == 0:
-        for stream in (1, 2):
-            os.dup2(said.fileno(), stream)
-        try:
-            nbdev_test(str(nb), n_workers=0)
-        except SystemExit as e:
-            code = 0 if e.code in (None, 0) else 1
-        except BaseException as e:
-            print(f"{type(e).__name__}: {e}")
-            code = 1
-        else:
-            code = 0
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    ok = os.waitpid(child, 0)[1] == 0
-    bad |= not ok
-    if not ok:
-        said.seek(0)
-        print(said.read().decode(errors="replace"))
-    print(
-        f"notebook {'ok    ' if ok else 'FAILED'}  {time.time() - start:4.0f} s  {nb}", flush=True
-    )
-    if n := cells_not_run(nb):
-        left_out.append(f"{nb} ({n} cells)")
-if left_out:
-    print("not run, by a directive of their own: " + ", ".join(left_out))
-sys.exit(bad)
+def run_here(notebook):
+    "Run a notebook in this process; its exit code."
+    try:
+        nbdev_test(str(notebook), n_workers=0)
+    except SystemExit as e:
+        return 0 if e.code in (None, 0) else 1
+    except BaseException as e:
+        print(f"{type(e).__name__}: {e}")
+        return 1
+    return 0
+
+
+def run(notebook):
+    "Run a notebook in a fork of this process, and print its output if it fails; whether it passed."
+    start = time.time()
+    with tempfile.TemporaryFile() as output:
+        child = os.fork()
+        if child == 0:
+            for stream in (1, 2):
+                os.dup2(output.fileno(), stream)
+            code = run_here(notebook)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        passed = os.waitpid(child, 0)[1] == 0
+        if not passed:
+            output.seek(0)
+            print(output.read().decode(errors="replace"))
+    result = "ok    " if passed else "FAILED"
+    print(f"notebook {result}  {time.time() - start:4.0f} s  {notebook}", flush=True)
+    return passed
+
+
+load_shared()
+notebooks = [Path(arg) for arg in sys.argv[1:]] or all_notebooks()
+passed = [run(notebook) for notebook in notebooks]
+left_out = {notebook: cells_not_run(notebook) for notebook in notebooks}
+texts = [f"{notebook} ({n} cells)" for notebook, n in left_out.items() if n]
+if texts:
+    print("not run, by a directive of their own: " + ", ".join(texts))
+sys.exit(not all(passed))

@@ -1,4 +1,4 @@
-"""`medft` starts runs, finishes them, lists them, and says in one line what is wrong.
+"""`medft` starts runs, finishes them, lists them, and reports every error in one line.
 
 Docs: https://medft.github.io/medft/cli.html.md"""
 
@@ -8,12 +8,8 @@ Docs: https://medft.github.io/medft/cli.html.md"""
 __all__ = ['app', 'explain', 'main']
 
 # %% ../../nbs/11_cli.ipynb #c002
-from medft.cli.arguments import (
-    chosen_stages,
-    find_run,
-    planned,
-    planned_evaluation,
-)  # these two rooms import nothing at their top
+# These modules import nothing heavy at their top.
+from .arguments import chosen_stages, find_run, planned, planned_evaluation
 from .summary import run_summary, score_table, short_verdicts
 from ..core.files import aligned
 
@@ -26,31 +22,29 @@ import typer
 
 # %% ../../nbs/11_cli.ipynb #c005
 def explain(
-    error,  # anything a verb has raised
-) -> tuple[int, str]:  # exit code, and one line ("" when there is nothing to add)
-    "What to say of an error."
+    error: BaseException,  # anything that a verb has raised
+) -> tuple[int, str]:  # exit code, and one line; "" when there is nothing to add
+    "The exit code and the message for an error."
     from typer.exceptions import TyperException
 
-    name, line = {c.__name__ for c in type(error).__mro__}, " ".join(str(error).split())
+    message = " ".join(str(error).split())
+    # by name: importing the classes would load pydantic for every help page
+    names = {error_class.__name__ for error_class in type(error).__mro__}
     if isinstance(error, TyperException):
-        return (
-            error.exit_code,
-            f"{' '.join(error.format_message().split()).rstrip('.')} (see medft --help)",
-        )
-    if "MedftError" in name:
-        return 2, line
-    if "Refused" in name:
-        return 3, line
-    if "StageFailed" in name:
-        return error.code, line
+        problem = " ".join(error.format_message().split()).rstrip(".")
+        return error.exit_code, f"{problem} (see medft --help)"
+    if "MedftError" in names:
+        return 2, message
+    if "Refused" in names:
+        return 3, message
+    if "StageFailed" in names:
+        return error.code, message
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return 130, "interrupted"
     if isinstance(error, BrokenPipeError):
         return 0, ""
-    return (
-        1,
-        f"{type(error).__name__}: {line} (a bug of medft's: the same command with --debug shows where)",
-    )
+    hint = "a bug of medft's: the same command with --debug shows where"
+    return 1, f"{type(error).__name__}: {message} ({hint})"
 
 # %% ../../nbs/11_cli.ipynb #c009
 app = typer.Typer(
@@ -58,7 +52,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=False,
-    help="Fine-tune language models on medical data. --debug after any verb shows the traceback of an error.",
+    help="Fine-tune language models on medical data."
+    " --debug after any verb shows the traceback of an error.",
 )
 
 
@@ -72,16 +67,17 @@ def _warn(line):
     print(f"medft: {line}", file=sys.stderr, flush=True)
 
 # %% ../../nbs/11_cli.ipynb #c010
-def main(args=None) -> int:
-    "The console script. Returns the exit code."
+def main(
+    args: list[str] | None = None,  # None: those of the process
+) -> int:  # the exit code
+    "The console script."
     args = list(sys.argv[1:] if args is None else args) or ["--help"]
     from medft.core.secrets import load_env, redact
 
-    load_env(warn=_warn)  # the environment wins
+    load_env(warn=_warn)
+    verb = [arg for arg in args if arg != "--debug"]
     try:
-        return (
-            app([a for a in args if a != "--debug"], prog_name="medft", standalone_mode=False) or 0
-        )
+        return app(verb, prog_name="medft", standalone_mode=False) or 0
     except BaseException as e:
         if "--debug" in args:
             raise
@@ -92,39 +88,38 @@ def main(args=None) -> int:
 
 # %% ../../nbs/11_cli.ipynb #c014
 def _finish(run, stages, started):
-    "Run what is left of a run, and show what came of it."
+    "Run the stages that are left, and print the result."
     from medft.cli import runner
 
-    _say(f"{run.recipe.name}: {', '.join(stages)} -> {runner.shorter(run.path)}")
+    folder = runner.shorter(run.path)
+    _say(f"{run.recipe.name}: {', '.join(stages)} -> {folder}")
     try:
         runner.go(run, stages, _say, _warn, started)
     except (runner.Interrupted, runner.StageFailed) as e:
-        said = str(e) or "interrupted"
-        raise runner.StageFailed(
-            said
-            if e.code in (2, 3)
-            else f"{said}; go on with: medft resume {runner.shorter(run.path)}",
-            e.code,
-        ) from e
+        message = str(e) or "interrupted"
+        if e.code not in (2, 3):
+            message += f"; go on with: medft resume {folder}"
+        raise runner.StageFailed(message, e.code) from e
     if not run.recipe.engine:
-        from medft.export import compare_runs as again
+        from medft.export import compare_runs
 
-        again.write_page(run)  # nothing is exported, so nobody else writes the report
+        compare_runs.write_page(run)  # without training there is no export stage to write it
     for line in run_summary(run):
         _say(line)
 
 # %% ../../nbs/11_cli.ipynb #c015
-def _begun(r, root, place, command, replaced):
-    "Make a run's folder; a rehearsal says what it replaced."
+def _create(recipe, root, place, command, replaced):
+    "Make a run's folder; `replaced`: what a rehearsal replaced, as lines."
     from medft.core import run as core
+    from medft.core.secrets import redact
 
-    run = core.Run.create(r, root=root, run_id=place, command=command)
+    run = core.Run.create(recipe, root=root, run_id=place, command=redact(command))
     if replaced:
         run.update(dict(rehearsal=True, replaced=replaced))
     for line in replaced:
         run.log(line, show=False)
-    if r.engine_chosen:
-        line = f"engine {r.engine_chosen}"
+    if recipe.engine_chosen:
+        line = f"engine {recipe.engine_chosen}"
         run.log(line, show=False)
         _say(line)
     return run
@@ -146,27 +141,27 @@ def _run(
     rehearse: bool = typer.Option(
         False,
         "--rehearse",
-        help="the whole way in minutes: a random tiny model of the same architecture, few rows, few steps",
+        help="the whole way in minutes: a random tiny model of the same architecture,"
+        " few rows, few steps",
     ),
 ):
     "Run a recipe: a notebook for every stage, one folder, a verdict."
-    started, (r, names, root, place, replaced) = (
-        time.time(),
-        planned(recipe, overrides, run_dir, stages, rehearse, not dry_run),
+    started = time.time()
+    loaded, names, root, place, replaced = planned(
+        recipe, overrides, run_dir, stages, rehearse, build=not dry_run
     )
     for line in replaced:
         _say(f"# {line}" if dry_run else line)
     if dry_run:
-        _say(
-            f"{r.to_yaml()}# stages: {', '.join(names)}\n# folder: {place or root / r.name}\n# nothing was started"
-        )
+        _say(f"{loaded.to_yaml()}# stages: {', '.join(names)}")
+        _say(f"# folder: {place or root / loaded.name}")
+        _say("# nothing was started")
         return
-    from medft.core.secrets import redact
-
-    command = redact(
-        " ".join(["medft run", recipe, *(overrides or []), *["--rehearse"] * rehearse])
-    )
-    _finish(_begun(r, root, place, command, replaced), names, started)
+    command = ["medft run", recipe, *(overrides or [])]
+    if rehearse:
+        command.append("--rehearse")
+    run = _create(loaded, root, place, " ".join(command), replaced)
+    _finish(run, names, started)
 
 # %% ../../nbs/11_cli.ipynb #c019
 @app.command(name="resume")
@@ -175,53 +170,62 @@ def _resume(
     overrides: list[str] = typer.Argument(
         None,
         metavar="KEY=VALUE",
-        help="go on with this changed; refused unless it is allowed and cannot change what is trained",
+        help="go on with this changed;"
+        " refused unless it is allowed and cannot change what is trained",
     ),
     stages: str = typer.Option(None, help="only these, e.g. evaluate,export"),
     allow: list[str] = typer.Option(
         None,
         metavar="KEY",
-        help="a key that may differ from the recipe this run began with; several: again, or with commas",
+        help="a key that may differ from the recipe this run began with;"
+        " several: again, or with commas",
     ),
 ):
     "Finish an interrupted or failed run; what is done stays done."
-    started, r, names = time.time(), find_run(run), chosen_stages(stages)
+    started = time.time()
+    found = find_run(run)
+    names = chosen_stages(stages)
     from medft.cli import resume, runner
 
-    r = resume.resumed(r, overrides or (), [k.strip() for a in allow or [] for k in a.split(",")])
-    names = names and runner.stages_of(r.recipe, names) or runner.stages_begun(r)
-    if all(runner.is_complete(r, s) for s in names) and r.status == "finished":
-        _say(f"nothing left to do: {runner.shorter(r.path)} is finished")
+    allowed = [key.strip() for option in allow or [] for key in option.split(",")]
+    found = resume.resumed(found, overrides or (), allowed)
+    names = runner.stages_of(found.recipe, names) if names else runner.stages_begun(found)
+    is_done = all(runner.is_complete(found, name) for name in names)
+    if is_done and found.status == "finished":
+        _say(f"nothing left to do: {runner.shorter(found.path)} is finished")
         return
-    _finish(r, names, started)
+    _finish(found, names, started)
 
 # %% ../../nbs/11_cli.ipynb #v001
-def _compare(a, others, as_json):
-    "Two finished runs side by side."
+def _compare(first, others, as_json):
+    "Print the comparison of two finished runs."
     from medft.core.run import MedftError
 
     if len(others) != 1:
         raise MedftError("--compare takes two runs: medft evaluate --compare A B")
-    from medft.export import compare_runs as again
+    from medft.export import compare_runs
 
-    found = again.compared(find_run(a), find_run(others[0]))
+    found = compare_runs.compared(find_run(first), find_run(others[0]))
     if as_json:
         import json
 
         _say(json.dumps(found, indent=1, default=str))
         return
-    for line in again.in_words(found, aligned(score_table(found["models"]))):
+    for line in compare_runs.in_words(found, aligned(score_table(found["models"]))):
         _say(line)
 
 
-def _clash(compare, as_json, **given):
-    "Refuse options that the other half of the verb takes."
+def _refuse_other_options(compare, as_json, options):
+    "Refuse options that do not go with --compare, and --json without it; `options`: name -> value."
     from medft.core.run import MedftError
 
-    wrong = [k for k, v in given.items() if v] if compare else ["json"] * as_json
-    if wrong:
+    given = [name for name, value in options.items() if value]
+    if compare and given:
+        raise MedftError(f"--{given[0]} goes without --compare")
+    if as_json and not compare:
         raise MedftError(
-            f"--{wrong[0].replace('_', '-')} goes {'without' if compare else 'with'} --compare{'' if compare else '; the figures of an evaluation are in metrics.json of its folder'}"
+            "--json goes with --compare;"
+            " the figures of an evaluation are in metrics.json of its folder"
         )
 
 # %% ../../nbs/11_cli.ipynb #v002
@@ -244,7 +248,8 @@ def _evaluate(
     ),
     benchmarks: str = typer.Option(
         None,
-        help="lm-evaluation-harness's too, e.g. medmcqa,pubmedqa; NAME=FILE reads its rows from a file",
+        help="lm-evaluation-harness's too, e.g. medmcqa,pubmedqa;"
+        " NAME=FILE reads its rows from a file",
     ),
     merged: bool = typer.Option(False, "--merged", help="of a run: its merged weights too"),
     run_dir: Path = typer.Option(None, help="write to this folder instead of runs/<recipe>/<time>"),
@@ -256,45 +261,32 @@ def _evaluate(
     as_json: bool = typer.Option(False, "--json", help="with --compare: as JSON"),
 ):
     "Score models on test sets without training; or compare two finished runs."
-    _clash(
-        compare,
-        as_json,
-        recipe=recipe,
-        benchmarks=benchmarks,
-        merged=merged,
-        run_dir=run_dir,
-        **{"with": further},
-    )
+    options = {"recipe": recipe, "benchmarks": benchmarks, "merged": merged, "run-dir": run_dir}
+    _refuse_other_options(compare, as_json, options | {"with": further})
     if compare:
         return _compare(what, overrides or [], as_json)
-    started, (r, called, root, place) = (
-        time.time(),
-        planned_evaluation(what, overrides, recipe, further, merged, benchmarks, run_dir),
+    started = time.time()
+    loaded, base_name, root, place = planned_evaluation(
+        what, overrides, recipe, further, merged, benchmarks, run_dir
     )
-    from medft.core.secrets import redact
-
-    command = [
-        "medft evaluate",
-        what,
-        *(overrides or []),
-        *([f"--recipe {recipe}"] if recipe else []),
-        *(f"--with {x}" for x in further or []),
-        *([f"--benchmarks {benchmarks}"] if benchmarks else []),
-        *["--merged"] * merged,
-    ]
-    run = _begun(r, root, place, redact(" ".join(command)), [])
-    run.update(dict(scored=what, called=called))
+    command = ["medft evaluate", what, *(overrides or [])]
+    command += [f"--recipe {recipe}"] if recipe else []
+    command += [f"--with {name}" for name in further or []]
+    command += [f"--benchmarks {benchmarks}"] if benchmarks else []
+    command += ["--merged"] if merged else []
+    run = _create(loaded, root, place, " ".join(command), [])
+    run.update(dict(scored=what, called=base_name))
     _finish(run, ["data", "evaluate"], started)
 
 # %% ../../nbs/11_cli.ipynb #v003
 @app.command(name="report")
 def _report(run: str = typer.Argument(..., help="a run folder, recipe/id, or id")):
     "Make a run's figures, report and card again from its predictions; no model is loaded."
-    r = find_run(run)
-    from medft.export import compare_runs as again
+    found = find_run(run)
+    from medft.export import compare_runs
 
-    _say(again.told(again.rebuilt(r)))
-    _say(f"{r.status}: {r.path}")
+    _say(compare_runs.told(compare_runs.rebuilt(found)))
+    _say(f"{found.status}: {found.path}")
 
 # %% ../../nbs/11_cli.ipynb #c023
 _prepare = typer.Typer(
@@ -328,15 +320,14 @@ def _pairs(
     about = prepare_pairs(
         synthea, out, seed, per_patient, ssn_missing, license, push, private=not public
     )
+    sizes = [
+        f"{split} {sum(kinds.values()):,} pairs of {about['patients'][split]:,} patients"
+        for split, kinds in about["pairs"].items()
+    ]
+    _say(f"{' · '.join(sizes)} -> {out}")
     _say(
-        " · ".join(
-            f"{name} {sum(kinds.values()):,} pairs of {about['patients'][name]:,} patients"
-            for name, kinds in about["pairs"].items()
-        )
-        + f" -> {out}"
-    )
-    _say(
-        f"train on them: medft run your_data dataset.path={out}/train.jsonl dataset.validation_path={out}/validation.jsonl dataset.test_path={out}/test.jsonl"
+        f"train on them: medft run your_data dataset.path={out}/train.jsonl"
+        f" dataset.validation_path={out}/validation.jsonl dataset.test_path={out}/test.jsonl"
     )
     if about.get("commit"):
         _say(f"pushed to {push}: {about['commit']}")
@@ -368,7 +359,7 @@ def _corpus(
     "Articles to packed windows: cleaned, deduplicated, tokenised, document boundaries kept."
     from medft.data.prepare.corpus import corpus_summary, prepare_corpus
 
-    made = prepare_corpus(
+    corpus = prepare_corpus(
         paths,
         out,
         workers,
@@ -380,9 +371,10 @@ def _corpus(
         seed=seed,
         column=column,
     )
-    _say(f"{corpus_summary(made)} -> {out}")
+    _say(f"{corpus_summary(corpus)} -> {out}")
     _say(
-        f"train on it: medft run your_data dataset.path={out} model.task=pretraining model.name={model} training.max_length={max_length}"
+        f"train on it: medft run your_data dataset.path={out} model.task=pretraining"
+        f" model.name={model} training.max_length={max_length}"
     )
 
 # %% ../../nbs/11_cli.ipynb #c026
@@ -391,25 +383,20 @@ def _list():
     "Show all runs, newest first."
     from medft.core.run import list_runs, read_json, runs_root
 
-    def said(r):
-        return (
-            ["rehearsed"]
-            if r.manifest.get("rehearsal")
-            else short_verdicts(read_json(r.path / "metrics.json", {}))
-        )
-
-    def about(r):
-        return [r.recipe.name, r.path.name, r.status, (r.manifest.get("created") or "")[:10]]
-
-    rows = [
-        [*(about(r) if i == 0 else [""] * 4), line]
-        for r in list_runs()
-        for i, line in enumerate(said(r))
-    ]
-    if not rows:
+    rows = [["recipe", "run", "status", "day", "verdict"]]
+    for run in list_runs():
+        manifest = run.manifest
+        verdicts = ["rehearsed"]
+        if not manifest.get("rehearsal"):
+            verdicts = short_verdicts(read_json(run.path / "metrics.json", {}))
+        day = (manifest.get("created") or "")[:10]
+        first, *others = verdicts
+        rows.append([run.recipe.name, run.path.name, run.status, day, first])
+        rows += [["", "", "", "", verdict] for verdict in others]
+    if len(rows) == 1:
         _say(f"no runs in {runs_root()}; start one with: medft run quickstart")
         return
-    for line in aligned([["recipe", "run", "status", "day", "verdict"], *rows]):
+    for line in aligned(rows):
         _say(line)
 
 # %% ../../nbs/11_cli.ipynb #c028
@@ -419,18 +406,18 @@ def _track(
     adapters: bool = typer.Option(False, "--adapters", help="upload the adapters too"),
 ):
     "Upload a run's record to MLflow: what has not arrived yet."
-    r = find_run(run)
-    from medft.cli.tracking import plainly, tracking_uri, upload
+    found = find_run(run)
+    from medft.cli.tracking import error_line, tracking_uri, upload
     from medft.core.run import MedftError
     from medft.core.secrets import redact
 
-    _say(f"uploading to {redact(tracking_uri(r.recipe))}")
+    _say(f"uploading to {redact(tracking_uri(found.recipe))}")
     try:
-        upload(r.path, adapters)
+        upload(found.path, adapters)
     except MedftError:
         raise
     except Exception as e:
-        _warn(f"tracking: {plainly(e)}; the record is kept in {r.path}")
+        _warn(f"tracking: {error_line(e)}; the record is kept in {found.path}")
         return 1
     _say("all there; look at it with: medft ui")
 
@@ -438,16 +425,13 @@ def _track(
 @app.command(name="ui")
 def _ui(port: int = typer.Option(5000, help="port on this machine")):
     "Open MLflow on the local store (this machine only)."
-    from medft.cli.tracking import PATIENCE, tracking_uri
+    from medft.cli.tracking import CLIENT_SETTINGS, tracking_uri
     from medft.core.run import MedftError, runs_root
     from medft.core.secrets import redact
 
     import socket
 
-    uri, env = (
-        tracking_uri(),
-        {**PATIENCE, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ},
-    )
+    uri = tracking_uri()
     if uri.startswith("http"):
         _say(f"runs are tracked at {redact(uri)}: open it in a browser")
         return
@@ -456,26 +440,18 @@ def _ui(port: int = typer.Option(5000, help="port on this machine")):
             raise MedftError(f"port {port} is taken; choose another with --port")
     runs_root().mkdir(parents=True, exist_ok=True)
     _say(f"MLflow on http://127.0.0.1:{port} in half a minute (Ctrl-C ends it)")
-    os.execve(
-        sys.executable,
-        [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--backend-store-uri",
-            uri,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-            "--default-artifact-root",
-            str(runs_root() / "mlartifacts"),
-        ],
-        env,
-    )
+    options = {
+        "--backend-store-uri": uri,
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--workers": "1",
+        "--default-artifact-root": str(runs_root() / "mlartifacts"),
+    }
+    command = [sys.executable, "-m", "mlflow", "server"]
+    for option, value in options.items():
+        command += [option, value]
+    env = {**CLIENT_SETTINGS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
+    os.execve(sys.executable, command, env)
 
 # %% ../../nbs/11_cli.ipynb #cplan1
 @app.command(name="plan")
@@ -485,27 +461,25 @@ def _plan(
     gpu: str = typer.Option(
         None, help="plan for this GPU, e.g. 'H100 80GB', instead of this machine"
     ),
-    gpus: int = typer.Option(1, min=1, help="so many of them"),
+    gpus: int = typer.Option(1, min=1, help="number of them"),
     price: float = typer.Option(None, help="of one device for an hour"),
     tokens_per_second: float = typer.Option(None, help="of one device, if you know it"),
     as_json: bool = typer.Option(False, "--json", help="as JSON, for programs"),
 ):
-    "What a run will need: memory by part, what to change where it does not fit, steps, time, cost, disk."
-    os.environ.setdefault(
-        "TQDM_DISABLE", "1"
-    )  # rows are read in moments; bars would only stand between the lines
-    from medft.core import run as core
-    from medft.plan import estimate as plan
+    "What a run will need: memory by part, changes to make it fit, steps, time, cost, disk."
+    # Rows are read in moments; progress bars would only interrupt the lines.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from medft.core.run import load_recipe
+    from medft.plan import estimate
 
-    found = plan.plan(
-        core.load_recipe(recipe, overrides or ()), gpu, gpus, price, tokens_per_second
-    )
+    loaded = load_recipe(recipe, overrides or ())
+    found = estimate.plan(loaded, gpu, gpus, price, tokens_per_second)
     if as_json:
         import json
 
         _say(json.dumps(found, indent=1, default=str))
         return
-    for line in plan.in_words(found):
+    for line in estimate.in_words(found):
         _say(line)
 
 # %% ../../nbs/11_cli.ipynb #c032
@@ -519,14 +493,13 @@ def _matrix(
     out: Path = typer.Option(None, help="with --try: also write what was found to this JSON file"),
 ):
     "Family, task, adapter, engine: what works, and what is refused with what reason."
-    from medft.plan import support_matrix as matrix
+    from medft.plan import support_matrix
 
-    chosen = matrix.chosen(families, engine)
-    if not trying:
-        for line in matrix.in_text(matrix.rules(chosen)):
-            _say(line)
-        return
-    return matrix.tried(chosen, _say, out)
+    chosen = support_matrix.chosen(families, engine)
+    if trying:
+        return support_matrix.tried(chosen, _say, out)
+    for line in support_matrix.in_text(support_matrix.rules(chosen)):
+        _say(line)
 
 # %% ../../nbs/11_cli.ipynb #bench1
 @app.command(name="bench")
@@ -540,7 +513,8 @@ def _bench(
     ),
     shape: str = typer.Option(
         None,
-        help="random weights of a real configuration: gemma-3-270m, llama-160m, a family of medft matrix, a folder",
+        help="random weights of a real configuration: gemma-3-270m, llama-160m,"
+        " a family of medft matrix, a folder",
     ),
     scoring: bool = typer.Option(False, "--scoring", help="scoring instead, against lm_eval"),
     data: bool = typer.Option(
@@ -552,45 +526,46 @@ def _bench(
     fresh: bool = typer.Option(
         None,
         "--fresh/--resident",
-        help="a new process for each turn (on a GPU unless said otherwise), or all engines in memory",
+        help="a new process for each turn (the default on a GPU), or all engines in memory",
     ),
     out: Path = typer.Option(None, help="folder; runs/.bench/<recipe>-<shape> if not given"),
     into: Path = typer.Option(None, help="also put the result into this file of results"),
 ):
     "Which engine is fastest here: speed, memory and losses, engines in turns."
-    from medft.bench import engines as bench
-    from medft.cli import runner
+    from medft.bench import engines as bench_engines
+    from medft.cli.runner import signals
 
-    with runner.signals():
+    overrides = overrides or ()
+    with signals():
         if scoring:
             from medft.bench import scoring as bench_scoring
 
-            found, kind = bench_scoring.bench(recipe, out, _say, overrides or (), shape), "scoring"
+            kind = "scoring"
+            found = bench_scoring.bench(recipe, out, _say, overrides, shape)
         elif data:
             from medft.bench import data as bench_data
 
-            found, kind = bench_data.bench(recipe, overrides or (), out, rounds, _say), "data"
+            kind = "data"
+            found = bench_data.bench(recipe, overrides, out, rounds, _say)
         else:
-            found, kind = (
-                bench.bench(
-                    recipe, overrides or (), engines, shape, warm, steps, rounds, out, fresh, _say
-                ),
-                "runs",
+            kind = "runs"
+            found = bench_engines.bench(
+                recipe, overrides, engines, shape, warm, steps, rounds, out, fresh, _say
             )
     if into:
-        bench.record(found, into, kind)
+        bench_engines.record(found, into, kind)
 
 # %% ../../nbs/11_cli.ipynb #c034
 @app.command(name="doctor")
 def _doctor():
-    "Look at the installation, and say what to mend."
+    "Check the installation and the machine, and say what to correct."
     from medft.cli.doctor import BAD, examined
 
-    found = []
-    for level, what, cure in examined():
-        found.append(level)
-        _say(f"{level:<5}{what}" + (f": {cure}" if cure else ""))
-    return int(BAD in found)
+    levels = set()
+    for level, finding, advice in examined():
+        levels.add(level)
+        _say(f"{level:<5}{finding}" + (f": {advice}" if advice else ""))
+    return int(BAD in levels)
 
 # %% ../../nbs/11_cli.ipynb #c044
 if __name__ == "__main__" and "__file__" in globals():

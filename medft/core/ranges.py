@@ -1,4 +1,4 @@
-"""Types for the keys of a recipe that know their range: counts, shares, names, words. A value outside is refused when the recipe is read, in one line.
+"""Types with ranges for the keys of a recipe: counts, shares, names, words. A value outside its range is refused when the recipe is read, in one line.
 
 Docs: https://medft.github.io/medft/core/ranges.html.md"""
 
@@ -6,22 +6,20 @@ Docs: https://medft.github.io/medft/core/ranges.html.md"""
 
 # %% auto #0
 __all__ = ['LARGEST', 'Whole', 'Count', 'CountOrNone', 'Finite', 'Positive', 'NotNegative', 'Share', 'OpenShare', 'ShareBelowOne',
-           'Text', 'Word', 'TextOrTexts', 'Texts', 'LONGEST', 'Name', 'Label', 'HubId', 'Size', 'Pattern', 'Patterns',
-           'Steps', 'Warmup', 'Words', 'TRAINING', 'LOG_LEVELS', 'INITS', 'INITS_SAID', 'LORA', 'LIBRARIES', 'CHECKED',
-           'up_to', 'number', 'not_blank', 'not_empty', 'as_text', 'checked_name', 'checked_label', 'as_name',
-           'checked_hub_id', 'checked_size', 'checked_pattern', 'checked_steps', 'checked_warmup', 'checked_init',
+           'Text', 'Word', 'TextOrTexts', 'Texts', 'Name', 'Label', 'HubId', 'Size', 'Pattern', 'Patterns', 'Steps',
+           'Warmup', 'TRAINING_RANGES', 'LORA_RANGES', 'LIBRARY_RANGES', 'up_to', 'number', 'not_empty', 'as_name',
            'bounds', 'range_of']
 
 # %% ../../nbs/core/ranges.ipynb #n002
 import re
 import typing
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Field
 
 # %% ../../nbs/core/ranges.ipynb #n004
-LARGEST = 2**31 - 1  # of any whole number of a recipe: the libraries hold them in 32 bits somewhere
+LARGEST = 2**31 - 1  # of any whole number of a recipe: some library holds each in 32 bits
 
 Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -35,25 +33,25 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 def up_to(
-    largest,  # the largest value that is meant
-    least=1,  # the smallest
-):  # a type
-    "A whole number within bounds."
+    largest: int,  # the largest value allowed
+    least: int = 1,  # the smallest
+):  # an annotated int
+    "The type of a whole number within bounds."
     return Annotated[int, Field(ge=least, le=largest)]
 
 
 def number(
-    above=None,  # the value must be larger than this
-    least=None,  # ... or at least this
-    below=None,  # ... smaller than this
-    most=None,  # ... or at most this
-):  # a type
-    "A finite number within bounds."
+    above: float | None = None,  # the value must be larger than this
+    least: float | None = None,  # ... or at least this
+    below: float | None = None,  # ... smaller than this
+    most: float | None = None,  # ... or at most this
+):  # an annotated float
+    "The type of a finite number within bounds."
     return Annotated[float, Field(gt=above, ge=least, lt=below, le=most, allow_inf_nan=False)]
 
 # %% ../../nbs/core/ranges.ipynb #n006
-def not_blank(text):
-    "A text as it is. Raises `ValueError` if nothing is in it, or a null character is."
+def _not_blank(text):
+    "A text, unchanged. Raises `ValueError` if it is blank or holds a null character."
     if not text.strip():
         raise ValueError("is empty: give a value, or leave the key out")
     if "\0" in text:
@@ -61,70 +59,78 @@ def not_blank(text):
     return text
 
 
-def not_empty(items):
-    "A list as it is. Raises `ValueError` if it has no items."
+def not_empty(
+    items: list,
+) -> list:
+    "A list, unchanged. Raises `ValueError` if it has no items."
     if not items:
         raise ValueError("is empty: name at least one, or leave the key out")
     return items
 
 
-def as_text(value):
-    "A number that YAML read where a word is meant (the label 1, the name 2026) as its text."
+def _as_text(value):
+    "A whole number (YAML reads the label 1 or the name 2026 as one) as text."
     return str(value) if type(value) is int else value
 
 
-Text = Annotated[str, AfterValidator(not_blank)]
-Word = Annotated[str, BeforeValidator(as_text), AfterValidator(not_blank)]
+Text = Annotated[str, AfterValidator(_not_blank)]
+Word = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank)]
 TextOrTexts = Text | Annotated[list[Text], AfterValidator(not_empty)]
 Texts = Annotated[list[Text], AfterValidator(not_empty)]
 
 # %% ../../nbs/core/ranges.ipynb #n008
-LONGEST = 100  # characters of a name; a file name holds 255 bytes, and names are joined to others
+_MAX_NAME_LENGTH = 100  # characters; a file name holds 255 bytes, and names are joined to others
 
 
-def checked_name(name):
-    "A name of a recipe. Raises `ValueError` if it could be anything but one folder's name."
+def _checked_name(name):
+    "A recipe's name, unchanged. Raises `ValueError` if it cannot be the name of one folder."
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name.endswith("."):
         raise ValueError(
             "is no name: use letters, digits, '.', '_' and '-', a letter or digit first"
         )
-    if len(name) > LONGEST:
-        raise ValueError(f"is too long for a name: {len(name)} characters, {LONGEST} at most")
+    if len(name) > _MAX_NAME_LENGTH:
+        length = f"{len(name)} characters, {_MAX_NAME_LENGTH} at most"
+        raise ValueError(f"is too long for a name: {length}")
     return name
 
 
-def checked_label(name):
-    "A name of a set or model. Raises `ValueError` if it could be anything but part of a file's name."
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or len(name) > LONGEST:
+def _checked_label(name):
+    "A set's or model's name, unchanged. Raises `ValueError` if it cannot be part of a file's name."
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or len(name) > _MAX_NAME_LENGTH:
         raise ValueError(
-            f"is no name: use letters, digits, - and _, a letter or digit first, {LONGEST} at most"
+            "is no name: use letters, digits, - and _, a letter or digit first,"
+            f" {_MAX_NAME_LENGTH} at most"
         )
     return name
 
 
-def as_name(text) -> str:
-    "The nearest name to a file's: what else it holds becomes a hyphen."
-    kept = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:LONGEST].rstrip(".")
-    return kept or "recipe"
+def as_name(
+    text: str,  # a file's name without its suffix
+) -> str:
+    "The nearest allowed name: other characters become a hyphen."
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
+    return name[:_MAX_NAME_LENGTH].rstrip(".") or "recipe"
 
 
-Name = Annotated[str, BeforeValidator(as_text), AfterValidator(checked_name)]
-Label = Annotated[str, BeforeValidator(as_text), AfterValidator(checked_label)]
+Name = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked_name)]
+Label = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked_label)]
 
 # %% ../../nbs/core/ranges.ipynb #n011
-def checked_hub_id(text):
-    "`org/name` as the hub takes it. Raises `ValueError`."
+def _checked_hub_id(text):
+    "A hub repository (`org/name`), unchanged. Raises `ValueError` if the hub would refuse it."
     parts = text.split("/")
-    good = all(re.fullmatch(r"\w(?:[\w.-]*\w)?", p, re.ASCII) for p in parts)
-    if len(parts) != 2 or not good or "--" in text or ".." in text or len(text) > 96:
+    has_two_names = len(parts) == 2 and all(
+        re.fullmatch(r"\w(?:[\w.-]*\w)?", part, re.ASCII) for part in parts
+    )
+    if not has_two_names or "--" in text or ".." in text or len(text) > 96:
         raise ValueError("is no repository of the hub: write org/name, as in my-clinic/my-model")
     if text.endswith(".git"):
         raise ValueError("is no repository of the hub: its name cannot end in .git")
     return text
 
 
-def checked_size(text):
-    "A file size as transformers reads it. Raises `ValueError`."
+def _checked_size(text):
+    "A file size as transformers reads it. Raises `ValueError` for anything else."
     size = text.upper().replace(" ", "")
     found = re.fullmatch(r"(\d{1,9})(?:[KMG]I?B)", size)
     if not found or int(found[1]) == 0:
@@ -132,47 +138,46 @@ def checked_size(text):
     return size.replace("I", "i")
 
 
-def checked_pattern(text):
-    "A regular expression. Raises `ValueError`."
+def _checked_pattern(text):
+    "A regular expression, unchanged. Raises `ValueError` if Python cannot compile it."
     try:
-        re.compile(not_blank(text))
+        re.compile(_not_blank(text))
     except re.error as e:
         raise ValueError(f"is no regular expression: {e}") from None
     return text
 
 
-def checked_steps(steps):
-    "A number of steps: whole from 1 on, or a share of all steps below 1. Raises `ValueError`."
-    if steps <= 0 or steps > LARGEST or (steps > 1 and steps != int(steps)):
+def _checked_steps(steps):
+    "A number of steps from 1 on, or a share of all steps, unchanged. Raises `ValueError`."
+    is_fraction = steps > 1 and steps != int(steps)
+    if steps <= 0 or steps > LARGEST or is_fraction:
         raise ValueError(
             "is no number of steps: a whole number from 1 on, or a share below 1 of all"
         )
     return steps
 
 
-def checked_warmup(steps):
-    "Steps of warm-up, of which there may be none. Raises `ValueError`."
-    return steps if steps == 0 else checked_steps(steps)
+def _checked_warmup(steps):
+    "Steps of warm-up, possibly 0, unchanged. Raises `ValueError`."
+    return steps if steps == 0 else _checked_steps(steps)
 
 
-HubId = Annotated[str, AfterValidator(checked_hub_id)]
-Size = Annotated[str, AfterValidator(checked_size)]
-Pattern = Annotated[str, AfterValidator(checked_pattern)]
+HubId = Annotated[str, AfterValidator(_checked_hub_id)]
+Size = Annotated[str, AfterValidator(_checked_size)]
+Pattern = Annotated[str, AfterValidator(_checked_pattern)]
 Patterns = Pattern | Texts
-Steps = Annotated[float, Field(allow_inf_nan=False), AfterValidator(checked_steps)]
-Warmup = Annotated[float, Field(allow_inf_nan=False), AfterValidator(checked_warmup)]
+Steps = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_checked_steps)]
+Warmup = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_checked_warmup)]
 
 # %% ../../nbs/core/ranges.ipynb #n013
-Words = typing.Literal
-
-TRAINING = dict(
-    learning_rate=number(above=0, most=1e38),  # more has no place in 32 bits
+TRAINING_RANGES = dict(
+    learning_rate=number(above=0, most=1e38),  # a larger one overflows float32
     num_train_epochs=number(above=0, most=1e6),
     max_steps=up_to(LARGEST, least=-1),  # -1: num_train_epochs decides
     per_device_train_batch_size=up_to(65536),
     per_device_eval_batch_size=up_to(65536),
     gradient_accumulation_steps=up_to(65536),
-    max_length=up_to(LARGEST, least=2),  # one token that asks and one that answers
+    max_length=up_to(LARGEST, least=2),  # one token of a prompt and one of its answer
     warmup_steps=Warmup,
     logging_steps=Steps,
     eval_steps=Steps,
@@ -187,75 +192,83 @@ TRAINING = dict(
     label_smoothing_factor=ShareBelowOne,
     neftune_noise_alpha=number(least=0, most=1000),
     router_aux_loss_coef=number(least=0, most=1000),
-    seed=up_to(2**32 - 1, least=0),  # what NumPy takes
+    seed=up_to(2**32 - 1, least=0),  # NumPy's range
     data_seed=up_to(2**32 - 1, least=0),
     dataset_num_proc=up_to(1024),
     dataloader_num_workers=up_to(1024, least=0),
     dataloader_prefetch_factor=up_to(1024),
     torch_empty_cache_steps=Count,
     eval_accumulation_steps=Count,
-    pad_to_multiple_of=up_to(65536) | Words["auto"],
+    pad_to_multiple_of=up_to(65536) | Literal["auto"],
     ddp_bucket_cap_mb=up_to(65536),
     ddp_timeout=up_to(10**7),  # seconds
     local_rank=up_to(LARGEST, least=-1),
 )
 
 # %% ../../nbs/core/ranges.ipynb #n015
-LOG_LEVELS = Words["debug", "info", "warning", "error", "critical", "passive"]
+_LogLevel = Literal["debug", "info", "warning", "error", "critical", "passive"]
 
-TRAINING |= dict(
-    packing_strategy=Words["bfd", "bfd_split", "wrapped"],
-    truncation_mode=Words["keep_start", "keep_end"],
-    loss_type=Words["nll", "dft", "chunked_nll"],
-    log_level=LOG_LEVELS,
-    log_level_replica=LOG_LEVELS,
-    include_num_input_tokens_seen=bool | Words["all", "non_padding", "no"],
-    train_sampling_strategy=Words["random", "sequential", "group_by_length", "batch_rebalance"],
-    torch_compile_mode=Words[
+TRAINING_RANGES |= dict(
+    packing_strategy=Literal["bfd", "bfd_split", "wrapped"],
+    truncation_mode=Literal["keep_start", "keep_end"],
+    loss_type=Literal["nll", "dft", "chunked_nll"],
+    log_level=_LogLevel,
+    log_level_replica=_LogLevel,
+    include_num_input_tokens_seen=bool | Literal["all", "non_padding", "no"],
+    train_sampling_strategy=Literal["random", "sequential", "group_by_length", "batch_rebalance"],
+    torch_compile_mode=Literal[
         "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
     ],
-    dataloader_multiprocessing_context=Words["fork", "spawn", "forkserver"],
-    torch_compile_backend=Words[
+    dataloader_multiprocessing_context=Literal["fork", "spawn", "forkserver"],
+    torch_compile_backend=Literal[
         "inductor", "eager", "aot_eager", "cudagraphs", "onnxrt", "openxla", "tensorrt", "tvm"
     ],
-    debug=Words["underflow_overflow", "tpu_metrics_debug"],
-    ddp_backend=Words["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"],
+    debug=Literal["underflow_overflow", "tpu_metrics_debug"],
+    ddp_backend=Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"],
 )
 
-TRAINING |= dict(
+TRAINING_RANGES |= dict(
     lr_scheduler_kwargs=dict[Text, typing.Any],
     gradient_checkpointing_kwargs=dict[
-        Words["use_reentrant", "preserve_rng_state", "determinism_check", "debug", "selective"],
+        Literal["use_reentrant", "preserve_rng_state", "determinism_check", "debug", "selective"],
         bool | str,
     ],
     accelerator_config=dict[
-        Words["split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler",
-              "non_blocking", "gradient_accumulation_kwargs"],
+        Literal[
+            "split_batches",
+            "dispatch_batches",
+            "even_batches",
+            "use_seedable_sampler",
+            "non_blocking",
+            "gradient_accumulation_kwargs",
+        ],
         typing.Any,
     ],
     optim_target_modules=Text | Texts,
-)  # fmt: skip
+)
 
 # %% ../../nbs/core/ranges.ipynb #n017
-INITS = ("gaussian", "orthogonal", "pissa", "pissa_niter_[n]", "olora", "mica")
+_INITS = ("gaussian", "orthogonal", "pissa", "pissa_niter_[n]", "olora", "mica")
+_ALLOWED_INITS = f"use true, false or one of {', '.join(_INITS)}"
 
 
-def checked_init(init):
-    "A way to draw an adapter's first weights. Raises `ValueError`."
+def _checked_init(init):
+    "A way to draw an adapter's first weights, unchanged. Raises `ValueError`."
     if isinstance(init, bool):
         return init
-    if isinstance(init, str):
-        rounds = re.fullmatch(r"pissa_niter_(\d{1,4})", init)
-        if init in INITS and "[" not in init or rounds:
-            return init
+    is_word = init in _INITS and "[" not in init
+    if is_word or re.fullmatch(r"pissa_niter_\d{1,4}", init):
+        return init
     if init in ("eva", "corda", "loftq", "lora_ga"):
-        raise ValueError(f"looks at data before training, which no stage does here; {INITS_SAID}")
-    raise ValueError(INITS_SAID)
+        reason = "looks at data before training, which no stage does here"
+        raise ValueError(f"{reason}; {_ALLOWED_INITS}")
+    raise ValueError(_ALLOWED_INITS)
 
 
-INITS_SAID = f"use true, false or one of {', '.join(INITS)}"
+_Indices = Annotated[list[CountOrNone], AfterValidator(not_empty)]
+_Layer = up_to(65536, least=0)
 
-LORA = dict(
+LORA_RANGES = dict(
     r=up_to(65536),
     lora_alpha=up_to(2**20),
     lora_dropout=ShareBelowOne,
@@ -263,59 +276,65 @@ LORA = dict(
     exclude_modules=Patterns,
     modules_to_save=Texts,
     target_parameters=Texts,
-    layers_to_transform=up_to(65536, 0)
-    | Annotated[list[up_to(65536, 0)], AfterValidator(not_empty)],
+    layers_to_transform=_Layer | Annotated[list[_Layer], AfterValidator(not_empty)],
     layers_pattern=TextOrTexts,
     rank_pattern=dict[Pattern, up_to(65536)],
     alpha_pattern=dict[Pattern, number(above=0, most=2**20)],
-    trainable_token_indices=Annotated[list[CountOrNone], AfterValidator(not_empty)]
-    | dict[Text, Annotated[list[CountOrNone], AfterValidator(not_empty)]],
-    init_lora_weights=Annotated[bool | str, AfterValidator(checked_init)],
+    trainable_token_indices=_Indices | dict[Text, _Indices],
+    init_lora_weights=Annotated[bool | str, AfterValidator(_checked_init)],
     qalora_group_size=up_to(65536),
 )
-LIBRARIES = dict(training=TRAINING, lora=LORA)
+LIBRARY_RANGES = dict(training=TRAINING_RANGES, lora=LORA_RANGES)
 
 # %% ../../nbs/core/ranges.ipynb #n020
+_SIGNS = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}
+
+
 def bounds(
     metadata,  # of a pydantic field, or of an `Annotated` type
-) -> str:  # e.g. "> 0, ≤ 100"; "" when there are none
-    "The bounds that a field's metadata holds."
-    signs = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}
+) -> str:  # as in "> 0, ≤ 100"; "" when there are none
+    "The bounds in a field's metadata, without those of every whole number."
+    constraints = []
+    for item in metadata:
+        constraints += getattr(item, "metadata", None) or [item]
     found = []
-    for m in metadata:
-        for part in getattr(m, "metadata", None) or [m]:
-            attribute, sign = signs.get(type(part), (None, None))
-            if attribute and abs(getattr(part, attribute)) != LARGEST:
-                value = getattr(part, attribute)
-                found.append(f"{sign} {value:,}" if isinstance(value, int) else f"{sign} {value:g}")
+    for constraint in constraints:
+        if type(constraint) not in _SIGNS:
+            continue
+        attribute, sign = _SIGNS[type(constraint)]
+        value = getattr(constraint, attribute)
+        if abs(value) != LARGEST:
+            found.append(f"{sign} {value:,}" if isinstance(value, int) else f"{sign} {value:g}")
     return ", ".join(found)
 
 
-CHECKED = {
-    not_blank: "not empty",
+_CHECK_NAMES = {
+    _not_blank: "not empty",
     not_empty: "at least one",
-    checked_name: "a name",
-    checked_label: "a name",
-    checked_hub_id: "org/name",
-    checked_size: "as in 5GB",
-    checked_pattern: "a regular expression",
-    checked_steps: "from 1, or a share below 1",
-    checked_warmup: "from 0, or a share below 1",
-    checked_init: ", ".join(INITS),
+    _checked_name: "a name",
+    _checked_label: "a name",
+    _checked_hub_id: "org/name",
+    _checked_size: "as in 5GB",
+    _checked_pattern: "a regular expression",
+    _checked_steps: "from 1, or a share below 1",
+    _checked_warmup: "from 0, or a share below 1",
+    _checked_init: ", ".join(_INITS),
 }
 
 
 def range_of(
     annotation,  # a field's type
-    metadata=(),  # what pydantic took off it
-) -> str:  # "" when every value of the type will do
-    "What a key may be, in words."
-    said = [bounds(metadata)]
-    said += [CHECKED[m.func] for m in metadata if getattr(m, "func", None) in CHECKED]
-    if typing.get_origin(annotation) is typing.Literal:
-        said += [", ".join(str(v) for v in typing.get_args(annotation))]
+    metadata=(),  # what pydantic removed from the annotation
+) -> str:  # "" when every value of the type is allowed
+    "The values that a key allows, in words."
+    phrases = [bounds(metadata)]
+    checks = [getattr(item, "func", None) for item in metadata]
+    phrases += [_CHECK_NAMES[check] for check in checks if check in _CHECK_NAMES]
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        phrases.append(", ".join(str(value) for value in arguments))
     elif typing.get_origin(annotation) is Annotated:
-        said += [range_of(annotation.__origin__, annotation.__metadata__)]
+        phrases.append(range_of(annotation.__origin__, annotation.__metadata__))
     else:
-        said += [range_of(a) for a in typing.get_args(annotation) if a is not type(None)]
-    return "; ".join(dict.fromkeys(s for s in said if s))
+        phrases += [range_of(kind) for kind in arguments if kind is not type(None)]
+    return "; ".join(dict.fromkeys(phrase for phrase in phrases if phrase))

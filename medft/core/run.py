@@ -1,4 +1,4 @@
-"""A recipe goes in, a run folder comes out. This room makes the folder, and hands on what the rooms before it define, so that every later room imports from one place.
+"""A recipe goes in, a run folder comes out. This page makes the folder.
 
 Docs: https://medft.github.io/medft/core.html.md"""
 
@@ -6,17 +6,29 @@ Docs: https://medft.github.io/medft/core.html.md"""
 
 # %% auto #0
 __all__ = ['PACKAGES', 'REHEARSED', 'cpu_name', 'environment', 'device', 'settle', 'peak_rss', 'forget_peak', 'seed_everything',
-           'Run', 'injected_parameters', 'open_run', 'list_runs']
+           'Run', 'open_run', 'list_runs']
 
 # %% ../../nbs/00_core.ipynb #k001
-from .engines import *
-from .files import *
-from .recipe import *
-from .sections import *
+# The stars hand on what other pages import from here.
+from .engines import *  # noqa: F403
+from .engines import settled
+from .files import *  # noqa: F403
+from medft.core.files import (
+    MedftError,
+    atomic_write,
+    checkout,
+    nearest,
+    read_json,
+    runs_root,
+    write_json,
+)
+from .recipe import *  # noqa: F403
+from .recipe import load_recipe, remember_urls
+from .secrets import redact
+from .sections import *  # noqa: F403
+from .sections import Recipe
 
 # %% ../../nbs/00_core.ipynb #c002
-from .secrets import redact
-
 import ast
 import importlib.metadata
 import importlib.util
@@ -34,189 +46,193 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/00_core.ipynb #c050
-PACKAGES = "medft torch transformers trl peft datasets accelerate bitsandbytes unsloth unsloth_zoo mlflow papermill scikit-learn numpy".split()
+PACKAGES = """
+    medft torch transformers trl peft datasets accelerate bitsandbytes unsloth unsloth_zoo mlflow
+    papermill scikit-learn numpy
+""".split()
 
 
-def _command(*args, cwd=None):
+def _command_output(*command, cwd=None) -> str:
+    "What a command prints; empty when it is missing or takes too long."
     try:
-        return subprocess.run(
-            args, cwd=cwd, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
+    return done.stdout.strip()
 
 
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _installed_versions() -> dict[str, str]:
+    "Package -> version, of those in `PACKAGES` that are installed."
+    versions = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def cpu_name() -> str:
     "The processor's name, as the system gives it."
     info = Path("/proc/cpuinfo")
-    names = (
-        [
-            l.split(":", 1)[1].strip()
-            for l in info.read_text().splitlines()
-            if l.startswith("model name")
-        ]
-        if info.exists()
-        else []
-    )
-    return (names or [platform.processor() or platform.machine()])[0]
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 # %% ../../nbs/00_core.ipynb #c051
-def environment() -> dict:
-    "Package versions, hardware and git state: what a reader needs to repeat the run."
+def environment() -> dict:  # packages, hardware, git
+    "Package versions, hardware and git state of this process."
     top = checkout() or Path.cwd()
-    gpus = _command(
-        "nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"
-    ).splitlines()
-    return dict(
-        packages={p: v for p in PACKAGES if (v := _version(p))},
-        hardware=dict(
-            system=platform.platform(),
-            python=platform.python_version(),
-            cpu=cpu_name(),
-            cores=os.cpu_count(),
-            memory_bytes=psutil.virtual_memory().total,
-            gpus=gpus,
-        ),
-        git=dict(
-            commit=_command("git", "rev-parse", "HEAD", cwd=top) or None,
-            dirty=bool(_command("git", "status", "--porcelain", cwd=top)),
-        ),
+    gpus = _command_output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    hardware = dict(
+        system=platform.platform(),
+        python=platform.python_version(),
+        cpu=cpu_name(),
+        cores=os.cpu_count(),
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=gpus.splitlines(),  # name and memory, one text a GPU
     )
+    git = dict(
+        commit=_command_output("git", "rev-parse", "HEAD", cwd=top) or None,
+        dirty=bool(_command_output("git", "status", "--porcelain", cwd=top)),
+    )
+    return dict(packages=_installed_versions(), hardware=hardware, git=git)
 
 # %% ../../nbs/00_core.ipynb #c053
 def device() -> str:
-    "cuda, mps or cpu: the best there is."
+    "The best device of this machine: cuda, mps or cpu."
     import torch
 
-    return (
-        "cuda"
-        if torch.cuda.is_available()
-        else "mps"
-        if torch.backends.mps.is_available()
-        else "cpu"
-    )
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def settle(recipe) -> Recipe:
-    "A recipe whose engine is chosen for this machine, where it says `auto`."
-    return (
-        settled(recipe, device(), bool(importlib.util.find_spec("unsloth")))
-        if "auto" in recipe.engine
-        else recipe
-    )
+def settle(
+    recipe: Recipe,
+) -> Recipe:
+    "The recipe with its engine chosen for this machine, where it says `auto`."
+    if "auto" not in recipe.engine:
+        return recipe  # without importing torch
+    has_unsloth = importlib.util.find_spec("unsloth") is not None
+    return settled(recipe, device(), has_unsloth)
 
 # %% ../../nbs/00_core.ipynb #cx05
-def peak_rss() -> int:
-    "The largest resident memory of this process so far (on Linux: since it was last forgotten), in bytes."
+def peak_rss() -> int:  # bytes
+    "The process's largest resident memory so far; on Linux since the last `forget_peak`."
     status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024  # it is in KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def forget_peak():
-    "Begin anew to note the largest resident memory, where the system lets one."
+    "Reset the largest resident memory, where the system allows it."
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def seed_everything(seed):
+def seed_everything(
+    seed: int,
+):
     "Seed Python, NumPy and torch, through transformers, so that every engine starts alike."
     from transformers import set_seed
 
     set_seed(seed)
 
 # %% ../../nbs/00_core.ipynb #c055
-def _merge(a, b):
-    return {
-        **a,
-        **{
-            k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v
-            for k, v in b.items()
-        },
-    }
+def _merge(old, new) -> dict:
+    "Two nested dicts as one; where both have a value, the new one counts."
+    merged = dict(old)
+    for key, value in new.items():
+        both_are_dicts = isinstance(value, dict) and isinstance(old.get(key), dict)
+        merged[key] = _merge(old[key], value) if both_are_dicts else value
+    return merged
 
 
 class Run:
     "One execution of a recipe: a folder that says what ran, with what, and how it ended."
 
-    def __init__(self, path, recipe):
-        self.path, self.recipe = Path(path), recipe
+    def __init__(
+        self,
+        path: str | Path,  # the run folder
+        recipe: Recipe,  # as it was frozen
+    ):
+        self.path = Path(path)
+        self.recipe = recipe
 
     def __repr__(self):
         return f"Run({self.recipe.name}/{self.path.name}: {self.status})"
 
 # %% ../../nbs/00_core.ipynb #c056
+def _run_id() -> str:
+    "A new name for a run folder: the time, and two random bytes for runs of the same second."
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+
+
 @patch(cls_method=True)
-def create(cls: Run, recipe, root=None, run_id=None, command=None):
-    "Make the folder, freeze the recipe, write the first manifest. Never touches an existing run."
-    root, recipe = Path(root or recipe.output.dir or runs_root()), settle(recipe)
-    path = (
-        root.resolve()
-        / recipe.name
-        / (run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
-    )
-    placed = (
-        dict(placed_by_hand=True) if Path(run_id or "").is_absolute() else {}
-    )  # --run-dir: not in a folder of runs
+def create(
+    cls: Run,
+    recipe: Recipe,
+    root: str | Path | None = None,  # the folder for runs; None: `output.dir`, or `runs_root()`
+    run_id: str | None = None,  # name of the run folder, or an absolute path (`--run-dir`)
+    command: str | None = None,  # for the manifest
+) -> Run:
+    "Make a run folder with the frozen recipe. Raises `MedftError` where it exists already."
+    root = Path(root or recipe.output.dir or runs_root()).resolve()
+    recipe = settle(recipe)
+    path = root / recipe.name / (run_id or _run_id())
     try:
         (path / "logs").mkdir(parents=True)
     except OSError as e:
         raise MedftError(
             f"cannot make the run folder {path}: {e.strerror}; choose another place with --run-dir"
         ) from None
-    without = remember_urls(recipe)  # no file holds their credentials
-    for name in ("recipe.yaml", ".recipe.yaml"):
-        atomic_write(
-            path / name, recipe.to_yaml()
-        )  # the second is what a resumed run is compared with
-    chosen = dict(engine_chosen=recipe.engine_chosen) if recipe.engine_chosen else {}
-    if without:
-        chosen["without_credentials"] = without
-    write_json(
-        path / "manifest.json",
-        dict(
-            status="running",
-            recipe=recipe.name,
-            digest=recipe.digest(),
-            seed=recipe.seed,
-            command=command,
-            **chosen,
-            **placed,
-            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            stages={},
-            hashes={},
-            **environment(),
-        ),
+    public_urls = remember_urls(recipe)
+    atomic_write(path / "recipe.yaml", recipe.to_yaml())
+    atomic_write(path / ".recipe.yaml", recipe.to_yaml())  # a resumed run is compared with it
+    manifest = dict(
+        status="running",
+        recipe=recipe.name,
+        digest=recipe.digest(),
+        seed=recipe.seed,
+        command=command,
     )
+    if recipe.engine_chosen:
+        manifest["engine_chosen"] = recipe.engine_chosen
+    if public_urls:
+        manifest["without_credentials"] = public_urls
+    if Path(run_id or "").is_absolute():
+        manifest["placed_by_hand"] = True
+    created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    manifest |= dict(created=created, stages={}, hashes={}) | environment()
+    write_json(path / "manifest.json", manifest)
     return cls(path, recipe)
 
 # %% ../../nbs/00_core.ipynb #c056s1
 @patch(cls_method=True)
-def open(cls: Run, path):
-    "Open a run folder, with the recipe that was frozen in it."
+def open(
+    cls: Run,
+    path: str | Path,
+) -> Run:
+    "Open a run folder with its frozen recipe. Raises `MedftError` if a file is missing or bad."
     path = Path(path).resolve()
-    if not (path / "manifest.json").exists() or not (path / "recipe.yaml").exists():
+    manifest = path / "manifest.json"
+    if not manifest.exists() or not (path / "recipe.yaml").exists():
         raise MedftError(
-            f"{path} is no run folder (it lacks manifest.json or recipe.yaml); `medft list` shows the runs"
+            f"{path} is no run folder (it lacks manifest.json or recipe.yaml);"
+            " `medft list` shows the runs"
         )
     try:
-        whole = isinstance(read_json(path / "manifest.json")["stages"], dict)
+        is_whole = isinstance(read_json(manifest)["stages"], dict)
     except (ValueError, TypeError, KeyError):
-        whole = False
-    if not whole:
+        is_whole = False
+    if not is_whole:
         raise MedftError(
-            f"{path / 'manifest.json'} is damaged: not the JSON that a run writes; start this run anew"
+            f"{manifest} is damaged: not the JSON that a run writes; start this run anew"
         )
     return cls(path, load_recipe(path / "recipe.yaml"))
 
@@ -226,27 +242,31 @@ REHEARSED = "rehearsal: random weights, the figures mean nothing"
 
 @patch(as_prop=True)
 def manifest(self: Run) -> dict:
+    "The content of manifest.json, read anew each time."
     return read_json(self.path / "manifest.json", {})
 
 
 @patch(as_prop=True)
 def root(self: Run) -> Path:
-    "The folder of runs that this one belongs to, also where `--run-dir` put it somewhere else."
+    "The folder for runs that this run belongs to, also when `--run-dir` put it somewhere else."
     if self.manifest.get("placed_by_hand"):
         return Path(self.recipe.output.dir or runs_root())
     return self.path.parent.parent
 
 
 @patch
-def update(self: Run, changes):
-    "Merge changes into the manifest, deeply and atomically."
+def update(
+    self: Run,
+    changes: dict,  # nested like the manifest
+):
+    "Merge changes into the manifest, atomically."
     write_json(self.path / "manifest.json", _merge(self.manifest, changes))
 
 
 @patch
 @contextmanager
 def hold(self: Run):
-    "Hold the lock that says this run is alive. Raises `MedftError` when another process holds it."
+    "Hold the lock of a live run. Raises `MedftError` when another process holds it."
     lock = FileLock(self.path / ".alive")
     try:
         lock.acquire(timeout=0)
@@ -262,10 +282,10 @@ def hold(self: Run):
 # %% ../../nbs/00_core.ipynb #c058
 @patch(as_prop=True)
 def status(self: Run) -> str:
-    "finished, failed, interrupted, or running (which means: somebody holds the lock)."
-    said = self.manifest.get("status", "interrupted")
-    if said != "running":
-        return said
+    "finished, failed, interrupted, or running (a process holds the lock)."
+    recorded = self.manifest.get("status", "interrupted")
+    if recorded != "running":
+        return recorded
     try:
         with FileLock(self.path / ".alive").acquire(timeout=0):
             return "interrupted"
@@ -274,13 +294,21 @@ def status(self: Run) -> str:
 
 
 @patch
-def done(self: Run, stage) -> bool:
+def done(
+    self: Run,
+    stage: str,  # a key of `STAGES`
+) -> bool:
+    "Whether a stage has finished."
     return self.manifest["stages"].get(stage, {}).get("status") == "finished"
 
 
 @patch
-def log(self: Run, message, show=True):
-    "Add a line to logs/finetune.log, without secrets, and show it here too."
+def log(
+    self: Run,
+    message,  # converted to text
+    show: bool = True,  # whether to print it too
+):
+    "Add a line to logs/finetune.log, without secrets."
     message = redact(str(message))
     (self.path / "logs").mkdir(exist_ok=True)
     with (self.path / "logs" / "finetune.log").open("a", encoding="utf-8") as f:
@@ -291,64 +319,67 @@ def log(self: Run, message, show=True):
 # %% ../../nbs/00_core.ipynb #c060
 @patch
 @contextmanager
-def stage(self: Run, name):
+def stage(
+    self: Run,
+    name: str,  # a key of `STAGES`
+):
     "Record a stage's status and seconds in the manifest."
     start = time.time()
 
-    def note(status):
-        return self.update(
-            {"stages": {name: dict(status=status, seconds=round(time.time() - start, 2))}}
-        )
+    def record(status):
+        seconds = round(time.time() - start, 2)
+        self.update({"stages": {name: dict(status=status, seconds=seconds)}})
 
-    note("running")
+    record("running")
     try:
         yield self
     except BaseException:
-        note("failed")
+        record("failed")
         raise
-    note("finished")
+    record("finished")
 
 # %% ../../nbs/00_core.ipynb #c065
-def injected_parameters(cells) -> set:
-    "The names that papermill set, read from the cell it injects."
-    sources = [c for c in cells if c.startswith("# Parameters\n")]
-    return {
-        t.id
-        for c in sources
-        for s in ast.parse(c).body
-        if isinstance(s, ast.Assign)
-        for t in s.targets
-    }
+def _injected_parameters(sources) -> set:
+    "The names that papermill set, read from the cell that it injects; `sources`: of all cells."
+    names = set()
+    for source in sources:
+        if source.startswith("# Parameters\n"):
+            assignments = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+            names |= {target.id for node in assignments for target in node.targets}
+    return names
 
 # %% ../../nbs/00_core.ipynb #c065s1
 def open_run(
-    recipe="quickstart",  # a recipe's name or file
-    run="",  # a run folder; "": one for working by hand
+    recipe: str = "quickstart",  # a recipe's name or file
+    run: str = "",  # a run folder; "": one for working by hand
 ) -> Run:
-    "The run that a stage notebook works on."
+    "The run of a stage notebook. Raises `MedftError` for an unknown papermill parameter."
     from IPython import get_ipython
 
     shell = get_ipython()
-    for name in injected_parameters(shell.user_ns.get("In", []) if shell else []) - {
-        "recipe",
-        "run",
-    }:
+    sources = shell.user_ns.get("In", []) if shell else []
+    known = ["recipe", "run"]
+    for name in _injected_parameters(sources) - set(known):
         raise MedftError(
-            f"unknown papermill parameter {name!r}{nearest(name, ['recipe', 'run'])}; a stage takes recipe and run, all else is in the recipe"
+            f"unknown papermill parameter {name!r}{nearest(name, known)};"
+            " a stage takes recipe and run, all else is in the recipe"
         )
     if run:
         return Run.open(run)
-    r = settle(load_recipe(recipe))
-    path = Path(r.output.dir or runs_root()) / r.name / f"notebook-{r.digest()[:8]}"
-    return Run.open(path) if (path / "manifest.json").exists() else Run.create(r, run_id=path.name)
+    loaded = settle(load_recipe(recipe))
+    run_id = f"notebook-{loaded.digest()[:8]}"
+    path = Path(loaded.output.dir or runs_root()) / loaded.name / run_id
+    if (path / "manifest.json").exists():
+        return Run.open(path)
+    return Run.create(loaded, run_id=run_id)
 
 
-def list_runs(root=None) -> list[Run]:
-    "All runs below a folder, newest first. A folder that cannot be read is passed over."
-    found = []
-    for p in Path(root or runs_root()).glob("*/*/manifest.json"):
-        try:
-            found.append(Run.open(p.parent))
-        except MedftError:
-            continue
-    return sorted(found, key=lambda r: r.manifest.get("created") or "", reverse=True)
+def list_runs(
+    root: str | Path | None = None,  # the folder for runs; None: `runs_root()`
+) -> list[Run]:
+    "All runs below a folder, newest first, without those that cannot be opened."
+    runs = []
+    for manifest in Path(root or runs_root()).glob("*/*/manifest.json"):
+        with suppress(MedftError):
+            runs.append(Run.open(manifest.parent))
+    return sorted(runs, key=lambda run: run.manifest.get("created") or "", reverse=True)

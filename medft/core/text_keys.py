@@ -1,4 +1,4 @@
-"""One form in which every check, key and group compares texts. What is shown and trained on stays as it was written.
+"""One form in which every check, key and group compares texts. Texts that are shown or trained on are not changed.
 
 Docs: https://medft.github.io/medft/core/text_keys.html.md"""
 
@@ -21,43 +21,47 @@ _INVISIBLE_MARKS = {
     "\u3164",
     *map(chr, range(0xFE00, 0xFE10)),
 }  # a joiner, a filler, variation selectors: letters or marks by category
-_PRINT_SIGNS = {  # what stands for it: the signs of print that say the same
+_TYPOGRAPHIC_SIGNS = {  # ASCII sign -> the typographic signs with its meaning
     "'": "\u2018\u2019\u201a\u201b\u02b9\u02bc\u2032\u00b4",
     '"': "\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033",
     "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63",
 }
-_UNIFIED = {sign: plain for plain, signs in _PRINT_SIGNS.items() for sign in signs} | dict.fromkeys(
-    _INVISIBLE_MARKS, ""
-)
+_REPLACEMENTS = dict.fromkeys(_INVISIBLE_MARKS, "")
+for _ascii_sign, _signs in _TYPOGRAPHIC_SIGNS.items():
+    _REPLACEMENTS |= dict.fromkeys(_signs, _ascii_sign)
 
 
 def visible(
     text: str,
 ) -> str:
-    "A text without the characters that nobody sees: zero-width marks, soft hyphens, direction marks, control characters."
+    "A text without zero-width marks, soft hyphens, direction marks and control characters."
     if text.isprintable():
         return text
-    return "".join(
-        c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE_CATEGORIES
-    )
+    kept = []
+    for character in text:
+        is_invisible = unicodedata.category(character) in _INVISIBLE_CATEGORIES
+        if character.isspace() or not is_invisible:
+            kept.append(character)
+    return "".join(kept)
 
 
 def _single_blanks(text):
+    "A text with one blank between words and none around them."
     return " ".join(text.split())
 
 
 def text_key(
     text: str,
-) -> str:  # not for showing
-    "The form in which texts are compared: NFKC, no case, plain quotes and dashes, no invisible characters, single blanks."
+) -> str:  # NFKC, no case, ASCII quotes and dashes, no invisible characters, single blanks
+    "The form in which texts are compared; it is not meant to be shown."
     text = _single_blanks(text)
     if not text.isprintable():
         text = _single_blanks(visible(text))
     if text.isascii():
         return text.casefold()
     special = set(_OUTSIDE_ASCII.findall(text))
-    for sign in special & _UNIFIED.keys():
-        text = text.replace(sign, _UNIFIED[sign])
+    for sign in special & _REPLACEMENTS.keys():
+        text = text.replace(sign, _REPLACEMENTS[sign])
     if special & _RAISED:
         text = _SUPERSCRIPTS.sub(lambda found: "^" + found[0], text)
     folded = unicodedata.normalize("NFKC", text).casefold()

@@ -1,4 +1,4 @@
-"""Put first on PYTHONPATH: every Python process then refuses, and notes, any connection that leaves this machine."""
+"""First on PYTHONPATH: every Python process refuses and logs connections to other machines."""
 
 import ipaddress
 import os
@@ -9,13 +9,13 @@ import sys
 def _outside(host):
     if host in (None, "", b"", "localhost", socket.gethostname()):
         return False
+    if str(host) in ("0.0.0.0", "::"):
+        return False
     try:
-        return not (
-            ipaddress.ip_address(host if isinstance(host, str) else host.decode()).is_loopback
-            or str(host) in ("0.0.0.0", "::")
-        )
+        address = ipaddress.ip_address(host if isinstance(host, str) else host.decode())
     except ValueError:
         return True
+    return not address.is_loopback
 
 
 def _watch(event, args):

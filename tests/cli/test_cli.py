@@ -1,4 +1,4 @@
-"The command line: what it refuses, what it says, what it leaves behind."
+"The command line: what it refuses, what it prints, what it writes."
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ OFF = "tracking.mlflow=false"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    "An empty folder to stand in, with harmless stages."
+    "An empty current folder, with harmless stages."
     write(tmp_path / "nbs")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -109,20 +109,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(place, capfd):
     (place / "file.txt").write_text("x")
     before, wrong = files(place), []
     for line, named in BAD.items():
-        args = [
-            *line.split(),
-            *([OFF] if line.startswith("run ") and line.split()[-1] != "--stages" else []),
-        ]
+        args = line.split()
+        if args[0] == "run" and len(args) > 1 and args[-1] != "--stages":
+            args.append(OFF)
         code = main(args)
         out, err = capfd.readouterr()
-        lines = err.strip().split("\n")
-        if (
-            code != 2
-            or len(lines) != 1
-            or "Traceback" in err
-            or out
-            or not all(n in err for n in named)
-        ):
+        is_one_line = len(err.strip().split("\n")) == 1 and "Traceback" not in err
+        names_all = all(name in err for name in named)
+        if code != 2 or out or not is_one_line or not names_all:
             wrong.append((line, code, out, err))
         if files(place) != before:
             wrong.append((line, "left", set(files(place)) - set(before)))
@@ -149,9 +143,8 @@ def test_a_missing_notebook_is_refused(place, capfd):
     (place.parent / "nbs" / "05_evaluate.ipynb").unlink()
     assert main(["run", "quickstart", OFF]) == 2 and not files(place)
     assert "05_evaluate.ipynb" in capfd.readouterr().err
-    assert (
-        main(["run", "quickstart", OFF, "--stages", "data", "--dry-run"]) == 0
-    )  # it is not needed then
+    # it is not needed for another stage
+    assert main(["run", "quickstart", OFF, "--stages", "data", "--dry-run"]) == 0
 
 
 def test_a_full_disk_is_refused(place, capfd, monkeypatch):
@@ -219,25 +212,18 @@ def test_help_is_light_and_the_parent_imports_no_torch(tmp_path):
         text=True,
         cwd=tmp_path,
     )
-    loaded = {l.split("|")[-1].strip().split(".")[0] for l in r.stderr.split("\n")}
+    lines = r.stderr.split("\n")
+    loaded = {line.split("|")[-1].strip().split(".")[0] for line in lines}
     assert r.returncode == 0 and "resume" in r.stdout
-    assert not loaded & {
-        "torch",
-        "transformers",
-        "mlflow",
-        "papermill",
-        "pydantic",
-        "numpy",
-        "datasets",
-        "psutil",
-    }
-    code = "import sys, medft.cli.verbs, medft.cli.runner, medft.cli.tracking; print({'torch', 'transformers', 'mlflow', 'trl', 'datasets'} & set(sys.modules))"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-        ).stdout.strip()
-        == "set()"
-    )
+    heavy = set("torch transformers mlflow papermill pydantic numpy datasets psutil".split())
+    assert not loaded & heavy
+    code = """
+import sys, medft.cli.verbs, medft.cli.runner, medft.cli.tracking
+print({"torch", "transformers", "mlflow", "trl", "datasets"} & set(sys.modules))
+"""
+    command = [sys.executable, "-c", code]
+    r = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert r.stdout.strip() == "set()"
 
 
 ENDS = {  # last cells of a stage -> exit code, what its line must name
@@ -258,13 +244,13 @@ ENDS = {  # last cells of a stage -> exit code, what its line must name
     ),
     "killed_last": (["import os; os.kill(os.getpid(), 9)"], 1, ["killed in cell [4]", "memory"]),
     "crashed": (["import os; os.kill(os.getpid(), 11)", "x"], 1, ["killed", "signal 11"]),
-    "mended": (
+    "user_error": (
         [
-            "from medft.core.run import MedftError; raise MedftError('test.jsonl:3: no answer; mend it')",
+            "from medft.core.run import MedftError; raise MedftError('rows.jsonl:3: no answer')",
             "x",
         ],
         2,
-        ["data: test.jsonl:3: no answer; mend it"],
+        ["data: rows.jsonl:3: no answer"],
     ),
     "refused": (
         ["from medft.core.run import Refused; raise Refused('half of the rows\\nare cut')", "x"],
@@ -275,7 +261,7 @@ ENDS = {  # last cells of a stage -> exit code, what its line must name
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_every_ending_is_told_as_it_was(place, capfd, name):
+def test_every_ending_is_reported(place, capfd, name):
     from medft.cli.verbs import main
 
     cells, code, named = ENDS[name]
@@ -284,31 +270,45 @@ def test_every_ending_is_told_as_it_was(place, capfd, name):
     assert main(["run", "quickstart", OFF, "--stages", "data", "--run-dir", str(run)]) == code
     out, err = capfd.readouterr()
     assert err.count("\n") == 1 and "Traceback" not in err and all(n in err for n in named), err
-    m, nb = manifest(run), json.loads((run / "notebooks" / "01_data.ipynb").read_text())
-    assert m["status"] == "failed" and m["stages"]["data"]["status"] == (
-        "killed" if "killed in" in err else "failed"
-    )
-    top = "".join(nb["cells"][0]["source"])
-    assert "color:red" in top and nb["metadata"]["papermill"]["exception"] is True
-    states = [
-        c["metadata"]["papermill"]["status"]
-        for c in nb["cells"]
-        if c["cell_type"] == "code" and "papermill" in c["metadata"]
-    ]
+    m = manifest(run)
+    assert m["status"] == "failed"
+    assert m["stages"]["data"]["status"] == ("killed" if "killed in" in err else "failed")
+    nb = json.loads((run / "notebooks" / "01_data.ipynb").read_text())
+    assert "color:red" in "".join(nb["cells"][0]["source"])
+    assert nb["metadata"]["papermill"]["exception"] is True
+    code_cells = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    notes = [c["metadata"]["papermill"] for c in code_cells if "papermill" in c["metadata"]]
+    states = [note["status"] for note in notes]
     assert "failed" in states and (cells[-1] != "x" or states[-1] == "pending")
 
 
-STORY = dict(
-    data="""import json, os, sys
-with open(run + "/logs/finetune.log", "a") as f: f.write("reading 12 rows\\n")
-open(run + "/saw.json", "w").write(json.dumps(dict(python=sys.executable, cwd=os.getcwd(), recipe=recipe, ipython=os.environ["IPYTHONDIR"], bars=os.environ.get("TQDM_DISABLE"))))
-print(os.environ.get("HF_TOKEN"))""",
-    evaluate="""import json
-a = lambda v, l, h: {"test": {"accuracy": {"value": v, "ci95": [l, h], "n": 423}}}
-open(run + "/metrics.json", "w").write(json.dumps(dict(models=dict(base=a(.475, .43, .52), trl=a(.929, .9, .95)),
-    verdict=dict(trl=dict(label="better", sentence="trl is better than the base: +45.4 points.")))))""",
-    export="import time; time.sleep(0.5)",
+DATA = """
+import json, os, sys
+with open(run + "/logs/finetune.log", "a") as f:
+    f.write("reading 12 rows\\n")
+saw = dict(
+    python=sys.executable,
+    cwd=os.getcwd(),
+    recipe=recipe,
+    ipython=os.environ["IPYTHONDIR"],
+    bars=os.environ.get("TQDM_DISABLE"),
 )
+with open(run + "/saw.json", "w") as f:
+    json.dump(saw, f)
+print(os.environ.get("HF_TOKEN"))
+"""
+EVALUATE = """
+import json
+
+def scores(value, low, high):
+    return {"test": {"accuracy": {"value": value, "ci95": [low, high], "n": 423}}}
+
+verdict = dict(label="better", sentence="trl is better than the base: +45.4 points.")
+models = dict(base=scores(.475, .43, .52), trl=scores(.929, .9, .95))
+with open(run + "/metrics.json", "w") as f:
+    json.dump(dict(models=models, verdict=dict(trl=verdict)), f)
+"""
+STORY = dict(data=DATA, evaluate=EVALUATE, export="import time; time.sleep(0.5)")
 
 
 def test_a_run_from_start_to_end(tmp_path):
@@ -320,23 +320,16 @@ def test_a_run_from_start_to_end(tmp_path):
     )
     assert code == 0 and not err, err
     (run,) = (tmp_path / "elsewhere" / "mine").iterdir()  # .env is read ...
-    m, saw = manifest(run), json.loads((run / "saw.json").read_text())
-    assert m["status"] == "finished" and list(m["stages"]) == [
-        "data",
-        "model",
-        "train",
-        "evaluate",
-        "export",
-    ]
-    assert (
-        saw["python"] == sys.executable
-        and saw["cwd"] == str(tmp_path)
-        and saw["recipe"] == str(run / "recipe.yaml")
-    )
+    m = manifest(run)
+    assert m["status"] == "finished"
+    assert list(m["stages"]) == ["data", "model", "train", "evaluate", "export"]
+    saw = json.loads((run / "saw.json").read_text())
+    assert saw["python"] == sys.executable
+    assert saw["cwd"] == str(tmp_path)
+    assert saw["recipe"] == str(run / "recipe.yaml")
     assert saw["bars"] == "1"  # no progress bars in the notebooks
-    assert not Path(saw["ipython"]).exists() and not list(
-        (tmp_path / "home").iterdir()
-    )  # nothing in the home folder, nothing left behind
+    assert not Path(saw["ipython"]).exists()
+    assert not list((tmp_path / "home").iterdir())  # nothing is written to the home folder
     for piece in (
         "reading 12 rows",
         "trl is better than the base",
@@ -347,18 +340,16 @@ def test_a_run_from_start_to_end(tmp_path):
         assert piece in out, out
     assert m["stages"]["export"]["cell_seconds"] >= 0.5 and 0 < m["overhead_seconds"] < 60
     kept = "".join(p.read_text(errors="replace") for p in run.rglob("*") if p.is_file())
-    assert (
-        "***" in kept
-        and "hf_not_a_real_token" not in kept + out
-        and "hf_from_the_file" not in kept + out
-    )  # ... but the environment wins
+    assert "***" in kept
+    assert "hf_not_a_real_token" not in kept + out
+    assert "hf_from_the_file" not in kept + out  # ... but the environment wins
 
     assert "trl better" in medft(tmp_path, "list")[1]
     code, out, err = medft(tmp_path, "resume", run.name)
     assert code == 0 and "nothing left to do" in out
 
 
-def test_doctor_looks_at_everything(tmp_path):
+def test_doctor_checks_everything(tmp_path):
     code, out, err = medft(
         tmp_path,
         "doctor",
@@ -367,7 +358,7 @@ def test_doctor_looks_at_everything(tmp_path):
         MLFLOW_TRACKING_URI="http://me:hunter2@127.0.0.1:9",
     )
     assert code in (0, 1) and not err, err
-    assert all(l.split()[0] in ("ok", "warn", "bad") for l in out.strip().split("\n"))
+    assert all(line.split()[0] in ("ok", "warn", "bad") for line in out.strip().split("\n"))
     for word in (
         "Python",
         "device",
@@ -416,7 +407,7 @@ def test_resume_refuses_another_recipe_and_changes_nothing(stopped, capfd):
     from medft.cli.verbs import main
 
     before = (stopped / "recipe.yaml").read_bytes(), manifest(stopped)
-    for args, named in {
+    refused = {
         ("training.learning_rate=1e-5", "training.logging_steps=3"): [
             "training.learning_rate: None -> 1e-05",
             "start a new run",
@@ -427,16 +418,16 @@ def test_resume_refuses_another_recipe_and_changes_nothing(stopped, capfd):
         ("training.max_steps=7", "--allow", "training.max_steps"): ["start a new run"],
         ("training.logging_steps=3",): ["--allow training.logging_steps"],
         ("training.lerning_rate=1",): ["learning_rate"],
-    }.items():
+    }  # arguments -> what the line must name
+    for args, named in refused.items():
         assert main(["resume", "one", *args]) == 2, args
         err = capfd.readouterr().err
         assert err.count("\n") == 1 and all(n in err for n in named), err
-    assert before == ((stopped / "recipe.yaml").read_bytes(), manifest(stopped)) and counts(
-        stopped
-    ) == {"data": 1}
+    assert before == ((stopped / "recipe.yaml").read_bytes(), manifest(stopped))
+    assert counts(stopped) == {"data": 1}
 
 
-def test_resume_takes_what_is_harmless_and_allowed(stopped, capfd):
+def test_resume_accepts_what_is_harmless_and_allowed(stopped, capfd):
     from medft.cli.verbs import main
     from medft.core.run import Run
 
@@ -446,59 +437,43 @@ def test_resume_takes_what_is_harmless_and_allowed(stopped, capfd):
         "--allow",
         "evaluation.max_items",
     ]
-    assert (
-        main(
-            [
-                "resume",
-                "one",
-                "training.logging_steps=3",
-                "training.save_steps=2",
-                "evaluation.max_items=9",
-                *allowed,
-            ]
-        )
-        == 0
-    ), capfd.readouterr().err
+    changes = ["training.logging_steps=3", "training.save_steps=2", "evaluation.max_items=9"]
+    assert main(["resume", "one", *changes, *allowed]) == 0, capfd.readouterr().err
     run, m = Run.open(stopped), manifest(stopped)
-    assert (
-        run.recipe.training.logging_steps == 3
-        and run.recipe.digest() == m["digest"]
-        and m["status"] == "finished"
-    )
+    assert run.recipe.training.logging_steps == 3
+    assert run.recipe.digest() == m["digest"]
+    assert m["status"] == "finished"
     assert m["changes"][0]["keys"] == {
         "training.logging_steps": [10, 3],
         "training.save_steps": [5, 2],
         "evaluation.max_items": [None, 9],
     }
     assert counts(stopped) == {"data": 1, "train": 1, "evaluate": 1, "export": 1}
-    assert (
-        main(["resume", "one"]) == 0
-        and counts(stopped)["train"] == 1
-        and len(manifest(stopped)["changes"]) == 1
-    )
+    assert main(["resume", "one"]) == 0
+    assert counts(stopped)["train"] == 1
+    assert len(manifest(stopped)["changes"]) == 1
 
 
 def test_stages_that_a_change_concerns_are_done_again(stopped, capfd):
     from medft.cli.verbs import main
 
     assert main(["resume", "one"]) == 0
-    assert (
-        main(["resume", "one", "export.max_shard_size=1GB", "--allow", "export.max_shard_size"])
-        == 0
-    )
+    export = ["export.max_shard_size=1GB", "--allow", "export.max_shard_size"]
+    assert main(["resume", "one", *export]) == 0
     assert counts(stopped) == {"data": 1, "train": 1, "evaluate": 1, "export": 2}
-    assert main(["resume", "one", "evaluation.max_items=3", "--allow", "evaluation.max_items"]) == 0
+    items = ["evaluation.max_items=3", "--allow", "evaluation.max_items"]
+    assert main(["resume", "one", *items]) == 0
     assert counts(stopped) == {"data": 1, "train": 1, "evaluate": 2, "export": 3}
 
 
-def test_an_edited_run_is_noticed_and_an_edited_recipe_is_none_of_its_business(stopped, capfd):
+def test_an_edit_in_the_run_is_refused_and_an_edit_of_the_recipe_is_ignored(stopped, capfd):
     from medft.cli.verbs import main
 
     text = (stopped / "recipe.yaml").read_text()
     (stopped / "recipe.yaml").write_text(text.replace("logging_steps: 10", "logging_steps: 4"))
     assert main(["resume", "one"]) == 2
     assert "training.logging_steps: 10 -> 4" in capfd.readouterr().err
-    (stopped / "recipe.yaml").write_text("# looked at\n" + text)  # a remark changes nothing
+    (stopped / "recipe.yaml").write_text("# a comment\n" + text)  # changes nothing
     (stopped.parent / "mine.yaml").write_text("engine: [trl]\ntraining:\n  logging_steps: 1\n")
     assert main(["resume", "one"]) == 0, capfd.readouterr().err
     assert "changes" not in manifest(stopped)
@@ -516,10 +491,9 @@ def test_a_change_that_was_cut_off_is_taken_by_the_same_command(stopped, monkeyp
 
     command = ["resume", "one", "training.logging_steps=3", "--allow", "training.logging_steps"]
     with monkeypatch.context() as m:
-        m.setattr(*((Run, "update") if left == "recipe" else (resume, "freeze")), dies)
+        interrupted = (Run, "update") if left == "recipe" else (resume, "freeze")
+        m.setattr(*interrupted, dies)
         assert main(command) == 130
     assert main(command) == 0, capfd.readouterr().err
-    assert (
-        manifest(stopped)["changes"][0]["keys"] == {"training.logging_steps": [10, 3]}
-        and len(manifest(stopped)["changes"]) == 1
-    )
+    (change,) = manifest(stopped)["changes"]
+    assert change["keys"] == {"training.logging_steps": [10, 3]}

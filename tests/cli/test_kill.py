@@ -1,8 +1,8 @@
-"Runs that are stopped from outside: nothing lives on, the folder says what happened, and resume finishes the work."
+"Runs that are stopped: no process is left, the folder says what happened, resume finishes them."
 
 import json
-import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -24,25 +24,10 @@ def begin(tmp_path, **env):
         model=["x = 1", WAIT, COUNT.format("model")],
         train=COUNT.format("train"),
     )
-    p, run = (
-        start(
-            tmp_path,
-            "run",
-            "quickstart",
-            OFF,
-            "--run-dir",
-            "run",
-            "--stages",
-            "data,model,train",
-            **env,
-        ),
-        tmp_path / "run",
-    )
+    options = ["--run-dir", "run", "--stages", "data,model,train"]
+    p = start(tmp_path, "run", "quickstart", OFF, *options, **env)
+    run = tmp_path / "run"
     return p, run, int(until(lambda: (run / "pid").read_text()))
-
-
-def status(tmp_path):
-    return medft(tmp_path, "list", MEDFT_RUNS=tmp_path)[1]
 
 
 def resumes(tmp_path, run):
@@ -50,19 +35,13 @@ def resumes(tmp_path, run):
     code, out, err = medft(tmp_path, "resume", "run")
     assert code == 0 and not err, err
     m = manifest(run)
-    assert (
-        m["status"] == "finished"
-        and [s["status"] for s in m["stages"].values()] == ["finished"] * 3
-    )
-    assert (run / "count.txt").read_text().split() == [
-        "data",
-        "model",
-        "train",
-    ]  # no finished stage was done again
+    assert m["status"] == "finished"
+    assert [s["status"] for s in m["stages"].values()] == ["finished"] * 3
+    # no finished stage was run again
+    assert (run / "count.txt").read_text().split() == ["data", "model", "train"]
     nb = json.loads((run / "notebooks" / "02_model.ipynb").read_text())
-    assert "interrupted" not in json.dumps(nb) and all(
-        c["execution_count"] for c in nb["cells"] if c["cell_type"] == "code"
-    )
+    assert "interrupted" not in json.dumps(nb)
+    assert all(c["execution_count"] for c in nb["cells"] if c["cell_type"] == "code")
 
 
 @pytest.mark.parametrize(
@@ -74,22 +53,20 @@ def test_a_signal_ends_the_run_and_resume_finishes_it(tmp_path, number, expected
     pressed = time.time()
     p.send_signal(number)
     if number == signal.SIGINT:
-        p.send_signal(number)  # impatience does no harm
+        p.send_signal(number)  # a second Ctrl-C does no harm
     out, err = p.communicate(timeout=30)
     assert p.returncode == expected and time.time() - pressed < 10
     assert err.strip() == "medft: interrupted; go on with: medft resume run"
     assert not alive(kernel)
     m = manifest(run)
-    assert (
-        m["status"] == "interrupted"
-        and m["stages"]["data"]["status"] == "finished"
-        and m["stages"]["model"]["status"] == "interrupted"
-    )
+    assert m["status"] == "interrupted"
+    assert m["stages"]["data"]["status"] == "finished"
+    assert m["stages"]["model"]["status"] == "interrupted"
     nb = json.loads((run / "notebooks" / "02_model.ipynb").read_text())
     assert "interrupted" in "".join(nb["cells"][0]["source"])
-    assert [c["metadata"]["papermill"]["status"] for c in nb["cells"] if c["cell_type"] == "code"][
-        -2:
-    ] == ["failed", "pending"]
+    code_cells = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    states = [c["metadata"]["papermill"]["status"] for c in code_cells]
+    assert states[-2:] == ["failed", "pending"]
     resumes(tmp_path, run)
 
 
@@ -106,14 +83,8 @@ def test_kill_9_leaves_no_orphan_and_reads_as_interrupted(tmp_path):
     p.kill()
     p.wait()
     until(lambda: not alive(kernel), 15)
-    assert manifest(run)["status"] == "running"  # nobody could write it down ...
+    assert manifest(run)["status"] == "running"  # no process could record the end
     code = "import sys; from medft.core.run import Run; print(Run.open(sys.argv[1]).status)"
-    import subprocess
-
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code, run], capture_output=True, text=True
-        ).stdout.strip()
-        == "interrupted"
-    )  # ... and yet it is seen
+    done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True)
+    assert done.stdout.strip() == "interrupted"
     resumes(tmp_path, run)

@@ -1,4 +1,4 @@
-"""Recipes and run folders: what has no place on the page."""
+"""Recipes and run folders: the cases that are not on the page."""
 
 from medft.core.run import MedftError, Run, atomic_write, load_recipe, read_json, write_json
 
@@ -23,14 +23,11 @@ def test_published_recipes_load_as_they_stand(tmp_path, name):
     body = text.split(f"# configs/{name}.yaml\n")[1].split("```")[0]
     (tmp_path / f"{name}.yaml").write_text(body)
     r = load_recipe(tmp_path / f"{name}.yaml", ["engine=trl"])
-    assert (
-        r.training.max_length == 2048
-        and r.dataset.revision is None
-        and r.dataset.name == "abicyclerider/entity-resolution-pairs"
-    )
-    assert (
-        r.output.hub_model_id.startswith("abicyclerider/") and r.lora.target_modules[0] == "q_proj"
-    )
+    assert r.training.max_length == 2048
+    assert r.dataset.revision is None
+    assert r.dataset.name == "abicyclerider/entity-resolution-pairs"
+    assert r.output.hub_model_id.startswith("abicyclerider/")
+    assert r.lora.target_modules[0] == "q_proj"
     assert r.task == ("classification" if "medgemma" in name else "generative")
 
 
@@ -90,7 +87,9 @@ def test_any_override_is_understood_or_an_error_of_ours(text):
 
 
 def test_readers_see_whole_files_only(tmp_path):
-    path, stop, seen = tmp_path / "f.json", threading.Event(), set()
+    path = tmp_path / "f.json"
+    stop = threading.Event()
+    seen = set()
     write_json(path, {"n": 0, "pad": "x" * 100_000})
 
     def look():
@@ -115,7 +114,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_a_killed_run_reads_interrupted(tmp_path):
     run = Run.create(load_recipe("quickstart"), root=tmp_path)
-    code = f"from medft.core.run import Run; import time\nwith Run.open({str(run.path)!r}).hold(): print('held', flush=True); time.sleep(60)"
+    code = f"""
+import time
+from medft.core.run import Run
+with Run.open({str(run.path)!r}).hold():
+    print('held', flush=True)
+    time.sleep(60)
+"""
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == "held\n" and run.status == "running"
     with pytest.raises(MedftError, match="another process"), run.hold():
@@ -133,8 +138,10 @@ def test_runs_never_overwrite_each_other(tmp_path):
 
 
 def test_importing_core_loads_nothing_heavy():
-    code = "import sys, medft.core.run; print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'mlflow', 'pandas', 'matplotlib') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-        == "[]"
-    )
+    code = """
+import sys, medft.core.run
+heavy = {"torch", "transformers", "trl", "datasets", "mlflow", "pandas", "matplotlib"}
+print(heavy & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"

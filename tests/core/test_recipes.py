@@ -1,4 +1,4 @@
-"The shipped recipes of real models: as published, and the whole way in rehearsal."
+"The shipped recipes of real models: as published, and through all stages in rehearsal."
 
 from medft.core.run import Run, contradictions, load_recipe, read_json, read_yaml, shipped_recipes
 
@@ -32,7 +32,7 @@ SMALL = {
     "tracking.experiment",
     "name",
     "description",
-}  # what a rehearsal makes small, beside the data
+}  # what a rehearsal makes small, besides the data
 MACHINE = {
     "model.attn_implementation",
     "training.tf32",
@@ -58,7 +58,7 @@ def test_the_nine_recipes_are_there():
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_recipe_tells_what_it_takes(name):
+def test_a_recipe_names_hardware_and_licence(name):
     text, r = SHIPPED[name].read_text(), load_recipe(name)
     head = text[: text.index("\ndescription:")]
     for word in ("hardware:", "licence:", f"medft run {name} --rehearse", f"medft run {name}\n"):
@@ -75,9 +75,9 @@ def test_a_recipe_tells_what_it_takes(name):
     [("medgemma_4b_classifier", "medgemma_4b_qlora"), ("gemma3_1b_lora", "gemma_1b_lora")],
 )
 def test_hyper_parameters_are_those_of_the_published_files(tmp_path, name, theirs):
-    (tmp_path / "theirs.yaml").write_text(
-        next(SEEDS.glob("000*")).read_text().split(f"# configs/{theirs}.yaml\n")[1].split("```")[0]
-    )
+    text = next(SEEDS.glob("000*")).read_text()
+    body = text.split(f"# configs/{theirs}.yaml\n")[1].split("```")[0]
+    (tmp_path / "theirs.yaml").write_text(body)
     given, ours = read_yaml(tmp_path / "theirs.yaml")[0], load_recipe(name)
     given["training"]["max_length"] = given["training"].pop("max_seq_length")
     for section in ("model", "quantization", "lora", "training", "dataset"):
@@ -97,81 +97,76 @@ def test_hyper_parameters_are_those_of_the_published_table(name):
     def row(key):
         return re.search(rf"\| `{key}` \| \w+ \| `(.*?)` \|", text)[1]
 
-    t, l = r.training, r.lora
-    assert (
-        t.num_train_epochs,
-        t.learning_rate,
-        t.per_device_train_batch_size,
-        t.gradient_accumulation_steps,
-        t.max_length,
-    ) == tuple(
-        float(row(k))
-        for k in (
-            "num_epochs",
-            "learning_rate",
-            "micro_batch_size",
-            "gradient_accumulation",
-            "max_seq_length",
-        )
-    )
-    assert (l.r, l.lora_alpha, l.lora_dropout) == tuple(
-        float(row(k)) for k in ("lora_r", "lora_alpha", "lora_dropout")
-    )
+    published = {
+        "num_epochs": r.training.num_train_epochs,
+        "learning_rate": r.training.learning_rate,
+        "micro_batch_size": r.training.per_device_train_batch_size,
+        "gradient_accumulation": r.training.gradient_accumulation_steps,
+        "max_seq_length": r.training.max_length,
+        "lora_r": r.lora.r,
+        "lora_alpha": r.lora.lora_alpha,
+        "lora_dropout": r.lora.lora_dropout,
+    }  # name in the table -> value in our recipe
+    assert published == {name: float(row(name)) for name in published}
     for key in ("bf16", "packing", "gradient_checkpointing"):
-        assert str(getattr(t, key)).lower() == row(key), key
-    assert (
-        r.quantization.load_in_4bit
-        and row("quantization") == "4bit"
-        and str(r.export.merge).lower() == row("merge_full_weights")
-    )
+        assert str(getattr(r.training, key)).lower() == row(key), key
+    assert r.quantization.load_in_4bit and row("quantization") == "4bit"
+    assert str(r.export.merge).lower() == row("merge_full_weights")
     assert r.model.name in text and r.dataset.name in text
 
 
-def test_hyper_parameters_that_were_published_in_prose():
-    n, c, t = (
-        load_recipe(x)
-        for x in ("nemotron_30b_medmcqa_lora", "gemma3_4b_cpt", "tinyllama_medquad_lora")
+def set_values(section, keys):
+    "Key -> value of these keys of a section."
+    return {key: getattr(section, key) for key in keys}
+
+
+def test_nemotron_is_trained_as_published():
+    r = load_recipe("nemotron_30b_medmcqa_lora")
+    expected = dict(
+        optim="adamw_8bit",
+        learning_rate=2e-4,
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
     )
-    assert (
-        n.training.optim,
-        n.training.learning_rate,
-        n.training.num_train_epochs,
-        n.training.per_device_train_batch_size,
-        n.training.gradient_accumulation_steps,
-    ) == ("adamw_8bit", 2e-4, 1, 4, 4)
-    assert (
-        n.model.name == "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16"
-        and n.dataset.name == "openlifescienceai/medmcqa"
-        and "out_proj" not in n.lora.target_modules
-        and n.quantization is None
+    assert set_values(r.training, expected) == expected
+    assert r.model.name == "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16"
+    assert r.dataset.name == "openlifescienceai/medmcqa"
+    assert "out_proj" not in r.lora.target_modules
+    assert r.quantization is None
+
+
+def test_gemma_is_pretrained_as_published():
+    r = load_recipe("gemma3_4b_cpt")
+    expected = dict(
+        learning_rate=2e-5,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        num_train_epochs=8,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        max_length=8192,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        torch_compile=True,
+        tf32=True,
+        bf16=True,
+        gradient_checkpointing=True,
+        dataloader_num_workers=8,
+        eval_steps=50,
+        save_steps=50,
     )
-    k = c.training
-    assert (
-        k.learning_rate,
-        k.lr_scheduler_type,
-        k.warmup_steps,
-        k.num_train_epochs,
-        k.per_device_train_batch_size,
-        k.gradient_accumulation_steps,
-        k.max_length,
-    ) == (2e-5, "cosine", 0.05, 8, 8, 1, 8192)
-    assert (
-        k.weight_decay,
-        k.max_grad_norm,
-        k.torch_compile,
-        k.tf32,
-        k.bf16,
-        k.gradient_checkpointing,
-        k.dataloader_num_workers,
-    ) == (0.01, 1.0, True, True, True, True, 8)
-    assert (
-        k.eval_steps,
-        k.save_steps,
-        c.output.keep_best,
-        c.model.attn_implementation,
-        c.lora,
-    ) == (50, 50, 5, "flash_attention_2", None)
-    assert t.training.fp16 and t.training.gradient_accumulation_steps == 4 and t.lora
+    assert set_values(r.training, expected) == expected
+    assert r.output.keep_best == 5
+    assert r.model.attn_implementation == "flash_attention_2"
+    assert r.lora is None
+
+
+def test_tinyllama_is_trained_as_published():
+    r = load_recipe("tinyllama_medquad_lora")
+    assert r.training.fp16
+    assert r.training.gradient_accumulation_steps == 4
+    assert r.lora
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +189,8 @@ def walk(run):
     from medft.model import load as model
     from medft.train import baseline as train
 
-    with (
-        pytest.MonkeyPatch.context() as m
-    ):  # a process for each run's artefacts costs ten seconds of imports; the command below has them
+    # A process for each run's artefacts costs ten seconds of imports; the command starts them.
+    with pytest.MonkeyPatch.context() as m:
         m.setattr(parity, "in_fresh_process", parity.score_all)
         data.prepare(run)
         model.inspect(run)
@@ -210,7 +204,7 @@ EACH_TASK = ["nemotron_30b_medmcqa_lora", "medgemma_4b_classifier", "gemma3_4b_c
 
 
 @pytest.mark.parametrize("name", EACH_TASK)
-def test_a_recipe_goes_its_whole_way_in_rehearsal(place, name):
+def test_a_recipe_is_rehearsed_through_all_stages(place, name):
     from medft.cli.resume import differences
     from medft.plan.rehearsal import rehearsal
 
@@ -218,24 +212,17 @@ def test_a_recipe_goes_its_whole_way_in_rehearsal(place, name):
     small, lines = rehearsal(recipe)
     changed = {k for k in differences(recipe, small) if not k.startswith("dataset.")}
     assert changed <= SMALL | MACHINE, changed - SMALL - MACHINE
+    explained = [line for line in lines if " -> " in line and ", because " in line]
     for k in changed - {"name", "description"}:
-        assert any(f"{k} " in line and " -> " in line and ", because " in line for line in lines), (
-            k,
-            lines,
-        )
+        assert any(f"{k} " in line for line in explained), (k, lines)
     run = Run.create(small)
     walk(run)
     folder = run.path / "trl" / ("adapters" if recipe.lora else "model")
-    assert folder.is_dir() and read_json(run.path / "metrics.json")["models"].keys() == {
-        "base",
-        "trl",
-    }
+    assert folder.is_dir()
+    assert read_json(run.path / "metrics.json")["models"].keys() == {"base", "trl"}
     summary = read_json(run.path / "trl" / "training.json")
-    assert (
-        summary["steps"] == 4
-        and summary["status"] == "finished"
-        and (run.path / "README.md").exists()
-    )
+    assert summary["steps"] == 4 and summary["status"] == "finished"
+    assert (run.path / "README.md").exists()
     assert (run.path / "trl" / "merged").is_dir() == bool(recipe.lora and recipe.export.merge)
 
 
@@ -252,10 +239,8 @@ def cli(*args, runs):
 def rehearsed(name, runs, *more):
     done = cli("run", name, "--rehearse", "tracking.mlflow=false", *more, runs=runs)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert (
-        "rehearsal: model.name" in done.stdout
-        and "rehearsal: random weights, the figures mean nothing" in done.stdout
-    )
+    assert "rehearsal: model.name" in done.stdout
+    assert "rehearsal: random weights, the figures mean nothing" in done.stdout
     (run,) = [p.parent for p in (runs / f"{name}-rehearsal").glob("*/manifest.json")]
     m = read_json(run / "manifest.json")
     assert m["status"] == "finished" and m["rehearsal"] is True and m["replaced"]
@@ -264,12 +249,10 @@ def rehearsed(name, runs, *more):
 
 @pytest.mark.long
 def test_the_command_rehearses(tmp_path):
-    "Two stages, which tell whether the command and the notebooks go together; the long test has all of them."
+    "Two stages show that the command and the notebooks work together; the next test runs all."
     _, run = rehearsed("mistral_7b_qlora", tmp_path, "--stages", "data,train")
-    assert (
-        read_json(run / "trl" / "training.json")["steps"] == 4
-        and "model.name" in (run / "logs" / "finetune.log").read_text()
-    )
+    assert read_json(run / "trl" / "training.json")["steps"] == 4
+    assert "model.name" in (run / "logs" / "finetune.log").read_text()
 
 
 @pytest.mark.long
@@ -277,10 +260,9 @@ def test_the_command_rehearses(tmp_path):
 def test_the_command_rehearses_each(tmp_path, name):
     done, run = rehearsed(name, tmp_path)
     assert "than the base" not in done.stdout and "mean nothing" in (run / "README.md").read_text()
-    assert (
-        len(list((run / "notebooks").glob("*.ipynb"))) == 4 + len(load_recipe(name).engine)
-        and read_json(run / "export.json")["artefacts"]
-    )
+    n_notebooks = len(list((run / "notebooks").glob("*.ipynb")))
+    assert n_notebooks == 4 + len(load_recipe(name).engine)
+    assert read_json(run / "export.json")["artefacts"]
 
 
 def test_a_dry_rehearsal_makes_nothing(place, tmp_path, monkeypatch, capfd):
@@ -289,11 +271,9 @@ def test_a_dry_rehearsal_makes_nothing(place, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MEDFT_RUNS", str(tmp_path / "runs"))
     assert main(["run", "gemma3_4b_cpt", "--rehearse", "--dry-run"]) == 0
     shown = capfd.readouterr().out
-    assert (
-        "flash_attention_2 -> sdpa" in shown
-        and "keep_best: 5" in shown
-        and not (tmp_path / "runs").exists()
-    )
+    assert "flash_attention_2 -> sdpa" in shown
+    assert "keep_best: 5" in shown
+    assert not (tmp_path / "runs").exists()
     (tmp_path / "shown.yaml").write_text(shown)
     assert load_recipe(str(tmp_path / "shown.yaml")).training.max_steps == 4
 

@@ -1,4 +1,4 @@
-"""No secret in any file, no row of a patient where it must not go, nothing of this machine in a signature."""
+"""No secret in any file, no patient's row where it must not go, no default of this machine."""
 
 from medft.cli import resume, runner
 from medft.cli import tracking as track
@@ -76,10 +76,10 @@ def machine_defaults(text):
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             for default in [*node.args.defaults, *node.args.kw_defaults]:
-                if (
-                    default is not None
-                    and {n.id for n in ast.walk(default) if isinstance(n, ast.Name)} & names
-                ):
+                if default is None:
+                    continue
+                used = {n.id for n in ast.walk(default) if isinstance(n, ast.Name)}
+                if used & names:
                     yield getattr(node, "name", "lambda"), ast.unparse(default)
 
 
@@ -95,12 +95,8 @@ def test_no_default_is_a_value_of_this_machine():
     ):
         assert list(machine_defaults(f"def f(a, b={kind}): pass")), kind
     assert list(machine_defaults("HERE = Path.cwd()\ndef f(*, a=HERE): pass"))
-    wrong = {
-        p.name: found
-        for p in sorted((TOP / "medft").rglob("*.py"))
-        if (found := list(machine_defaults(p.read_text())))
-    }
-    assert not wrong, wrong
+    found = {p.name: list(machine_defaults(p.read_text())) for p in (TOP / "medft").rglob("*.py")}
+    assert not any(found.values()), found
 
 
 def test_the_site_is_built_without_a_token():
@@ -110,15 +106,10 @@ def test_the_site_is_built_without_a_token():
     def may(job):
         return docs["permissions"] | job.get("permissions", {})
 
-    assert (
-        "id-token" not in may(build)
-        and "pages" not in may(build)
-        and build["permissions"] == {"contents": "read"}
-    )
-    assert deploy["needs"] == "build" and deploy["permissions"] == {
-        "pages": "write",
-        "id-token": "write",
-    }
+    assert not {"id-token", "pages"} & set(may(build))
+    assert build["permissions"] == {"contents": "read"}
+    assert deploy["needs"] == "build"
+    assert deploy["permissions"] == {"pages": "write", "id-token": "write"}
     assert not any("run" in step or "checkout" in step["uses"] for step in deploy["steps"]), (
         "what can publish runs nothing of ours"
     )
@@ -126,12 +117,21 @@ def test_the_site_is_built_without_a_token():
 
 # ---- names, addresses, shapes ----
 def test_names_that_mean_a_secret():
-    secret = """HF_TOKEN HUGGING_FACE_HUB_TOKEN KAGGLE_KEY PGPASSWORD MYSQL_PWD GITHUB_PAT AZURE_STORAGE_KEY ROOT_PASSWD GPG_PASSPHRASE
-    GCP_CREDENTIALS MLFLOW_TRACKING_PASSWORD AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY WANDB_API_KEY OPENAI_API_KEY NGC_API_KEY RUNPOD_API_KEY
-    DAGSHUB_USER_TOKEN REDIS_AUTH SSHPASSWORD AZURE_STORAGE_SAS_TOKEN DJANGO_SECRET_KEY clientSecret apiKey secretAccessKey CI_JOB_TOKEN
-    AZURE_STORAGE_CONNECTION_STRING TWILIO_AUTH_TOKEN STRIPE_KEY_2 DB_PASS JWT_SECRET private_key_id hub_token NPM_CONFIG__AUTH""".split()
-    plain = """PATH PWD OLDPWD HOME MONKEY KEYBOARD_LAYOUT max_new_tokens num_tokens TOKENIZERS_PARALLELISM eos_token pad_token SSH_AUTH_SOCK
-    GIT_ASKPASS PUBLIC_KEY include_num_input_tokens_seen XDG_SESSION_ID OMP_NUM_THREADS learning_rate dataset.path""".split()
+    secret = """
+        HF_TOKEN HUGGING_FACE_HUB_TOKEN KAGGLE_KEY PGPASSWORD MYSQL_PWD GITHUB_PAT
+        AZURE_STORAGE_KEY ROOT_PASSWD GPG_PASSPHRASE GCP_CREDENTIALS
+        MLFLOW_TRACKING_PASSWORD AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY WANDB_API_KEY
+        OPENAI_API_KEY NGC_API_KEY RUNPOD_API_KEY DAGSHUB_USER_TOKEN REDIS_AUTH SSHPASSWORD
+        AZURE_STORAGE_SAS_TOKEN DJANGO_SECRET_KEY clientSecret apiKey secretAccessKey
+        CI_JOB_TOKEN AZURE_STORAGE_CONNECTION_STRING TWILIO_AUTH_TOKEN STRIPE_KEY_2 DB_PASS
+        JWT_SECRET private_key_id hub_token NPM_CONFIG__AUTH
+    """.split()
+    plain = """
+        PATH PWD OLDPWD HOME MONKEY KEYBOARD_LAYOUT max_new_tokens num_tokens
+        TOKENIZERS_PARALLELISM eos_token pad_token SSH_AUTH_SOCK GIT_ASKPASS PUBLIC_KEY
+        include_num_input_tokens_seen XDG_SESSION_ID OMP_NUM_THREADS learning_rate
+        dataset.path
+    """.split()
     assert [n for n in secret if not is_secret_name(n)] == []
     assert [n for n in plain if is_secret_name(n)] == []
 
@@ -141,21 +141,36 @@ URLS = {
     "https://{}@host:8443/rows.jsonl?v=1#top": "https://host:8443/rows.jsonl?v=1#top",
     "https://anna:{}/x@host/rows.jsonl": "https://host/rows.jsonl",
     "s3://AKIAIOSFODNN7EXAMPLE:{}@bucket/rows.jsonl": "s3://bucket/rows.jsonl",
-    "https://b.s3.amazonaws.com/r.jsonl?versionId=4&X-Amz-Credential=AK%2F2026&X-Amz-Expires=3600&X-Amz-Signature={}": "https://b.s3.amazonaws.com/r.jsonl?versionId=4",
-    "https://storage.googleapis.com/b/r.jsonl?X-Goog-Algorithm=GOOG4&X-Goog-Signature={}": "https://storage.googleapis.com/b/r.jsonl",
-    "https://a.blob.core.windows.net/c/r.csv?sv=2022-11-02&se=2027-01-01&sr=b&sp=r&sig={}": "https://a.blob.core.windows.net/c/r.csv",
-    "https://b.s3.amazonaws.com/r.csv?AWSAccessKeyId=AK&Expires=1790000000&Signature={}": "https://b.s3.amazonaws.com/r.csv",
-    "https://d.cloudfront.net/r.csv?Expires=1790000000&Key-Pair-Id=K1&Signature={}": "https://d.cloudfront.net/r.csv",
+    "https://b.s3.amazonaws.com/r.jsonl?versionId=4&X-Amz-Credential=AK%2F2026"
+    "&X-Amz-Expires=3600&X-Amz-Signature={}": ("https://b.s3.amazonaws.com/r.jsonl?versionId=4"),
+    "https://storage.googleapis.com/b/r.jsonl?X-Goog-Algorithm=GOOG4&X-Goog-Signature={}": (
+        "https://storage.googleapis.com/b/r.jsonl"
+    ),
+    "https://a.blob.core.windows.net/c/r.csv?sv=2022-11-02&se=2027-01-01&sr=b&sp=r&sig={}": (
+        "https://a.blob.core.windows.net/c/r.csv"
+    ),
+    "https://b.s3.amazonaws.com/r.csv?AWSAccessKeyId=AK&Expires=1790000000&Signature={}": (
+        "https://b.s3.amazonaws.com/r.csv"
+    ),
+    "https://d.cloudfront.net/r.csv?Expires=1790000000&Key-Pair-Id=K1&Signature={}": (
+        "https://d.cloudfront.net/r.csv"
+    ),
     "https://host/r.csv?id=5&token={}&page=2": "https://host/r.csv?id=5&page=2",
     "https://host/r.csv?access_token={}": "https://host/r.csv",
     "https://host/r.csv?api_key={}": "https://host/r.csv",
     "https://host/r.csv?key={}&alt=media": "https://host/r.csv?alt=media",
     "https://host/r.csv?apiKey={}#access_token={}": "https://host/r.csv",
-    "https://oss.example/r.csv?OSSAccessKeyId=A&Expires=1&x-oss-signature={}": "https://oss.example/r.csv",
-    "zip://rows.jsonl::https://anna:{}@host/rows.zip?token={}": "zip://rows.jsonl::https://host/rows.zip",
-    "postgresql+psycopg2://anna:{}@db.example:5432/tracking": "postgresql+psycopg2://db.example:5432/tracking",
+    "https://oss.example/r.csv?OSSAccessKeyId=A&Expires=1&x-oss-signature={}": (
+        "https://oss.example/r.csv"
+    ),
+    "zip://rows.jsonl::https://anna:{}@host/rows.zip?token={}": (
+        "zip://rows.jsonl::https://host/rows.zip"
+    ),
+    "postgresql+psycopg2://anna:{}@db.example:5432/tracking": (
+        "postgresql+psycopg2://db.example:5432/tracking"
+    ),
     "HTTPS://anna:p@ss{}@host/r.csv": "HTTPS://host/r.csv",
-}
+}  # with credentials -> without
 
 
 @pytest.mark.parametrize("url", list(URLS))
@@ -163,14 +178,11 @@ def test_addresses_keep_what_names_a_file_and_nothing_else(url):
     value = chars(24)
     full, public = url.replace("{}", value), URLS[url]
     assert public_url(full) == public and public_url(public) == public
-    for text in (
-        f"fetched {full}.",
-        json.dumps({"path": full}),
-        f"<a href='{full.replace('&', '&amp;')}'>",
-        f"`{full}`, then",
-    ):
+    as_json = json.dumps({"path": full})
+    as_html = f"<a href='{full.replace('&', '&amp;')}'>"
+    for text in (f"fetched {full}.", as_json, as_html, f"`{full}`, then"):
         assert value not in redact(text, {}) and secrets_in(text, {})
-        assert json.loads(redact(text, {})) if text.startswith("{") else True
+    assert json.loads(redact(as_json, {}))
 
 
 def test_addresses_without_credentials_stay_as_they_are():
@@ -200,11 +212,14 @@ SHAPED = dict(
     stripe="sk_live_" + chars(24),
     aws="AKIA" + chars(16, string.ascii_uppercase + string.digits),
     jwt=f"eyJ{chars(20)}.eyJ{chars(30)}.{chars(43)}",
-    private_key="-----BEGIN OPENSSH PRIVATE KEY-----\n"
-    + chars(60)
-    + "\n"
-    + chars(60)
-    + "\n-----END OPENSSH PRIVATE KEY-----",
+    private_key="\n".join(
+        [
+            "-----BEGIN OPENSSH PRIVATE KEY-----",
+            chars(60),
+            chars(60),
+            "-----END OPENSSH PRIVATE KEY-----",
+        ]
+    ),
     basic=f"Authorization: Basic {BASIC}",
     bearer="Authorization: Bearer " + chars(40),
     openai="sk-proj-" + chars(48),
@@ -228,7 +243,7 @@ SHAPED = dict(
 )
 
 
-def heart(secret):
+def secret_part(secret):
     "The part of a planted secret that must not be found."
     for text in (
         "T3BlbkFJ",
@@ -257,9 +272,9 @@ def test_tokens_are_known_by_their_shape(kind):
         repr(secret),
         f"key: {secret}\nnext: 1",
     ):
-        assert heart(secret) not in redact(text, {}), text
-        assert secrets_in(text, {}) and heart(secret) not in " ".join(secrets_in(text, {}))
-    assert heart(secret) not in json.dumps(redacted(dict(a=[secret], b={secret: 1}), {}))
+        assert secret_part(secret) not in redact(text, {}), text
+        assert secrets_in(text, {}) and secret_part(secret) not in " ".join(secrets_in(text, {}))
+    assert secret_part(secret) not in json.dumps(redacted(dict(a=[secret], b={secret: 1}), {}))
 
 
 def test_medical_text_and_our_own_pages_are_left_alone():
@@ -318,7 +333,8 @@ def test_where_this_machine_keeps_secrets(tmp_path, monkeypatch):
         ".cache/huggingface/token": "plainhubtoken01",
         ".netrc": "machine a login b password netrcsecret02\n",
         ".kaggle/kaggle.json": '{"username": "u", "key": "kagglesecret03"}',
-        ".aws/credentials": "[default]\naws_access_key_id = id0000000004\naws_secret_access_key = /awssecret/05\n",
+        ".aws/credentials": "[default]\naws_access_key_id = id0000000004\n"
+        "aws_secret_access_key = /awssecret/05\n",
         ".pgpass": "host:5432:db:user:pgpasssecret06\n",
         ".git-credentials": "https://user:gitsecret07@github.com\n",
         ".docker/config.json": '{"auths": {"r": {"auth": "dXNlcjpzZWNyZXQwOA=="}}}',
@@ -366,8 +382,11 @@ def test_where_this_machine_keeps_secrets(tmp_path, monkeypatch):
 # ---- a run with planted secrets ----
 ENVIRONMENT = {
     name: chars(20)
-    for name in """KAGGLE_KEY PGPASSWORD GITHUB_PAT AZURE_STORAGE_KEY DB_PASSWD SSH_PASSPHRASE GCP_CREDENTIALS MLFLOW_TRACKING_PASSWORD WANDB_API_KEY
-    OPENAI_API_KEY NGC_API_KEY RUNPOD_API_KEY DAGSHUB_USER_TOKEN HF_TOKEN HUGGING_FACE_HUB_TOKEN""".split()
+    for name in """
+        KAGGLE_KEY PGPASSWORD GITHUB_PAT AZURE_STORAGE_KEY DB_PASSWD SSH_PASSPHRASE
+        GCP_CREDENTIALS MLFLOW_TRACKING_PASSWORD WANDB_API_KEY OPENAI_API_KEY
+        NGC_API_KEY RUNPOD_API_KEY DAGSHUB_USER_TOKEN HF_TOKEN HUGGING_FACE_HUB_TOKEN
+    """.split()
 } | dict(AWS_SECRET_ACCESS_KEY="/" + chars(38), REDIS_URL=f"redis://:{chars(16)}@cache:6379/0")
 PASSWORD, SIGNATURE = "hunter2" + chars(12), chars(43)
 
@@ -501,19 +520,18 @@ def planted(tmp_path_factory, server):
     secrets = [*ENVIRONMENT.values(), *SHAPED.values()]
     with pytest.MonkeyPatch.context() as m:
         home = tmp_path_factory.mktemp("home")
-        for k, v in (
-            ENVIRONMENT
-            | dict(
-                HOME=str(home),
-                MEDFT_CACHE=str(home / "cache"),
-                NO_PROXY="127.0.0.1",
-                no_proxy="127.0.0.1",
-            )
-        ).items():
+        variables = ENVIRONMENT | dict(
+            HOME=str(home),
+            MEDFT_CACHE=str(home / "cache"),
+            NO_PROXY="127.0.0.1",
+            no_proxy="127.0.0.1",
+        )
+        for k, v in variables.items():
             m.setenv(k, v)
         for k in [k for k in os.environ if k.startswith("MEDFT_URL")]:
             m.delenv(k)
-        url = f"http://anna:{PASSWORD}@{server}/rows.jsonl?X-Amz-Signature={SIGNATURE}&X-Amz-Credential=AKIA"
+        signature = f"X-Amz-Signature={SIGNATURE}&X-Amz-Credential=AKIA"
+        url = f"http://anna:{PASSWORD}@{server}/rows.jsonl?{signature}"
         recipe = load_recipe(
             "your_data",
             [
@@ -570,9 +588,9 @@ def planted(tmp_path_factory, server):
         )
 
 
-def hearts(secrets):
+def secret_parts(secrets):
     return [
-        (s if "\n" not in s and "://" not in s and s in ENVIRONMENT.values() else heart(s))
+        (s if "\n" not in s and "://" not in s and s in ENVIRONMENT.values() else secret_part(s))
         for s in secrets
     ] + [PASSWORD, SIGNATURE, "tinypass1"]
 
@@ -595,7 +613,7 @@ def test_no_file_of_a_run_holds_a_planted_secret(planted):
     wrong = [
         (p.relative_to(planted.run.path).as_posix(), h)
         for p in files
-        for h in hearts(planted.secrets)
+        for h in secret_parts(planted.secrets)
         if h.encode() in p.read_bytes()
     ]
     assert wrong == []
@@ -605,7 +623,7 @@ def test_no_file_of_a_run_holds_a_planted_secret(planted):
 
 def test_nothing_secret_is_sent_to_a_tracker(planted):
     everything = json.dumps(planted.client.sent, default=str) + json.dumps(planted.client.files)
-    assert [h for h in hearts(planted.secrets) if h in everything] == []
+    assert [h for h in secret_parts(planted.secrets) if h in everything] == []
     assert (
         "recipe.yaml" in planted.client.files
         and planted.public in planted.client.files["recipe.yaml"]
@@ -720,27 +738,15 @@ ROW_FILES = {"notebooks/01_data.ipynb", "data/split.json", "report.html"}
 def test_rows_stay_here_where_they_are_hidden(tmp_path, uri):
     run = scored(tmp_path, FOUND)
     client = mirrored(run, uri)
-    assert not ROW_FILES & set(client.files) and {
-        "README.md",
-        "metrics.json",
-        "recipe.yaml",
-        "manifest.json",
-        "data/report.json",
-        "logs/finetune.log",
-    } - {"metrics.json"} <= set(client.files)
+    assert not ROW_FILES & set(client.files)
+    others = {"README.md", "recipe.yaml", "manifest.json", "data/report.json", "logs/finetune.log"}
+    assert others <= set(client.files)
     assert not [f for f, text in client.files.items() if "Anna" in text or "patient-77" in text]
-    said = [
-        line
-        for line in (run.path / "logs/finetune.log").read_text().splitlines()
-        if "tracking: sent to" in line
-    ]
-    assert (
-        len(said) == 1
-        and disclosure.host_of(uri) in said[0]
-        and "pw123456" not in said[0]
-        and "README.md" in said[0]
-        and "notebooks/01_data.ipynb" in said[0].partition("stay here")[2]
-    )
+    log = (run.path / "logs/finetune.log").read_text().splitlines()
+    (line,) = [line for line in log if "tracking: sent to" in line]
+    assert disclosure.host_of(uri) in line and "README.md" in line
+    assert "pw123456" not in line
+    assert "notebooks/01_data.ipynb" in line.partition("stay here")[2]
     mirrored(run, uri)
     assert (run.path / "logs/finetune.log").read_text().count("tracking: sent to") == 1
 
@@ -748,25 +754,22 @@ def test_rows_stay_here_where_they_are_hidden(tmp_path, uri):
 def test_rows_are_sent_where_they_may_be_shown(tmp_path):
     run = scored(tmp_path, FOUND, "evaluation.show_items=true")
     client = mirrored(run, "https://mlflow.example.org")
-    assert (
-        set(client.files) >= ROW_FILES
-        and "stay here" not in (run.path / "logs/finetune.log").read_text()
-    )
+    assert set(client.files) >= ROW_FILES
+    assert "stay here" not in (run.path / "logs/finetune.log").read_text()
 
 
-def test_a_local_store_gets_everything_unless_its_artifacts_lie_elsewhere(tmp_path):
+def test_a_local_store_gets_everything_unless_its_artifacts_are_elsewhere(tmp_path):
     run = scored(tmp_path, PAIRS)
     client = mirrored(run, f"sqlite:///{tmp_path}/mlflow.db")
-    assert (
-        set(client.files) >= ROW_FILES
-        and "tracking: sent" not in (run.path / "logs/finetune.log").read_text()
-    )
+    assert set(client.files) >= ROW_FILES
+    assert "tracking: sent" not in (run.path / "logs/finetune.log").read_text()
     client = mirrored(run, f"sqlite:///{tmp_path}/other.db", artifact_uri="s3://bucket/artifacts")
     assert not ROW_FILES & set(client.files)
 
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_the_report_shows_items_or_says_why_not(tmp_path, shown):
+    from medft.evaluate.metrics import read_predictions
     from medft.export.report import items_section, report
 
     from test_report import made_run
@@ -778,52 +781,49 @@ def test_the_report_shows_items_or_says_why_not(tmp_path, shown):
     )
     page = report(run, metrics, {})
     assert ("Anna Muster" in page) is shown and ('<article class="card">' in page) is shown
-    assert (
-        shown
-        or "Single items are not shown: what may identify somebody was found in 2 rows" in page
-    )
-    assert items_section(
-        run,
-        metrics,
-        None
-        if not shown
-        else __import__("medft.evaluate.metrics", fromlist=["x"]).read_predictions(run),
-    )
+    if not shown:
+        assert "Single items are not shown: what may identify somebody was found in 2 rows" in page
+    assert items_section(run, metrics, read_predictions(run) if shown else None)
 
 
 @pytest.mark.parametrize("stage, cell", [("01_data", "c040"), ("02_model", "c029")])
 def test_front_pages_ask_before_they_show_a_row(stage, cell):
     page = json.loads((TOP / f"nbs/{stage}.ipynb").read_text())
     source = next("".join(c["source"]) for c in page["cells"] if c.get("id") == cell)
-    said = []
+    if stage == "02_model":
+        source = source[source.index("if hidden := why_hidden") :]
+    for hidden in ("the data are records", ""):
+        output = shown_by(source, hidden)
+        assert ("Anna" in output) is (not hidden)
+        assert not hidden or "the data are records" in output
+
+
+def shown_by(source, hidden):
+    "What a cell shows of a row of Anna's; `hidden`: why rows are hidden, or nothing."
+    output = []
     this = SimpleNamespace(
-        log=lambda line, show=True: said.append(line),
+        log=lambda line, show=True: output.append(line),
         recipe=SimpleNamespace(task="generative"),
         path=Path("nowhere"),
     )
-    tok = SimpleNamespace(pad_token_id=0, decode=lambda ids: "Anna")
+    tokenizer = SimpleNamespace(pad_token_id=0, decode=lambda ids: "Anna")
     row = dict(prompt="Anna", completion="Anna", input_ids=[1, 2])
-    for hidden in ("the data are records", ""):
-        said.clear()
-        names = dict(
-            why_hidden=lambda run: hidden,
-            this=this,
-            report=dict(max_length=8),
-            train=[row],
-            load_tokenizer=lambda r: tok,
-            sample_text=lambda *a: "Anna",
-            show_sample=lambda *a: "Anna",
-            HTML=str,
-            display=said.append,
-            print=lambda *a: said.append(" ".join(map(str, a))),
-        )
-        if stage == "02_model":
-            source = source[source.index("if hidden := why_hidden") :]
-            names |= dict(item=row, said="Anna")
-        exec(source, names)
-        assert ("Anna" in " ".join(said)) is (not hidden) and (
-            not hidden or "the data are records" in " ".join(said)
-        )
+    names = dict(
+        why_hidden=lambda run: hidden,
+        this=this,
+        report=dict(max_length=8),
+        train=[row],
+        item=row,
+        said="Anna",
+        load_tokenizer=lambda r: tokenizer,
+        sample_text=lambda *a: "Anna",
+        show_sample=lambda *a: "Anna",
+        HTML=str,
+        display=output.append,
+        print=lambda *a: output.append(" ".join(map(str, a))),
+    )
+    exec(source, names)
+    return " ".join(output)
 
 
 # ---- permissions, .env, the card ----
@@ -850,8 +850,16 @@ def test_files_honour_the_umask(tmp_path, mask, mode):
 
 
 def test_dotenv_gives_credentials_and_settings_and_nothing_else(tmp_path, monkeypatch, capsys):
-    refused = "MEDFT_NOTEBOOKS MEDFT_TCMALLOC PATH LD_PRELOAD LD_LIBRARY_PATH PYTHONPATH PYTHONSTARTUP HOME BASH_ENV GIT_SSH_COMMAND CXX AWS_CONFIG_FILE IPYTHONDIR JUPYTER_PATH".split()
-    taken = "HF_TOKEN WANDB_API_KEY MLFLOW_TRACKING_URI MLFLOW_TRACKING_PASSWORD AWS_DEFAULT_REGION AWS_ACCESS_KEY_ID MEDFT_URL MEDFT_RUNS KAGGLE_USERNAME HTTPS_PROXY".split()
+    refused = """
+        MEDFT_NOTEBOOKS MEDFT_TCMALLOC PATH LD_PRELOAD LD_LIBRARY_PATH PYTHONPATH
+        PYTHONSTARTUP HOME BASH_ENV GIT_SSH_COMMAND CXX AWS_CONFIG_FILE IPYTHONDIR
+        JUPYTER_PATH
+    """.split()
+    taken = """
+        HF_TOKEN WANDB_API_KEY MLFLOW_TRACKING_URI MLFLOW_TRACKING_PASSWORD
+        AWS_DEFAULT_REGION AWS_ACCESS_KEY_ID MEDFT_URL MEDFT_RUNS KAGGLE_USERNAME
+        HTTPS_PROXY
+    """.split()
     for name in (*refused, *taken):
         if name not in ("PATH", "HOME", "PYTHONPATH"):
             monkeypatch.delenv(name, raising=False)
@@ -875,18 +883,16 @@ def test_the_card_says_what_was_not_checked(tmp_path):
 
     run, metrics = made_run(tmp_path, engines=("trl",))
 
-    def told():
+    def text():
         return card.model_card(run, metrics, {})
 
-    assert "was not checked" in told() and "this was checked before scoring" not in told()
+    assert "was not checked" in text() and "this was checked before scoring" not in text()
     run.update(dict(unchecked=[]))
-    assert (
-        "this was checked before scoring" in told()
-        and "Not checked: no file was read back" in told()
-        and "answered the test set again" not in told()
-    )
+    assert "this was checked before scoring" in text()
+    assert "Not checked: no file was read back" in text()
+    assert "answered the test set again" not in text()
     run.update(dict(unchecked=["not checked: what other was trained on is not known"]))
-    assert "Not checked: what other was trained on is not known." in told()
+    assert "Not checked: what other was trained on is not known." in text()
 
 
 @pytest.mark.long

@@ -1,13 +1,16 @@
-"""A stand-in for the Hugging Face hub on loopback, over real HTTP, with the standard library alone.
+"""A Hugging Face hub on this machine, over real HTTP, with the standard library alone.
 
-It speaks the few endpoints that `huggingface_hub` and `datasets` use to read a data set, and to create one and push to it:
+It has the endpoints that `huggingface_hub` and `datasets` use to read a data set, and to create one
+and push to it:
 
     with HubServer() as hub:
         commit = hub.add("org/name", {"train.jsonl": b"..."}, private=False, gated=False)
         subprocess.run([...], env={**os.environ, **hub.env(home, token="hf_reader")})
 
-Names, commits and files are in `hub.repos`; every request is in `hub.requests`. `hub.broken` maps a path's end to the number of its bytes
-that are sent before the connection dies; `hub.uploads_left` is the number of large files that are taken before an upload dies. Not covered: pull requests, Xet, the data set viewer.
+Names, commits and files are in `hub.repos`; every request is in `hub.requests`. `hub.broken` maps a
+path's end to the number of its bytes that are sent before the connection dies; `hub.uploads_left`
+is the number of large files that are accepted before an upload dies. Not covered: pull requests,
+Xet, the data set viewer.
 """
 
 import base64
@@ -19,10 +22,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-USERS = {
-    "hf_reader": "reader",
-    "hf_owner": "owner",
-}  # token -> user; the owner sees what is private, and has accepted every licence
+# token -> user; the owner sees private repositories, and has accepted every licence
+USERS = {"hf_reader": "reader", "hf_owner": "owner"}
 
 
 @dataclass
@@ -37,15 +38,12 @@ class Repo:
 
     def commit(self, files, message="", ref="main"):
         "A new commit: the files of the last one, with these added; None removes a file."
-        whole = {
-            k: v
-            for k, v in {**self.commits.get(self.refs.get(ref), {}), **files}.items()
-            if v is not None
-        }
-        sha = hashlib.sha1(
-            f"{self.name}{len(self.commits)}{sorted((k, hashlib.sha1(v).hexdigest()) for k, v in whole.items())}".encode()
-        ).hexdigest()
-        self.commits[sha], self.refs[ref] = whole, sha
+        merged = self.commits.get(self.refs.get(ref), {}) | files
+        whole = {path: data for path, data in merged.items() if data is not None}
+        contents = sorted((path, hashlib.sha1(data).hexdigest()) for path, data in whole.items())
+        sha = hashlib.sha1(f"{self.name}{len(self.commits)}{contents}".encode()).hexdigest()
+        self.commits[sha] = whole
+        self.refs[ref] = sha
         self.messages.append(message)
         return sha
 
@@ -63,10 +61,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status, body=b"", headers=(), cut=None):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for k, v in dict(
-            {"Content-Type": "application/json", "Content-Length": str(len(data))}, **dict(headers)
-        ).items():
-            self.send_header(k, v)
+        defaults = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        for name, value in (defaults | dict(headers)).items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data[:cut])
@@ -79,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message})
 
     def breaks(self, length):
-        "Whether this upload of a large file is one that the server breaks: the first by dying halfway, those after it by refusing."
+        "Whether a large upload is broken: the first dies halfway, later ones are refused."
         hub = self.server.hub
         if self.command != "PUT" or hub.uploads_left is None:
             return False
@@ -117,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
     def repo(self, name, kind="datasets"):
-        "The repository, or None when it was refused: to those who may not see it, a private one is not there."
+        "The repository, or None when it was refused; a private one does not exist for others."
         repo = self.server.hub.repos.get((kind.rstrip("s"), name))
         if repo and (not repo.private or USERS.get(self.token) == "owner"):
             return repo
@@ -378,16 +375,12 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, dict(errors=[], warnings=[]))
 
 
-LARGE = (
-    ".parquet",
-    ".arrow",
-    ".safetensors",
-    ".bin",
-    ".gguf",
-    ".zip",
-    ".gz",
-)  # what the hub keeps as Git LFS
-API = r"/api/(?P<kind>datasets|models)/(?P<name>[^/]+(?:/(?!tree/|revision/|paths-info/|preupload/|commit/|refs|auth-check)[^/]+)?)"
+# what the hub keeps as Git LFS
+LARGE = (".parquet", ".arrow", ".safetensors", ".bin", ".gguf", ".zip", ".gz")
+API = (
+    r"/api/(?P<kind>datasets|models)/(?P<name>[^/]+"
+    r"(?:/(?!tree/|revision/|paths-info/|preupload/|commit/|refs|auth-check)[^/]+)?)"
+)
 ROUTES = [
     ("GET HEAD", API, Handler.info),
     ("GET HEAD", API + r"/revision/(?P<rev>[^/]+)", Handler.info),

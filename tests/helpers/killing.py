@@ -1,11 +1,14 @@
-"""Runs that are killed with SIGKILL while they train, and resumed: are the results the same to the bit?
+"""Runs that are killed with SIGKILL during training, and resumed: are the results bit-identical?
 
-One process pays for the imports; every training is a fork of it, a process of its own that is really killed."""
+The libraries are imported once; every training is a fork of that process, and really killed.
+"""
 
 import hashlib
+import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -30,25 +33,18 @@ SMALL = [
     "dataset.holdout=0",
     "tracking.mlflow=false",
     "dataset.cache=false",
-    *(
-        f"dataset.checks.{c}=off"
-        for c in (
-            "near_duplicates",
-            "near_overlap",
-            "identifiers",
-            "truncated",
-            "duplicates",
-            "overlap",
-            "group_overlap",
-            "contradictions",
-            "label_balance",
-        )
-    ),
+    "dataset.checks.near_duplicates=off",
+    "dataset.checks.near_overlap=off",
+    "dataset.checks.identifiers=off",
+    "dataset.checks.truncated=off",
+    "dataset.checks.duplicates=off",
+    "dataset.checks.overlap=off",
+    "dataset.checks.group_overlap=off",
+    "dataset.checks.contradictions=off",
+    "dataset.checks.label_balance=off",
 ]
-LORA, WHOLE = (
-    ["lora.lora_dropout=0.1", "lora.r=4"],
-    ["lora=null", "training.learning_rate=1e-3", "training.neftune_noise_alpha=5"],
-)
+LORA = ["lora.lora_dropout=0.1", "lora.r=4"]
+WHOLE = ["lora=null", "training.learning_rate=1e-3", "training.neftune_noise_alpha=5"]
 TASKS = {
     "lora": LORA,
     "qlora": [*LORA, "quantization.load_in_4bit=true"],
@@ -85,27 +81,29 @@ TASKS = {
 
 def rows(task, n, seed):
     "Small rows: a question, a labelled sentence, or a text."
-    draw, words = (
-        random.Random(seed),
-        "the a drug fever lowers helps treats kidney pain dose daily child heart of in".split(),
-    )
+    draw = random.Random(seed)
+    words = "the a drug fever lowers helps treats kidney pain dose daily child heart of in".split()
 
     def text():
         return " ".join(draw.choices(words, k=draw.randint(2, 6)))
 
+    def labelled(i):
+        return dict(text=text(), label="yes" if draw.random() < 0.3 or i == 0 else "no")
+
+    def question():
+        return dict(
+            question=text() + "?",
+            options=[text() for _ in range(4)],
+            answer=draw.randrange(4),
+        )
+
     if "classification" in task:
-        return [
-            dict(text=text(), label="yes" if draw.random() < 0.3 or i == 0 else "no")
-            for i in range(n)
-        ]
+        return [labelled(i) for i in range(n)]
     if task == "pretraining":
         return [
             dict(text=" ".join(text() for _ in range(draw.randint(1, 20)))) for _ in range(4 * n)
         ]
-    return [
-        dict(question=text() + "?", options=[text() for _ in range(4)], answer=draw.randrange(4))
-        for _ in range(n)
-    ]
+    return [question() for _ in range(n)]
 
 
 def prepare(home, task, more=()):
@@ -115,23 +113,14 @@ def prepare(home, task, more=()):
 
     home.mkdir(parents=True, exist_ok=True)
     for name, n in (("train", 26), ("validation", 6)):
-        (home / f"{name}.jsonl").write_text(
-            "".join(json.dumps(r) + "\n" for r in rows(task, n, name))
-        )
-    run = Run.create(
-        load_recipe(
-            "quickstart",
-            [
-                *SMALL,
-                f"dataset.path={home}/train.jsonl",
-                f"dataset.validation_path={home}/validation.jsonl",
-                *TASKS[task],
-                *more,
-            ],
-        ),
-        root=home / "runs",
-        run_id="first",
-    )
+        lines = [json.dumps(row) + "\n" for row in rows(task, n, name)]
+        (home / f"{name}.jsonl").write_text("".join(lines))
+    files = [
+        f"dataset.path={home}/train.jsonl",
+        f"dataset.validation_path={home}/validation.jsonl",
+    ]
+    recipe = load_recipe("quickstart", [*SMALL, *files, *TASKS[task], *more])
+    run = Run.create(recipe, root=home / "runs", run_id="first")
     data.prepare(run)
     return run.path
 
@@ -171,78 +160,84 @@ def ended(pid):
     return os.waitpid(pid, os.WNOHANG)[0] != 0
 
 
-def saving(path, least=0):
-    "The checkpoint that is being written, of this step at least."
-    return [
-        p
-        for p in (Path(path) / engine(path) / "checkpoints").glob("checkpoint-*")
-        if int(p.name[11:]) >= least and any(p.iterdir()) and not (p / "seal.json").exists()
-    ]
+def being_saved(path, first_step=0):
+    "The step of a checkpoint that is being written now, from `first_step` on; None: there is none."
+    for folder in (Path(path) / engine(path) / "checkpoints").glob("checkpoint-*"):
+        step = int(folder.name.removeprefix("checkpoint-"))
+        is_open = any(folder.iterdir()) and not (folder / "seal.json").exists()
+        if step >= first_step and is_open:
+            return step
+    return None
 
 
-def kill(path, moment=None, least=0):
-    "Start training and kill it: after so many seconds, or in the middle of saving a checkpoint, of this step at least. None: it was done before."
+def kill_after(path, seconds):
+    "Start training and kill it after some seconds. None: it had finished before."
     pid, start = child(path), time.time()
     while not ended(pid):
-        there = saving(path, least) if moment is None else time.time() - start > moment
-        if there:
+        if time.time() - start > seconds:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            return (
-                f"{there[0].name.split('-')[1]} being saved"
-                if moment is None
-                else f"{time.time() - start:.2f} s"
-            )
+            return f"{time.time() - start:.2f} s"
         time.sleep(0.002)
 
 
-def leave(path, moment):
-    "Start training and send it SIGTERM so long after its first checkpoint: it must save another one, and end by the signal. None: it was done before."
-    pid, start = child(path), None
+def kill_while_saving(path, first_step):
+    "Start training and kill it while it saves a checkpoint. None: it had finished before."
+    pid = child(path)
     while not ended(pid):
-        if start is None and list(
-            (Path(path) / engine(path) / "checkpoints").glob("checkpoint-*/seal.json")
-        ):
+        step = being_saved(path, first_step)
+        if step is not None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return f"{step} being saved"
+        time.sleep(0.002)
+
+
+def terminate(path, seconds):
+    """Start training and send SIGTERM some seconds after its first checkpoint.
+
+    It must save another checkpoint, and end by the signal. None: it had finished before.
+    """
+    pid, start = child(path), None
+    checkpoints = Path(path) / engine(path) / "checkpoints"
+    while not ended(pid):
+        if start is None and list(checkpoints.glob("checkpoint-*/seal.json")):
             start = time.time()
-        if start and time.time() - start > moment:
+        if start and time.time() - start > seconds:
             os.kill(pid, signal.SIGTERM)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            said = (Path(path) / "logs" / "finetune.log").read_text()
-            return (
-                f"SIGTERM {moment:.2f} s after a checkpoint"
-                if code == -signal.SIGTERM and "checkpoint saved at step" in said
-                else None
-            )
+            log = (Path(path) / "logs" / "finetune.log").read_text()
+            if code == -signal.SIGTERM and "checkpoint saved at step" in log:
+                return f"SIGTERM {seconds:.2f} s after a checkpoint"
+            return None
         time.sleep(0.002)
+
+
+LOGGED = (
+    "step",
+    "loss",
+    "eval_loss",
+    "grad_norm",
+    "learning_rate",
+    "mean_token_accuracy",
+    "num_tokens",
+)
 
 
 def result(path):
     "What must be the same: the trained weights, and what is logged and counted."
-    out, log = Path(path) / engine(path), []
+    out = Path(path) / engine(path)
     files = sorted(p for n in ("adapters", "model") for p in (out / n).glob("*.safetensors"))
+    log = []
     for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
         if "loss" in row or "eval_loss" in row:
-            log.append(
-                {
-                    k: v
-                    for k, v in row.items()
-                    if k
-                    in (
-                        "step",
-                        "loss",
-                        "eval_loss",
-                        "grad_norm",
-                        "learning_rate",
-                        "mean_token_accuracy",
-                        "num_tokens",
-                    )
-                }
-            )
-    told = json.loads((out / "training.json").read_text())
+            log.append({key: value for key, value in row.items() if key in LOGGED})
+    summary = json.loads((out / "training.json").read_text())
+    counted = ("steps", "tokens", "train_loss", "trainable_parameters")
     return dict(
         weights=[hashlib.sha256(p.read_bytes()).hexdigest() for p in files],
         log=log,
-        told={k: told[k] for k in ("steps", "tokens", "train_loss", "trainable_parameters")},
+        summary={key: summary[key] for key in counted},
     )
 
 
@@ -266,54 +261,56 @@ def compare(a, b):
     return [k for k in a if a[k] != b[k]]
 
 
+def import_once():
+    "Load what every training needs, before it is forked."
+    for name in ("fast.engine", "train.baseline"):
+        importlib.import_module(f"medft.{name}")
+    for name in ("bitsandbytes", "peft", "sklearn", "trl"):
+        importlib.import_module(name)
+
+
+def interrupted(first, i, is_last, seconds, draw):
+    "A copy of a run that was interrupted in the i-th way, and how."
+    while True:
+        victim = copy(first, f"victim-{i}")
+        if is_last:
+            how = terminate(victim, draw.uniform(0, 0.5) * seconds)
+        elif i % 3 == 2:
+            how = kill_while_saving(victim, draw.randint(2, 7))
+        else:
+            how = kill_after(victim, draw.uniform(0.25, 0.95) * seconds)
+        if how is not None:
+            return victim, how
+
+
 def main(home, tasks, kills, seed=0, table=None):
-    import medft.fast.engine
-    import medft.train.baseline
-
-    import bitsandbytes
-    import peft
-    import sklearn  # paid for once
-    import trl
-
+    import_once()
     found = []
     for task in tasks:
-        draw = random.Random(
-            f"{seed} {task}"
-        )  # a task's moments do not depend on what was tried before it
+        # A task's moments do not depend on the tasks before it.
+        draw = random.Random(f"{seed} {task}")
         first = prepare(Path(home) / task, task)
         plain = copy(first, "plain")
         seconds = whole_run(plain)
         expected = result(plain)
         for i in range(kills + 1):
-            how = None
-            while how is None:
-                victim = copy(first, f"victim-{i}")
-                how = (
-                    leave(victim, draw.uniform(0, 0.5) * seconds)
-                    if i == kills
-                    else kill(victim, least=draw.randint(2, 7))
-                    if i % 3 == 2
-                    else kill(victim, draw.uniform(0.25, 0.95) * seconds)
-                )
-            log = victim / "logs" / "finetune.log"
-            if i % 3 == 1 and i < kills:
-                kill(victim, draw.uniform(0.3, 0.7) * seconds)  # and once more, while it goes on
+            is_last = i == kills
+            victim, how = interrupted(first, i, is_last, seconds, draw)
+            twice = i % 3 == 1 and not is_last
+            if twice:
+                kill_after(victim, draw.uniform(0.3, 0.7) * seconds)
             whole_run(victim)
-            went = [
-                l.split("going on from ")[1]
-                for l in log.read_text().splitlines()
-                if "going on from" in l
-            ]
-            found.append(
-                dict(
-                    task=task,
-                    killed=how,
-                    twice=i % 3 == 1 and i < kills,
-                    resumed=went[-1] if went else "the beginning",
-                    differs=compare(result(victim), expected),
-                )
+            log = (victim / "logs" / "finetune.log").read_text()
+            resumed = re.findall(r"going on from (.*)", log)
+            row = dict(
+                task=task,
+                killed=how,
+                twice=twice,
+                resumed=resumed[-1] if resumed else "the beginning",
+                differs=compare(result(victim), expected),
             )
-            print(json.dumps(found[-1]), flush=True)
+            found.append(row)
+            print(json.dumps(row), flush=True)
     if table:
         Path(table).write_text(as_table(found))
     return found
@@ -323,20 +320,13 @@ def as_table(found):
     "The rows as Markdown, in the words of kills.json."
     from medft.bench.evidence_files import kill_row
 
-    lines = [f"| {' | '.join(kill_row(r).values())} |" for r in found]
-    return (
-        "\n".join(
-            ["| task | killed | resumed from | equal to the bit |", "|---|---|---|---|", *lines]
-        )
-        + "\n"
-    )
+    heads = ["| task | killed | resumed from | equal to the bit |", "|---|---|---|---|"]
+    lines = [f"| {' | '.join(kill_row(row).values())} |" for row in found]
+    return "\n".join([*heads, *lines]) + "\n"
 
 
 if __name__ == "__main__":
-    home, kills, tasks = (
-        sys.argv[1],
-        int(sys.argv[2]),
-        sys.argv[3].split(",") if len(sys.argv) > 3 else list(TASKS),
-    )
+    home, kills = sys.argv[1], int(sys.argv[2])
+    tasks = sys.argv[3].split(",") if len(sys.argv) > 3 else list(TASKS)
     found = main(home, tasks, kills, table=Path(home) / "table.md")
-    sys.exit(any(r["differs"] for r in found))
+    sys.exit(any(row["differs"] for row in found))

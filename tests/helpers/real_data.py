@@ -1,4 +1,4 @@
-"""The field's own files: a few rows of each are shipped, the whole files stand beside some checkouts."""
+"""Files of published data sets: a few rows of each are shipped, the whole files are optional."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 SMALL = Path(__file__).resolve().parents[1] / "files"
 LARGE = Path(__file__).resolve().parents[3] / "shared" / "data"
 
-# The whole files take minutes; the shipped rows hold the same promises in seconds.
+# The whole files take minutes; the shipped rows test the same in seconds.
 ON_LARGE = [
     pytest.mark.skipif(
         not LARGE.is_dir(), reason="the whole data sets in ../shared/data are not on this machine"

@@ -1,11 +1,11 @@
-"Made-up stage notebooks, and the command line as a process: what the tests of run, resume and tracking share."
+"Example stage notebooks, and the command line as a process, for several test files."
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -27,26 +27,18 @@ def write(folder, parameters=PARAMETERS, default="assert run", **cells):
     Path(folder).mkdir(parents=True, exist_ok=True)
     for stage, stem in STAGES.items():
         given = cells.get(stage, default)
-        code = [
-            nbformat.v4.new_code_cell(c)
-            for c in [parameters, *([given] if isinstance(given, str) else given)]
-        ]
+        sources = [given] if isinstance(given, str) else given
+        code = [nbformat.v4.new_code_cell(source) for source in (parameters, *sources)]
         code[0].metadata["tags"] = ["parameters"]
         nbformat.write(nbformat.v4.new_notebook(cells=code), Path(folder) / f"{stem}.ipynb")
 
 
 def environment(tmp, **more):
     "An environment that writes to tmp alone."
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("MLFLOW_", "MEDFT_")) and k != "DO_NOT_TRACK"
-    }
-    return (
-        env
-        | dict(MEDFT_NOTEBOOKS=str(tmp / "nbs"), HOME=str(tmp / "home"), OMP_NUM_THREADS="1")
-        | {k: str(v) for k, v in more.items()}
-    )
+    ours = ("MLFLOW_", "MEDFT_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(ours) and k != "DO_NOT_TRACK"}
+    env |= dict(MEDFT_NOTEBOOKS=str(tmp / "nbs"), HOME=str(tmp / "home"), OMP_NUM_THREADS="1")
+    return env | {k: str(v) for k, v in more.items()}
 
 
 def start(tmp, *args, **env):
@@ -75,14 +67,12 @@ def manifest(run):
 
 
 def until(what, seconds=60, pause=0.1):
-    "Wait until what() is true, and return it."
-    end = time.time() + seconds
-    while time.time() < end:
-        try:
+    "Wait until what() is true, and return it; what it reads may not exist yet."
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        with suppress(OSError, ValueError, KeyError):
             if got := what():
                 return got
-        except (OSError, ValueError, KeyError):
-            pass
         time.sleep(pause)
     raise AssertionError(f"waited {seconds} s in vain")
 
@@ -92,8 +82,7 @@ def alive(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return (
-        Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-        if Path("/proc").exists()
-        else True
-    )
+    if not Path("/proc").exists():
+        return True
+    state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    return state != "Z"  # a zombie is dead

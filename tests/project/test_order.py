@@ -1,4 +1,4 @@
-"""The house: a page's path is its module's name, and nothing imports from what comes after it. nbs/sidebar.yml says the order."""
+"""A page's path is its module's name; no module imports from one after it in nbs/sidebar.yml."""
 
 import ast
 import json
@@ -27,11 +27,10 @@ WINGS = [wing["section"] for wing in REFERENCE]
 
 
 def imported_by(module):
-    "The rooms that a module imports from anywhere in it, in its functions too."
+    "The modules that a module imports from, also inside its functions."
     targets = set()
-    for node in ast.walk(
-        ast.parse((TOP / "medft" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
-    ):
+    path = TOP / "medft" / f"{module.replace('.', '/')}.py"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             package = ["medft", *module.split(".")][: -node.level] if node.level else []
             whole = ".".join([*package, *([node.module] if node.module else [])])
@@ -51,24 +50,19 @@ def test_every_module_is_in_the_sidebar_once():
 
 
 def test_a_path_is_the_name_of_its_module():
-    rooms = {page: module for module, page in MODULES.items() if "/" in page}
-    assert {
-        page: module
-        for page, module in rooms.items()
-        if page != f"{module.replace('.', '/')}.ipynb"
-    } == {}
-    assert all(
-        module.split(".")[0] == wing["section"]
-        for wing in REFERENCE
-        for module in map(module_of, wing["contents"])
-    )
+    for module, page in MODULES.items():
+        if "/" in page:
+            assert page == f"{module.replace('.', '/')}.ipynb"
+    for wing in REFERENCE:
+        wings = {module_of(page).split(".")[0] for page in wing["contents"]}
+        assert wings == {wing["section"]}
 
 
 def test_front_pages_are_numbered_in_the_order_of_the_wings():
     fronts = [page for page in PAGES if "/" not in page]
-    assert all(re.match(r"\d\d_", page) for page in fronts) and [p[:2] for p in fronts] == sorted(
-        p[:2] for p in fronts
-    )
+    assert all(re.match(r"\d\d_", page) for page in fronts)
+    numbers = [page[:2] for page in fronts]
+    assert numbers == sorted(numbers)
 
 
 @pytest.mark.parametrize("module", ORDER)
@@ -79,21 +73,14 @@ def test_a_room_imports_only_from_rooms_before_it(module):
 
 @pytest.mark.parametrize("wing", WINGS)
 def test_a_wing_imports_only_from_wings_before_it(wing):
-    used = {
-        m.split(".")[0]
-        for module in ORDER
-        if module.split(".")[0] == wing
-        for m in imported_by(module)
-    }
+    modules = [module for module in ORDER if module.split(".")[0] == wing]
+    imported = set().union(*map(imported_by, modules))
+    used = {module.split(".")[0] for module in imported}
     assert used <= set(WINGS[: WINGS.index(wing) + 1]), used
 
 
 def test_a_wing_loads_nothing_by_itself():
     "Code there would load transformers before Unsloth."
-    full = [
-        p
-        for p in (TOP / "medft").rglob("__init__.py")
-        if p.parent != TOP / "medft" and p.read_text().strip()
-    ]
     folders = {p.parent for p in (TOP / "medft").rglob("*.py")}
-    assert not full and not [f for f in folders if not (f / "__init__.py").exists()]
+    for folder in folders - {TOP / "medft"}:
+        assert (folder / "__init__.py").read_text().strip() == ""

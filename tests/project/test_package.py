@@ -1,6 +1,7 @@
-"""The built wheel: what is in it, what it says it needs, and that it works in an empty folder, away from the checkout."""
+"""The built wheel: its files, its requirements, and that it works in an empty folder."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,15 +18,16 @@ TOP = Path(__file__).resolve().parents[2]
 
 def lock(name):
     "A lock file's packages: name -> version."
-    lines = [
-        l.strip()
-        for l in (TOP / name).read_text().splitlines()
-        if l.strip() and not l.startswith("#")
-    ]
-    assert all(l.count("==") == 1 and "@" not in l and "+" not in l for l in lines), (
-        "only exact, public versions"
-    )
-    return dict(l.lower().replace("_", "-").split("==") for l in lines)
+    versions = {}
+    for line in (TOP / name).read_text().splitlines():
+        requirement = line.strip()
+        if not requirement or line.startswith("#"):
+            continue
+        is_exact = requirement.count("==") == 1
+        assert is_exact and "@" not in line and "+" not in line, "only exact, public versions"
+        package, version = requirement.lower().replace("_", "-").split("==")
+        versions[package] = version
+    return versions
 
 
 @pytest.fixture(scope="session")
@@ -33,16 +35,13 @@ def wheel(tmp_path_factory):
     "The wheel, built from a copy (setuptools leaves build/ behind) that also holds a run folder."
     src, out = tmp_path_factory.mktemp("source") / "medft", tmp_path_factory.mktemp("dist")
 
-    def ignored(d, names):
-        return [
-            n
-            for n in names
-            if Path(d) == TOP
-            and n in {".git", ".venv", "build", "_proc", "_docs"}
-            or Path(d) == TOP / "runs"
-            and not n.endswith(".yaml")
-            or n in {"__pycache__", ".ipynb_checkpoints"}
-        ]
+    def ignored(folder, names):
+        left_out = {"__pycache__", ".ipynb_checkpoints"}
+        if Path(folder) == TOP:
+            left_out |= {".git", ".venv", "build", "_proc", "_docs"}
+        if Path(folder) == TOP / "runs":
+            left_out |= {name for name in names if not name.endswith(".yaml")}
+        return left_out & set(names)
 
     shutil.copytree(TOP, src, ignore=ignored, symlinks=True)
     run = src / "runs/quickstart/20260101"
@@ -65,27 +64,20 @@ def names(wheel):
 
 @pytest.fixture(scope="session")
 def metadata(wheel, names):
-    return message_from_bytes(
-        zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith(".dist-info/METADATA")))
-    )
+    name = next(n for n in names if n.endswith(".dist-info/METADATA"))
+    return message_from_bytes(zipfile.ZipFile(wheel).read(name))
 
 
 def test_wheel_carries_notebooks_recipes_and_assets(names):
-    wanted = {
-        f"medft/{p.relative_to(TOP).as_posix()}"
-        for p in (TOP / "nbs").rglob("*.ipynb")
-        if ".ipynb_checkpoints" not in p.parts
-    } | {f"medft/recipes/{p.name}" for p in (TOP / "runs").glob("*.yaml")}
-    wanted |= {
-        p.relative_to(TOP).as_posix()
-        for p in (TOP / "medft").rglob("*")
-        if p.is_file() and "__pycache__" not in p.parts
-    }
     from medft.core.run import STAGES
 
-    assert {
-        f"medft/nbs/{stem}.ipynb" for stem in STAGES.values()
-    } <= wanted and "medft/recipes/quickstart.yaml" in wanted
+    pages = [p for p in (TOP / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
+    files = [p for p in (TOP / "medft").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    wanted = {f"medft/{p.relative_to(TOP).as_posix()}" for p in pages}
+    wanted |= {f"medft/recipes/{p.name}" for p in (TOP / "runs").glob("*.yaml")}
+    wanted |= {p.relative_to(TOP).as_posix() for p in files}
+    assert {f"medft/nbs/{stem}.ipynb" for stem in STAGES.values()} <= wanted
+    assert "medft/recipes/quickstart.yaml" in wanted
     assert wanted <= set(names), sorted(wanted - set(names))
 
 
@@ -97,12 +89,12 @@ def test_wheel_carries_nothing_else(names):
 def test_source_distribution_builds_the_wheel_and_has_no_runs(wheel):
     import tarfile
 
-    held = tarfile.open(next(wheel.parent.glob("*.tar.gz"))).getnames()
-    assert not [n for n in held if "20260101" in n] and any(
-        n.endswith("/settings.ini") for n in held
-    )
-    assert not [n for n in held if "/tests/files/" in n], (
-        "the rows of others are for the checkout's tests"
+    with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as archive:
+        names = archive.getnames()
+    assert not [n for n in names if "20260101" in n]
+    assert any(n.endswith("/settings.ini") for n in names)
+    assert not [n for n in names if "/tests/files/" in n], (
+        "rows from other people's data sets are for the checkout's tests only"
     )
 
 
@@ -113,11 +105,8 @@ def test_wheel_is_small(wheel):
 
 
 def test_entry_points(wheel, names):
-    text = (
-        zipfile.ZipFile(wheel)
-        .read(next(n for n in names if n.endswith("entry_points.txt")))
-        .decode()
-    )
+    name = next(n for n in names if n.endswith("entry_points.txt"))
+    text = zipfile.ZipFile(wheel).read(name).decode()
     assert "[console_scripts]\nmedft = medft.cli.verbs:main" in text
     assert "[nbdev]\nmedft = medft._modidx:d" in text
 
@@ -125,48 +114,40 @@ def test_entry_points(wheel, names):
 def test_extras_and_ranges_allow_both_lock_files(metadata):
     assert {"unsloth", "dev"} <= set(metadata.get_all("Provides-Extra"))
     needs = [Requirement(r) for r in metadata.get_all("Requires-Dist")]
-    assert "unsloth" in {
-        r.name for r in needs if r.marker and r.marker.evaluate({"extra": "unsloth"})
-    }
+    optional = [r for r in needs if r.marker and r.marker.evaluate({"extra": "unsloth"})]
+    assert "unsloth" in {r.name for r in optional}
     cpu, gpu = lock("requirements-cpu.txt"), lock("requirements-gpu.txt")
-    for held in (cpu, gpu):
-        held = {k.replace(".", "-"): v for k, v in held.items()}
+    for locked in (cpu, gpu):
+        versions = {name.replace(".", "-"): version for name, version in locked.items()}
         for r in needs:
-            assert (
-                Version(held[r.name.replace("_", "-").replace(".", "-").lower()]) in r.specifier
-            ), r
+            name = re.sub("[_.]", "-", r.name).lower()
+            assert Version(versions[name]) in r.specifier, r
     assert (cpu["trl"], gpu["trl"], cpu["torch"]) == ("1.16.0", "1.15.0", gpu["torch"])
 
 
 def test_cpu_lock_is_what_is_installed():
     from importlib.metadata import version
 
-    wrong = {
-        n: (want, version(n))
-        for n, want in lock("requirements-cpu.txt").items()
-        if version(n).split("+")[0] != want
-    }
+    locked = lock("requirements-cpu.txt")
+    installed = {name: version(name).split("+")[0] for name in locked}
+    wrong = {name: found for name, found in installed.items() if found != locked[name]}
     assert not wrong, f"run `make install`: {wrong}"
-    assert not {
-        n
-        for n in lock("requirements-cpu.txt")
-        if n.startswith(("nvidia", "triton", "torchvision", "xformers"))
-    }
+    for_gpus = ("nvidia", "triton", "torchvision", "xformers")
+    assert not [name for name in locked if name.startswith(for_gpus)]
 
 
 def test_no_file_names_a_package_index():
-    for f in [
+    files = [
         *TOP.glob("requirements-*.txt"),
         TOP / "Makefile",
         TOP / "pyproject.toml",
         *(TOP / ".github").rglob("*.yaml"),
         *(TOP / ".ci").iterdir(),
-    ]:
-        assert not [
-            l
-            for l in f.read_text().splitlines()
-            if "index-url" in l and "://" in l or l.startswith(("--index", "-i ", "-f "))
-        ], f
+    ]
+    for file in files:
+        for line in file.read_text().splitlines():
+            assert not ("index-url" in line and "://" in line), file
+            assert not line.startswith(("--index", "-i ", "-f ")), file
 
 
 @pytest.fixture(scope="session")
@@ -175,59 +156,42 @@ def installed(wheel, tmp_path_factory):
     home = tmp_path_factory.mktemp("installed")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home / "venv"], check=True)
     python = home / "venv/bin/python"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            python,
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-index",
-            wheel,
-        ],
-        check=True,
-    )
-    site = Path(
-        subprocess.run(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    )
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-index", wheel], check=True)
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    site = Path(done.stdout.strip())
     import torch
 
-    (site / "packages.pth").write_text(
-        str(Path(torch.__file__).parent.parent) + "\n"
-    )  # a plain entry: its own .pth files, the editable medft, stay unread
+    # A plain path: the .pth files in there, such as that of the editable medft, are not read.
+    (site / "packages.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
     return python
 
 
 def medft(python, folder, *args):
-    env = {
-        k: v for k, v in os.environ.items() if not k.startswith(("MEDFT_", "MLFLOW_", "PYTHON"))
-    } | {"HF_HUB_OFFLINE": "1"}
+    ours = ("MEDFT_", "MLFLOW_", "PYTHON")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    env["HF_HUB_OFFLINE"] = "1"
     return subprocess.run(
         [python.parent / "medft", *args], cwd=folder, env=env, capture_output=True, text=True
     )
 
 
 def test_installed_medft_is_the_wheels(installed, tmp_path):
-    code = "import medft, medft.core.run as c; print(medft.__file__, c.checkout(), c.notebooks().name, c.find_recipe('quickstart'), c.runs_root())"
-    out = subprocess.run(
-        [installed, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    ).stdout
+    code = """
+import medft, medft.core.run as c
+print(medft.__file__, c.checkout(), c.notebooks().name, c.find_recipe("quickstart"), c.runs_root())
+"""
+    command = [installed, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    out = done.stdout
     assert str(TOP) + "/" not in out and " None nbs " in out and f"{tmp_path}/runs" in out, out
 
 
 def test_installed_medft_answers(installed, tmp_path):
     done = medft(installed, tmp_path, "--help")
-    assert done.returncode == 0 and all(
-        v in done.stdout for v in ("run", "resume", "list", "doctor", "ui")
-    ), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in ("run", "resume", "list", "doctor", "ui"))
     done = medft(installed, tmp_path, "run", "quickstart", "--dry-run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(TOP) + "/" not in done.stdout and not (tmp_path / "runs/quickstart").exists(), (
@@ -237,15 +201,13 @@ def test_installed_medft_answers(installed, tmp_path):
 
 def test_installed_medft_refuses_what_it_does_not_know(installed, tmp_path):
     done = medft(installed, tmp_path, "run", "quickstrat")
-    assert (
-        done.returncode == 2
-        and "quickstart" in done.stderr + done.stdout
-        and not list(tmp_path.iterdir())
-    )
+    assert done.returncode == 2
+    assert "quickstart" in done.stderr + done.stdout
+    assert not list(tmp_path.iterdir())
 
 
-def test_installed_medft_runs_into_the_folder_it_stands_in(installed, tmp_path):
-    "The first stage of a real run, from the wheel alone: papermill, the wheel's notebook, the shipped assets, ./runs."
+def test_installed_medft_writes_into_the_current_folder(installed, tmp_path):
+    "The first stage of a real run from the wheel alone: its notebook, its assets, ./runs."
     done = medft(
         installed, tmp_path, "run", "quickstart", "--stages", "data", "tracking.mlflow=false"
     )

@@ -1,4 +1,4 @@
-"""The site without Quarto: nbdev prepares every page, nbconvert renders it, and what a reader would trip over is looked for."""
+"""The site without Quarto: nbdev prepares every page, nbconvert renders it, links are checked."""
 
 import getpass
 import json
@@ -45,7 +45,7 @@ PLANTED = dict(
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    "A folder with the prepared notebooks, as Quarto would get them. Made from a copy: nbdev writes beside its sources."
+    "A folder with the prepared notebooks, as for Quarto; a copy, because nbdev writes into it."
     copy = tmp_path_factory.mktemp("site")
     for name in ("nbs", "medft"):
         shutil.copytree(
@@ -85,14 +85,14 @@ def front(path):
 
 @pytest.fixture(scope="session")
 def pages(site):
-    "Every address of the site, relative to its top: 00_core.ipynb is served as core.html, because nbdev drops the number."
-    made = [p for p in NOTEBOOKS if (site / "_proc" / p).exists()]
-    return {
-        (
-            p.parent / front(site / "_proc" / p).get("output-file", p.with_suffix(".html").name)
-        ).as_posix(): p
-        for p in made
-    }
+    "Address relative to the site's top -> notebook; 00_core.ipynb is core.html there."
+    addresses = {}
+    for page in NOTEBOOKS:
+        prepared = site / "_proc" / page
+        if prepared.exists():
+            name = front(prepared).get("output-file", page.with_suffix(".html").name)
+            addresses[(page.parent / name).as_posix()] = page
+    return addresses
 
 
 @pytest.mark.parametrize("page", **page_ids)
@@ -105,12 +105,8 @@ def test_page_is_prepared(site, page):
     assert front(proc).get("title"), (
         f"{page}: begin with a markdown cell '# title', then '> one line'"
     )
-    left = [
-        line
-        for c in cells(proc, "code")
-        for line in source(c).splitlines()
-        if re.match(r"#\s*\|\s*\w+(\s+[\w.]+)*\s*$", line)
-    ]
+    lines = [line for c in cells(proc, "code") for line in source(c).splitlines()]
+    left = [line for line in lines if re.match(r"#\s*\|\s*\w+(\s+[\w.]+)*\s*$", line)]
     assert not left, f"{page}: directives left over: {left}"
 
 
@@ -120,63 +116,49 @@ def test_outputs_can_be_shown(page):
     assert not [o for o in outputs if o["output_type"] == "error"], (
         f"{page}: a saved output is an error"
     )
-    said = re.findall(
-        rf"(?:/home|/root|/Users|{re.escape(str(TOP))})/[\w./-]+|/[\w./-]+/site-packages/[\w./-]+",
-        json.dumps(outputs),
-    )
-    assert not said, (
-        f"{page}: outputs name folders of the machine that made them: {sorted(set(said))[:5]}"
-    )
+    home = rf"(?:/home|/root|/Users|{re.escape(str(TOP))})/[\w./-]+"
+    packages = r"/[\w./-]+/site-packages/[\w./-]+"
+    folders = sorted(set(re.findall(f"{home}|{packages}", json.dumps(outputs))))
+    assert not folders, f"{page}: outputs name folders of the machine: {folders[:5]}"
     assert len(json.dumps(outputs)) < 1.5e6, f"{page}: outputs over 1.5 MB"
 
 
 def test_no_page_holds_a_value_of_this_machine(site):
-    "Signatures are printed with their defaults: one that held the environment would put a token on the site."
-    values = {value for value in PLANTED.values()} | {str(site), "environ({"}
-    names = {socket.gethostname(), getpass.getuser()} - {
-        "root",
-        "runner",
-        "localhost",
-        "user",
-        "ubuntu",
-        "admin",
-    }
+    "Signatures are printed with their defaults: the environment as a default would show a token."
+    values = {*PLANTED.values(), str(site), "environ({"}
+    common = {"root", "runner", "localhost", "user", "ubuntu", "admin"}
+    names = {socket.gethostname(), getpass.getuser()} - common
     values |= {name for name in names if len(name) > 5}
-    values |= {home + "/" for home in [os.environ.get("HOME", "")] if len(home) > 5}
+    home = os.environ.get("HOME", "")
+    if len(home) > 5:
+        values.add(home + "/")
     for page in NOTEBOOKS:
-        text = (
-            (site / "_proc" / page).read_text(encoding="utf-8")
-            if (site / "_proc" / page).exists()
-            else ""
-        )
-        stored = json.dumps(
-            [c["outputs"] for c in cells(TOP / "nbs" / page, "code")], ensure_ascii=False
-        )
+        prepared = site / "_proc" / page
+        text = prepared.read_text(encoding="utf-8") if prepared.exists() else ""
+        outputs = [c["outputs"] for c in cells(TOP / "nbs" / page, "code")]
+        stored = json.dumps(outputs, ensure_ascii=False)
         assert not [v for v in values if v in text or v in stored], page
 
 
 def render(path):
-    "The page as HTML. nbdev leaves its own notes in cells, which the notebook format does not know: they go first."
+    "The page as HTML, without nbdev's notes in cells, which are not in the notebook format."
     import nbformat
     from nbconvert import HTMLExporter
 
     raw = json.loads(path.read_text(encoding="utf-8"))
     known = {"cell_type", "id", "metadata", "source", "attachments", "outputs", "execution_count"}
-    raw["cells"] = [
-        {k: v for k, v in c.items() if k in known} | {"metadata": {}} for c in raw["cells"]
-    ]
-    return HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(
-        nbformat.reads(json.dumps(raw), as_version=4)
-    )[0]
+    for i, cell in enumerate(raw["cells"]):
+        raw["cells"][i] = {k: v for k, v in cell.items() if k in known} | {"metadata": {}}
+    notebook = nbformat.reads(json.dumps(raw), as_version=4)
+    exporter = HTMLExporter(template_name="basic", exclude_anchor_links=True)
+    return exporter.from_notebook_node(notebook)[0]
 
 
 def links(html):
-    "What a page refers to: href and src of its body, without what the exporter's own template adds."
-    return [
-        unquote(u)
-        for u in re.findall(r'(?:href|src)="([^"]+)"', html)
-        if not u.startswith(("data:", "mailto:", "javascript:"))
-    ]
+    "The addresses in href and src of a page's body."
+    found = re.findall(r'(?:href|src)="([^"]+)"', html)
+    not_files = ("data:", "mailto:", "javascript:")
+    return [unquote(url) for url in found if not url.startswith(not_files)]
 
 
 @pytest.mark.parametrize("page", **page_ids)
@@ -185,18 +167,15 @@ def test_local_links_resolve(site, pages, page):
         pytest.skip("not prepared")
     html = render(site / "_proc" / page)
     home = yaml.safe_load((TOP / "nbs/nbdev.yml").read_text())["website"]["site-url"]
+    top = (site / "_proc").resolve()
     broken = []
     for url in links(html):
-        parts = urlsplit(url[len(home) :].lstrip("/") if url.startswith(home) else url)
+        is_whole = url.startswith(home)
+        parts = urlsplit(url[len(home) :].lstrip("/") if is_whole else url)
         if parts.scheme or parts.netloc or not parts.path:
             continue
-        base = Path() if url.startswith(home) else page.parent
-        target = (site / "_proc" / base / parts.path).resolve()
-        address = (
-            target.relative_to((site / "_proc").resolve()).as_posix()
-            if target.is_relative_to((site / "_proc").resolve())
-            else None
-        )
+        target = (top / ("" if is_whole else page.parent) / parts.path).resolve()
+        address = target.relative_to(top).as_posix() if target.is_relative_to(top) else None
         if not (target.is_file() or address in pages or address == "."):
             broken.append(url)
     assert not broken, f"{page}: {broken}"
@@ -207,31 +186,28 @@ def test_pages_do_not_share_an_address(site, pages):
 
 
 def test_sidebar_lists_every_page():
-    "By hand, and each page once; the story's pages stand among the rooms of their wings too."
+    "Each page once; the numbered pages twice, in the story and in their wings."
     text = (TOP / "nbs/sidebar.yml").read_text()
     listed = re.findall(r"^\s*- ([\w/]+\.ipynb)$", text, re.M)
     assert set(listed) == {p.as_posix() for p in NOTEBOOKS}
-    assert all(listed.count(p) == 1 or "/" not in p and listed.count(p) == 2 for p in listed)
+    for page in listed:
+        assert listed.count(page) == 1 or ("/" not in page and listed.count(page) == 2), page
 
 
 def test_quarto_settings():
     assert (TOP / "nbs/_quarto.yml").resolve() == TOP / "_quarto.yml"
     settings = yaml.safe_load((TOP / "_quarto.yml").read_text())
-    assert (
-        settings["metadata-files"] == ["nbdev.yml", "sidebar.yml"]
-        and (TOP / "nbs" / settings["format"]["html"]["css"]).exists()
-    )
+    assert settings["metadata-files"] == ["nbdev.yml", "sidebar.yml"]
+    assert (TOP / "nbs" / settings["format"]["html"]["css"]).exists()
 
 
 def test_nbdev_yml_is_current():
-    "nbdev rewrites it from pyproject.toml when the site is built; the committed one must be that."
+    "nbdev rewrites it from pyproject.toml when the site is built; the committed one must be equal."
     from nbdev.config import get_config
     from nbdev.quarto import _nbdev_yml
 
-    c = get_config(TOP / "nbs")
-    values = {
-        k: c[k] for k in ("title", "description", "branch", "git_url", "doc_host", "doc_baseurl")
-    }
-    assert (TOP / "nbs/nbdev.yml").read_text() == _nbdev_yml.format(
-        **values, doc_path=c.doc_path.name
-    )
+    config = get_config(TOP / "nbs")
+    keys = ("title", "description", "branch", "git_url", "doc_host", "doc_baseurl")
+    values = {key: config[key] for key in keys}
+    expected = _nbdev_yml.format(**values, doc_path=config.doc_path.name)
+    assert (TOP / "nbs/nbdev.yml").read_text() == expected
