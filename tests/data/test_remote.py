@@ -21,12 +21,13 @@ CLIENT = """
 import json, os, sys
 from types import SimpleNamespace
 from medft.data.reading import sources
+from medft.data.reading.hub import hub
 from medft.core.run import MedftError
 for case in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = case.pop("token", "")
     d = SimpleNamespace(**(dict(name="org/exam", config_name=None, split=None, revision=None, streaming=False) | case))
     try:
-        [part], commit = sources.hub(d)
+        [part], commit = hub(d)
         said = dict(rows=[r for _, r in sources.rows(part)], commit=commit, name=part.name, digest=sources.digest(part), features=sources.features(part))
     except MedftError as e: said = dict(error=str(e))
     except Exception as e: said = dict(crash=repr(e))

@@ -10,7 +10,7 @@ __all__ = ['LIMIT', 'DIALECTS', 'read_document', 'parse_xml', 'from_medquad', 'r
 
 # %% ../../../nbs/data/reading/articles.ipynb #c003
 from ...core.run import MedftError
-from .formats import READERS, Part, opened
+from .formats import READERS, Part, open_part
 
 import re
 import zlib
@@ -29,7 +29,7 @@ def read_document(
 ) -> bytes:
     "The bytes of one document. Raises `MedftError` when it cannot be read or is larger than the limit."
     try:
-        with opened(part) as f:
+        with open_part(part) as f:
             raw = f.read(limit + 1)
     except (OSError, EOFError, zlib.error) as e:
         raise MedftError(f"{part.name}: cannot be read: {e}; copy it again") from None
