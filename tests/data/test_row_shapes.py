@@ -8,8 +8,8 @@ from medft.data.reading.list_cells import UnreadableCell, missing_kind, read_pri
 from medft.data.reading.multiple_choice import (
     Reject,
     from_medqa,
-    lettered,
     outcome,
+    parse_options,
     passages,
     plain_answer,
 )
@@ -378,7 +378,7 @@ def test_what_cannot_be_an_answer_is_said_with_the_forms_that_can():
     )
     with pytest.raises(MedftError, match="dataset.first_option"):
         read([dict(question="q", options=list("pqrs"), answer=n) for n in (2, 3)])
-    assert "unknown form" in outcome(lettered, [dict(foo=1, bar=2), dict(foo=2, bar=3)])
+    assert "unknown form" in outcome(parse_options, [dict(foo=1, bar=2), dict(foo=2, bar=3)])
 
 
 # -------------------------------------------------------------------------------------------- the place of options
