@@ -1,4 +1,4 @@
-"""Every schema of the field: real files where they are at hand, the traps of each, the order in doubt, and rows at random."""
+"""Every schema: real files where they are at hand, the traps of each, their order, random rows."""
 
 from medft.core.run import Dataset, MedftError, assets
 from medft.data.reading import schemas, sources
@@ -69,7 +69,7 @@ def same(a, b, keys):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------- real files
+# --------------------------------------------------------------------------------------- real files
 
 UNLABELLED = "no answer (cop missing or -1)"
 
@@ -147,7 +147,9 @@ def test_two_forms_of_the_same_rows_give_the_same_examples(folder):
 
 @on_real_rows
 def test_what_gives_the_answer_away_stays_out(folder):
-    dev = {json.loads(l)["id"]: json.loads(l) for l in (folder / "medmcqa/dev.json").open()}
+    dev = {
+        json.loads(line)["id"]: json.loads(line) for line in (folder / "medmcqa/dev.json").open()
+    }
     for ex in shared(folder, "medmcqa/dev.json")[2]:
         exp = dev[ex["id"]]["exp"] or ""
         assert len(exp) < 40 or exp not in json.dumps(ex, ensure_ascii=False)
@@ -169,7 +171,7 @@ def test_what_gives_the_answer_away_stays_out(folder):
 
 @on_real_rows
 def test_medmcqa_letters_in_explanations_agree_with_what_is_read(folder):
-    rows = [json.loads(l) for l in (folder / "medmcqa/dev.json").open()]
+    rows = [json.loads(line) for line in (folder / "medmcqa/dev.json").open()]
     told = [
         (r["cop"], schemas.explained_option(r))
         for r in rows
@@ -200,8 +202,8 @@ def test_medquad_xml_in_three_dialects(folder):
 
 @on_real_rows
 def test_no_pair_shares_a_group_by_chance_and_patients_are_its_groups(folder):
-    rows = [json.loads(l) for l in (folder / "synthea/er_pairs.jsonl").open()]
-    for row, ex in zip(rows, shared(folder, "synthea/er_pairs.jsonl")[2]):
+    rows = [json.loads(line) for line in (folder / "synthea/er_pairs.jsonl").open()]
+    for row, ex in zip(rows, shared(folder, "synthea/er_pairs.jsonl")[2], strict=True):
         assert (
             ex["group"] == [f"patient {row['left_patient']}", f"patient {row['right_patient']}"]
             and ex["id"] == row["pair_id"]
@@ -228,12 +230,12 @@ def test_patients(folder, name, n):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- shipped
+# ------------------------------------------------------------------------------------------ shipped
 
 
 def test_shipped_files_keep_their_meaning():
     for path in sorted((assets() / "starter").glob("*.jsonl")):
-        rows = [json.loads(l) for l in path.open(encoding="utf-8")]
+        rows = [json.loads(line) for line in path.open(encoding="utf-8")]
         schema, good, bad = read(rows)
         assert not bad
         if "opa" in rows[0]:
@@ -242,7 +244,7 @@ def test_shipped_files_keep_their_meaning():
                 and ex["answer"] == r["cop"]
                 and ex["id"] == r["id"]
                 and ex["subject"] == r["subject_name"]
-                for ex, r in zip(good, rows)
+                for ex, r in zip(good, rows, strict=True)
             )
     mixed = [
         dict(text="Gout hurts."),
@@ -260,7 +262,7 @@ def test_shipped_files_keep_their_meaning():
     )
 
 
-# --------------------------------------------------------------------------------------- counting from 0 or from 1
+# ------------------------------------------------------------------------ counting from 0 or from 1
 
 
 @pytest.mark.parametrize(
@@ -340,7 +342,7 @@ def test_reasons_of_medmcqa():
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- MedQA
+# -------------------------------------------------------------------------------------------- MedQA
 
 
 def test_medqa_in_every_way_files_write_options():
@@ -437,7 +439,10 @@ def test_texts_that_are_numbers_are_texts_in_a_file_of_texts():
         dict(question="q", options=["2", "3", "1", "4"], answer="4"),
         dict(question="q", options=["2", "3", "1", "0"], answer="0"),
     ]
-    table = [dict(question="q", answer=r["answer"]) | dict(zip("ABCD", r["options"])) for r in rows]
+    table = []
+    for r in rows:
+        options = dict(zip("ABCD", r["options"], strict=True))
+        table.append(dict(question="q", answer=r["answer"]) | options)
     for made in (rows, table):
         assert (
             answers(made)
@@ -484,7 +489,7 @@ def test_a_doubtful_file_is_held_back_but_no_other_is():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- PubMedQA
+# ----------------------------------------------------------------------------------------- PubMedQA
 
 
 def test_pubmedqa_unlabelled_and_odd_decisions():
@@ -546,7 +551,7 @@ def test_pubmedqa_as_open_questions():
     )
 
 
-# ---------------------------------------------------------------------------------------------------- the open schemas
+# --------------------------------------------------------------------------------- the open schemas
 
 
 def test_medquad_ids_and_groups():
@@ -574,7 +579,8 @@ def test_medquad_ids_and_groups():
 
 
 LLAMA = (
-    "<|start_header_id|>system<|end_header_id|> Be true.<|eot_id|><|start_header_id|>user<|end_header_id|> This is the question: {}<|eot_id|>"
+    "<|start_header_id|>system<|end_header_id|> Be true.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|> This is the question: {}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|> {}<|eot_id|>"
 )
 GEMMA, MISTRAL = (
@@ -789,7 +795,7 @@ def test_pairs(label, answer):
     assert one(row | dict(label=1, left=None)) == "empty record"
 
 
-# -------------------------------------------------------------------------------------------------- which schema is it
+# ------------------------------------------------------------------------------- which schema is it
 
 
 @pytest.mark.parametrize(
@@ -1012,7 +1018,7 @@ def test_rows_that_are_no_rows():
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- at random
+# ---------------------------------------------------------------------------------------- at random
 
 names = st.sampled_from(
     sorted(

@@ -430,7 +430,10 @@ BROKEN = {
     "semicolon.csv": (b"q;a\n1;2;3\n", "separated by ';'"),
     "title.csv": (
         b"Ward 3\nq,a\n1,2\n",
-        ":2: 2 cells where the header has 1; quote cells that hold a ','; if the header's line is a title",
+        (
+            ":2: 2 cells where the header has 1; quote cells that hold a ','; if the"
+            " header's line is a title"
+        ),
     ),
     "sepwrong.csv": (b"sep=;\nq,a\n1,2\n", "separated by ','"),
     "trailing.csv": (b"q,a,\n1,2,3\n", "column 3 has no name, and this line has '3'"),
@@ -760,7 +763,7 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_siz
 )
 def test_what_csv_can_say_comes_back_as_it_was(head, data, sep):
     rows = [
-        dict(zip(head, r))
+        dict(zip(head, r, strict=True))
         for r in data.draw(
             st.lists(
                 st.lists(CELLS, min_size=len(head), max_size=len(head)), min_size=1, max_size=5
@@ -772,13 +775,20 @@ def test_what_csv_can_say_comes_back_as_it_was(head, data, sep):
 
 def test_memory_and_time_do_not_grow_with_the_file():
     with open("big.jsonl", "wb") as f:
-        for i in range(400):
+        for _ in range(400):
             f.write(jsonl() * 20)
     assert Path("big.jsonl").stat().st_size > 13e6
-    code = (
-        "import resource, time; from medft.data.reading import sources; import pyarrow.parquet; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; start = time.time()\n"
-        "n = sum(1 for _ in sources.rows(sources.parts('big.jsonl')[0])); print(n, time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
+    code = """
+import resource, time
+from medft.data.reading import sources
+import pyarrow.parquet
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.time()
+n = sum(1 for _ in sources.rows(sources.parts("big.jsonl")[0]))
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(n, time.time() - start, grown)
+"""
     n, seconds, grown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
