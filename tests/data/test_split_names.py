@@ -207,7 +207,7 @@ def test_a_folder_in_a_folder_keeps_its_split():
         (["train.jsonl", "test.jsonl", "more.jsonl"], "more.jsonl"),
         (["rows_v1.jsonl", "rows_v2.jsonl"], "rows_v1.jsonl, rows_v2.jsonl"),
         (["x/0.csv", "y/0.csv"], "x/0.csv, y/0.csv"),
-        (["train_eval.jsonl", "test.jsonl"], "train_eval.jsonl: the name speaks of several splits"),
+        (["train_eval.jsonl", "test.jsonl"], "train_eval.jsonl: the name mentions several splits"),
         (["train.jsonl", "train.jsonl.gz"], "the same rows twice"),
         (["train.csv", "train.jsonl", "test.csv"], "several kinds (1 csv, 1 json)"),
         (["dev.csv", "test.csv"], "no split to train on; there are validation, test"),

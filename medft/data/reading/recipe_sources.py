@@ -290,13 +290,13 @@ def _described(parts):
 
 
 def _note_listed(opening, offer):
-    "Note which files are trained on although their names speak of another split."
+    "Note which files are trained on although their names mention another split."
     for part in offer.get("", ()):
         splits = splits_in(part.name.rpartition("/")[2])
         if splits and "train" not in splits:
             opening.found.notes.append(
                 f"{part.name} is trained on, since dataset.path lists it;"
-                f" its name speaks of {' and '.join(sorted(splits))}"
+                f" its name mentions {' and '.join(sorted(splits))}"
             )
 
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r012

@@ -688,7 +688,7 @@ def _find_other_columns(self: Reading, columns, rows, own, theirs, d):
     if prepends and reasoning and not self.reasoning and definition.answer_column:
         self.hints.append(
             "dataset.reasoning: prepend is for answers in words and conversations;"
-            f" {reasoning} is not read beside options"
+            f" {reasoning} is not read next to options"
         )
 
 

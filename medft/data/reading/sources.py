@@ -310,7 +310,7 @@ def _divide(
     if UNCLEAR in splits:
         raise read_error(
             name,
-            f"{_first_names(splits[UNCLEAR])}: the name speaks of several splits; name the files"
+            f"{_first_names(splits[UNCLEAR])}: the name mentions several splits; name the files"
             " to train on in dataset.path, a list, and others in dataset.test_path",
         )
     order = ["", "train", "validation", "test"]
@@ -433,7 +433,7 @@ def _notes_on_kinds(name, files, splits):
     are = "is" if len(others) == 1 else "are"
     return [
         f"{name}: the {what} are read ({_count_kinds(read)}),"
-        f" {', '.join(others)} beside them {are} not"
+        f" {', '.join(others)} next to them {are} not"
     ]
 
 # %% ../../../nbs/data/reading/sources.ipynb #c023
@@ -803,7 +803,7 @@ def _is_one_source(name, path):
 
 
 def _merge_listings(listings) -> Listing:
-    "Several listings as one; beside a listing that is divided, one that is not is for training."
+    "Several listings as one; where one is divided, those that are not are for training."
     is_divided = any(set(one.splits) != {""} for one in listings)
     merged = Listing({})
     for one in listings:

@@ -56,7 +56,7 @@ def words_in(
 
 
 def _splits_of_words(words):
-    "The splits that a list of words speaks of."
+    "The splits that a list of words mentions."
     if "from" in words[1:]:
         words = words[: words.index("from", 1)]
     found = set()
@@ -71,7 +71,7 @@ def _splits_of_words(words):
 def splits_in(
     name: str,  # of a file (its ending may be there), a folder, a split
 ) -> set[str]:  # of train, validation, test
-    "The splits that a name speaks of."
+    "The splits that a name mentions."
     stem = _ENDING.sub("", name)
     whole = WHOLE_NAMES.get(re.sub(r"[^a-z]+", "", stem.lower()))
     if whole:
@@ -79,7 +79,7 @@ def splits_in(
     return set().union(*map(_splits_of_words, words_in(stem)))
 
 # %% ../../../nbs/data/reading/split_names.ipynb #s011
-UNCLEAR = "unclear"  # a name that speaks of several splits
+UNCLEAR = "unclear"  # a name that mentions several splits
 
 
 def split_of_path(
