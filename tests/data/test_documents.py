@@ -1,4 +1,4 @@
-"""Articles, question pages and patients: the real folders, made-up ones, and what is broken or hostile."""
+"""Articles, question pages and patients: real folders, made-up ones, broken and hostile files."""
 
 from medft.core.run import MedftError
 from medft.data.reading import articles
@@ -19,10 +19,16 @@ import pyarrow.parquet as pq
 import pytest
 from real_data import SMALL, on_real_rows
 
-MEDQUAD = '<Document id="{0}" source="NIH" url="u"><Focus>Gout</Focus><QAPairs><QAPair pid="1"><Question qid="{0}-1" qtype="causes">Why ?</Question><Answer>So.</Answer></QAPair></QAPairs></Document>'
+MEDQUAD = (
+    '<Document id="{0}" source="NIH" url="u"><Focus>Gout</Focus><QAPairs><QAPair'
+    ' pid="1"><Question qid="{0}-1" qtype="causes">Why ?</Question>'
+    "<Answer>So.</Answer></QAPair></QAPairs></Document>"
+)
 ARTICLE = (
-    '<article><front><journal-meta><journal-title>J</journal-title></journal-meta><article-meta><article-id pub-id-type="doi">10.1/x.1</article-id>'
-    "<title-group><article-title>T</article-title></title-group></article-meta></front><body>{0}</body></article>"
+    "<article><front><journal-meta><journal-title>J</journal-title></journal-meta>"
+    '<article-meta><article-id pub-id-type="doi">10.1/x.1</article-id>'
+    "<title-group><article-title>T</article-title></title-group></article-meta>"
+    "</front><body>{0}</body></article>"
 )
 LAUGHS = (
     "<!DOCTYPE a [<!ENTITY a0 'ha'>"
@@ -125,9 +131,11 @@ def test_nothing_is_fetched_for_a_doctype_or_an_include(tmp_path):
             f'<!DOCTYPE article SYSTEM "{tmp_path}/own.dtd">',
         )
     ):
-        text = f"{doctype}\n" + ARTICLE.format(
-            f'<p>&alpha; <x:include xmlns:x="http://www.w3.org/2001/XInclude" href="{tmp_path}/secret.txt" parse="text"/></p>'
+        include = (
+            '<p>&alpha; <x:include xmlns:x="http://www.w3.org/2001/XInclude"'
+            f' href="{tmp_path}/secret.txt" parse="text"/></p>'
         )
+        text = f"{doctype}\n" + ARTICLE.format(include)
         (tmp_path / f"{i}.xml").write_text(text)
         [row] = read("xml", tmp_path / f"{i}.xml")
         assert row["text"] == "T\n\nα"
@@ -181,24 +189,39 @@ def test_empty_question_pages_give_no_row_and_empty_answers_do(tmp_path):
 CASES = {
     "inline marks": ("<p>H<sub>2</sub>O <italic>in vitro</italic></p>", "H2O in vitro"),
     "paragraph in a list": (
-        "<p>Two:<list><list-item><p>a</p></list-item><list-item><p>b</p></list-item></list>then</p>",
+        (
+            "<p>Two:<list><list-item><p>a</p></list-item><list-item><p>b</p></list-item>"
+            "</list>then</p>"
+        ),
         "Two:\n\n- a\n- b\n\nthen",
     ),
     "figure between": ("<p>one<fig><caption><p>x</p></caption></fig> two</p>", "one two"),
     "display formula": (
-        "<p>As<disp-formula><m:math xmlns:m='urn:m'><m:mi>x</m:mi></m:math></disp-formula>shows.</p>",
+        (
+            "<p>As<disp-formula><m:math xmlns:m='urn:m'><m:mi>x</m:mi></m:math>"
+            "</disp-formula>shows.</p>"
+        ),
         "Asshows.",
     ),
     "short formula": (
-        "<p>rate <inline-formula><m:math xmlns:m='urn:m'><m:mi>k</m:mi><m:mo>+</m:mo></m:math></inline-formula> rises</p>",
+        (
+            "<p>rate <inline-formula><m:math xmlns:m='urn:m'><m:mi>k</m:mi><m:mo>+</m:mo>"
+            "</m:math></inline-formula> rises</p>"
+        ),
         "rate k+ rises",
     ),
     "long formula": (
-        "<p>rate <inline-formula><m:math xmlns:m='urn:m'><m:mi>k = a + b + c + d + e + f</m:mi></m:math></inline-formula> rises</p>",
+        (
+            "<p>rate <inline-formula><m:math xmlns:m='urn:m'><m:mi>k = a + b + c + d + e +"
+            " f</m:mi></m:math></inline-formula> rises</p>"
+        ),
         "rate rises",
     ),
     "empty section": (
-        "<sec><title>Supporting Information</title><supplementary-material><p>S1</p></supplementary-material></sec><sec><title>End</title><p>x</p></sec>",
+        (
+            "<sec><title>Supporting Information</title><supplementary-material><p>S1</p>"
+            "</supplementary-material></sec><sec><title>End</title><p>x</p></sec>"
+        ),
         "End\n\nx",
     ),
     "nested empty sections": (
@@ -223,10 +246,14 @@ def test_running_text(name):
 
 
 def test_an_article_with_everything_at_another_place():
-    raw = """<article xmlns="https://jats.nlm.nih.gov/ns/archiving/1.3/" xmlns:xlink="http://www.w3.org/1999/xlink" xmlns:ali="http://www.niso.org/schemas/ali/1.0/"><front>
-    <journal-meta><journal-id journal-id-type="nlm-ta">J Ex</journal-id></journal-meta><article-meta><article-id pub-id-type="pmc">PMC7</article-id>
+    raw = """<article xmlns="https://jats.nlm.nih.gov/ns/archiving/1.3/"
+    xmlns:xlink="http://www.w3.org/1999/xlink"
+    xmlns:ali="http://www.niso.org/schemas/ali/1.0/"><front>
+    <journal-meta><journal-id journal-id-type="nlm-ta">J Ex</journal-id></journal-meta>
+    <article-meta><article-id pub-id-type="pmc">PMC7</article-id>
     <title-group><article-title>On <italic>E. coli</italic><xref>*</xref></article-title></title-group><permissions><license><ali:license_ref>https://creativecommons.org/licenses/by-nc/4.0/</ali:license_ref></license></permissions>
-    <abstract abstract-type="graphical"><p>picture</p></abstract><abstract><title>Summary</title><p>Short.</p></abstract></article-meta></front>
+    <abstract abstract-type="graphical"><p>picture</p></abstract>
+    <abstract><title>Summary</title><p>Short.</p></abstract></article-meta></front>
     <body><p>Long.</p></body><back><ack><p>Thanks</p></ack></back><sub-article><body><p>Review</p></body></sub-article></article>"""
     [row] = articles.from_jats(articles.parse_xml(raw.encode(), "x"))
     assert row["text"] == "On E. coli\n\nSummary\n\nShort.\n\nLong." and (
@@ -339,7 +366,10 @@ FHIR_BAD = {
     "entry.json": (b'{"resourceType": "Bundle", "entry": [{"resource": "text"}]}', "FHIR R4"),
     "none.json": (b'{"resourceType": "Bundle"}', "no bundle holds a Patient"),
     "name.json": (
-        b'{"resourceType": "Bundle", "entry": [{"resource": {"resourceType": "Patient", "name": "Ann"}}]}',
+        (
+            b'{"resourceType": "Bundle", "entry": [{"resource": {"resourceType": "Patient",'
+            b' "name": "Ann"}}]}'
+        ),
         "FHIR R4",
     ),
 }
@@ -360,7 +390,10 @@ def synthea(folder, **tables):
     folder.mkdir(exist_ok=True)
     base = dict(
         patients="Id,BIRTHDATE,FIRST,LAST,ZIP\np1,1950-02-01,Zoë9,Öz10,00501\n",
-        encounters="Id,START,PATIENT,ENCOUNTERCLASS,DESCRIPTION\ne1,2020-03-01T08:00:00Z,p1,wellness,Check\n",
+        encounters=(
+            "Id,START,PATIENT,ENCOUNTERCLASS,DESCRIPTION\ne1,2020-03-01T08:00:00Z,p1,"
+            "wellness,Check\n"
+        ),
         conditions="START,STOP,PATIENT,ENCOUNTER,DESCRIPTION\n",
         medications="START,STOP,PATIENT,ENCOUNTER,DESCRIPTION\n",
         immunizations="DATE,PATIENT,ENCOUNTER,DESCRIPTION\n",
@@ -376,10 +409,15 @@ def test_versions_of_the_tables(tmp_path):
         "synthea",
         synthea(
             tmp_path / "a",
-            patients="\ufeffFIPS,LAST,Id,INCOME,BIRTHDATE,FIRST,ZIP\n,Öz10,p1,5,1950-02-01,Zoë9,00501\n",
+            patients=(
+                "\ufeffFIPS,LAST,Id,INCOME,BIRTHDATE,FIRST,ZIP\n,Öz10,p1,5,1950-02-01,Zoë9,00501\n"
+            ),
             allergies="START,STOP\n",
             medications=None,
-            conditions="SYSTEM,START,STOP,PATIENT,ENCOUNTER,DESCRIPTION\nS,2020-03-01,,p1,e1,Gout\nS,2020-03-01,,other,e9,Flu\n",
+            conditions=(
+                "SYSTEM,START,STOP,PATIENT,ENCOUNTER,DESCRIPTION\nS,2020-03-01,,p1,e1,Gout\nS,"
+                "2020-03-01,,other,e9,Flu\n"
+            ),
         ),
     )
     assert (row["zip"], row["last"], row["conditions"], row["medications"]) == (
@@ -429,10 +467,9 @@ def test_a_bad_table_is_one_line(tmp_path, name):
 
 def test_rows_do_not_depend_on_the_order_of_the_tables(tmp_path):
     head, *lines = (
-        "START,STOP,PATIENT,ENCOUNTER,DESCRIPTION\n2020-01-01,,p1,e1,B\n2020-01-01,,p1,e1,A\n2019-01-01,,p1,e1,C".split(
-            "\n"
-        )
-    )
+        "START,STOP,PATIENT,ENCOUNTER,DESCRIPTION\n2020-01-01,,p1,e1,B\n2020-01-01,,p1,"
+        "e1,A\n2019-01-01,,p1,e1,C"
+    ).split("\n")
     a, b = (
         read("synthea", synthea(tmp_path / n, conditions="\n".join([head, *x]) + "\n"))
         for n, x in (("a", lines), ("b", lines[::-1]))
@@ -452,7 +489,12 @@ def test_memory_does_not_grow_with_the_tables(tmp_path):
             conditions="START,STOP,PATIENT,ENCOUNTER,DESCRIPTION\n"
             + "".join(f"2020-01-01,,p{i % (n // 50)},e{i},{'x' * 80}{i % 40}\n" for i in range(n)),
         )
-        code = rf"import re; from pathlib import Path; from medft.data.reading.patients import *; from medft.data.reading.formats import Part; print(sum(1 for _ in read_synthea(Part('s', Path({str(folder)!r}), 'synthea'))), re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])"
+        code = (
+            rf"import re; from pathlib import Path; from medft.data.reading.patients import *;"
+            rf" from medft.data.reading.formats import Part; print(sum(1 for _ in"
+            rf" read_synthea(Part('s', Path({str(folder)!r}), 'synthea'))),"
+            rf" re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])"
+        )
         rows, kb = map(
             int,
             subprocess.run(
@@ -537,9 +579,8 @@ def test_real_medquad_files_equal_the_parquet(folder):
     ],
 )
 def test_real_articles_read_like_the_ready_texts(folder, texts, ready, recall, precision):
-    ready = {
-        r["id"]: r for r in map(json.loads, gzip.open(folder / f"cpt_text/{ready}.jsonl.gz", "rt"))
-    }
+    with gzip.open(folder / f"cpt_text/{ready}.jsonl.gz", "rt") as file:
+        ready = {row["id"]: row for row in map(json.loads, file)}
     mine = {r["id"]: r for r in read("xml", folder / "cpt_text" / texts)}
     parts = {
         i: [
@@ -589,7 +630,9 @@ def test_real_patients(folder):
 
 @on_real_rows
 def test_real_record_pairs_have_a_text(folder):
-    pairs = [json.loads(l) for l in (folder / "synthea/er_pairs.jsonl").open(encoding="utf-8")]
+    pairs = [
+        json.loads(line) for line in (folder / "synthea/er_pairs.jsonl").open(encoding="utf-8")
+    ]
     texts = [docs.pair_text(p) for p in pairs]
     assert (
         all(

@@ -1,4 +1,6 @@
-"""The hub over HTTP (a stand-in server, the real libraries in a process of their own), and buckets (moto's S3 server, the fake-gcs-server, memory)."""
+"""The hub over HTTP (a test server, the real libraries in a process of their own), and buckets.
+
+The buckets are those of moto's S3 server, of fake-gcs-server, and of memory."""
 
 from medft.core.run import MedftError
 from medft.data.reading import sources
@@ -12,7 +14,6 @@ import sys
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from hub_server import HubServer
@@ -21,13 +22,16 @@ CLIENT = """
 import json, os, sys
 from types import SimpleNamespace
 from medft.data.reading import sources
+from medft.data.reading.hub import hub
 from medft.core.run import MedftError
 for case in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = case.pop("token", "")
-    d = SimpleNamespace(**(dict(name="org/exam", config_name=None, split=None, revision=None, streaming=False) | case))
+    d = dict(name="org/exam", config_name=None, split=None, revision=None, streaming=False)
+    d = SimpleNamespace(**(d | case))
     try:
-        [part], commit = sources.hub(d)
-        said = dict(rows=[r for _, r in sources.rows(part)], commit=commit, name=part.name, digest=sources.digest(part), features=sources.features(part))
+        [part], commit = hub(d)
+        said = dict(rows=[r for _, r in sources.rows(part)], commit=commit, name=part.name)
+        said |= dict(digest=sources.digest(part), features=sources.features(part))
     except MedftError as e: said = dict(error=str(e))
     except Exception as e: said = dict(crash=repr(e))
     print("SAID" + json.dumps(said))
@@ -57,8 +61,16 @@ def lines(*values):
     return "".join(json.dumps({"q": v}) + "\n" for v in values)
 
 
-CARD = "---\nconfigs:\n- config_name: easy\n  data_files:\n  - {split: train, path: easy/train.jsonl}\n  - {split: test, path: easy/test.jsonl}\n- config_name: hard\n  data_files: hard.jsonl\n---\n# Two\n"
-MCQ = "---\ndataset_info:\n  features:\n  - {name: question, dtype: string}\n  - name: cop\n    dtype:\n      class_label:\n        names: {'0': a, '1': b, '2': c, '3': d}\n---\n"
+CARD = (
+    "---\nconfigs:\n- config_name: easy\n  data_files:\n  - {split: train, path:"
+    " easy/train.jsonl}\n  - {split: test, path: easy/test.jsonl}\n- config_name:"
+    " hard\n  data_files: hard.jsonl\n---\n# Two\n"
+)
+MCQ = (
+    "---\ndataset_info:\n  features:\n  - {name: question, dtype: string}\n  - name:"
+    " cop\n    dtype:\n      class_label:\n        names: {'0': a, '1': b, '2': c,"
+    " '3': d}\n---\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +197,8 @@ REFUSED = [
 
 
 def test_what_the_hub_refuses_is_one_line_with_a_way_out(hub, tmp_path):
-    for (case, says), said in zip(
-        REFUSED, client(hub.env(tmp_path), *[dict(c) for c, _ in REFUSED])
-    ):
+    answers = client(hub.env(tmp_path), *[dict(case) for case, _ in REFUSED])
+    for (case, says), said in zip(REFUSED, answers, strict=True):
         assert says.format(url=hub.url) in said.get("error", str(said)), (case, said)
 
 
@@ -231,7 +242,8 @@ def test_a_hub_that_is_away(tmp_path):
 def test_the_stand_in_takes_a_push(hub, tmp_path):
     "It serves push tests too: what is pushed comes back."
     code = (
-        "from datasets import Dataset, load_dataset; Dataset.from_dict(dict(q=[1, 2])).push_to_hub('owner/pushed', private=True)\n"
+        "from datasets import Dataset, load_dataset; Dataset.from_dict(dict(q=[1,"
+        " 2])).push_to_hub('owner/pushed', private=True)\n"
         "print(load_dataset('owner/pushed', split='train')['q'][:])"
     )
     done = subprocess.run(
@@ -435,7 +447,11 @@ def test_a_key_that_points_outside_is_refused(s3):
 
 
 def probe(env, url):
-    code = "import sys\nfrom medft.data.reading import sources\nfrom medft.core.run import MedftError\ntry: print(sources.parts(sys.argv[1]))\nexcept MedftError as e: print('SAID', e)"
+    code = (
+        "import sys\nfrom medft.data.reading import sources\nfrom medft.core.run import"
+        " MedftError\ntry: print(sources.parts(sys.argv[1]))\nexcept MedftError as e:"
+        " print('SAID', e)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, url],
         env={k: v for k, v in {**os.environ, **env}.items() if v is not None},

@@ -1,4 +1,4 @@
-"""Rows in the shapes that files really have: printed lists, missing values, lettered options, passages, reasoning, labels."""
+"""Rows as files really have them: printed lists, missing values, options, passages, labels."""
 
 from medft.core.run import Dataset, MedftError, Run, load_recipe
 from medft.data import pipeline as data
@@ -8,8 +8,8 @@ from medft.data.reading.list_cells import UnreadableCell, missing_kind, read_pri
 from medft.data.reading.multiple_choice import (
     Reject,
     from_medqa,
-    lettered,
     outcome,
+    parse_options,
     passages,
     plain_answer,
 )
@@ -54,7 +54,7 @@ def prepared(tmp_path, rows, *overrides, recipe="your_data"):
     return run, data.prepare(run)
 
 
-# ------------------------------------------------------------------------------------------------- printed lists
+# ------------------------------------------------------------------------------------ printed lists
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,9 @@ def test_paragraphs_stay_apart_and_columns_are_named():
     )
     ex = one(
         dict(
-            conversations="[{'from': 'human', 'value': 'Gout?'}\n {'from': 'gpt', 'value': \"It's urate.\"}]"
+            conversations=(
+                "[{'from': 'human', 'value': 'Gout?'}\n {'from': 'gpt', 'value': \"It's urate.\"}]"
+            )
         )
     )
     assert [m["content"] for m in ex["messages"]] == ["Gout?", "It's urate."]
@@ -178,7 +180,7 @@ def test_paragraphs_stay_apart_and_columns_are_named():
     assert one(dict(question="q", answer="['a' 'b']")) == "a list or object where text belongs"
 
 
-# ------------------------------------------------------------------------------------------------ missing values
+# ----------------------------------------------------------------------------------- missing values
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_a_group_or_an_id_that_is_missing_binds_nothing():
     assert [ex["group"] for ex in read(rows, "f.csv")[1]] == ["q0", "q1"]
 
 
-# ----------------------------------------------------------------------------------------------- options and letters
+# ------------------------------------------------------------------------------ options and letters
 
 
 @pytest.mark.parametrize(
@@ -266,12 +268,12 @@ def test_letters_of_options_are_taken_off(style, signs):
         and style in ("{}- {}", "{} - {}", "{}.{}")
     ):
         pytest.skip("a number before a blank or a hyphen is a number")
-    options = [style.format(sign, drug) for sign, drug in zip(signs, DRUGS)]
+    options = [style.format(sign, drug) for sign, drug in zip(signs, DRUGS, strict=False)]
     assert unlettered(options) == DRUGS
     for answer in (options[1], "B", "(b)", "atropine", "B. atropine"):
         ex = one(dict(question="q", options=options, answer=answer))
         assert (ex["options"], ex["answer"]) == (DRUGS, 1)
-    table = dict(question="q", answer=options[2]) | dict(zip("ABCD", options))
+    table = dict(question="q", answer=options[2]) | dict(zip("ABCD", options, strict=False))
     assert one(table)["options"] == DRUGS and one(table)["answer"] == 2
 
 
@@ -342,7 +344,7 @@ def test_options_and_answers_in_other_shapes(options, answer):
     ],
 )
 def test_options_in_columns_of_every_name(names):
-    row = dict(question="q") | dict(zip(names, DRUGS))
+    row = dict(question="q") | dict(zip(names, DRUGS, strict=False))
     for column, answer in (
         ("answer", "atropine"),
         ("correct_answer", "B"),
@@ -378,10 +380,10 @@ def test_what_cannot_be_an_answer_is_said_with_the_forms_that_can():
     )
     with pytest.raises(MedftError, match="dataset.first_option"):
         read([dict(question="q", options=list("pqrs"), answer=n) for n in (2, 3)])
-    assert "unknown form" in outcome(lettered, [dict(foo=1, bar=2), dict(foo=2, bar=3)])
+    assert "unknown form" in outcome(parse_options, [dict(foo=1, bar=2), dict(foo=2, bar=3)])
 
 
-# -------------------------------------------------------------------------------------------- the place of options
+# ----------------------------------------------------------------------------- the place of options
 
 
 @pytest.mark.parametrize(
@@ -484,7 +486,7 @@ def test_items_with_such_options_are_not_turned(monkeypatch):
     assert set(in_other_orders(frame.iloc[1:])) == {"fixed_order"}
 
 
-# ----------------------------------------------------------------------------------------- passages and reasoning
+# --------------------------------------------------------------------------- passages and reasoning
 
 
 @pytest.mark.parametrize(
@@ -652,7 +654,8 @@ def test_a_mask_leaves_out_turns_of_weight_0(tmp_path):
     run, _ = prepared(tmp_path, rows, "dataset.holdout=0", "training.assistant_only_loss=true")
     tok = load_tokenizer(run.recipe)
     for row in data.load_split(run, "train"):
-        learned = tok.decode([t for t, m in zip(row["input_ids"], row["completion_mask"]) if m])
+        tokens = zip(row["input_ids"], row["completion_mask"], strict=True)
+        learned = tok.decode([token for token, is_learned in tokens if is_learned])
         assert (
             "Rest." in learned
             and "Urate." not in learned
@@ -697,7 +700,7 @@ def test_what_is_not_read_stands_in_report_and_log(tmp_path, capsys):
     assert not_read_line({}) == ""
 
 
-# ---------------------------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------------- labels
 
 
 def labelled_rows(labels, n=40):
@@ -833,5 +836,5 @@ def test_the_first_rejected_row_stands_in_a_refusal(tmp_path):
 def test_from_medqa_and_messages_raise_what_they_say():
     with pytest.raises(Reject):
         from_medqa(dict(question="q", options="['a' ...]", answer="a"))
-    assert plain_answer("B. atropine", dict(zip("ABCD", DRUGS))) == "B"
+    assert plain_answer("B. atropine", dict(zip("ABCD", DRUGS, strict=True))) == "B"
     assert from_messages(dict(messages=talk()))["messages"][-1]["content"] == "Rest."

@@ -1,4 +1,4 @@
-"""Every schema of the field: real files where they are at hand, the traps of each, the order in doubt, and rows at random."""
+"""Every schema: real files where they are at hand, the traps of each, their order, random rows."""
 
 from medft.core.run import Dataset, MedftError, assets
 from medft.data.reading import schemas, sources
@@ -69,7 +69,7 @@ def same(a, b, keys):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------- real files
+# --------------------------------------------------------------------------------------- real files
 
 UNLABELLED = "no answer (cop missing or -1)"
 
@@ -147,7 +147,9 @@ def test_two_forms_of_the_same_rows_give_the_same_examples(folder):
 
 @on_real_rows
 def test_what_gives_the_answer_away_stays_out(folder):
-    dev = {json.loads(l)["id"]: json.loads(l) for l in (folder / "medmcqa/dev.json").open()}
+    dev = {
+        json.loads(line)["id"]: json.loads(line) for line in (folder / "medmcqa/dev.json").open()
+    }
     for ex in shared(folder, "medmcqa/dev.json")[2]:
         exp = dev[ex["id"]]["exp"] or ""
         assert len(exp) < 40 or exp not in json.dumps(ex, ensure_ascii=False)
@@ -169,8 +171,12 @@ def test_what_gives_the_answer_away_stays_out(folder):
 
 @on_real_rows
 def test_medmcqa_letters_in_explanations_agree_with_what_is_read(folder):
-    rows = [json.loads(l) for l in (folder / "medmcqa/dev.json").open()]
-    told = [(r["cop"], schemas.explained(r)) for r in rows if schemas.explained(r) is not None]
+    rows = [json.loads(line) for line in (folder / "medmcqa/dev.json").open()]
+    told = [
+        (r["cop"], schemas.explained_option(r))
+        for r in rows
+        if schemas.explained_option(r) is not None
+    ]
     assert len(told) > (3 if folder == SMALL else 500) and all(cop - i == 1 for cop, i in told)
     middle = [r for r in rows if r["cop"] in (2, 3)]
     assert read(middle)[1][0]["answer"] == middle[0]["cop"] - 1, (
@@ -196,8 +202,8 @@ def test_medquad_xml_in_three_dialects(folder):
 
 @on_real_rows
 def test_no_pair_shares_a_group_by_chance_and_patients_are_its_groups(folder):
-    rows = [json.loads(l) for l in (folder / "synthea/er_pairs.jsonl").open()]
-    for row, ex in zip(rows, shared(folder, "synthea/er_pairs.jsonl")[2]):
+    rows = [json.loads(line) for line in (folder / "synthea/er_pairs.jsonl").open()]
+    for row, ex in zip(rows, shared(folder, "synthea/er_pairs.jsonl")[2], strict=True):
         assert (
             ex["group"] == [f"patient {row['left_patient']}", f"patient {row['right_patient']}"]
             and ex["id"] == row["pair_id"]
@@ -224,12 +230,12 @@ def test_patients(folder, name, n):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- shipped
+# ------------------------------------------------------------------------------------------ shipped
 
 
 def test_shipped_files_keep_their_meaning():
     for path in sorted((assets() / "starter").glob("*.jsonl")):
-        rows = [json.loads(l) for l in path.open(encoding="utf-8")]
+        rows = [json.loads(line) for line in path.open(encoding="utf-8")]
         schema, good, bad = read(rows)
         assert not bad
         if "opa" in rows[0]:
@@ -238,7 +244,7 @@ def test_shipped_files_keep_their_meaning():
                 and ex["answer"] == r["cop"]
                 and ex["id"] == r["id"]
                 and ex["subject"] == r["subject_name"]
-                for ex, r in zip(good, rows)
+                for ex, r in zip(good, rows, strict=True)
             )
     mixed = [
         dict(text="Gout hurts."),
@@ -256,7 +262,7 @@ def test_shipped_files_keep_their_meaning():
     )
 
 
-# --------------------------------------------------------------------------------------- counting from 0 or from 1
+# ------------------------------------------------------------------------ counting from 0 or from 1
 
 
 @pytest.mark.parametrize(
@@ -336,7 +342,7 @@ def test_reasons_of_medmcqa():
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- MedQA
+# -------------------------------------------------------------------------------------------- MedQA
 
 
 def test_medqa_in_every_way_files_write_options():
@@ -433,7 +439,10 @@ def test_texts_that_are_numbers_are_texts_in_a_file_of_texts():
         dict(question="q", options=["2", "3", "1", "4"], answer="4"),
         dict(question="q", options=["2", "3", "1", "0"], answer="0"),
     ]
-    table = [dict(question="q", answer=r["answer"]) | dict(zip("ABCD", r["options"])) for r in rows]
+    table = []
+    for r in rows:
+        options = dict(zip("ABCD", r["options"], strict=True))
+        table.append(dict(question="q", answer=r["answer"]) | options)
     for made in (rows, table):
         assert (
             answers(made)
@@ -480,7 +489,7 @@ def test_a_doubtful_file_is_held_back_but_no_other_is():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- PubMedQA
+# ----------------------------------------------------------------------------------------- PubMedQA
 
 
 def test_pubmedqa_unlabelled_and_odd_decisions():
@@ -542,7 +551,7 @@ def test_pubmedqa_as_open_questions():
     )
 
 
-# ---------------------------------------------------------------------------------------------------- the open schemas
+# --------------------------------------------------------------------------------- the open schemas
 
 
 def test_medquad_ids_and_groups():
@@ -570,7 +579,8 @@ def test_medquad_ids_and_groups():
 
 
 LLAMA = (
-    "<|start_header_id|>system<|end_header_id|> Be true.<|eot_id|><|start_header_id|>user<|end_header_id|> This is the question: {}<|eot_id|>"
+    "<|start_header_id|>system<|end_header_id|> Be true.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|> This is the question: {}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|> {}<|eot_id|>"
 )
 GEMMA, MISTRAL = (
@@ -785,7 +795,7 @@ def test_pairs(label, answer):
     assert one(row | dict(label=1, left=None)) == "empty record"
 
 
-# -------------------------------------------------------------------------------------------------- which schema is it
+# ------------------------------------------------------------------------------- which schema is it
 
 
 @pytest.mark.parametrize(
@@ -1008,7 +1018,7 @@ def test_rows_that_are_no_rows():
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- at random
+# ---------------------------------------------------------------------------------------- at random
 
 names = st.sampled_from(
     sorted(
@@ -1071,9 +1081,7 @@ def test_random_rows_are_read_rejected_or_refused(rows, schema):
 @given(st.sampled_from(schemas.SCHEMAS), st.data())
 @settings(max_examples=250, deadline=None)
 def test_rows_with_the_right_columns_and_any_content(line, data):
-    columns = [w.partition("=")[0] for w in line.needs.split()] + [
-        w.partition("=")[0] for w in line.may.split()
-    ]
+    columns = list(line.spellings())
     rows = [{c: data.draw(value) for c in columns} for _ in range(3)]
     try:
         read(
@@ -1105,10 +1113,10 @@ def test_a_shifted_file_gives_the_same_answers(cops):
 def test_first_option_keeps_looking():
     first = FirstOption("f")
     for n in range(9):
-        first.see(n, 2)
-    first.see(10, 4)
-    first.see(11, None)
-    first.see(12, "b")
+        first.observe(n, 2)
+    first.observe(10, 4)
+    first.observe(11, None)
+    first.observe(12, "b")
     assert first.base == 1
     with pytest.raises(MedftError):
-        first.see(13, 0)
+        first.observe(13, 0)

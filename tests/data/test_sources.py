@@ -11,7 +11,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -428,18 +427,21 @@ BROKEN = {
     "stray.csv": (b'q,a\n"x" y,2\n', ":2: "),
     "twice.csv": (b"q,a,q\n1,2,3\n", "two columns are called 'q'"),
     "noname.csv": (b"q,,a\n1,2,3\n", "column 2 has no name"),
-    "semicolon.csv": (b"q;a\n1;2;3\n", "parted by ';'"),
+    "semicolon.csv": (b"q;a\n1;2;3\n", "separated by ';'"),
     "title.csv": (
         b"Ward 3\nq,a\n1,2\n",
-        ":2: 2 cells where the header has 1; quote cells that hold a ','; if the header's line is a title",
+        (
+            ":2: 2 cells where the header has 1; quote cells that hold a ','; if the"
+            " header's line is a title"
+        ),
     ),
-    "sepwrong.csv": (b"sep=;\nq,a\n1,2\n", "parted by ','"),
+    "sepwrong.csv": (b"sep=;\nq,a\n1,2\n", "separated by ','"),
     "trailing.csv": (b"q,a,\n1,2,3\n", "column 3 has no name, and this line has '3'"),
     "arrays.jsonl": (b'["q", "a"]\n["1", "2"]\n', ":1: a row is an object, not an array"),
     "a.pdf.txt": (b"%PDF-1.4", "is a PDF file"),
     "sheet.csv": (b"\xd0\xcf\x11\xe0\xa1", "old Excel"),
-    "tabs.csv": (b"q\ta\n1\n", "parted by '\\t'"),
-    "commas.tsv": (b"q,a\n1\n", "parted by ','"),
+    "tabs.csv": (b"q\ta\n1\n", "separated by '\\t'"),
+    "commas.tsv": (b"q,a\n1\n", "separated by ','"),
     "nul.csv": (b"q,a\n" + b"1,2\n" * 50 + b"1,\0\n", ":52: a NUL byte"),
     "empty.csv": (b"", "holds no row"),
     "head.csv": (b"q,a\n", "holds no row"),
@@ -492,7 +494,7 @@ BROKEN = {
     "nested.zip": (zipped([("b.zip", GOOD["a.zip"])]), "is an archive itself"),
     "strange.zip": (zipped([("a.docx", "x")]), "no file in this folder"),
     "mixed.zip": (zipped([("a.csv", "x"), ("a.jsonl", "x")]), "several kinds"),
-    "bomb.zip": (zipped([("a.jsonl", b"\0" * (sources.FREE + 1))]), "a bomb"),
+    "bomb.zip": (zipped([("a.jsonl", b"\0" * (sources.FREE_BYTES + 1))]), "a bomb"),
     "inside.zip": (
         zipped([("a.jsonl", b'{"q": 1}\n{"q')]),
         "inside.zip!a.jsonl:2: the JSON breaks off",
@@ -575,14 +577,14 @@ def test_a_broken_zip_is_not_called_a_gzip_file(content):
 
 
 def test_a_gzip_bomb_is_refused_before_memory_is_full(monkeypatch):
-    monkeypatch.setattr(formats, "FREE", 1 << 20)
+    monkeypatch.setattr(formats, "FREE_BYTES", 1 << 20)
     put("bomb.json.gz", gzip.compress(b"[" + b" " * (8 << 20)))
     with pytest.raises(MedftError, match="as a bomb does"):
         read("bomb.json.gz")
 
 
 def test_an_endless_line_is_refused(monkeypatch):
-    monkeypatch.setattr(formats, "_LINE", 1 << 20)
+    monkeypatch.setattr(formats, "_MAX_LINE", 1 << 20)
     with pytest.raises(MedftError, match=":2: a line of 1 MiB or more"):
         read(put("a.jsonl", b'{"q": 1}\n{"q": "' + b"x" * (2 << 20) + b'"}\n'))
 
@@ -729,7 +731,7 @@ def test_a_damaged_file_is_refused_or_read_but_never_breaks_anything_else(name, 
     rows=st.lists(
         st.dictionaries(
             st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(
-                lambda k: k not in formats.CHAT
+                lambda k: k not in formats.TURN_KEYS
             ),
             st.none()
             | st.booleans()
@@ -761,7 +763,7 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_siz
 )
 def test_what_csv_can_say_comes_back_as_it_was(head, data, sep):
     rows = [
-        dict(zip(head, r))
+        dict(zip(head, r, strict=True))
         for r in data.draw(
             st.lists(
                 st.lists(CELLS, min_size=len(head), max_size=len(head)), min_size=1, max_size=5
@@ -773,13 +775,20 @@ def test_what_csv_can_say_comes_back_as_it_was(head, data, sep):
 
 def test_memory_and_time_do_not_grow_with_the_file():
     with open("big.jsonl", "wb") as f:
-        for i in range(400):
+        for _ in range(400):
             f.write(jsonl() * 20)
     assert Path("big.jsonl").stat().st_size > 13e6
-    code = (
-        "import resource, time; from medft.data.reading import sources; import pyarrow.parquet; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; start = time.time()\n"
-        "n = sum(1 for _ in sources.rows(sources.parts('big.jsonl')[0])); print(n, time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
+    code = """
+import resource, time
+from medft.data.reading import sources
+import pyarrow.parquet
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.time()
+n = sum(1 for _ in sources.rows(sources.parts("big.jsonl")[0]))
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(n, time.time() - start, grown)
+"""
     n, seconds, grown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

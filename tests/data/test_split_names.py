@@ -1,4 +1,4 @@
-"""Rows that are held out by their name are never trained on, whatever the name stands on: a file, a folder, a column, a key."""
+"""Rows held out by a name are never trained on, be it of a file, a folder, a column or a key."""
 
 from medft.core.run import MedftError, Run, load_recipe, read_json
 from medft.data import pipeline as data
@@ -80,11 +80,26 @@ def prepared(*keys):
 
 # ---- names ----
 NAMES = {
-    "train": "train.jsonl training.csv MyTrainData.csv TRAIN.CSV train-00000-of-00002.parquet trainset.json train_v2.jsonl.gz train_from_devsplit.jsonl trn.tsv 01_train.csv",
-    "validation": "eval.jsonl my_eval_v2.jsonl pubmedqa.dev.parquet val.csv VALID.tsv validation-00000-of-00001.arrow evaluation.json DevSet.csv evalset.json dev2.csv qa-eval.json",
-    "test": "test.jsonl test_2024.csv.gz testing.csv holdout.csv held_out.jsonl hold-out.json held-out.csv heldout1.csv HeldOut.csv QATest.csv MRItest.csv tests.csv phrases_test.jsonl",
+    "train": (
+        "train.jsonl training.csv MyTrainData.csv TRAIN.CSV train-00000-of-00002.parquet"
+        " trainset.json train_v2.jsonl.gz train_from_devsplit.jsonl trn.tsv 01_train.csv"
+    ),
+    "validation": (
+        "eval.jsonl my_eval_v2.jsonl pubmedqa.dev.parquet val.csv VALID.tsv"
+        " validation-00000-of-00001.arrow evaluation.json DevSet.csv evalset.json"
+        " dev2.csv qa-eval.json"
+    ),
+    "test": (
+        "test.jsonl test_2024.csv.gz testing.csv holdout.csv held_out.jsonl"
+        " hold-out.json held-out.csv heldout1.csv HeldOut.csv QATest.csv MRItest.csv"
+        " tests.csv phrases_test.jsonl"
+    ),
 }
-NO_NAMES = "latest.csv contest.csv trainer_notes.csv devices.csv protest.csv restraint.csv invalid.csv evaluator.csv strain.csv greatest.json cross_validation.csv attest.csv a.csv rows.jsonl medieval.csv"
+NO_NAMES = (
+    "latest.csv contest.csv trainer_notes.csv devices.csv protest.csv restraint.csv"
+    " invalid.csv evaluator.csv strain.csv greatest.json cross_validation.csv"
+    " attest.csv a.csv rows.jsonl medieval.csv"
+)
 
 
 @pytest.mark.parametrize("split", NAMES)
@@ -192,7 +207,7 @@ def test_a_folder_in_a_folder_keeps_its_split():
         (["train.jsonl", "test.jsonl", "more.jsonl"], "more.jsonl"),
         (["rows_v1.jsonl", "rows_v2.jsonl"], "rows_v1.jsonl, rows_v2.jsonl"),
         (["x/0.csv", "y/0.csv"], "x/0.csv, y/0.csv"),
-        (["train_eval.jsonl", "test.jsonl"], "train_eval.jsonl: the name speaks of several splits"),
+        (["train_eval.jsonl", "test.jsonl"], "train_eval.jsonl: the name mentions several splits"),
         (["train.jsonl", "train.jsonl.gz"], "the same rows twice"),
         (["train.csv", "train.jsonl", "test.csv"], "several kinds (1 csv, 1 json)"),
         (["dev.csv", "test.csv"], "no split to train on; there are validation, test"),
@@ -433,9 +448,9 @@ def test_split_names_are_set_aside_for_a_plain_file():
     assert report["rows_in"] == 60 and set(report["splits"]) == {"train", "validation", "test"}
     log = "".join(p.read_text() for p in run.path.rglob("*.log"))
     assert (
-        "plain.jsonl has no splits: dataset.validation_split and dataset.test_split are set aside; rows are held out by dataset.holdout"
-        in log
-    )
+        "plain.jsonl has no splits: dataset.validation_split and dataset.test_split are"
+        " set aside; rows are held out by dataset.holdout"
+    ) in log
 
 
 SPELLINGS = [

@@ -25,7 +25,7 @@ def split_group_names(
     group,  # text as `join_group_names` writes it; or a list of names; None, nan or "": none
 ) -> list[str]:
     "The names of the groups that a row belongs to, each once; [] for a row that stands alone."
-    if group is None or isinstance(group, float) and math.isnan(group):
+    if group is None or (isinstance(group, float) and math.isnan(group)):
         return []
     if isinstance(group, str):
         names = [name.replace("&&", "&") for name in group.split(SEPARATOR)]

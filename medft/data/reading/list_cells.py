@@ -1,4 +1,4 @@
-"""A list that a CSV file holds as text is read in every printed form, or the cell is refused; and which words stand for a missing value.
+"""A list that a CSV file holds as text is read in every printed form, or the cell is refused. And which words stand for a missing value.
 
 Docs: https://medft.github.io/medft/data/reading/list_cells.html.md"""
 
@@ -81,26 +81,44 @@ def unescaped(
 
 # %% ../../../nbs/data/reading/list_cells.ipynb #p005
 _CLOSED_BY = {"[": "]", "(": ")", "{": "}"}
-_DEEPEST = 40  # levels of lists in lists
+_MAX_DEPTH = 40  # levels of lists in lists
 
 
-class _Printed:
+class _Parser:
     "A parser of printed literals: the grammar of Python and JSON, with NumPy's missing commas."
 
     def __init__(self, text):
-        self.text, self.at, self.depth = text, 0, 0
-        self.next()
+        self.text = text
+        self.position = 0  # behind the current token
+        self.depth = 0
+        self.advance()
 
-    def next(self):
+    def advance(self):
         "Go to the next token."
-        found = _TOKEN.match(self.text, self.at)
+        found = _TOKEN.match(self.text, self.position)
         if not found:
-            raise UnreadableCell(f"unexpected {self.text[self.at :].strip()[:12]!r}")
-        self.kind, self.token, self.at = found.lastgroup, found[found.lastgroup], found.end()
+            raise UnreadableCell(f"unexpected {self.text[self.position :].strip()[:12]!r}")
+        self.kind = found.lastgroup
+        self.token = found[self.kind]
+        self.position = found.end()
         if self.kind == "cut":
             raise UnreadableCell("it was cut when it was printed ('...'), so a part of it is lost")
 
-    def whole(self):
+    def is_sign(self, sign):
+        return self.kind == "sign" and self.token == sign
+
+    def is_word_before(self, sign):
+        "Whether the current token is a word, and the next one this sign."
+        return self.kind == "word" and re.match(rf"\s*{sign}", self.text[self.position :])
+
+    def skip_comma(self, close):
+        "Go past a comma. Anything else but the closing bracket is an error."
+        if self.is_sign(","):
+            self.advance()
+        elif self.token != close:
+            raise UnreadableCell(f"unexpected {self.token[:12]!r}")
+
+    def parse(self):
         "The one value that the text holds."
         value = self.value()
         if self.kind != "end":
@@ -108,16 +126,11 @@ class _Printed:
         return value
 
     def value(self):
-        kind, token = self.kind, self.token
-        if token in _CLOSED_BY and kind == "sign":
-            self.depth += 1
-            if self.depth > _DEEPEST:
-                raise UnreadableCell("lists in lists, too deep")
-            self.next()
-            value = self.mapping() if token == "{" else self.items(_CLOSED_BY[token])
-            self.depth -= 1
-            return value
-        self.next()
+        if self.kind == "sign" and self.token in _CLOSED_BY:
+            return self.bracketed()
+        kind = self.kind
+        token = self.token
+        self.advance()
         if kind == "string":
             return unescaped(token)
         if kind == "number":
@@ -130,95 +143,108 @@ class _Printed:
             return _CONSTANTS[token]
         raise UnreadableCell("it breaks off" if kind == "end" else f"unexpected {token[:12]!r}")
 
+    def bracketed(self):
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise UnreadableCell("lists in lists, too deep")
+        opening = self.token
+        self.advance()
+        value = self.mapping() if opening == "{" else self.items(_CLOSED_BY[opening])
+        self.depth -= 1
+        return value
+
     def items(self, close):
         "The elements up to a closing bracket, with commas between them or without."
-        found, commas, parted, touching = [], 0, True, []
-        while self.token != close or self.kind != "sign":
-            if not parted and self.token == "," and self.kind == "sign":
-                commas += 1
-                parted = True
-                self.next()
+        found = []
+        num_commas = 0
+        without_comma = []  # indices of elements with no comma before them
+        is_separated = True
+        while not self.is_sign(close):
+            if not is_separated and self.is_sign(","):
+                num_commas += 1
+                is_separated = True
+                self.advance()
                 continue
-            if not parted:
-                touching.append(len(found))  # no comma before this element
+            if not is_separated:
+                without_comma.append(len(found))
             found.append(self.value())
-            parted = False
-        self.next()
-        if close == ")" and not commas and all(isinstance(v, str) for v in found):
+            is_separated = False
+        self.advance()
+        if close == ")" and not num_commas and all(isinstance(v, str) for v in found):
             return "".join(found)  # a string that pprint wrapped in parentheses
-        return _wrapped(found, touching) if commas and touching else found
+        if num_commas and without_comma:
+            return _join_wrapped(found, without_comma)
+        return found
 
     def mapping(self):
         "An object; a set, or the array of a database, is a list."
-        pairs, members = {}, []
-        while self.token != "}" or self.kind != "sign":
-            named = self.kind == "word" and re.match(r"\s*:", self.text[self.at :])
-            key = self.token if named else None
-            key = (self.next() or key) if named else self.value()
-            if self.token == ":" and self.kind == "sign":
-                self.next()
+        pairs = {}
+        members = []
+        while not self.is_sign("}"):
+            if self.is_word_before(":"):
+                key = self.token
+                self.advance()
+            else:
+                key = self.value()
+            if self.is_sign(":"):
+                self.advance()
                 value = self.value()
                 while self.kind == "string" and isinstance(value, str):
                     value += self.value()  # a string that pprint wrapped
                 pairs[key if isinstance(key, (str, int, float)) else str(key)] = value
             else:
                 members.append(key)
-            if self.token == "," and self.kind == "sign":
-                self.next()
-            elif self.token != "}":
-                raise UnreadableCell(f"unexpected {self.token[:12]!r}")
-        self.next()
+            self.skip_comma("}")
+        self.advance()
         if pairs and members:
             raise UnreadableCell("half an object and half a set")
         return members if members else pairs
 
     def call(self, name):
         "The value inside `array(...)` and its like; R's `c(...)` is a list of all of them."
-        self.next()
-        given = []
-        while self.token != ")" or self.kind != "sign":
-            keyword = self.kind == "word" and re.match(r"\s*=", self.text[self.at :])
-            if keyword:
-                self.next()
-                self.next()
-                if self.kind == "word" and name != "c":  # dtype=object
-                    self.next()
-                    if self.token == "(":
-                        self.items_of_call()
-                else:
-                    value = self.value()
-                    given += [value] * (name == "c")
+        self.advance()
+        arguments = []
+        while not self.is_sign(")"):
+            if self.is_word_before("="):
+                arguments += self.keyword_argument(name)
             else:
-                given.append(self.value())
-            if self.token == "," and self.kind == "sign":
-                self.next()
-            elif self.token != ")":
-                raise UnreadableCell(f"unexpected {self.token[:12]!r}")
-        self.next()
+                arguments.append(self.value())
+            self.skip_comma(")")
+        self.advance()
         if name == "c":
-            return given
+            return arguments
         if name not in _CALLS:
             raise UnreadableCell(f"{name}(...) is no list")
-        if name in ("OrderedDict", "dict") and given and isinstance(given[0], list):
-            return dict(given[0])
-        return given[0] if given else []
+        if name in ("OrderedDict", "dict") and arguments and isinstance(arguments[0], list):
+            return dict(arguments[0])
+        return arguments[0] if arguments else []
 
-    def items_of_call(self):
-        self.next()
-        self.items(")")
+    def keyword_argument(self, name):
+        "Go past `dtype=object` and its like; in R's `c(...)` the value is an element."
+        self.advance()
+        self.advance()
+        if self.kind != "word" or name == "c":
+            value = self.value()
+            return [value] if name == "c" else []
+        self.advance()
+        if self.token == "(":
+            self.advance()
+            self.items(")")
+        return []
 
 # %% ../../../nbs/data/reading/list_cells.ipynb #p007
-def _wrapped(found, touching):
-    "The elements of a list that has commas, but not everywhere."
-    out = []
+def _join_wrapped(found, without_comma):
+    "The elements of a list with commas, not everywhere: pieces of one string are joined."
+    elements = []
     for i, value in enumerate(found):
-        if i not in touching:
-            out.append(value)
+        if i not in without_comma:
+            elements.append(value)
             continue
-        if not (isinstance(value, str) and isinstance(out[-1], str) and out[-1][-1:].isspace()):
+        are_texts = isinstance(value, str) and isinstance(elements[-1], str)
+        if not are_texts or not elements[-1][-1:].isspace():
             raise UnreadableCell("a comma is missing between two of its elements")
-        out[-1] += value
-    return out
+        elements[-1] += value
+    return elements
 
 
 _LIST = re.compile(
@@ -242,7 +268,9 @@ def looks_printed(
     start = text.lstrip()
     if not start or start[0] not in "[{(<acdtlnopsISO0123456789":
         return False
-    return bool(_LIST.match(start)) or start[0].isdigit() and bool(_SERIES.match(start))
+    if _LIST.match(start):
+        return True
+    return start[0].isdigit() and bool(_SERIES.match(start))
 
 
 def read_printed(
@@ -263,15 +291,15 @@ def read_printed(
     except (ValueError, RecursionError):
         pass
     try:
-        return _Printed(value.strip()).whole()
+        return _Parser(value.strip()).parse()
     except RecursionError:
         raise UnreadableCell("lists in lists, too deep") from None
 
 # %% ../../../nbs/data/reading/list_cells.ipynb #p011
 _MISSING = set(
-    r"""nan -nan +nan null n/a n.a. n.a #n/a #na <na> <nan> <null> <none> (null) (none) (nan) (missing)
-    <missing> [null] [none] <unset> undefined \n 1.#ind -1.#ind 1.#qnan -1.#qnan #value! #ref! #div/0!
-    #null! #name? #num! <noinput> noinput""".split()
+    r"""nan -nan +nan null n/a n.a. n.a #n/a #na <na> <nan> <null> <none> (null) (none) (nan)
+    (missing) <missing> [null] [none] <unset> undefined \n 1.#ind -1.#ind 1.#qnan -1.#qnan #value!
+    #ref! #div/0! #null! #name? #num! <noinput> noinput""".split()
 ) | {"n / a", "#n/a n/a", "<no input>"}
 _WORDS = {"none", "nil", "na", "missing", "not available"}
 _MARKS = re.compile(r"[-–—_?.…]+")

@@ -1,4 +1,4 @@
-"""Options that carry their own letter lose it, and options that speak of other options by their place ("Both A and B") are found.
+"""Letters that options carry themselves are removed, and options that refer to other options by their place ("Both A and B") are found.
 
 Docs: https://medft.github.io/medft/data/reading/option_texts.html.md"""
 
@@ -25,15 +25,19 @@ _LABEL = re.compile(
 )
 
 
-def _plain_signs(text):
+_WIDE = {"．": ". ", "：": ": ", "、": ". ", "）": ") "}  # full-width signs
+
+
+def _with_plain_sign(text):
     "A text whose first sign is an ordinary one: circled and full-width signs are made plain."
-    head = text.lstrip()[:1]
-    if not head or head.isascii():
+    stripped = text.lstrip()
+    first = stripped[:1]
+    if not first or first.isascii():
         return text
-    plain = unicodedata.normalize("NFKC", head)
-    if plain == head or not re.fullmatch(r"\(?[A-Za-z0-9]{1,2}\)?\.?", plain):
+    plain = unicodedata.normalize("NFKC", first)
+    if plain == first or not re.fullmatch(r"\(?[A-Za-z0-9]{1,2}\)?\.?", plain):
         return text
-    rest = text.lstrip()[1:]
+    rest = stripped[1:]
     if re.search(r"[).]$", plain) or re.match(r"\s*[.:)．：、）]", rest):
         return plain + re.sub(r"^\s*[．：、）]", ". ", rest)
     return f"{plain}. {rest.lstrip()}"
@@ -43,20 +47,22 @@ def option_label(
     text: str,
 ) -> tuple | None:  # (sign in lower case, how it is written, what follows); None: no label
     "The letter or number that a text begins with, as a list of options writes it."
-    text = _plain_signs(text)
-    for wide, plain in (("．", ". "), ("：", ": "), ("、", ". "), ("）", ") ")):
+    text = _with_plain_sign(text)
+    for wide, plain in _WIDE.items():
         text = text.replace(wide, plain, 1)
     found = _LABEL.match(text)
     if not found:
         return None
-    rest, sign, close = text[found.end() :], found["sign"].lower(), found["close"].strip()
+    rest = text[found.end() :]
+    sign = found["sign"].lower()
+    close = found["close"].strip()
     if found["open"] and close[:1] not in tuple(")]}"):
         return None
-    joined = rest[:1].isdigit() and not found["blank"]
-    if sign.isdigit() and (joined or close in ("-", "–", "—", "/", "=", ">", ",")):
+    is_joined = rest[:1].isdigit() and not found["blank"]
+    if sign.isdigit() and (is_joined or close in ("-", "–", "—", "/", "=", ">", ",")):
         return None  # 1.5 mg, 2:1, 1 - 2 weeks, 1/2
-    plain_letter = len(sign) == 1 and found["sign"].isupper()
-    if not close and not found["word"] and not plain_letter:
+    is_capital = len(sign) == 1 and found["sign"].isupper()
+    if not close and not found["word"] and not is_capital:
         return None  # 1 mg, iv fluids, a base
     kind = "number" if sign.isdigit() else "letter"
     style = (kind, bool(found["word"]), found["open"], close, found["sign"].isupper())
@@ -64,23 +70,29 @@ def option_label(
 
 # %% ../../../nbs/data/reading/option_texts.ipynb #o005
 def unlettered(
-    options: list,  # of str
-) -> list | None:  # the options without their letters; None: they carry none
+    options: list[str],
+) -> list[str] | None:  # the options without their letters; None: they carry none
     "Options whose every text begins with its own letter or number, in order, without these."
     first = option_label(options[0]) if len(options) > 1 else None
     if not first or first[0] not in ("a", "1", "i", "0"):
         return None
-    found = [option_label(o) for o in options]
-    if not all(found) or len({style for _, style, _ in found}) > 1:
+    labels = [option_label(option) for option in options]
+    if not all(labels) or len({style for _, style, _ in labels}) > 1:
         return None
-    signs, rests = [sign for sign, *_ in found], [rest for *_, rest in found]
+    signs = [sign for sign, _, _ in labels]
+    rests = [rest for _, _, rest in labels]
     n = len(signs)
-    from_0, from_1 = list(map(str, range(n))), list(map(str, range(1, n + 1)))
-    orders = [list("abcdefghijklmnopqrst"[:n]), _ROMAN[:n], from_0, from_1]
+    orders = [
+        list("abcdefghijklmnopqrst"[:n]),
+        _ROMAN[:n],
+        [str(i) for i in range(n)],
+        [str(i) for i in range(1, n + 1)],
+    ]
     if signs not in orders or not all(rests):
         return None
-    bare = not first[1][3] and not first[1][1]  # "A Naloxone": only a letter and a blank
-    if bare and (n < 3 or len({text_key(rest) for rest in rests}) < n):
+    _, (_, has_word, _, close, _), _ = first
+    is_bare = not close and not has_word  # "A Naloxone": only a letter and a blank
+    if is_bare and (n < 3 or len({text_key(rest) for rest in rests}) < n):
         return None  # A cell, B cell, D cell
     return rests
 
@@ -96,22 +108,28 @@ _MORE = (
 _REFERS = [
     re.compile(pattern)
     for pattern in (
-        # all of the above, none of these, any of the options, both of the above, all above, all others
+        # all of the above, none of these, any of the options, both of the above, all others
         r"\b(?:all|none|any|both|neither|either|some|every one)(?: one)?"
         rf"(?: of| the| in| from| amongst| among)* {_OTHERS}{_MORE}$",
-        r"\b(?:one|two|three|four|more than one|at least two|any two|only one|only two) (?:or more )?of "
+        r"\b(?:one|two|three|four|more than one|at least two|any two|only one|only two)"
+        r" (?:or more )?of "
         r"(?:the )?(?:above|below|these|those|options|choices|answers|statements)\b",
         # the word alone, or with a verdict: All, Both, None is correct
         r"^(?:all|none|both|neither|any|either)(?: of them)?(?: are| is| were)?(?: equally)?"
-        r"(?: correct| true| right| false| wrong| incorrect| possible| not true| not correct)?$",
+        r"(?: correct| true| right| false| wrong| incorrect| possible| not true"
+        r"| not correct)?$",
         r"^(?:aota|nota|bota|all above|none above)$",
-        r"\b(?:options?|choices?|answers?|alternatives?) \(?(?:[a-h]|[1-9]|i|ii|iii|iv)\b\)?(?![-'])",
-        r"^(?:both )?(?:the )?(?:(?:first|last|former|latter) (?:two|three|one|options?|choices?|answers?)"
-        r"(?: options?| choices?| answers?)?|former|latter)(?: above| only| are correct| are true)?$",
+        r"\b(?:options?|choices?|answers?|alternatives?)"
+        r" \(?(?:[a-h]|[1-9]|i|ii|iii|iv)\b\)?(?![-'])",
+        r"^(?:both )?(?:the )?(?:(?:first|last|former|latter)"
+        r" (?:two|three|one|options?|choices?|answers?)(?: options?| choices?| answers?)?"
+        r"|former|latter)(?: above| only| are correct| are true)?$",
         r"^(?:same as|as|like|similar to) (?:the )?(?:above|previous|preceding)\b",
         # Spanish, French, German, Chinese
-        r"\b(?:tod[oa]s|ningun[oa]|cualquiera)\b.*\b(?:anteriores|correct[ao]s|respuestas|opciones)\b",
-        r"\b(?:toutes|aucune|tous|aucun)\b.*\b(?:ci-dessus|r[eé]ponses|propositions|pr[eé]c[eé]dent[e]?s)\b",
+        r"\b(?:tod[oa]s|ningun[oa]|cualquiera)\b.*"
+        r"\b(?:anteriores|correct[ao]s|respuestas|opciones)\b",
+        r"\b(?:toutes|aucune|tous|aucun)\b.*"
+        r"\b(?:ci-dessus|r[eé]ponses|propositions|pr[eé]c[eé]dent[e]?s)\b",
         r"\b(?:alle|keine[rs]?)\b.*\b(?:genannten|antworten|aussagen|obigen)\b",
         r"以上|上述|均(?:不)?(?:对|是|正确)|都(?:不)?(?:对|是|正确)",
     )
@@ -141,28 +159,33 @@ def _only_references(
     pieces = [p for p in _PIECE.findall(text) if p not in tuple(".()[]{}:'\"*")]
     if not 1 <= len(pieces) <= 14:
         return False
-    refs, words, joints, letters = [], set(), [], "abcdefgh"[: max(n, 5)]
+    references = []
+    words = set()
+    joints = []
+    letters = "abcdefgh"[: max(n, 5)]
     for piece in pieces:
         if _is_reference(piece, letters, n):
-            refs.append(piece)
+            references.append(piece)
         elif words & {"both", "either", "only", "neither"} and _is_run(piece, letters[:n]):
-            refs += piece  # both ab
+            references += piece  # both ab
         elif piece in _JOINTS:
             joints.append(piece)
         elif piece in _LEADS | _TAILS:
             words.add(piece)
         else:
             return False
-    if not refs or len(set(refs)) < len(refs):
+    if not references or len(set(references)) < len(references):
         return False
-    if len(refs) == 1:
+    if len(references) == 1:
         return bool(words & _POINTING)
     if not joints and not words:
         return False  # a c
-    digits = all(ref.isdigit() for ref in refs)
-    said = bool(words) or bool(set(joints) & {"and", "&", "or", "nor", "with", "as", "plus"})
-    listed = "," in joints and (len(refs) > 2 or set(joints) == {","} and ", " in text)
-    return said or not digits or listed
+    if words or not all(reference.isdigit() for reference in references):
+        return True
+    if set(joints) & {"and", "&", "or", "nor", "with", "as", "plus"}:
+        return True
+    only_commas = set(joints) == {","} and ", " in text
+    return "," in joints and (len(references) > 2 or only_commas)
 
 
 def _is_reference(piece, letters, n):
@@ -181,7 +204,7 @@ def refers_to_others(
     option: str,
     n: int = 4,  # number of options of the item
 ) -> bool:
-    "Whether an option speaks of other options by their letter, number or place."
+    "Whether an option refers to other options by their letter, number or place."
     text = text_key(option).strip(" .!;:\"'*")
     text = re.sub(r"\s+", " ", text)
     if not text:
@@ -190,9 +213,9 @@ def refers_to_others(
 
 
 def keeps_its_order(
-    options: list,  # of str
+    options: list[str],
 ) -> bool:
-    "Whether options make sense in their own order only: one speaks of others, or all carry letters."
+    "Whether options make sense in their own order only: one refers to others, or all have letters."
     n = len(options)
     if any(refers_to_others(option, n) for option in options):
         return True

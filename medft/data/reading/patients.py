@@ -1,4 +1,4 @@
-"""FHIR bundles and Synthea folders are read one patient at a time; a patient reads the same whichever they came from.
+"""FHIR bundles and Synthea folders are read one patient at a time; a patient reads the same from either.
 
 Docs: https://medft.github.io/medft/data/reading/patients.html.md"""
 
@@ -22,28 +22,33 @@ import unicodedata
 import orjson
 
 # %% ../../../nbs/data/reading/patients.ipynb #c006
-PERSON = (
-    "patient_id prefix first last suffix maiden birth_date death_date sex race ethnicity marital ssn address city state county zip"
-).split()
+PERSON = """patient_id prefix first last suffix maiden birth_date death_date sex race ethnicity
+    marital ssn address city state county zip""".split()
 KINDS = ("conditions", "medications", "immunizations")
 
 
-def _patient(person, events, kind, file):
-    "The row; events are (what, date, stop, text, encounter), an encounter's stop being its class."
-    events = sorted({tuple(str(x or "") for x in e) for e in events}, key=lambda e: (e[1], e))
-    history = [list(e) for e in events if e[0] != "encounters"]
-    lists = {k: [[date, text] for what, date, _, text, _ in history if what == k] for k in KINDS}
-    encounters = [
-        [id, date, kind, text] for what, date, kind, text, id in events if what == "encounters"
+def _patient_row(
+    person,  # field of PERSON -> value
+    events,  # (kind, date, stop, text, encounter); of an encounter, `stop` is its class
+    source,  # fhir or synthea
+    file,
+):
+    "The row of a patient."
+    texts = {tuple(str(field or "") for field in event) for event in events}
+    texts = sorted(texts, key=lambda event: (event[1], event))
+    history = [list(event) for event in texts if event[0] != "encounters"]
+    row = {field: str(person.get(field) or "").strip() for field in PERSON}
+    for kind in KINDS:
+        row[kind] = [[date, text] for what, date, _, text, _ in history if what == kind]
+    row["encounters"] = [
+        [id, date, encounter_class, text]
+        for what, date, encounter_class, text, id in texts
+        if what == "encounters"
     ]
-    return (
-        {k: str(person.get(k) or "").strip() for k in PERSON}
-        | lists
-        | dict(encounters=encounters, history=history, kind=kind, _file=file)
-    )
+    return row | dict(history=history, kind=source, _file=file)
 
 # %% ../../../nbs/data/reading/patients.ipynb #c008
-_CDC = {
+_CDC_CODES = {
     "1002-5": "native",
     "2028-9": "asian",
     "2054-5": "black",
@@ -53,67 +58,63 @@ _CDC = {
     "2135-2": "hispanic",
     "2186-5": "nonhispanic",
 }
-_VOID = {"entered-in-error", "not-done", "cancelled", "refuted", "stopped-in-error"}
+_VOID_STATUS = {"entered-in-error", "not-done", "cancelled", "refuted", "stopped-in-error"}
 
 
 def _day(*dates):
-    return next((str(d)[:10] for d in dates if d), "")
+    "The day of the first date that is there."
+    return next((str(date)[:10] for date in dates if date), "")
 
 
-def _tail(reference):
+def _referenced_id(reference):
     return re.split(r"[/:|]", (reference or {}).get("reference") or "")[-1]
 
 
-def _coded(concept, key):
-    return next((c.get(key) for c in (concept or {}).get("coding") or [] if c.get(key)), "")
+def _first_coding(concept, key):
+    codings = (concept or {}).get("coding") or []
+    return next((coding.get(key) for coding in codings if coding.get(key)), "")
 
 
-def _said(concept):
-    return (concept or {}).get("text") or _coded(concept, "display")
+def _concept_text(concept):
+    return (concept or {}).get("text") or _first_coding(concept, "display")
 
 
 def _code(concept):
-    return _coded(concept, "code")
+    return _first_coding(concept, "code")
 
 
-def _race(resource, name):
-    found = [
-        x
-        for e in resource.get("extension") or []
-        if e.get("url", "").endswith(name)
-        for x in e.get("extension") or []
-    ]
-    known = next(
-        (_CDC.get(x["valueCoding"].get("code")) for x in found if "valueCoding" in x), None
-    )
-    return known or next((x["valueString"].lower() for x in found if "valueString" in x), "")
+def _us_core(resource, name):
+    "Race or ethnicity: the word of a known code, else the text of the extension."
+    inner = []
+    for extension in resource.get("extension") or []:
+        if extension.get("url", "").endswith(name):
+            inner += extension.get("extension") or []
+    codings = [x["valueCoding"] for x in inner if "valueCoding" in x]
+    if codings and codings[0].get("code") in _CDC_CODES:
+        return _CDC_CODES[codings[0]["code"]]
+    return next((x["valueString"].lower() for x in inner if "valueString" in x), "")
 
 # %% ../../../nbs/data/reading/patients.ipynb #c009
-def _fhir_person(r):
-    names = r.get("name") or [{}]
+def _fhir_person(resource):
+    "The fields of PERSON from a Patient resource."
+    names = resource.get("name") or [{}]
     name = next((n for n in names if n.get("use") == "official"), names[0])
-    home, ids = (r.get("address") or [{}])[0], r.get("identifier") or []
+    maiden = next((n.get("family") for n in names if n.get("use") == "maiden"), "")
+    home = (resource.get("address") or [{}])[0]
     return dict(
-        patient_id=r.get("id"),
+        patient_id=resource.get("id"),
         prefix=" ".join(name.get("prefix") or []),
         first=" ".join(name.get("given") or []),
         last=name.get("family"),
         suffix=" ".join(name.get("suffix") or []),
-        maiden=next((n.get("family") for n in names if n.get("use") == "maiden"), ""),
-        birth_date=r.get("birthDate"),
-        death_date=_day(r.get("deceasedDateTime")),
-        sex={"male": "M", "female": "F"}.get(r.get("gender"), ""),
-        race=_race(r, "us-core-race"),
-        ethnicity=_race(r, "us-core-ethnicity"),
-        marital=_code(r.get("maritalStatus")).replace("UNK", ""),
-        ssn=next(
-            (
-                i.get("value")
-                for i in ids
-                if i.get("system", "").endswith("us-ssn") or _code(i.get("type")) == "SS"
-            ),
-            "",
-        ),
+        maiden=maiden,
+        birth_date=resource.get("birthDate"),
+        death_date=_day(resource.get("deceasedDateTime")),
+        sex={"male": "M", "female": "F"}.get(resource.get("gender"), ""),
+        race=_us_core(resource, "us-core-race"),
+        ethnicity=_us_core(resource, "us-core-ethnicity"),
+        marital=_code(resource.get("maritalStatus")).replace("UNK", ""),
+        ssn=_social_security_number(resource.get("identifier") or []),
         address=", ".join(home.get("line") or []),
         city=home.get("city"),
         state=home.get("state"),
@@ -121,84 +122,82 @@ def _fhir_person(r):
         zip=home.get("postalCode"),
     )
 
+
+def _social_security_number(identifiers):
+    for identifier in identifiers:
+        is_ssn = identifier.get("system", "").endswith("us-ssn")
+        if is_ssn or _code(identifier.get("type")) == "SS":
+            return identifier.get("value")
+    return ""
+
 # %% ../../../nbs/data/reading/patients.ipynb #c010
-def _ended(r):
+def _end_of_condition(resource):
     "When a condition ended: a day, `resolved` when only that is known, or nothing."
-    over = _code(r.get("clinicalStatus")) in ("resolved", "inactive")
-    return _day(r.get("abatementDateTime"), (r.get("abatementPeriod") or {}).get("end")) or (
-        "resolved" if over else ""
-    )
+    period = resource.get("abatementPeriod") or {}
+    day = _day(resource.get("abatementDateTime"), period.get("end"))
+    if day:
+        return day
+    is_over = _code(resource.get("clinicalStatus")) in ("resolved", "inactive")
+    return "resolved" if is_over else ""
 
 
-def _fhir_event(r, drugs):
-    kind, at, began = (
-        r["resourceType"],
-        _tail(r.get("encounter")),
-        (r.get("period") or r.get("onsetPeriod") or {}).get("start"),
-    )
+def _fhir_event(
+    resource,
+    drugs,  # id of a Medication -> its name
+):  # (kind, date, stop, text, encounter); None for other resources
+    "What a resource adds to a patient's history."
+    kind = resource["resourceType"]
+    encounter = _referenced_id(resource.get("encounter"))
+    began = (resource.get("period") or resource.get("onsetPeriod") or {}).get("start")
     if kind == "Encounter":
-        return (
-            "encounters",
-            _day(began),
-            (r.get("class") or {}).get("code"),
-            _said((r.get("type") or [{}])[0]),
-            r.get("id"),
-        )
+        encounter_class = (resource.get("class") or {}).get("code")
+        text = _concept_text((resource.get("type") or [{}])[0])
+        return "encounters", _day(began), encounter_class, text, resource.get("id")
     if kind == "Condition":
-        return (
-            "conditions",
-            _day(r.get("onsetDateTime"), began, r.get("recordedDate")),
-            _ended(r),
-            _said(r.get("code")),
-            at,
-        )
+        date = _day(resource.get("onsetDateTime"), began, resource.get("recordedDate"))
+        text = _concept_text(resource.get("code"))
+        return "conditions", date, _end_of_condition(resource), text, encounter
     if kind == "Immunization":
-        return (
-            "immunizations",
-            _day(r.get("occurrenceDateTime")),
-            "",
-            _said(r.get("vaccineCode")),
-            at,
-        )
+        date = _day(resource.get("occurrenceDateTime"))
+        return "immunizations", date, "", _concept_text(resource.get("vaccineCode")), encounter
     if kind == "MedicationRequest":
-        drug = _said(r.get("medicationCodeableConcept")) or drugs.get(
-            _tail(r.get("medicationReference"))
-        )
-        return "medications", _day(r.get("authoredOn")), "", drug, at
+        drug = _concept_text(resource.get("medicationCodeableConcept"))
+        drug = drug or drugs.get(_referenced_id(resource.get("medicationReference")))
+        return "medications", _day(resource.get("authoredOn")), "", drug, encounter
+    return None
 
 # %% ../../../nbs/data/reading/patients.ipynb #c011
 def _fhir_rows(bundle, file):
-    found = [e for e in bundle.get("entry") or [] if e.get("resource")]
-    entries = [
-        (
-            e["resource"],
-            {_tail({"reference": e.get("fullUrl")}), e["resource"].get("id")} - {"", None},
-        )
-        for e in found
-    ]
-    drugs = {
-        i: _said(r.get("code"))
-        for r, ids in entries
-        if r["resourceType"] == "Medication"
-        for i in ids
-    }
-    live = [
-        r for r, _ in entries if not {r.get("status"), _code(r.get("verificationStatus"))} & _VOID
-    ]
-    events = [
-        (_tail(r.get("subject") or r.get("patient")), e)
-        for r in live
-        if (e := _fhir_event(r, drugs))
-    ]
-    for r, ids in entries:
-        if r["resourceType"] == "Patient":
-            yield _patient(_fhir_person(r), [e for who, e in events if who in ids], "fhir", file)
+    "The rows of a bundle's patients."
+    entries = [e for e in bundle.get("entry") or [] if e.get("resource")]
+    patients = []  # (resource, the ids by which others refer to it)
+    drugs = {}
+    events = []  # (patient's id, event)
+    for entry in entries:
+        resource = entry["resource"]
+        ids = {_referenced_id({"reference": entry.get("fullUrl")}), resource.get("id")} - {"", None}
+        if resource["resourceType"] == "Patient":
+            patients.append((resource, ids))
+        elif resource["resourceType"] == "Medication":
+            drugs |= dict.fromkeys(ids, _concept_text(resource.get("code")))
+    for entry in entries:
+        resource = entry["resource"]
+        status = {resource.get("status"), _code(resource.get("verificationStatus"))}
+        event = None if status & _VOID_STATUS else _fhir_event(resource, drugs)
+        if event:
+            subject = resource.get("subject") or resource.get("patient")
+            events.append((_referenced_id(subject), event))
+    for resource, ids in patients:
+        own = [event for patient, event in events if patient in ids]
+        yield _patient_row(_fhir_person(resource), own, "fhir", file)
 
 # %% ../../../nbs/data/reading/patients.ipynb #c013
 def read_fhir(
-    part,  # a bundle file, or a folder of them
+    part: Part,  # a bundle file, or a folder of them
 ):  # yields (number, row), a row per patient
-    "The patients of FHIR R4 bundles, one file in memory at a time. Raises `MedftError` for a broken or other file."
+    """The patients of FHIR R4 bundles, one file in memory at a time.
+
+    Raises `MedftError` for a broken or other file."""
     number = 0
     for one, file in files_of(part, ".json"):
         try:
@@ -207,26 +206,25 @@ def read_fhir(
             raise MedftError(f"{one.name}:{e.lineno}: broken JSON: {e.msg}") from None
         kind = bundle.get("resourceType") if isinstance(bundle, dict) else type(bundle).__name__
         if kind != "Bundle":
-            raise MedftError(
-                f"{one.name}: a FHIR bundle has resourceType Bundle, this has {kind!r}; export patients as bundles"
-            )
+            what = f"a FHIR bundle has resourceType Bundle, this has {kind!r}"
+            raise MedftError(f"{one.name}: {what}; export patients as bundles")
         try:
             rows = list(_fhir_rows(bundle, file))
         except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise MedftError(
-                f"{one.name}: an entry does not follow FHIR R4 ({type(e).__name__}: {e}); export it again"
-            ) from None
-        for number, row in enumerate(rows, number + 1):
+            what = f"an entry does not follow FHIR R4 ({type(e).__name__}: {e})"
+            raise MedftError(f"{one.name}: {what}; export it again") from None
+        for row in rows:
+            number += 1
             yield number, row
     if not number:
-        raise MedftError(
-            f"{part.name}: no bundle holds a Patient; name the folder with the patients' bundles"
-        )
+        what = "no bundle holds a Patient; name the folder with the patients' bundles"
+        raise MedftError(f"{part.name}: {what}")
 
 
 READERS["fhir"] = read_fhir
 
 # %% ../../../nbs/data/reading/patients.ipynb #c017
+# table -> its columns of the date, the stop (of an encounter: the class) and the encounter
 _TABLES = dict(
     encounters=("START", "ENCOUNTERCLASS", "ID"),
     conditions=("START", "STOP", "ENCOUNTER"),
@@ -235,86 +233,80 @@ _TABLES = dict(
 )
 
 
-def _table(part, name):
-    path = next(
-        (p for p in (part.path / f"{name}.csv", part.path / f"{name}.csv.gz") if p.is_file()), None
-    )
+def _table_rows(part, name):
+    "(line, row) of a table, columns in capitals; nothing for one that is absent or empty."
+    paths = (part.path / f"{name}.csv", part.path / f"{name}.csv.gz")
+    path = next((p for p in paths if p.is_file()), None)
     if path is None:
         return
     table = Part(f"{part.name}/{path.name}", path, "csv")
     try:
-        empty = next(READERS["csv"](table), None) is None
+        is_empty = next(READERS["csv"](table), None) is None
     except Exception:
-        empty = False  # the next line says what is wrong
-    for line, row in () if empty else source_rows(table):
-        yield line, {k.upper(): v for k, v in row.items()}
+        is_empty = False  # reading it below says what is wrong
+    if is_empty:
+        return
+    for line, row in source_rows(table):
+        yield line, {column.upper(): value for column, value in row.items()}
 
 
-def _columns(part, name, row, needs):
-    missing = [c for c in needs if c and c not in row]
+def _check_columns(part, name, row, needed):
+    "Raise `MedftError` for a table without a column that is needed."
+    missing = [column for column in needed if column and column not in row]
     if missing:
-        raise MedftError(
-            f"{part.name}/{name}.csv:1: no column {', '.join(missing)}{nearest(missing[0], row)}; a Synthea export has it"
-        )
+        what = f"no column {', '.join(missing)}{nearest(missing[0], row)}"
+        raise MedftError(f"{part.name}/{name}.csv:1: {what}; a Synthea export has it")
 
 # %% ../../../nbs/data/reading/patients.ipynb #c018
-def _group(part, db):
+def _load_events(part, db):
+    "Fill a database with the events of all patients."
     db.executescript(
-        "pragma journal_mode=off; pragma synchronous=off; create table event(patient, what, date, stop, text, encounter)"
+        "pragma journal_mode=off; pragma synchronous=off;"
+        " create table event(patient, what, date, stop, text, encounter)"
     )
-    for what, (date, stop, encounter) in _TABLES.items():
-
-        def rows():
-            for n, (line, r) in enumerate(_table(part, what)):
-                if n == 0:
-                    _columns(part, what, r, ("PATIENT", date, stop, encounter, "DESCRIPTION"))
-                yield (
-                    r["PATIENT"],
-                    what,
-                    r[date][:10],
-                    r.get(stop, "")[:10] if what != "encounters" else r[stop],
-                    r["DESCRIPTION"],
-                    r[encounter],
-                )
-
-        db.executemany("insert into event values (?,?,?,?,?,?)", rows())
+    for table in _TABLES:
+        db.executemany("insert into event values (?,?,?,?,?,?)", _table_events(part, table))
     db.execute("create index one on event(patient)")
     db.commit()
 
+
+def _table_events(part, table):
+    "(patient, kind, date, stop, text, encounter) of every row of a table."
+    date, stop, encounter = _TABLES[table]
+    for n, (_, row) in enumerate(_table_rows(part, table)):
+        if n == 0:
+            _check_columns(part, table, row, ("PATIENT", date, stop, encounter, "DESCRIPTION"))
+        stopped = row[stop] if table == "encounters" else row.get(stop, "")[:10]
+        day = row[date][:10]
+        yield row["PATIENT"], table, day, stopped, row["DESCRIPTION"], row[encounter]
+
 # %% ../../../nbs/data/reading/patients.ipynb #c019
-_OTHER = dict(patient_id="ID", birth_date="BIRTHDATE", death_date="DEATHDATE", sex="GENDER")
-_CSV_PERSON = {k: _OTHER.get(k, k.upper()) for k in PERSON}
+_CSV_NAMES = dict(patient_id="ID", birth_date="BIRTHDATE", death_date="DEATHDATE", sex="GENDER")
+_CSV_PERSON = {field: _CSV_NAMES.get(field, field.upper()) for field in PERSON}
 
 # %% ../../../nbs/data/reading/patients.ipynb #c020
 def read_synthea(
-    part,  # a folder with patients.csv and the tables beside it
+    part: Part,  # a folder with patients.csv and the other tables
 ):  # yields (line of patients.csv, row)
-    "The patients of a Synthea CSV folder, memory bounded whatever its size. Raises `MedftError` for a broken table."
+    """The patients of a Synthea CSV folder; the memory needed does not grow with its size.
+
+    Raises `MedftError` for a broken table."""
+    query = "select what, date, stop, text, encounter from event where patient = ?"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tmp:
         db = sqlite3.connect(f"{tmp}/events.db")
         try:
-            _group(part, db)
-            n = 0
-            for n, (line, r) in enumerate(_table(part, "patients"), 1):
-                if n == 1:
-                    _columns(part, "patients", r, ("ID", "BIRTHDATE", "FIRST", "LAST"))
-                events = db.execute(
-                    "select what, date, stop, text, encounter from event where patient = ?",
-                    (r["ID"],),
-                )
-                yield (
-                    line,
-                    _patient(
-                        {k: r.get(c, "") for k, c in _CSV_PERSON.items()},
-                        events,
-                        "synthea",
-                        "patients.csv",
-                    ),
-                )
-            if not n:
-                raise MedftError(
-                    f"{part.name}/patients.csv: no patient in it; name a Synthea CSV folder"
-                )
+            _load_events(part, db)
+            is_first = True
+            for line, row in _table_rows(part, "patients"):
+                if is_first:
+                    _check_columns(part, "patients", row, ("ID", "BIRTHDATE", "FIRST", "LAST"))
+                    is_first = False
+                person = {field: row.get(column, "") for field, column in _CSV_PERSON.items()}
+                events = db.execute(query, (row["ID"],))
+                yield line, _patient_row(person, events, "synthea", "patients.csv")
+            if is_first:
+                what = "no patient in it; name a Synthea CSV folder"
+                raise MedftError(f"{part.name}/patients.csv: {what}")
         finally:
             db.close()
 
@@ -322,79 +314,71 @@ def read_synthea(
 READERS["synthea"] = read_synthea
 
 # %% ../../../nbs/data/reading/patients.ipynb #c024
+_RECORD_FIELDS = "birth_date sex race marital ssn address city state zip".split()
+
+
 def record(
-    row,  # a patient's row
+    row: dict,  # a patient's row
     visits=None,  # encounter ids that this record knows of; None: all, and the death too
-    newest=10,  # conditions and medications, each; of immunizations the newest 5
-):  # first, last, birth_date, sex, race, marital, ssn, address, city, state, zip, conditions, ..., visits, last_visit
+    newest: int = 10,  # conditions and medications, each; of immunizations the newest 5
+) -> dict:  # first, last, birth_date ... zip, conditions, ..., visits, last_visit
     "What one place knows about a patient. Open conditions are known everywhere."
     seen = [e for e in row["encounters"] if visits is None or e[0] in visits]
-    known = [
-        h
-        for h in row["history"]
-        if visits is None or h[4] in visits or (h[0] == "conditions" and not h[2])
-    ]
-    lists = {k: [[d, t] for what, d, _, t, _ in known if what == k] for k in KINDS}
-    for k in KINDS[:2]:
-        lists[k] = sorted([d, t] for t, d in {t: d for d, t in lists[k]}.items())[-newest:]
-    died = dict(death_date=row["death_date"]) if visits is None and row["death_date"] else {}
-    who = {
-        k: row[k]
-        for k in ("birth_date", "sex", "race", "marital", "ssn", "address", "city", "state", "zip")
-    }
-    who = {k: re.sub(r"\d+", "", row[k]) for k in ("first", "last")} | who
-    return (
-        who
-        | died
-        | lists
-        | dict(
-            immunizations=lists["immunizations"][-5:],
-            visits=len(seen),
-            last_visit=max((e[1] for e in seen), default=""),
-        )
-    )
+    events = {kind: [] for kind in KINDS}
+    for kind, date, stop, text, encounter in row["history"]:
+        is_open = kind == "conditions" and not stop
+        is_known = visits is None or encounter in visits or is_open
+        if is_known and kind in events:
+            events[kind].append([date, text])
+    found = {field: re.sub(r"\d+", "", row[field]) for field in ("first", "last")}
+    found |= {field: row[field] for field in _RECORD_FIELDS}
+    if visits is None and row["death_date"]:
+        found["death_date"] = row["death_date"]
+    for kind in ("conditions", "medications"):
+        latest = {text: date for date, text in events[kind]}
+        found[kind] = sorted([date, text] for text, date in latest.items())[-newest:]
+    found["immunizations"] = events["immunizations"][-5:]
+    found["visits"] = len(seen)
+    found["last_visit"] = max((date for _, date, *_ in seen), default="")
+    return found
 
 # %% ../../../nbs/data/reading/patients.ipynb #c025
+_RECORD_LABELS = dict(
+    birth_date="Born", death_date="Died", sex="Sex", race="Race", marital="Marital", ssn="SSN"
+)
+
+
 def record_text(
-    record,  # an object with the fields of a record pair's left or right; any may be missing
+    record: dict,  # with the fields of `record`; any may be missing
 ) -> str:
     "A patient's record as a model reads it: one line a field, empty ones left out."
 
-    def g(k):
-        return "" if record.get(k) is None else str(record[k]).strip()
+    def text(field):
+        value = record.get(field)
+        return "" if value is None else str(value).strip()
 
-    home, last = (
-        ", ".join(x for x in (g("address"), g("city"), f"{g('state')} {g('zip')}".strip()) if x),
-        g("last_visit"),
-    )
-    lines = [
-        ("Name", f"{g('first')} {g('last')}".strip()),
-        ("Born", g("birth_date")),
-        ("Died", g("death_date")),
-        ("Sex", g("sex")),
-        ("Race", g("race")),
-        ("Marital", g("marital")),
-        ("SSN", g("ssn")),
-        ("Address", home),
-    ]
-    lines += [
-        (
-            k.capitalize(),
-            "; ".join(f"{d} {re.sub(r'  +', ', ', t)}" for d, t in record.get(k) or []),
-        )
-        for k in KINDS
-    ]
-    lines.append(("Visits", g("visits") + (f", last {last}" if last else "")))
-    return "\n".join(f"{k}: {v}" for k, v in lines if v)
+    region = f"{text('state')} {text('zip')}".strip()
+    home = ", ".join(filter(None, (text("address"), text("city"), region)))
+    lines = {"Name": f"{text('first')} {text('last')}".strip()}
+    lines |= {label: text(field) for field, label in _RECORD_LABELS.items()}
+    lines["Address"] = home
+    for kind in KINDS:
+        events = [f"{date} {re.sub(r'  +', ', ', what)}" for date, what in record.get(kind) or []]
+        lines[kind.capitalize()] = "; ".join(events)
+    last_visit = text("last_visit")
+    lines["Visits"] = text("visits") + (f", last {last_visit}" if last_visit else "")
+    return "\n".join(f"{label}: {value}" for label, value in lines.items() if value)
 
 
-def patient_summary(row) -> str:
+def patient_summary(
+    row: dict,  # a patient's row
+) -> str:
     "The text of a patient's row."
     return record_text(record(row))
 
 
 def pair_text(
-    pair,  # with the records `left` and `right`
+    pair: dict,  # with the records `left` and `right`
 ) -> str:
     "The text of a pair of records."
     return f"Record A\n{record_text(pair['left'])}\n\nRecord B\n{record_text(pair['right'])}"
@@ -404,30 +388,43 @@ ALIGNED = ("first", "last", "birth_date", "ssn", "address", "zip", "sex")
 
 
 def plain(
-    field,
+    field: str,
     value,
 ) -> str:  # ten letters and digits at most
     "A field's value as it is compared."
-    text = re.sub(
-        r"[\W_]", "", unicodedata.normalize("NFKD", str("" if value is None else value)).casefold()
-    )
-    return (text.removeprefix("999") if field == "ssn" else text)[:10]
+    text = "" if value is None else str(value)
+    text = unicodedata.normalize("NFKD", text).casefold()
+    text = re.sub(r"[\W_]", "", text)
+    if field == "ssn":
+        text = text.removeprefix("999")
+    return text[:10]
 
 
-def side_by_side(left, right) -> list[tuple]:
-    "(field, its value left, right) for the fields that two records are compared in."
-    both = {k: None for r in (left, right) for k, v in r.items() if not isinstance(v, (list, dict))}
-    return [(k, plain(k, left.get(k)), plain(k, right.get(k))) for k in ALIGNED if k in both] or [
-        (k, plain(k, left.get(k)), plain(k, right.get(k))) for k in both
-    ]
+def side_by_side(
+    left: dict,  # a record
+    right: dict,
+) -> list[tuple]:  # (field, its value left, its value right)
+    "The fields that two records are compared in."
+    fields = {}
+    for one in (left, right):
+        fields |= {k: None for k, v in one.items() if not isinstance(v, (list, dict))}
+    compared = [field for field in ALIGNED if field in fields] or list(fields)
+    return [(k, plain(k, left.get(k)), plain(k, right.get(k))) for k in compared]
 
 # %% ../../../nbs/data/reading/patients.ipynb #c031
-def aligned_field(field, left, right) -> str:
+def aligned_field(
+    field: str,
+    left: str,  # as `plain` writes it
+    right: str,
+) -> str:
     "Two values as pairs of characters; a dash where one is shorter."
-    pairs = zip(left.ljust(len(right), "-"), right.ljust(len(left), "-"))
+    pairs = zip(left.ljust(len(right), "-"), right.ljust(len(left), "-"), strict=True)
     return f"{field.replace('_', ' ')}:{''.join(f' {a}{b}' for a, b in pairs)} ;"
 
 
-def aligned_text(left, right) -> str:
+def aligned_text(
+    left: dict,  # a record
+    right: dict,
+) -> str:
     "Two records side by side, a line a field, and the question in one word."
-    return "\n".join([*(aligned_field(*f) for f in side_by_side(left, right)), "same:"])
+    return "\n".join([*(aligned_field(*values) for values in side_by_side(left, right)), "same:"])

@@ -1,4 +1,4 @@
-"""A recipe names sources; this room finds the rows to train on, to validate on and to be scored on, and says what is not read.
+"""A recipe names sources. This page finds the rows to train on, to validate on and to be scored on, and reports what is not read.
 
 Docs: https://medft.github.io/medft/data/reading/recipe_sources.html.md"""
 
@@ -10,9 +10,9 @@ __all__ = ['SPLIT_COLUMNS', 'split_column', 'row_splits', 'Sources', 'open_sourc
 
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r002
 from ...core.run import Dataset, MedftError, locate
-from .formats import SPLIT_KEY, Part, broken, features, rows
+from .formats import SPLIT_KEY, Part, features, read_error, rows
 from .hub import hub
-from .sources import called, digest, find, split_for
+from .sources import digest, find_source, source_name, wanted_splits
 from .split_names import split_of_value, splits_in
 
 import os
@@ -23,70 +23,80 @@ from pathlib import Path
 
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r006
 SPLIT_COLUMNS = {"split", "_split", "data_split", "dataset_split", "split_name", "datasplit"}
-_PERHAPS = {"subset", "partition", "set", "fold", "phase"}  # only if all of their values are splits
-_TABLES = {"json", "jsonl", "csv", "tsv", "parquet", "arrow", "folder"}
+_POSSIBLE_SPLIT_COLUMNS = {
+    "subset",
+    "partition",
+    "set",
+    "fold",
+    "phase",
+}  # if all values are splits
+_TABLE_KINDS = {"json", "jsonl", "csv", "tsv", "parquet", "arrow", "folder"}
+_MISSING = {"", "none", "null", "nan", "na", "n/a"}
 
 
 def split_column(
     part: Part,
     taken=(),  # columns that the recipe reads as something else
 ) -> str | None:  # None: there is none
-    "The column in which the rows of a part tell their split."
-    if part.kind not in _TABLES or part.only:
+    "The column in which the rows of a part name their split, by the first thousand rows."
+    if part.kind not in _TABLE_KINDS or part.only:
         return None
     first = [row for _, row in islice(rows(part), 1000) if isinstance(row, dict)]
     columns = dict.fromkeys(str(c) for row in first for c in row if c not in taken)
     if SPLIT_KEY in columns:
         return SPLIT_KEY
-    plain = {re.sub(r"[\s_-]+", "_", c.strip().lower()): c for c in reversed(columns)}
-    certain = next((plain[c] for c in plain if c in SPLIT_COLUMNS), None)
+    plain = {_plain(c): c for c in reversed(columns)}
+    certain = [column for name, column in plain.items() if name in SPLIT_COLUMNS]
     if certain:
-        return certain
+        return certain[0]
+    for name, column in plain.items():
+        if name in _POSSIBLE_SPLIT_COLUMNS and all(split_of_value(r.get(column)) for r in first):
+            return column
+    return None
 
-    def meant(c):
-        return all(split_of_value(row.get(c)) for row in first)
 
-    return next((plain[c] for c in plain if c in _PERHAPS and meant(plain[c])), None)
+def _plain(column):
+    "A column's name without case and separators."
+    return re.sub(r"[\s_-]+", "_", column.strip().lower())
 
 
 def _is_certain(column):
-    "Whether a column of this name tells the split, whatever its values are."
-    plain = re.sub(r"[\s_-]+", "_", column.strip().lower())
-    return column == SPLIT_KEY or plain in SPLIT_COLUMNS
+    "Whether a column of this name holds the split, whatever its values are."
+    return column == SPLIT_KEY or _plain(column) in SPLIT_COLUMNS
 
 
-_MISSING = {"", "none", "null", "nan", "na", "n/a"}
-
-
-def _value(cell, names):
-    "What a cell of the column says; empty where it says nothing."
+def _cell_value(cell, names):
+    "The value of a cell; empty for a missing one. `names`: of classes, where cells hold numbers."
     if names and type(cell) is int and 0 <= cell < len(names):
         return names[cell]
     text = str(cell).strip()
     return "" if text.lower() in _MISSING else text
 
-
+# %% ../../../nbs/data/reading/recipe_sources.ipynb #r006b
 def row_splits(
     part: Part,
     taken=(),  # columns that the recipe reads as something else
-) -> (
-    dict
-):  # value -> (the part limited to its rows, where the first is); empty where rows tell none
-    "The splits that the rows of a part tell."
+) -> dict:  # value -> (the part limited to its rows, number of the first of them)
+    "The splits that the rows of a part name; empty where they name none."
     column = split_column(part, taken)
     if column is None:
         return {}
-    names, found = features(part).get(column), {}
+    names = features(part).get(column)
+    spellings = {}  # value -> cells with that value
+    first_row = {}
     for n, row in rows(part):
         cell = row.get(column)
-        written, _ = found.setdefault(_value(cell, names), (set(), n))
-        written.add(str(cell))
-    if set(found) == {""} or not (_is_certain(column) or all(map(split_of_value, found))):
+        value = _cell_value(cell, names)
+        spellings.setdefault(value, set()).add(str(cell))
+        first_row.setdefault(value, n)
+    if set(spellings) == {""}:
         return {}
-    views = {}
-    for value, (written, n) in found.items():
-        views[value] = replace(part, only=(column, frozenset(written))), n
-    return views
+    if not _is_certain(column) and not all(map(split_of_value, spellings)):
+        return {}
+    return {
+        value: (replace(part, only=(column, frozenset(cells))), first_row[value])
+        for value, cells in spellings.items()
+    }
 
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r009
 @dataclass
@@ -98,12 +108,12 @@ class Sources:
     notes: list = field(default_factory=list)  # what was decided, a sentence each
 
 
-_KEYS = dict(
+_SPLIT_KEYS = dict(
     train="dataset.split",
     validation="dataset.validation_split",
     test="dataset.test_split",
 )
-_NOTHING = (
+_NO_SOURCE = (
     "dataset: nothing to train on; name a file (dataset.path=FILE) or a hub data set"
     " (dataset.name=ID)"
 )
@@ -113,32 +123,35 @@ class _Opening:
     "The sources of one recipe, as they are found."
 
     def __init__(self, d, task, beforehand=False):
-        self.d, self.task, self.beforehand = d, task, beforehand
+        self.d = d
+        self.task = task
+        self.beforehand = beforehand
         self.found = Sources()
         self.offers = {}  # path, as the recipe writes it -> {split: parts}
         self.used = set()  # names of parts that are read, with the values they are limited to
-        self.aside = {}  # path -> keys that name a split of it, and it has none
+        self.unused_keys = {}  # path -> keys that name a split of it, and it has none
 
     def is_remote(self, path):
-        return any("://" in str(p) for p in ([path] if isinstance(path, (str, Path)) else path))
+        paths = [path] if isinstance(path, (str, Path)) else path
+        return any("://" in str(p) for p in paths)
 
     def offer(self, path, role, without=()):
         "The splits of a path: split -> parts."
         key = str(path)
         if key not in self.offers:
-            listing = find(path, self.d.streaming, self.task, without)
-            self.offers[key] = self.by_rows(listing.splits, role)
+            listing = find_source(path, self.d.streaming, self.task, without)
+            self.offers[key] = self.divide_by_rows(listing.splits, role)
             self.found.not_read += listing.not_read
             self.found.notes += listing.notes
         return self.offers[key]
 
-    def by_rows(self, splits, role):
-        "The same splits, where files are not divided by the rows' own."
+    def divide_by_rows(self, splits, role):
+        "The same splits, with files divided by their rows' own split where they name one."
         found = {}
         for split, parts in splits.items():
+            is_divisible = not self.beforehand and splits_in(str(split)) <= {"train"}
             for part in parts:
-                looked_into = not self.beforehand and splits_in(str(split)) <= {"train"}
-                values = row_splits(part, self.d.columns.values()) if looked_into else {}
+                values = row_splits(part, self.d.columns.values()) if is_divisible else {}
                 if len(values) == 1 and role != "train" and not split_of_value(*values):
                     values = {}  # the same word in every row of a file that was named for this
                 self.check_values(part, values)
@@ -162,14 +175,11 @@ class _Opening:
             what = f"no {column} in this row, while others have one"
             if value:
                 what = f"{column} {value!r} is no split that is known"
-            keys = ", ".join(_KEYS.values())
-            raise broken(
-                part.name,
-                f"{what}; write train, validation or test (or name the values in {keys})",
-                n,
-            )
+            keys = ", ".join(_SPLIT_KEYS.values())
+            way_out = f"write train, validation or test (or name the values in {keys})"
+            raise read_error(part.name, f"{what}; {way_out}", n)
 
-    def take(self, entry, name, offer, wanted):
+    def take(self, entry, offer, wanted):
         "Read an entry from these splits."
         parts = [p for s in wanted for p in offer[s]]
         self.used |= {(p.name, p.only) for p in parts}
@@ -179,10 +189,10 @@ class _Opening:
 
     def set_aside(self, entry, path):
         "Remember that a key names a split of a source that has none."
-        self.aside.setdefault(called(path), []).append(_KEYS[entry])
+        self.unused_keys.setdefault(source_name(path), []).append(_SPLIT_KEYS[entry])
 
-    def say_set_aside(self):
-        for path, keys in self.aside.items():
+    def note_unused_keys(self):
+        for path, keys in self.unused_keys.items():
             are = "is" if len(keys) == 1 else "are"
             note = f"{path} has no splits: {' and '.join(keys)} {are} set aside"
             if not {"validation", "test"} <= set(self.found.entries):
@@ -190,79 +200,83 @@ class _Opening:
             self.found.notes.append(note)
 
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r011
-def _read_named(o):
+def _read_named(opening):
     "Read the entries that have a path of their own; returns the files that these are."
-    d, files = o.d, set()
+    d = opening.d
     named = dict(
         validation=(d.validation_path, d.validation_split), test=(d.test_path, d.test_split)
     )
     named |= {name: (path, None) for name, path in d.sets.items()}
+    files = set()
     for entry, (path, split) in named.items():
-        if not path or (o.beforehand and o.is_remote(path)):
+        if not path or (opening.beforehand and opening.is_remote(path)):
             continue
-        role = entry if entry in _KEYS else "test"
-        offer = o.offer(path, role)
+        role = entry if entry in _SPLIT_KEYS else "test"
+        offer = opening.offer(path, role)
         if split and set(offer) == {""}:
-            o.set_aside(entry, path)
-        key = _KEYS.get(entry, f"dataset.sets.{entry}")
-        wanted = split_for(called(path), offer, split, role, key)
-        parts = o.take(entry, called(path), offer, wanted)
+            opening.set_aside(entry, path)
+        key = _SPLIT_KEYS.get(entry, f"dataset.sets.{entry}")
+        wanted = wanted_splits(source_name(path), offer, split, role, key)
+        parts = opening.take(entry, offer, wanted)
         files |= {p.path.resolve() for p in parts if p.path and p.path.is_file()}
     benchmarks = [locate(p) for p in d.benchmarks.values() if p and "://" not in p]
     return files | {path for path in benchmarks if path}
 
 
-def _read_hub(o):
+def _read_hub(opening):
     "Read the splits of a hub data set that the recipe names."
-    d = o.d
+    d = opening.d
+    entries = opening.found.entries
     splits = dict(train=d.split, validation=d.validation_split, test=d.test_split)
     for entry, split in splits.items():
-        if entry not in o.found.entries and (split or entry == "train"):
+        if entry not in entries and (split or entry == "train"):
             parts, commit = hub(d.model_copy(update=dict(split=split)))
-            o.found.entries[entry] = parts, {d.name: commit}
+            entries[entry] = parts, {d.name: commit}
 
 
-def _read_path(o, elsewhere):
+def _read_path(opening, elsewhere):
     "Read what is trained on, and the validation and test rows that come with it."
-    d, name = o.d, called(o.d.path)
-    offer = o.offer(d.path, "train", elsewhere)
-    undivided = set(offer) == {""}
-    training = split_for(name, offer, d.split, "train")
-    if d.split and undivided:
-        o.set_aside("train", d.path)
-    o.take("train", name, offer, training)
+    d = opening.d
+    name = source_name(d.path)
+    offer = opening.offer(d.path, "train", elsewhere)
+    is_undivided = set(offer) == {""}
+    training = wanted_splits(name, offer, d.split, "train")
+    if d.split and is_undivided:
+        opening.set_aside("train", d.path)
+    opening.take("train", offer, training)
     others = {s: parts for s, parts in offer.items() if s not in training}
     for entry, split in dict(validation=d.validation_split, test=d.test_split).items():
-        if entry in o.found.entries:
+        if entry in opening.found.entries:
             continue
-        if split and undivided:
-            o.set_aside(entry, d.path)
+        if split and is_undivided:
+            opening.set_aside(entry, d.path)
         elif split:
-            o.take(entry, name, offer, split_for(name, offer, split, entry, _KEYS[entry]))
+            wanted = wanted_splits(name, offer, split, entry, _SPLIT_KEYS[entry])
+            opening.take(entry, offer, wanted)
         else:
             wanted = [s for s in others if split_of_value(s) == entry]
             wanted = wanted or [s for s in others if splits_in(str(s)) == {entry}]
             if wanted:
-                o.take(entry, name, others, wanted)
+                opening.take(entry, others, wanted)
     if len(offer) > 1:
-        o.found.notes.append(f"{name} is divided: {_division(o, offer)}")
+        opening.found.notes.append(f"{name} is divided: {_division(opening, offer)}")
     if not isinstance(d.path, str):
-        _say_listed(o, offer)
+        _note_listed(opening, offer)
 
 
-def _division(o, offer):
+def _division(opening, offer):
     "Which part of a divided source is read as what, in words."
-    what = []
+    offered = [p for parts in offer.values() for p in parts]
+    clauses = []
     for entry in ("train", "validation", "test"):
-        parts, _ = o.found.entries.get(entry, ((), {}))
-        own = [p for p in parts if any(p in parts for parts in offer.values())]
+        parts, _ = opening.found.entries.get(entry, ((), {}))
+        own = [p for p in parts if p in offered]
         if own:
-            what.append(f"{entry} from {_described(own)}")
-    offered = [p for parts in offer.values() for p in parts if p.only]
-    left = [p for p in offered if (p.name, p.only) not in o.used]
+            clauses.append(f"{entry} from {_described(own)}")
+    left = [p for p in offered if p.only and (p.name, p.only) not in opening.used]
     if left:
-        what.append(f"not read: {_described(left)}")
-    return "; ".join(what)
+        clauses.append(f"not read: {_described(left)}")
+    return "; ".join(clauses)
 
 
 def _described(parts):
@@ -271,86 +285,90 @@ def _described(parts):
     if values:
         return f"rows whose {parts[0].only[0].lstrip('_')} is {', '.join(values)}"
     names = [p.name.rpartition("/")[2] for p in parts]
-    return ", ".join(names[:3]) + f" and {len(names) - 3} more files" * (len(names) > 3)
+    more = f" and {len(names) - 3} more files" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
-def _say_listed(o, offer):
-    "Say which files are trained on although their names speak of another split."
-    for p in offer.get("", ()):
-        speaks = splits_in(p.name.rpartition("/")[2])
-        if speaks and "train" not in speaks:
-            what = " and ".join(sorted(speaks))
-            o.found.notes.append(
-                f"{p.name} is trained on, since dataset.path lists it; its name speaks of {what}"
+def _note_listed(opening, offer):
+    "Note which files are trained on although their names mention another split."
+    for part in offer.get("", ()):
+        splits = splits_in(part.name.rpartition("/")[2])
+        if splits and "train" not in splits:
+            opening.found.notes.append(
+                f"{part.name} is trained on, since dataset.path lists it;"
+                f" its name mentions {' and '.join(sorted(splits))}"
             )
 
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r012
 def open_sources(
     recipe,
-    beforehand=False,  # look at names only, and leave out what is on the network
+    beforehand: bool = False,  # look at names only, and leave out what is on the network
 ) -> Sources:
-    "What every entry of a recipe is read from. Raises `MedftError` for what is not there or unclear."
+    "What every entry of a recipe is read from. Raises `MedftError` for what is absent or unclear."
     d = recipe.dataset
     if not (d.path or d.name):
-        raise MedftError(_NOTHING)
-    o = _Opening(d, recipe.task, beforehand)
-    elsewhere = _read_named(o)
+        raise MedftError(_NO_SOURCE)
+    opening = _Opening(d, recipe.task, beforehand)
+    elsewhere = _read_named(opening)
     if not d.path and not beforehand:
-        _read_hub(o)
-    elif d.path and not (beforehand and o.is_remote(d.path)):
-        _read_path(o, elsewhere)
-    o.say_set_aside()
+        _read_hub(opening)
+    elif d.path and not (beforehand and opening.is_remote(d.path)):
+        _read_path(opening, elsewhere)
+    opening.note_unused_keys()
     order = ["train", "validation", "test", *d.sets]
-    o.found.entries = {e: o.found.entries[e] for e in order if e in o.found.entries}
-    return _with_unused(o)
+    entries = opening.found.entries
+    opening.found.entries = {e: entries[e] for e in order if e in entries}
+    return _with_unused(opening)
 
 
-def _with_unused(o):
-    "The sources that were found, with the files among those not read that no entry takes."
-    read = {p.name for parts, _ in o.found.entries.values() for p in parts}
-    offered = [p.name for offer in o.offers.values() for parts in offer.values() for p in parts]
-    o.found.not_read = [n for n in dict.fromkeys([*o.found.not_read, *offered]) if n not in read]
-    return o.found
+def _with_unused(opening):
+    "The sources that were found, with the files that no entry takes among those not read."
+    found = opening.found
+    read = {p.name for parts, _ in found.entries.values() for p in parts}
+    offered = []
+    for offer in opening.offers.values():
+        offered += [p.name for parts in offer.values() for p in parts]
+    found.not_read = [n for n in dict.fromkeys([*found.not_read, *offered]) if n not in read]
+    return found
 
-
+# %% ../../../nbs/data/reading/recipe_sources.ipynb #r012b
 def training_sources(
     paths,  # as a recipe's dataset.path
-    task=None,
+    task: str | None = None,
 ) -> Sources:
     "What is trained on of some paths, and nothing else: for texts prepared without a recipe."
-    o = _Opening(Dataset(path=paths), task)
-    _read_path(o, set())
-    o.found.entries = {"train": o.found.entries["train"]}
-    return _with_unused(o)
+    opening = _Opening(Dataset(path=paths), task)
+    _read_path(opening, set())
+    opening.found.entries = {"train": opening.found.entries["train"]}
+    return _with_unused(opening)
 
-
+# %% ../../../nbs/data/reading/recipe_sources.ipynb #r012c
 def open_entry(
     d,  # a dataset section
     path,  # None: the hub data set that the section names
-    split=None,
-    role="test",  # what the rows are for, where the source has several splits
-) -> tuple[list, dict]:
-    "The parts of one source, and the hash of what each holds (of the hub: the commit)."
+    split: str | None = None,
+    role: str = "test",  # what the rows are for, where the source has several splits
+) -> tuple[list, dict]:  # parts; name -> hash of what it holds (of the hub: the commit)
+    "The parts of one source. Raises `MedftError` for what is absent or unclear."
     if path is None and d.name:
         parts, commit = hub(d.model_copy(update=dict(split=split)))
         return parts, {d.name: commit}
     if path is None:
-        raise MedftError(_NOTHING)
-    o = _Opening(d, None)
-    offer = o.offer(path, role)
-    parts = o.take(role, called(path), offer, split_for(called(path), offer, split, role))
-    return o.found.entries[role]
+        raise MedftError(_NO_SOURCE)
+    opening = _Opening(d, None)
+    offer = opening.offer(path, role)
+    opening.take(role, offer, wanted_splits(source_name(path), offer, split, role))
+    return opening.found.entries[role]
 
-
+# %% ../../../nbs/data/reading/recipe_sources.ipynb #r012d
 def files_in_words(
-    names,  # of files
+    names: list[str],  # of files
 ) -> str:
-    "How many files, where, and the first of their names."
+    "How many files, where, and the first four of their names."
     if len(names) == 1:
         return f"file {names[0]}"
-    home = os.path.commonprefix([n.rpartition("/")[0] + "/" for n in names]).rpartition("/")[0]
-    shown = ", ".join(n.removeprefix(f"{home}/") for n in names[:4])
-    if len(names) > 4:
-        shown += f" and {len(names) - 4:,} more"
-    where = f" in {home}" if home else ""
-    return f"{len(names):,} files{where} ({shown})"
+    folder = os.path.commonprefix([n.rpartition("/")[0] + "/" for n in names]).rpartition("/")[0]
+    first = ", ".join(n.removeprefix(f"{folder}/") for n in names[:4])
+    more = f" and {len(names) - 4:,} more" if len(names) > 4 else ""
+    where = f" in {folder}" if folder else ""
+    return f"{len(names):,} files{where} ({first}{more})"

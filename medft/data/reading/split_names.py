@@ -1,4 +1,4 @@
-"""train.jsonl, my_eval_v2.csv, test/part-0.parquet: names say what rows are for, and rows that are held out must never be trained on.
+"""Reads from names such as train.jsonl, my_eval_v2.csv or test/part-0.parquet what rows are for: rows that are held out must never be trained on.
 
 Docs: https://medft.github.io/medft/data/reading/split_names.html.md"""
 
@@ -11,6 +11,7 @@ __all__ = ['SPLIT_WORDS', 'WHOLE_NAMES', 'NEUTRAL', 'UNCLEAR', 'words_in', 'spli
 # %% ../../../nbs/data/reading/split_names.ipynb #s002
 import re
 import unicodedata
+from itertools import pairwise
 
 # %% ../../../nbs/data/reading/split_names.ipynb #s005
 SPLIT_WORDS = dict(
@@ -28,24 +29,10 @@ SPLIT_WORDS = dict(
     holdout="test",
     heldout="test",
 )
-WHOLE_NAMES = dict(
-    trn="train", tst="test", tests="test", evals="validation"
-)  # with nothing else in the name
-NEUTRAL = {
-    "set",
-    "sets",
-    "split",
-    "splits",
-    "data",
-    "dataset",
-    "file",
-    "files",
-    "fold",
-    "part",
-    "rows",
-    "items",
-    "examples",
-}
+# Words that count with nothing else in the name.
+WHOLE_NAMES = dict(trn="train", tst="test", tests="test", evals="validation")
+# Words that say nothing of a split.
+NEUTRAL = set("set sets split splits data dataset file files fold part rows items examples".split())
 
 # %% ../../../nbs/data/reading/split_names.ipynb #s007
 _ENDING = re.compile(r"(\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|xml|nxml|cnxml|zip|gz))+$", re.I)
@@ -54,10 +41,8 @@ _COMPOUND = re.compile(f"({'|'.join(SPLIT_WORDS)})({'|'.join(NEUTRAL)})")
 
 def words_in(
     name: str,
-) -> list[
-    list[str]
-]:  # two readings: a capital begins a word (MyTrain), or a change of case (TRAINdata)
-    "The words of a name, in lower case."
+) -> list[list[str]]:  # two readings
+    "The words of a name, in lower case; a capital (MyTrain) or a change of case begins one."
     plain = unicodedata.normalize("NFKD", name)
     plain = "".join(c for c in plain if not unicodedata.combining(c))
     readings = []
@@ -71,11 +56,11 @@ def words_in(
 
 
 def _splits_of_words(words):
-    "The splits that a list of words speaks of."
+    "The splits that a list of words mentions."
     if "from" in words[1:]:
         words = words[: words.index("from", 1)]
     found = set()
-    for before, word in zip(["", *words], words):
+    for before, word in pairwise(["", *words]):
         if (before, word) in (("held", "out"), ("hold", "out")):
             found.add("test")
         elif word in SPLIT_WORDS and before != "cross":  # cross-validation is a method, not a split
@@ -86,7 +71,7 @@ def _splits_of_words(words):
 def splits_in(
     name: str,  # of a file (its ending may be there), a folder, a split
 ) -> set[str]:  # of train, validation, test
-    "The splits that a name speaks of."
+    "The splits that a name mentions."
     stem = _ENDING.sub("", name)
     whole = WHOLE_NAMES.get(re.sub(r"[^a-z]+", "", stem.lower()))
     if whole:
@@ -94,7 +79,7 @@ def splits_in(
     return set().union(*map(_splits_of_words, words_in(stem)))
 
 # %% ../../../nbs/data/reading/split_names.ipynb #s011
-UNCLEAR = "unclear"  # a name that speaks of several splits
+UNCLEAR = "unclear"  # a name that mentions several splits
 
 
 def split_of_path(
@@ -105,11 +90,14 @@ def split_of_path(
     own = splits_in(name)
     if len(own) > 1:
         return UNCLEAR
-    speaking = [s for s in (splits_in(f) for f in reversed(folders)) if len(s) == 1]
-    nearest_first = [*([own] if own else []), *speaking]
+    nearest_first = [own] if own else []
+    for folder in reversed(folders):
+        splits = splits_in(folder)
+        if len(splits) == 1:
+            nearest_first.append(splits)
     if not nearest_first:
         return None
-    split = min(nearest_first[0])
+    [split] = nearest_first[0]
     above = set().union(*nearest_first[1:])
     return UNCLEAR if split == "train" and above - {"train"} else split
 
@@ -132,9 +120,11 @@ def matching_splits(
     "Which of the known splits is meant."
     if wanted in known:
         return [wanted]
-    means = split_of_value(wanted)
-    same = [k for k in known if means and split_of_value(k) == means]
-    return same or [k for k in known if means and splits_in(str(k)) == {means}]
+    split = split_of_value(wanted)
+    if split is None:
+        return []
+    same = [name for name in known if split_of_value(name) == split]
+    return same or [name for name in known if splits_in(str(name)) == {split}]
 
 # %% ../../../nbs/data/reading/split_names.ipynb #s017
 _HEX = re.compile(
