@@ -279,9 +279,10 @@ def fast_loss(
         quick = blocks.quicken(model, dtype)
     if quick.packs and quick.rows_wise:
         *found, keep = _supervised_rows(rows, length, n)
-        positions = torch.arange(length).repeat(rows)[None]
+        one_row = ids.reshape(1, -1)
         with patch.object(blocks, "rows_of", lambda *args: found):
-            hidden = quick.hidden(ids.reshape(1, -1), positions, keep=keep)[0]
+            # the positions have no name here, or they would still be counted in the loss
+            hidden = quick.hidden(one_row, torch.arange(length).repeat(rows)[None], keep=keep)[0]
     else:
         hidden = quick.hidden(ids, attention_mask=torch.ones_like(ids)).flatten(0, 1)[:n]
     if task == "classification":
