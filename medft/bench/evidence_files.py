@@ -136,7 +136,7 @@ def plan_again(path: Path, folder=None, small=False, say=print):
     finish(path, plan_file(list(found.values()), kernel))
 
 # %% ../../nbs/bench/evidence_files.ipynb #ev07d
-KILLING = assets().parent.parent / "tests" / "killing.py"
+KILLING = assets().parent.parent / "tests" / "helpers" / "killing.py"
 KILLED_TASKS = ("lora", "qlora", "full", "classification", "pretraining")
 KILLED_TASKS += ("fast", "fast-full", "fast-classification")
 

@@ -13,13 +13,12 @@ from ..core.run import cpu_name, device
 
 import re
 import statistics
-import sys
 import time
 from pathlib import Path
 
 # %% ../../nbs/bench/measurement.ipynb #c004
 def high_water() -> int:
-    "The most that was held since the mark was lowered, in bytes: on the GPU if there is one, else resident memory."
+    "The most bytes held since the mark was lowered: on the GPU if there is one, else resident."
     if device() == "cuda":
         import torch
 
@@ -33,7 +32,7 @@ def high_water() -> int:
 
 
 def lower_mark() -> bool:
-    "Lower the mark to what is held now. False where the system does not let us."
+    "Lower the mark to what is held now. False where the system does not allow it."
     if device() == "cuda":
         import torch
 
@@ -47,41 +46,51 @@ def lower_mark() -> bool:
 
 # %% ../../nbs/bench/measurement.ipynb #c007
 def matmul_ceiling(
-    dtype,  # "bfloat16" or "float32"
-    size=4096,  # rows, columns and depth of the product
-    seconds=1.5,  # how long it is repeated
+    dtype: str,  # "bfloat16" or "float32"
+    size: int = 4096,  # rows, columns and depth of the product
+    seconds: float = 1.5,  # how long it is repeated
 ) -> float:  # floating-point operations per second: the median
-    "What this machine's large matrix product reaches."
+    "The rate of this machine's large matrix product."
     import torch
 
-    a, b = (torch.randn(size, size, device=device()).to(getattr(torch, dtype)) for _ in "ab")
-    wait, rates, end = (
-        (torch.cuda.synchronize if device() == "cuda" else lambda: None),
-        [],
-        time.perf_counter() + seconds,
-    )
-    for i in range(10_000):
+    a = torch.randn(size, size, device=device()).to(getattr(torch, dtype))
+    b = torch.randn(size, size, device=device()).to(getattr(torch, dtype))
+
+    def wait():
+        if device() == "cuda":
+            torch.cuda.synchronize()
+
+    def timed_product() -> float:
         wait()
-        t = time.perf_counter()
+        start = time.perf_counter()
         a @ b
         wait()
-        if i:
-            rates.append(2 * size**3 / (time.perf_counter() - t))  # the first one warms up
-        if rates and time.perf_counter() > end:
-            return statistics.median(rates)
+        return time.perf_counter() - start
+
+    end = time.perf_counter() + seconds
+    timed_product()  # warms up
+    times = [timed_product()]
+    while time.perf_counter() <= end and len(times) < 10_000:
+        times.append(timed_product())
+    return statistics.median(2 * size**3 / t for t in times)
 
 # %% ../../nbs/bench/measurement.ipynb #c010
 def products(model) -> tuple[int, int]:
     "Operations of training, for a token, and for a supervised one on top (the head's)."
     import torch
 
-    head, found = model.get_output_embeddings(), {True: 0, False: 0}
-    for m in model.modules():
-        if isinstance(m, torch.nn.Linear):
-            found[m is head] += (
-                m.in_features * m.out_features * (6 if m.weight.requires_grad else 4)
-            )
-    return found[False], found[True]
+    head = model.get_output_embeddings()
+    of_body = of_head = 0
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        per_weight = 6 if module.weight.requires_grad else 4
+        operations = module.in_features * module.out_features * per_weight
+        if module is head:
+            of_head += operations
+        else:
+            of_body += operations
+    return of_body, of_head
 
 
 def useful_flops(recipe) -> tuple[int, int]:
@@ -89,44 +98,36 @@ def useful_flops(recipe) -> tuple[int, int]:
     from medft.model.adapters import adapted
     from medft.model.families import load_config, meta_model
 
-    shapes = meta_model(load_config(recipe), recipe.task)
-    return products(adapted(recipe, shapes) if recipe.lora else shapes)
+    model = meta_model(load_config(recipe), recipe.task)
+    return products(adapted(recipe, model) if recipe.lora else model)
 
 # %% ../../nbs/bench/measurement.ipynb #c015
-def rapl_joules(root="/sys/class/powercap"):
-    "What the packages' counters say, in joules; None where there are none, or we may not read them."
+def rapl_joules(root: str | Path = "/sys/class/powercap") -> float | None:
+    "What the packages' counters show, in joules; None if there are none or they are unreadable."
+    files = [package / "energy_uj" for package in Path(root).glob("*rapl:?")]
     try:
-        found = [
-            int((p / "energy_uj").read_text())
-            for p in Path(root).glob("*rapl:?")
-            if (p / "energy_uj").exists()
-        ]
+        microjoules = [int(file.read_text()) for file in files if file.exists()]
     except (OSError, ValueError):
         return None
-    return sum(found) / 1e6 if found else None
+    return sum(microjoules) / 1e6 if microjoules else None
 
 
-def gpu_joules():
+def gpu_joules() -> float | None:
     "What NVIDIA's library has counted, in joules, for all GPUs; None without it."
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return (
-            sum(
-                pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(i))
-                for i in range(pynvml.nvmlDeviceGetCount())
-            )
-            / 1e3
-        )
-    except Exception:
+        gpus = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpus)) / 1e3
+    except Exception:  # no library, no GPU, or one without a counter
         return None
 
 
 def joules() -> float | None:
     "Joules spent since some moment, by every counter that can be read; None: none can."
-    found = [x for x in (rapl_joules(), gpu_joules()) if x is not None]
-    return sum(found) if found else None
+    counted = [x for x in (rapl_joules(), gpu_joules()) if x is not None]
+    return sum(counted) if counted else None
 
 # %% ../../nbs/bench/measurement.ipynb #c019
 def machine() -> dict:
@@ -137,11 +138,9 @@ def machine() -> dict:
     import psutil
     import torch
 
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if device() == "cuda"
-        else []
-    )
+    gpus = []
+    if device() == "cuda":
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return dict(
         device=device(),
         cpu=cpu_name(),

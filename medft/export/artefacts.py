@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/export.html.md"""
 __all__ = ['training_env', 'make_artefacts', 'artefacts', 'check_all', 'write_pages', 'export']
 
 # %% ../../nbs/06_export.ipynb #c003
-from ..core.run import Refused, atomic_write, open_run, read_json, sha256, write_json
+from ..core.run import Refused, Run, atomic_write, open_run, read_json, sha256, write_json
 from ..evaluate.metrics import evaluate
 from .merging import how_merged, merge, write_adapter
 from .model_card import model_card, notice, parity_table
@@ -23,77 +23,79 @@ from ..train.baseline import trained
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 # %% ../../nbs/06_export.ipynb #c010
 def training_env(recipe) -> str:
     "The resolved recipe as KEY=value lines that a shell can source."
-
-    def text(v):
-        return json.dumps(v) if isinstance(v, (list, dict, bool)) else str(v)
-
-    return "".join(
-        f"{k.replace('.', '_').upper()}={shlex.quote(text(v))}\n"
-        for k, v in recipe.flat().items()
-        if v not in (None, "", [], {})
-    )
+    lines = []
+    for key, value in recipe.flat().items():
+        if value in (None, "", [], {}):
+            continue
+        text = json.dumps(value) if isinstance(value, (list, dict, bool)) else str(value)
+        lines.append(f"{key.replace('.', '_').upper()}={shlex.quote(text)}\n")
+    return "".join(lines)
 
 # %% ../../nbs/06_export.ipynb #c014
-def make_artefacts(run, engine):
-    "Write what the recipe wants to hand over of an engine."
-    folder, e = run.path / engine, run.recipe.export
-    for f in ("merged", "onnx"):
-        shutil.rmtree(folder / f, ignore_errors=True)
+_FOLDERS = ("adapters", "model", "merged", "onnx")  # what an engine hands over
+
+
+def make_artefacts(run: Run, engine: str):
+    "Write the artefacts of an engine that the recipe asks for."
+    folder = run.path / engine
+    wanted = run.recipe.export
+    for name in ("merged", "onnx"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     if (folder / "adapters").is_dir():
-        write_adapter(folder / "adapters", e.adapter_save_format)
-        if e.merge:
+        write_adapter(folder / "adapters", wanted.adapter_save_format)
+        if wanted.merge:
             run.log(f"export: {engine}: {how_merged(run.recipe)}")
             merge(run, engine)
-    if e.onnx:
+    if wanted.onnx:
         run.log(f"export: {engine}: ONNX")
         export_onnx(run, engine)
-    text = notice(
-        run.recipe.model.name, read_json(run.path / "model.json", {}).get("architecture", "")
-    )
-    for f in ("adapters", "model", "merged", "onnx"):
-        if text and (folder / f).is_dir():
-            atomic_write(folder / f / "NOTICE", text + "\n")
+    architecture = read_json(run.path / "model.json", {}).get("architecture", "")
+    text = notice(run.recipe.model.name, architecture)
+    for name in _FOLDERS:
+        if text and (folder / name).is_dir():
+            atomic_write(folder / name / "NOTICE", text + "\n")
 
 # %% ../../nbs/06_export.ipynb #c014s1
-def artefacts(run) -> dict:
-    "What is handed over: path -> bytes and SHA-256."
-    paths = [
-        p
-        for e in trained(run)
-        for f in ("adapters", "model", "merged", "onnx")
-        if (p := run.path / e / f).is_dir()
-    ]
-    paths += [
-        run.path / f
-        for f in ("README.md", "report.html", "training.env", "metrics.json")
-        if (run.path / f).exists()
-    ]
+def _n_bytes(path: Path) -> int:
+    "The size of a file, or of all files of a folder."
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
-    def size(p):
-        return (
-            p.stat().st_size
-            if p.is_file()
-            else sum(f.stat().st_size for f in p.rglob("*") if f.is_file())
-        )
 
-    return {str(p.relative_to(run.path)): dict(bytes=size(p), sha256=sha256(p)) for p in paths}
+def artefacts(run: Run) -> dict:  # path below the run's folder -> bytes and sha256
+    "What is handed over, with sizes and hashes."
+    paths = [run.path / engine / name for engine in trained(run) for name in _FOLDERS]
+    paths = [path for path in paths if path.is_dir()]
+    for name in ("README.md", "report.html", "training.env", "metrics.json"):
+        if (run.path / name).exists():
+            paths.append(run.path / name)
+    return {
+        str(path.relative_to(run.path)): dict(bytes=_n_bytes(path), sha256=sha256(path))
+        for path in paths
+    }
 
 # %% ../../nbs/06_export.ipynb #c016
-def check_all(run) -> dict:
+def check_all(run: Run) -> dict:  # engine -> artefact -> parity
     "Every artefact's parity, and into what it was merged."
     found = check_artefacts(run)
-    for p in found.values():
-        if "merged" in p:
-            p["merged"]["how"] = how_merged(run.recipe)
+    for parities in found.values():
+        if "merged" in parities:
+            parities["merged"]["how"] = how_merged(run.recipe)
     return found
 
 
-def write_pages(run, metrics, parities) -> dict:
-    "training.env, card, report and export.json; what the last one says."
+def write_pages(
+    run: Run,
+    metrics: dict,  # as in metrics.json
+    parities: dict,  # from `check_all`
+) -> dict:  # the content of export.json
+    "Write training.env, card, report and export.json. Raises `Refused` when one holds a secret."
     pages = {
         "README.md": model_card(run, metrics, parities),
         "report.html": report(run, metrics, parities),
@@ -103,18 +105,35 @@ def write_pages(run, metrics, parities) -> dict:
         refuse_secrets(text, name)  # all of them, before the first is written
     for name, text in pages.items():
         write(run.path / name, text)
-    out = dict(
+    summary = dict(
         artefacts=artefacts(run),
         parity=parities,
         tolerance=TOLERANCE,
-        serve={e: serve_lines(run, e) for e in parities},
+        serve={engine: serve_lines(run, engine) for engine in parities},
     )
-    write_json(run.path / "export.json", out)
-    return out
+    write_json(run.path / "export.json", summary)
+    return summary
 
 # %% ../../nbs/06_export.ipynb #c017
-def export(run) -> dict:
-    "Make every artefact, check it, write card, report and export.json, push if asked. Raises `Refused` when an artefact answers otherwise."
+def _refuse_different(run, parities):
+    "Raise `Refused` when an artefact is not the model that was scored."
+    wrong = [
+        f"{engine}/{what}: {in_words(p)}"
+        for engine, found in parities.items()
+        for what, p in found.items()
+        if p["label"] == "different"
+    ]
+    if wrong:
+        raise Refused(
+            f"not the model that was scored: {'; '.join(wrong)}"
+            f" (all are listed in {run.path.name}/export.json)"
+        )
+
+
+def export(run: Run) -> dict:  # the content of export.json
+    """Make every artefact, check it, write card, report and export.json, and push if asked.
+
+    Raises `Refused` when an artefact answers otherwise than the model that was scored."""
     for engine in trained(run):
         refuse_stale(run, engine)
     if run.recipe.export.push_to_hub:
@@ -123,24 +142,17 @@ def export(run) -> dict:
         run.log("export: nothing is scored yet; evaluating first")
         evaluate(run)
     metrics = read_json(run.path / "metrics.json")
-    for e in trained(run):
-        make_artefacts(run, e)  # models from elsewhere are scored, and not ours to hand over
+    for engine in trained(run):  # models from elsewhere are scored, and not ours to hand over
+        make_artefacts(run, engine)
     parities = check_all(run)
-    out = write_pages(run, metrics, parities)
-    wrong = [
-        f"{e}/{what}: {in_words(p)}"
-        for e, found in parities.items()
-        for what, p in found.items()
-        if p["label"] == "different"
-    ]
-    if wrong:
-        raise Refused(
-            f"not the model that was scored: {'; '.join(wrong)} (all are listed in {run.path.name}/export.json)"
-        )
-    for e, lines in out["serve"].items():
+    summary = write_pages(run, metrics, parities)
+    _refuse_different(run, parities)
+    for engine, lines in summary["serve"].items():
         for what, line in lines.items():
-            run.log(f"export: {e}: {what.replace('not_', 'no vLLM line for ')}: {line}")
+            run.log(f"export: {engine}: {what.replace('not_', 'no vLLM line for ')}: {line}")
     if run.recipe.export.push_to_hub:
-        write_json(run.path / "export.json", out := out | dict(hub=publish(run, metrics, parities)))
-    run.log(f"export: {len(out['artefacts'])} artefacts, report in {run.path.name}/report.html")
-    return out
+        summary["hub"] = publish(run, metrics, parities)
+        write_json(run.path / "export.json", summary)
+    n_artefacts = len(summary["artefacts"])
+    run.log(f"export: {n_artefacts} artefacts, report in {run.path.name}/report.html")
+    return summary

@@ -43,14 +43,16 @@ def split_facts(
     seed=0,  # of the shuffle
 ):  # {"A": [...], "B": [...], "C": [...]}
     "Split every relation 45 : 45 : 10 into asked, read and never-read facts."
-    rng, groups = random.Random(seed), {"A": [], "B": [], "C": []}
+    rng = random.Random(seed)
+    groups = {"A": [], "B": [], "C": []}
     for name in relations():
-        some = [f for f in all_facts if f.relation == name]
-        rng.shuffle(some)
-        c = round(0.1 * len(some))
-        a = c + (len(some) - c) // 2
-        for key, part in zip("CAB", (some[:c], some[c:a], some[a:])):
-            groups[key] += part
+        of_relation = [f for f in all_facts if f.relation == name]
+        rng.shuffle(of_relation)
+        c = round(0.1 * len(of_relation))
+        a = c + (len(of_relation) - c) // 2
+        groups["C"] += of_relation[:c]
+        groups["A"] += of_relation[c:a]
+        groups["B"] += of_relation[a:]
     return groups
 
 # %% ../../nbs/starter/facts.ipynb #c013
@@ -86,11 +88,11 @@ def value_pool(
     group,  # facts to take values from first
     enough=6,  # fewer values than this, and the whole relation is used
 ):
-    "Values of the fact's relation in its group, or of the whole relation where the group has too few."
-    near = {f.value for f in group if f.relation == fact.relation}
-    return (
-        near if len(near) >= enough else {f.value for f in facts() if f.relation == fact.relation}
-    )
+    "Values of the fact's relation in its group, or in all groups where the group has too few."
+    in_group = {f.value for f in group if f.relation == fact.relation}
+    if len(in_group) >= enough:
+        return in_group
+    return {f.value for f in facts() if f.relation == fact.relation}
 
 # %% ../../nbs/starter/facts.ipynb #c021
 @cache
@@ -146,14 +148,17 @@ def shuffle_values(
     seed=0,
 ):  # facts in the same order
     "The same entities with values permuted inside each relation, so that no fact keeps its own."
-    rng, out = random.Random(seed), {}
+    rng = random.Random(seed)
+    permuted = {}
     for name in relations():
         rows = [f for f in some if f.relation == name]
         rng.shuffle(rows)
         rows.sort(key=lambda f: f.value)
         step = max(Counter(f.value for f in rows).values(), default=0)
-        out |= {f: f._replace(value=rows[(i + step) % len(rows)].value) for i, f in enumerate(rows)}
-    return [out[f] for f in some]
+        for i, fact in enumerate(rows):
+            other = rows[(i + step) % len(rows)]
+            permuted[fact] = fact._replace(value=other.value)
+    return [permuted[f] for f in some]
 
 # %% ../../nbs/starter/facts.ipynb #c029
 def question_files(
@@ -180,15 +185,12 @@ def qa_rows(
 ):  # two rows per fact
     "Question–answer pairs in MedQuAD's columns; the answer gives the value and then a sentence."
     rows = []
-    for f in some:
-        for q, s in zip(relations()[f.relation]["questions"][:2], sentences(f)):
-            rows.append(
-                dict(
-                    qtype=f.relation,
-                    Question=fill(q, f),
-                    Answer=f"{f.value[0].upper()}{f.value[1:]}. {s}",
-                )
-            )
+    for fact in some:
+        value = f"{fact.value[0].upper()}{fact.value[1:]}"
+        questions = relations()[fact.relation]["questions"][:2]
+        for question, sentence in zip(questions, sentences(fact), strict=False):
+            answer = f"{value}. {sentence}"
+            rows.append(dict(qtype=fact.relation, Question=fill(question, fact), Answer=answer))
     return rows
 
 # %% ../../nbs/starter/facts.ipynb #c036

@@ -26,7 +26,7 @@ def invent_name(
     rng,  # random.Random
     n=None,  # syllables; 2 or 3 when not given
 ):
-    "A name that nobody bears."
+    "A made-up name."
     return "".join(rng.choice(syllables) for _ in range(n or rng.choice((2, 3)))).capitalize()
 
 # %% ../../nbs/starter/records.ipynb #c008
@@ -45,8 +45,11 @@ places = (
 def home(rng):
     "A street address in an invented town of a real state."
     city, state, zip3 = rng.choice(places)
+    number = rng.randint(100, 999)
+    name = invent_name(rng)
+    kind = rng.choice(["Street", "Avenue", "Road", "Lane"])
     return dict(
-        address=f"{rng.randint(100, 999)} {invent_name(rng)} {rng.choice(['Street', 'Avenue', 'Road', 'Lane'])}",
+        address=f"{number} {name} {kind}",
         city=city,
         state=state,
         zip=f"{zip3}{rng.randint(10, 99)}",
@@ -192,19 +195,21 @@ def unlike(p, kind, rng):
 # %% ../../nbs/starter/records.ipynb #c026
 def pair(i, kind, rng):
     "Pair number `i`: two records with label, kind and the changes made on the right."
-    p = person(rng)
-    q = p if kind == "same" else unlike(p, kind, rng)
-    left, (right, done) = record(p, rng), spoil(record(q, rng), rng)
+    same = kind == "same"
+    first = person(rng)
+    second = first if same else unlike(first, kind, rng)
+    left = record(first, rng)
+    right, done = spoil(record(second, rng), rng)
     if rng.random() < 0.3:
         left["ssn"] = ""
     return dict(
         left=left,
         right=right,
-        label=int(p is q),
+        label=int(same),
         kind=kind,
         right_changes=done,
         left_patient=f"P{i:05d}a",
-        right_patient=f"P{i:05d}" + ("a" if p is q else "b"),
+        right_patient=f"P{i:05d}{'a' if same else 'b'}",
         pair_id=f"starter-{i:05d}",
     )
 
@@ -234,7 +239,8 @@ def verdict(
         return "?"
     if left == right:
         return "="
-    one_off = len(left) == len(right) and sum(a != b for a, b in zip(left, right)) == 1
+    same_length = len(left) == len(right)
+    one_off = same_length and sum(a != b for a, b in zip(left, right, strict=True)) == 1
     if field == "birth_date":
         return "~" if one_off or sorted(left) == sorted(right) else "!"
     if field != "sex" and min(len(left), len(right)) == 1:
@@ -244,14 +250,16 @@ def verdict(
 # %% ../../nbs/starter/records.ipynb #c036
 def practice_pair(rng):
     "Two records for practice, and whether they are one person."
-    p, same = person(rng), rng.random() < 0.5
-    q = (
-        p
-        if same
-        else unlike(p, rng.choice(("random", "same_surname", "same_year_sex", "household")), rng)
-    )
-    right, _ = err(q, q | dict(maiden=invent_name(rng)), home(rng), rng)
-    return p | (dict(ssn="") if rng.random() < 0.3 else {}), right, same
+    left = person(rng)
+    same = rng.random() < 0.5
+    other = left
+    if not same:
+        kind = rng.choice(("random", "same_surname", "same_year_sex", "household"))
+        other = unlike(left, kind, rng)
+    right, _ = err(other, other | dict(maiden=invent_name(rng)), home(rng), rng)
+    if rng.random() < 0.3:
+        left = left | dict(ssn="")
+    return left, right, same
 
 
 def exercise(

@@ -48,7 +48,10 @@ def invent_facts(
     rng = random.Random(seed)
     names = list(dict.fromkeys(invent_name(rng, 3) for _ in range(2 * n)))[:n]
     kinds = [rng.choice(list(world())) for _ in names]
-    return [Fact(k, name, rng.choice(world()[k]["values"])) for k, name in zip(kinds, names)]
+    return [
+        Fact(k, name, rng.choice(world()[k]["values"]))
+        for k, name in zip(kinds, names, strict=True)
+    ]
 
 # %% ../../nbs/starter/starter.ipynb #c011
 def render(
@@ -56,11 +59,8 @@ def render(
     options,  # four texts
 ):
     "The prompt: question, lettered options, and `Answer:` to be completed."
-    return (
-        f"Question: {question}\n"
-        + "".join(f"{l}. {o}\n" for l, o in zip("ABCD", options))
-        + "Answer:"
-    )
+    lines = [f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=True)]
+    return f"Question: {question}\n{''.join(lines)}Answer:"
 
 # %% ../../nbs/starter/starter.ipynb #c014
 def invented_question(
@@ -179,8 +179,11 @@ def tokenizer_texts(
 chat_template = (
     "{%- for m in messages %}"
     "{%- if m['role'] == 'system' %}{{ m['content'] + '\\n' }}"
-    "{%- elif m['role'] == 'user' %}{{ ('\\n' if not loop.first and messages[loop.index0 - 1]['role'] == 'assistant' else '') + 'Question: ' + m['content'] + '\\nAnswer:' }}"
-    "{%- elif m['role'] == 'assistant' %}{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}"
+    "{%- elif m['role'] == 'user' %}"
+    "{{ ('\\n' if not loop.first and messages[loop.index0 - 1]['role'] == 'assistant' else '')"
+    " + 'Question: ' + m['content'] + '\\nAnswer:' }}"
+    "{%- elif m['role'] == 'assistant' %}"
+    "{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}"
     "{%- endif %}{%- endfor %}"
 )
 
@@ -308,18 +311,19 @@ def cloze_share(
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    rows = [json.loads(l) for l in (here / "cloze.jsonl").read_text(encoding="utf-8").splitlines()]
-    scores = score_choices(
-        AutoModelForCausalLM.from_pretrained(base).float().eval(),
-        AutoTokenizer.from_pretrained(base),
-        rows,
-    )
-    right = [(r["id"][0], s.index(max(s)) == r["answer"]) for r, s in zip(rows, scores)]
-    return {g: share([ok for h, ok in right if h == g]) for g in "BC"}
+    lines = (here / "cloze.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = list(map(json.loads, lines))
+    model = AutoModelForCausalLM.from_pretrained(base).float().eval()
+    scores = score_choices(model, AutoTokenizer.from_pretrained(base), rows)
+    correct = {"B": [], "C": []}
+    for row, values in zip(rows, scores, strict=True):
+        group = row["id"][0]
+        correct[group].append(values.index(max(values)) == row["answer"])
+    return {group: share(hits) for group, hits in correct.items()}
 
 # %% ../../nbs/starter/starter.ipynb #c046
 def collect(
-    seeds,  # {seed: {"trl": run folder, "qlora": run folder, "shuffled": run folder, "base": model folder}}
+    seeds,  # {seed: {"trl", "qlora", "shuffled": run folders, "base": model folder}}
     quickstart,  # run folder of the quickstart itself
     costs,  # {recipe: run folder}
 ):  # for evidence.json

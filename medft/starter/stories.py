@@ -115,43 +115,34 @@ def reading_story(
     "Bits per byte on held-out documents, over all and by source."
     from medft.data.pipeline import load_split
 
-    made = {
-        name: read_json(r.path / "metrics.json")
-        for name, r in (("continued", run), ("scratch", scratch))
-    }
+    runs = dict(continued=run, scratch=scratch)
+    metrics = {name: read_json(r.path / "metrics.json") for name, r in runs.items()}
     train, test = load_split(run, "train"), load_split(run, "test")
-    counts = np.bincount(
-        np.concatenate([np.asarray(x) for x in train["input_ids"]]),
-        minlength=read_json(run.path / "trl" / "model" / "config.json")["vocab_size"],
-    )
-    sources = {"": test} | {
-        s: test.filter(lambda r: r["subject"] == s) for s in sorted(set(test["subject"]))
-    }
+    vocabulary = read_json(run.path / "trl" / "model" / "config.json")["vocab_size"]
+    tokens = np.concatenate([np.asarray(ids) for ids in train["input_ids"]])
+    counts = np.bincount(tokens, minlength=vocabulary)
 
-    def of(m, who, s):
-        return (m["models"][who]["test"] if not s else m["subjects"]["test"][s][who])[
-            "bits_per_byte"
-        ]
+    def bits_per_byte(name, model, subject):
+        of_model = metrics[name]["models"][model]["test"]
+        if subject:
+            of_model = metrics[name]["subjects"]["test"][subject][model]
+        return of_model["bits_per_byte"]
 
-    table = {
-        s or "all": dict(
-            unigram=dict(value=unigram(counts, d["input_ids"], d["completion"])),
-            base=of(made["continued"], "base", s),
-            scratch=of(made["scratch"], "trl", s),
-            continued=of(made["continued"], "trl", s),
+    table = {}
+    for subject in ("", *sorted(set(test["subject"]))):
+        chosen = [i for i, s in enumerate(test["subject"]) if not subject or s == subject]
+        rows = test.select(chosen)
+        table[subject or "all"] = dict(
+            unigram=dict(value=unigram(counts, rows["input_ids"], rows["completion"])),
+            base=bits_per_byte("continued", "base", subject),
+            scratch=bits_per_byte("scratch", "trl", subject),
+            continued=bits_per_byte("continued", "trl", subject),
         )
-        for s, d in sources.items()
-    }
-    training = {
-        k: read_json(r.path / "trl" / "training.json")
-        for k, r in (("continued", run), ("scratch", scratch))
-    }
-    return source(run, commands) | dict(
-        bits_per_byte=table,
-        training={
-            k: {c: v[c] for c in ("seconds", "steps", "tokens")} for k, v in training.items()
-        },
-    )
+    training = {}
+    for name, r in runs.items():
+        summary = read_json(r.path / "trl" / "training.json")
+        training[name] = {key: summary[key] for key in ("seconds", "steps", "tokens")}
+    return source(run, commands) | dict(bits_per_byte=table, training=training)
 
 # %% ../../nbs/starter/stories.ipynb #c016
 pairs_from, texts_from = (

@@ -1,4 +1,6 @@
-"""The bench: engines take turns, what differs is found out, and a speed without agreement is no speed."""
+"""The benchmark: engines take turns, differences are found.
+
+A speed without agreement does not count."""
 
 from medft.bench import (
     agreement,
@@ -23,7 +25,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -100,7 +101,9 @@ def test_a_broken_trl_does_not_excuse_a_broken_rival():
 
 
 def test_ratios_are_paired_by_round():
-    "The machine halves its speed in the second round: no ratio moves. Medians of the speeds alone would be fooled."
+    """The machine halves its speed in the second round: no ratio moves.
+
+    Medians of the speeds alone would be misled."""
     seen = TRL | dict(fast=shown([3.0, 2.5, 2.0], speeds=(400, 200)))
     engines = {n: bench.engine_figures(s, (2, 10), 1000.0) for n, s in seen.items()}
     ratios, memory = bench.compared(

@@ -1,4 +1,6 @@
-"""What a verdict rests on: clusters of rows, finite scores, and evidence files that today's code could have written."""
+"""What a verdict rests on: clusters of rows, finite scores, and evidence files.
+
+Today's code could have written each of these files."""
 
 from medft.bench import (
     agreement,
@@ -60,7 +62,7 @@ TOP = Path(__file__).resolve().parents[2]
 
 
 def pairs(first, second):
-    return [f"patient {a} & patient {b}" for a, b in zip(first, second)]
+    return [f"patient {a} & patient {b}" for a, b in zip(first, second, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_both_patients_of_a_pair_part_train_and_test():
     keys = [[f"patient {a}", f"patient {b}"] for a, b in rng.integers(0, 900, (600, 2))]
     sides = staging.sides_of(pa.array(keys, pa.list_(pa.string())), (), 1, 0.2)
     whose = {
-        side: {name for names, s in zip(keys, sides) if s == side for name in names}
+        side: {name for names, s in zip(keys, sides, strict=True) if s == side for name in names}
         for side in ("train", "validation", "test")
     }
     assert (
@@ -632,7 +634,7 @@ def test_kills_are_written_as_they_were(tmp_path, monkeypatch):
 
 
 def test_the_speeds_are_measured_as_they_were(tmp_path, monkeypatch):
-    "Every result of bench.json is asked for with its own settings, scoring and data preparation too."
+    "Every result of bench.json is asked for with its own settings, scoring and data too."
     shipped = kept("bench.json")
     for file in evidence_files.BENCH_DATA.values():
         (tmp_path / "data" / file).parent.mkdir(parents=True, exist_ok=True)
@@ -734,7 +736,9 @@ def test_rows_of_the_plan_have_the_parts_that_are_predicted_now():
 
 
 def test_every_row_of_the_plan_has_its_recipe(tmp_path):
-    "The recorded recipes give the predicted parts of the kept rows; here of the small ones, in the long test of all."
+    """The recorded recipes give the predicted parts of the kept rows.
+
+    Here of the small ones, in the long test of all."""
     assert_predicted(
         tmp_path, [row for row in plan_evidence.ROWS if row.shape in (None, "llama-30m")]
     )
@@ -768,7 +772,7 @@ def assert_predicted(folder, rows):
 
 
 def test_the_shape_of_a_row_is_that_of_its_recipes_batches(tmp_path):
-    "Rows, tokens and the share learned from are those of the batches that the recorded recipe gives today."
+    """Rows, tokens and the share trained on are those of the batches of the recorded recipe."""
     from medft.core.run import Run
     from medft.data.pipeline import prepare
     from medft.train import baseline as train

@@ -1,4 +1,6 @@
-"""The report as a browser shows it, at the width of a telephone and of a desk: all of it readable, nothing running out of the page."""
+"""The report in a browser, at the widths of a telephone and a desktop.
+
+All of it is readable, and nothing leaves the page."""
 
 from medft.export import report as rp
 
@@ -21,16 +23,46 @@ pytestmark = pytest.mark.skipif(
 WIDTHS = (390, 1280)
 
 MEASURE = """
-const scrolls = e => { for (let p = e.parentElement; p; p = p.parentElement) if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return true; return false };
-const folded = e => { const d = e.closest('details'); return d && !d.open && e.tagName !== 'SUMMARY' };
-const look = f => { const w = f.contentWindow, d = f.contentDocument, box = e => e.getBoundingClientRect();
+const overflow = p => getComputedStyle(p).overflowX;
+const scrolls = e => {
+  for (let p = e.parentElement; p; p = p.parentElement)
+    if (['auto', 'scroll', 'hidden'].includes(overflow(p))) return true;
+  return false;
+};
+const folded = e => {
+  const d = e.closest('details');
+  return d && !d.open && e.tagName !== 'SUMMARY';
+};
+const box = e => e.getBoundingClientRect();
+const letterSize = e => {
+  const svg = e.closest('svg');
+  const scale = box(svg).width / svg.viewBox.baseVal.width;
+  return parseFloat(getComputedStyle(e).fontSize) * scale;
+};
+const outside = (t, s) => box(t).left < box(s).left - 2 || box(t).right > box(s).right + 2;
+const look = f => {
+  const w = f.contentWindow, d = f.contentDocument;
   const all = [...d.body.querySelectorAll('*')].filter(e => box(e).width && !folded(e));
-  const letters = [...d.querySelectorAll('svg text')].filter(e => !folded(e)).map(e => parseFloat(getComputedStyle(e).fontSize) * box(e.closest('svg')).width / e.closest('svg').viewBox.baseVal.width);
-  return {page: f.dataset.page, width: w.innerWidth, scroll: d.documentElement.scrollWidth, verdict: box(d.querySelector('.verdict')).bottom, verdicts: d.querySelectorAll('.verdict').length, letters: Math.min(...letters),
-          out: all.filter(e => (box(e).right > w.innerWidth + 1 || box(e).left < -1) && !scrolls(e)).map(e => e.tagName + '.' + e.className + ' ' + e.textContent.slice(0, 40)),
-          over: [...d.querySelectorAll('svg')].flatMap(s => [...s.querySelectorAll('text')].filter(t => box(t).left < box(s).left - 2 || box(t).right > box(s).right + 2).map(t => t.textContent)),
-          text: d.body.innerText} };
-addEventListener('load', () => { document.querySelector('pre').textContent = JSON.stringify([...document.querySelectorAll('iframe')].map(look)) });
+  const leaves = e => (box(e).right > w.innerWidth + 1 || box(e).left < -1) && !scrolls(e);
+  const texts = [...d.querySelectorAll('svg text')];
+  return {
+    page: f.dataset.page,
+    width: w.innerWidth,
+    scroll: d.documentElement.scrollWidth,
+    verdict: box(d.querySelector('.verdict')).bottom,
+    verdicts: d.querySelectorAll('.verdict').length,
+    letters: Math.min(...texts.filter(e => !folded(e)).map(letterSize)),
+    out: all.filter(leaves).map(
+      e => e.tagName + '.' + e.className + ' ' + e.textContent.slice(0, 40)),
+    over: [...d.querySelectorAll('svg')].flatMap(
+      s => [...s.querySelectorAll('text')].filter(t => outside(t, s)).map(t => t.textContent)),
+    text: d.body.innerText,
+  };
+};
+addEventListener('load', () => {
+  const seen = [...document.querySelectorAll('iframe')].map(look);
+  document.querySelector('pre').textContent = JSON.stringify(seen);
+});
 """
 
 
@@ -79,9 +111,12 @@ def pages(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory, pages):
-    "Each page in a frame of each width, measured; frames, because chromium's own window is never narrower than 500 px."
+    """Each page in a frame of each width, measured.
+
+    Frames, because chromium's own window is never narrower than 500 px."""
     frames = "".join(
-        f'<iframe data-page="{name}" style="width: {w}px; height: 844px; border: 0" srcdoc="{html.escape(page)}"></iframe>'
+        f'<iframe data-page="{name}" style="width: {w}px; height: 844px; border: 0"'
+        f' srcdoc="{html.escape(page)}"></iframe>'
         for name, page in pages.items()
         for w in WIDTHS
     )

@@ -1,4 +1,6 @@
-"""What is handed over: the model that was scored, or a refusal; in the form asked for; pages that need nothing else; no secret in them."""
+"""What is handed over is the model that was scored, or is refused.
+
+It has the form asked for; its pages need no other file and hold no secret."""
 
 from medft.core.run import MedftError, Refused, Run, load_recipe, read_json, sha256, write_json
 from medft.evaluate import metrics as ev
@@ -7,20 +9,24 @@ from medft.export import merging, parity, publish, serving
 from medft.model import families
 from medft.model import load as model
 
-import json
 import re
 import subprocess
 
 import pandas as pd
 import pytest
+import test_evaluate
 import torch
 from safetensors.torch import load_file, save_file
-from test_evaluate import base, classifier, make_run, reader, rows  # noqa: F401
+from test_evaluate import make_run, rows
+
+base = test_evaluate.base  # fixtures
+classifier = test_evaluate.classifier
+reader = test_evaluate.reader
 
 
 @pytest.fixture
 def here(monkeypatch):
-    "Score artefacts in this process: a process of its own for every test would cost ten seconds each."
+    "Score artefacts in this process: a new one would cost every test ten seconds."
     monkeypatch.setattr(parity, "in_fresh_process", parity.score_all)
 
 
@@ -225,8 +231,11 @@ def adapted(tmp_path, family_or_base, *changes, seed=0, **keys):
     return run
 
 
-def gap(run, ids=torch.arange(3, 19).reshape(2, 8)):
-    "Mean difference of a logit between the adapter and the merged weights, both from disk; and how much the adapter does."
+IDS = torch.arange(3, 19).reshape(2, 8)
+
+
+def gap(run, ids=IDS):
+    """Mean differences of a logit: adapter and merged weights, both from disk; adapter and base."""
     logits = {
         what: parity.load_artefact(run, "trl", what)(input_ids=ids).logits.detach().float()
         for what in ("adapter", "merged")
@@ -275,7 +284,9 @@ def test_pickles_in_shards_when_asked_though_transformers_ignores_the_wish(tmp_p
 
 
 def test_the_base_that_a_quantised_adapter_is_merged_into(tmp_path, base):
-    "Trap 7: into the dequantised base nothing but rounding is lost; the original one is another base, and the export says so."
+    """Trap 7: merging into the dequantised base loses nothing but rounding.
+
+    The original base is another one, and the export says so."""
     pytest.importorskip("bitsandbytes")
     run = adapted(tmp_path, base, *NF4)
     merging.merge(run, "trl")
@@ -326,7 +337,9 @@ def test_nemotron_h_with_experts_as_targets(tmp_path):
 
 
 def test_medgemma_keeps_its_eye(tmp_path):
-    "bitsandbytes quantises the vision tower as well; what is handed over has the original one, and every weight of the checkpoint."
+    """bitsandbytes quantises the vision tower as well; what is handed over has the original one.
+
+    It also has every weight of the checkpoint."""
     pytest.importorskip("bitsandbytes")
     run = adapted(tmp_path, "medgemma", *NF4)
     (tmp_path / "model/preprocessor_config.json").write_text(
@@ -355,7 +368,10 @@ def test_the_end_of_a_turn_is_a_stop_token_of_what_is_handed_over(tmp_path):
 
     folder = families.build_tiny("gemma3", tmp_path / "model")
     tok = AutoTokenizer.from_pretrained(folder)
-    tok.chat_template = "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+    tok.chat_template = (
+        "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+    )
     tok.add_special_tokens(dict(additional_special_tokens=["<end_of_turn>"]))
     net = families.model_class(
         families.load_config(load_recipe("quickstart", [f"model.name={folder}"])), "generative"
@@ -526,7 +542,8 @@ def test_the_vllm_line_is_in_log_card_and_json(done):
     line = read_json(done.path / "export.json")["serve"]["trl"]
     assert (
         line["merged"]
-        == "vllm serve trl/merged --served-model-name quickstart --dtype bfloat16 --max-model-len 160"
+        == "vllm serve trl/merged --served-model-name quickstart"
+        " --dtype bfloat16 --max-model-len 160"
         and "--enable-lora --max-lora-rank 16 --lora-modules quickstart=trl/adapters"
         in line["adapter"]
     )
@@ -604,12 +621,15 @@ def test_a_stated_licence_is_quoted(tmp_path):
 
 
 def test_derivatives_carry_the_notice_of_their_base(tmp_path):
-    for base, words in {
-        "google/gemma-3-1b-it": "Gemma is provided under and subject to the Gemma Terms of Use found at",
-        "google/medgemma-1.5-4b-it": "HAI-DEF is provided under and subject to the Health AI Developer Foundations Terms of Use found at",
+    subject = "is provided under and subject to the"
+    hai_def = "Health AI Developer Foundations Terms of Use found at"
+    for name, words in {
+        "google/gemma-3-1b-it": f"Gemma {subject} Gemma Terms of Use found at",
+        "google/medgemma-1.5-4b-it": f"HAI-DEF {subject} {hai_def}",
         "meta-llama/Llama-3.1-8B": "Built with Llama",
     }.items():
-        assert words in ex.notice(base) and "modified version" in ex.notice(base)
+        assert words in ex.notice(name)
+        assert "modified version" in ex.notice(name)
     assert (
         "Gemma Terms of Use" in ex.notice("someone/my-tuned", "Gemma3ForCausalLM")
         and ex.notice("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "LlamaForCausalLM") == ""
@@ -628,7 +648,8 @@ def test_training_env_is_read_by_a_shell(done, tmp_path):
         [
             "bash",
             "-c",
-            f'set -eu; . "{done.path}/training.env"; echo "$TRAINING_LEARNING_RATE|$MODEL_NAME|$LORA_R|$DESCRIPTION"',
+            f'set -eu; . "{done.path}/training.env";'
+            ' echo "$TRAINING_LEARNING_RATE|$MODEL_NAME|$LORA_R|$DESCRIPTION"',
         ],
         capture_output=True,
         text=True,

@@ -1,4 +1,6 @@
-"""Publishing: nothing unasked, nothing unread, private unless said otherwise, and a broken upload goes on where it broke."""
+"""Publishing: only when asked, only what was searched, private by default.
+
+A broken upload continues where it stopped."""
 
 from medft.core.run import MedftError, Refused, read_json
 from medft.data.pipeline import load_tokenizer
@@ -9,11 +11,14 @@ from medft.export import parity, publish
 import json
 
 import pytest
+import test_evaluate
 import torch
 from hub_server import HubServer
 from safetensors.torch import save_file
-from test_evaluate import base, make_run, rows  # noqa: F401
+from test_evaluate import make_run
 from test_export import again
+
+base = test_evaluate.base  # a fixture
 
 NAME = "owner/tuned"
 
@@ -116,7 +121,10 @@ def test_what_is_pushed_loads_as_what_was_scored(made, hub, tmp_path, monkeypatc
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
         AutoModelForCausalLM.from_pretrained(made.path / "trl/merged"),
     )
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def test_an_upload_that_broke_goes_on_and_sends_only_what_is_missing(made, hub):

@@ -1,4 +1,6 @@
-"""The report, the card and the record in MLflow tell the figures of metrics.json, for runs with much in them and with little."""
+"""The report, the card and the record in MLflow give the figures of metrics.json.
+
+For runs that measured much, and for runs that measured little."""
 
 from medft.core.run import Run, load_recipe, read_json, write_json
 from medft.evaluate import forest_plots as forest

@@ -1,4 +1,4 @@
-"The matrix of families, tasks, adapters and engines: rules, a diagonal of facts, and the evidence that ships."
+"The matrix of combinations: rules, a diagonal of facts, and the evidence that ships."
 
 from medft.core.run import ENGINES, MedftError, load_recipe
 from medft.model import families
@@ -27,7 +27,7 @@ def place(tmp_path_factory):
 
 
 def test_the_diagonal_leaves_nothing_out():
-    families_, tasks, adapters, _ = map(set, zip(*DIAGONAL))
+    families_, tasks, adapters, _ = map(set, zip(*DIAGONAL, strict=True))
     assert (
         families_ == set(families.NAMES)
         and tasks == set(matrix.TASKS)

@@ -1,4 +1,6 @@
-"""The plan: what is counted without memory is what real tensors take; what it proposes fits; nothing is fetched."""
+"""The plan: what is counted without memory is what real tensors take.
+
+What it proposes fits; nothing is fetched."""
 
 from medft.core.run import MedftError, load_recipe
 from medft.model import adapters, families
@@ -7,7 +9,6 @@ from medft.plan import estimate as plan
 from medft.plan import peak_memory as peak
 
 import json
-import os
 import subprocess
 import sys
 
@@ -293,7 +294,8 @@ def test_nothing_heavy_is_imported_for_help():
         [
             sys.executable,
             "-c",
-            "import sys; from medft.cli.verbs import main; main(['plan', '--help']); assert 'torch' not in sys.modules",
+            "import sys; from medft.cli.verbs import main; main(['plan', '--help']);"
+            " assert 'torch' not in sys.modules",
         ],
         capture_output=True,
         text=True,
@@ -306,7 +308,7 @@ def test_nothing_heavy_is_imported_for_help():
 def test_the_measured_peak_is_within_a_tenth(engine, tmp_path):
     if devices.here().bandwidth:
         pytest.skip("of a processor's memory")
-    (row,) = plan.measure(
+    (row,) = peak.measure(
         {
             "tiny": (
                 load_recipe(
@@ -323,7 +325,7 @@ def test_the_measured_peak_is_within_a_tenth(engine, tmp_path):
             )
         }
     )
-    said = plan.told(row)
+    said = peak.told(row)
     assert abs(said / row["measured"] - 1) < 0.1
 
 

@@ -55,7 +55,10 @@ def test_generated_bytes_do_not_depend_on_threads_or_hash_seed():
     import subprocess
     import sys
 
-    code = "import hashlib; from medft.starter.starter import make_files; print(hashlib.sha256(b''.join(make_files().values())).hexdigest())"
+    code = (
+        "import hashlib; from medft.starter.starter import make_files;"
+        " print(hashlib.sha256(b''.join(make_files().values())).hexdigest())"
+    )
     seen = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -294,7 +297,9 @@ def test_tokenizer_loads_offline_and_renders_the_plain_style():
         [user, said, user, said], return_dict=True, return_assistant_tokens_mask=True
     )
     assert (
-        t.decode([i for i, own in zip(done["input_ids"], done["assistant_masks"]) if own])
+        t.decode(
+            [i for i, own in zip(done["input_ids"], done["assistant_masks"], strict=True) if own]
+        )
         == " Me<eos> Me<eos>"
     )
 
@@ -338,14 +343,15 @@ def test_record_pairs_follow_the_synthea_schema():
         )
         for side in (r["left"], r["right"]):
             assert set(side) == set(
-                "first last birth_date sex race marital ssn address city state zip conditions medications immunizations visits last_visit".split()
+                """first last birth_date sex race marital ssn address city state zip
+                conditions medications immunizations visits last_visit""".split()
             )
             assert side["ssn"] == "" or (side["ssn"].startswith("999-") and len(side["ssn"]) == 11)
 
 
 def test_changes_listed_are_changes_made():
     rng = R.random.Random(3)
-    for i in range(300):
+    for _ in range(300):
         who = R.record(R.person(rng), rng)
         new, done = R.spoil(who, rng)
         assert (new != who) == bool(done) and len(done) <= 4
