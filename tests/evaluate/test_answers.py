@@ -90,15 +90,15 @@ def test_a_refusal_is_told_from_what_cannot_be_done(said, no):
 
 def test_an_endless_answer_repeats_its_end_and_not_its_beginning():
     assert (
-        answers.endless("a b c " * 3)
-        and answers.endless("Start. " + "and so on " * 20)
-        and answers.endless("x y " * 2 + "x y")
-        and answers.endless("! " * 6)
+        answers.ends_in_loop("a b c " * 3)
+        and answers.ends_in_loop("Start. " + "and so on " * 20)
+        and answers.ends_in_loop("x y " * 2 + "x y")
+        and answers.ends_in_loop("! " * 6)
     )
     assert (
-        not answers.endless("a b c " * 3 + "and then it stops here")
-        and not answers.endless("a b a b")
-        and not answers.endless("no no no")
+        not answers.ends_in_loop("a b c " * 3 + "and then it stops here")
+        and not answers.ends_in_loop("a b a b")
+        and not answers.ends_in_loop("no no no")
     )
 
 
@@ -110,7 +110,7 @@ def test_no_answer_of_the_nih_is_a_refusal_or_endless(folder):
     assert (
         len(real) > (20 if folder == SMALL else 1900)
         and not real.map(answers.refuses).any()
-        and not real.map(answers.endless).any()
+        and not real.map(answers.ends_in_loop).any()
     )
 
 
@@ -126,9 +126,9 @@ def test_answers_end_where_they_should_whoever_else_writes(base):
         s["answer_tokens"] <= n and s["ended"] == (s["answer_tokens"] < n)
         for s, n in zip(said, bounds)
     )
-    assert [s["answer_tokens"] for s in answers.write_answers(model, tok, ROWS, most=2)] == [
-        min(2, s["answer_tokens"]) for s in said
-    ]
+    assert [
+        s["answer_tokens"] for s in answers.write_answers(model, tok, ROWS, max_new_tokens=2)
+    ] == [min(2, s["answer_tokens"]) for s in said]
     before, steps[:] = model.generation_config.eos_token_id, []
     model.generation_config.eos_token_id = [
         tok.eos_token_id,
@@ -145,7 +145,7 @@ def test_a_prompt_without_room_loses_its_beginning(base):
     model, tok = base
     most = model.config.max_position_embeddings
     long = [dict(prompt="Zinc is a metal. " * most, reference="zinc")]
-    (kept,) = answers.bounded([list(range(3 * most))], [[1]], positions=most)
+    (kept,) = answers.bound_answers([list(range(3 * most))], [[1]], positions=most)
     assert kept == (list(range(2 * most + 10, 3 * most)), 10)
     assert len(answers.write_answers(model, tok, long)) == 1
 

@@ -305,7 +305,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
         lines(tmp_path / "b.jsonl", MEDQA),
         lines(tmp_path / "c.jsonl", MEDQA[:3]),
     )
-    print1, print2, print3 = (bm.fingerprint("medqa_4options", f) for f in (a, b, c))
+    print1, print2, print3 = (bm.benchmark_fingerprint("medqa_4options", f) for f in (a, b, c))
     assert print1 == print2 != print3
 
 

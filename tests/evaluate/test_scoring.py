@@ -156,7 +156,7 @@ def test_adapters_and_4_bit_weights_can_branch(tmp_path):
 def test_the_model_is_as_it_was_after_an_error():
     model = tiny("medgemma")
     before = [c._attn_implementation for c in br.configs(model)]
-    with pytest.raises(RuntimeError), br.branching(model, br.Tree(items_of())):
+    with pytest.raises(RuntimeError), br.branch_attention(model, br.Tree(items_of())):
         raise RuntimeError
     assert [
         c._attn_implementation for c in br.configs(model)
@@ -166,19 +166,21 @@ def test_the_model_is_as_it_was_after_an_error():
 def test_no_block_of_logits_is_larger_than_allowed(monkeypatch):
     model, seen = tiny("mistral"), []
     exact = br.score_branches(model, items_of())
-    monkeypatch.setattr(lk, "CELLS", 128 * 6)
+    monkeypatch.setattr(lk, "MAX_LOGITS", 128 * 6)
     hook = model.get_output_embeddings().register_forward_hook(
         lambda head, args, out: seen.append(out.numel())
     )
     assert torch.allclose(br.score_branches(model, items_of()), exact, atol=1e-5)
     hook.remove()
-    assert max(seen) == 128 * 6 and sum(seen) == 128 * (1 + len(set(br.Tree(items_of()).at)))
+    assert max(seen) == 128 * 6 and sum(seen) == 128 * (
+        1 + len(set(br.Tree(items_of()).predicted_from))
+    )
 
 
 def test_no_mask_grows_with_the_square_of_a_prompt():
     long = [(list(range(3, 100)) * 100, [[5, 6, 7], [8]])]
     for window in (None, 512):
-        found = br.views(br.Tree(long), window)
+        found = br.attention_blocks(br.Tree(long), window)
         masks = [m for *_, m in found if m is not None]
         assert max(m.numel() for m in masks) <= br.BLOCK * max(br.BLOCK + (window or 0), 9702)
         assert sum(m.numel() for m in masks) < (9702 + 2) * (br.BLOCK + 512)

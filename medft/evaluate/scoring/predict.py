@@ -12,9 +12,9 @@ __all__ = ['FORMS', 'code_choices', 'code_pair', 'code_jointly', 'score_choices'
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c002
 from ...core.run import MedftError
 from ...data.chat_templates import template
-from ...data.pipeline import encode
 from ...data.prompts import LETTERS, MARKS
 from ...data.reading.option_texts import keeps_its_order
+from ...data.tokens import encode
 from .finite_scores import check_frame, refuse_non_finite
 from .generation import answered
 from medft.evaluate.scoring.log_likelihood import (
@@ -22,12 +22,12 @@ from medft.evaluate.scoring.log_likelihood import (
     check_head,
     in_batches,
     pad,
-    score_rows,
+    score_rows,  # noqa: F401  tests/evaluate/test_evaluate.py imports it from here
     token_budget,
-)  # and for those who look for them here
+)
 from medft.evaluate.scoring.shared_prefix import (
     obstacle,
-    score_branches,
+    score_branches,  # noqa: F401  as score_rows above
     score_items,
     shares_prompts,
 )
@@ -39,122 +39,146 @@ import pandas as pd
 import torch
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c008
-def code_choices(tok, rows) -> list:
-    "Rows with prompt and options as (prompt ids, [option ids, ...]); empty ones are refused."
-    flat = encode(
-        tok,
-        [r["prompt"] for r in rows for _ in r["options"]],
-        [o for r in rows for o in r["options"]],
-    )
-    cut = iter(
+def code_choices(
+    tok,
+    rows: list[dict],  # id, prompt (str) and options (list[str]) of each
+) -> list[tuple]:  # (prompt ids, [option ids, ...]) of each row
+    "Token ids of prompts and options, coded apart. Raises `MedftError` where one has no token."
+    prompts = [row["prompt"] for row in rows for _ in row["options"]]
+    options = [option for row in rows for option in row["options"]]
+    encoded = encode(tok, prompts, options)
+    pairs = iter(
         [
-            ([t for t, m in zip(i, k) if not m], [t for t, m in zip(i, k) if m])
-            for i, k in zip(flat["input_ids"], flat["completion_mask"])
+            _split_at_completion(ids, mask)
+            for ids, mask in zip(encoded["input_ids"], encoded["completion_mask"], strict=True)
         ]
     )
-    items = [[next(cut) for _ in r["options"]] for r in rows]
+    pairs_of_rows = [[next(pairs) for _ in row["options"]] for row in rows]
     empty = [
-        r["id"]
-        for r, parts in zip(rows, items)
-        if not parts or any(not p or not o for p, o in parts)
+        row["id"]
+        for row, pairs in zip(rows, pairs_of_rows, strict=True)
+        if not pairs or not all(prompt and option for prompt, option in pairs)
     ]
     if empty:
         raise MedftError(
-            f"rows without a prompt, without options or with an empty option cannot be scored: {', '.join(map(str, empty[:5]))}"
+            "rows without a prompt, without options or with an empty option cannot be scored: "
+            + ", ".join(map(str, empty[:5]))
         )
-    return [(parts[0][0], [o for _, o in parts]) for parts in items]
+    return [_as_item(pairs) for pairs in pairs_of_rows]
+
+
+def _split_at_completion(ids, completion_mask) -> tuple[list, list]:
+    "Token ids that are only read, and those of the completion."
+    coded = list(zip(ids, completion_mask, strict=True))
+    return [t for t, trained in coded if not trained], [t for t, trained in coded if trained]
+
+
+def _as_item(pairs) -> tuple:
+    "The (prompt ids, option ids) of one row's options as (prompt ids, [option ids, ...])."
+    return pairs[0][0], [option for _, option in pairs]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c010
-def code_pair(tok, prompt, option) -> tuple[list, list]:
-    "Prompt and option as lm-evaluation-harness codes them."
-
-    def code(s):
-        return tok(
-            s, add_special_tokens=not (tok.bos_token and s.startswith(tok.bos_token)), verbose=False
-        )["input_ids"]
-
+def code_pair(
+    tok,
+    prompt: str,
+    option: str,
+) -> tuple[list, list]:  # prompt ids, option ids
+    "Token ids of a prompt and an option, as lm-evaluation-harness codes them."
     first = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
     if not prompt:
         ids = tok(option, add_special_tokens=False)["input_ids"]
-        return ([first], ids) if ids[:1] != [first] else (ids[:1], ids[1:])
-    blanks = len(prompt) - len(prompt.rstrip())
-    if blanks:
-        prompt, option = prompt[:-blanks], prompt[-blanks:] + option
-    before = code(prompt)
-    return before, code(prompt + option)[len(before) :]
+        return (ids[:1], ids[1:]) if ids[:1] == [first] else ([first], ids)
+    n_blanks = len(prompt) - len(prompt.rstrip())
+    if n_blanks:
+        option = prompt[-n_blanks:] + option
+        prompt = prompt[:-n_blanks]
+    prompt_ids = _code_text(tok, prompt)
+    return prompt_ids, _code_text(tok, prompt + option)[len(prompt_ids) :]
+
+
+def _code_text(tok, text) -> list[int]:
+    "Token ids with special tokens, without a second BOS where the text begins with one."
+    has_bos = bool(tok.bos_token) and text.startswith(tok.bos_token)
+    return tok(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c011
-def code_jointly(tok, rows) -> list:
-    "`code_choices` in lm-evaluation-harness's way."
-    items = [[code_pair(tok, r["prompt"], o) for o in r["options"]] for r in rows]
+def code_jointly(
+    tok,
+    rows: list[dict],  # prompt (str) and options (list[str]) of each
+) -> list[tuple]:  # (prompt ids, [option ids, ...]) of each row
+    "`code_choices` as lm-evaluation-harness does it. Raises `MedftError` for an empty option."
+    pairs_of_rows = [[code_pair(tok, row["prompt"], o) for o in row["options"]] for row in rows]
     empty = [
-        r.get("id", i)
-        for i, (r, parts) in enumerate(zip(rows, items))
-        if not parts or not all(o for _, o in parts)
+        row.get("id", i)
+        for i, (row, pairs) in enumerate(zip(rows, pairs_of_rows, strict=True))
+        if not pairs or not all(option for _, option in pairs)
     ]
     if empty:
         raise MedftError(
-            f"rows without options, or with an option that is no token of its own behind its prompt, cannot be scored: {', '.join(map(str, empty[:5]))}"
+            "rows without options, or with an option that adds no token to its prompt, "
+            f"cannot be scored: {', '.join(map(str, empty[:5]))}"
         )
-    return [(parts[0][0], [o for _, o in parts]) for parts in items]
+    return [_as_item(pairs) for pairs in pairs_of_rows]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c013
 def score_choices(
     model,
     tok,
-    rows,  # dicts with prompt (str) and options (list[str])
+    rows: list[dict],  # prompt (str) and options (list[str]) of each
     batch_size=64,  # sequences a batch
-    say=None,  # told of progress
+    say=None,  # called with lines of progress
     jointly=False,  # tokenise a prompt and its option together
 ) -> list[list[float]]:  # summed log-probability of every option, in nats
     "Score the options of multiple-choice rows."
-    return score_items(
-        model, (code_jointly if jointly else code_choices)(tok, rows), batch_size, say
-    )
+    coded = code_jointly(tok, rows) if jointly else code_choices(tok, rows)
+    return score_items(model, coded, batch_size, say)
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c019
-def identity(rows) -> dict:
+def identity(
+    rows: list[dict],  # id, group, prompt; subject and choice_type where known
+) -> dict:  # column -> values
     "The columns that every prediction file has."
-    known = (
-        dict(choice_type=[r.get("choice_type") or "" for r in rows])
-        if any(r.get("choice_type") for r in rows)
-        else {}
-    )
-    return dict(
+    columns = dict(
         id=[r["id"] for r in rows],
         group=[r["group"] for r in rows],
         subject=[r.get("subject") or "" for r in rows],
-        **known,
-        prompt_sha256=[hashlib.sha256(r["prompt"].encode()).hexdigest() for r in rows],
     )
+    if any(r.get("choice_type") for r in rows):
+        columns["choice_type"] = [r.get("choice_type") or "" for r in rows]
+    columns["prompt_sha256"] = [hashlib.sha256(r["prompt"].encode()).hexdigest() for r in rows]
+    return columns
 
-
-def chosen(rows, scores) -> dict:
-    "The choice by each of lm-evaluation-harness's rules: acc (the sum), acc_norm (per character of the option), acc_bytes (per byte)."
-    texts = [[o.strip() for o in r["options"]] for r in rows]
+# %% ../../../nbs/evaluate/scoring/predict.ipynb #c019a
+def chosen(
+    rows: list[dict],  # options (list[str]) of each
+    scores: list[list[float]],  # summed log-probability of every option
+) -> dict:  # acc, acc_norm, acc_bytes -> number of the chosen option of each row
+    "The choices by lm-evaluation-harness's rules: by sum, per character, and per byte."
     refuse_non_finite(scores, [r.get("id", i) for i, r in enumerate(rows)])
-    rules = dict(
-        acc=lambda o: 1,
-        acc_norm=lambda o: max(len(o), 1),
-        acc_bytes=lambda o: max(len(o.encode()), 1),
-    )
-    return {
-        name: [
-            int(np.argmax([s / size(o) for s, o in zip(ss, os)])) for ss, os in zip(scores, texts)
-        ]
-        for name, size in rules.items()
-    }
+    choices = dict(acc=[], acc_norm=[], acc_bytes=[])
+    for row, row_scores in zip(rows, scores, strict=True):
+        options = [o.strip() for o in row["options"]]
+        values = np.array(row_scores)
+        n_characters = np.array([max(len(o), 1) for o in options])
+        n_bytes = np.array([max(len(o.encode()), 1) for o in options])
+        choices["acc"].append(int(np.argmax(values)))
+        choices["acc_norm"].append(int(np.argmax(values / n_characters)))
+        choices["acc_bytes"].append(int(np.argmax(values / n_bytes)))
+    return choices
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c019s1
-def as_chosen(rows, scores) -> pd.DataFrame:
+def as_chosen(
+    rows: list[dict],  # also answer: the number of the right option
+    scores: list[list[float]],
+) -> pd.DataFrame:
     "One line per multiple-choice row: the options' scores, the choice, whether it is right."
-    found = chosen(rows, scores)
+    choices = chosen(rows, scores)
     frame = pd.DataFrame(
         dict(
             identity(rows),
             scores=scores,
-            choice=found["acc"],
-            choice_norm=found["acc_norm"],
+            choice=choices["acc"],
+            choice_norm=choices["acc_norm"],
             truth=[r["answer"] for r in rows],
         )
     )
@@ -162,229 +186,301 @@ def as_chosen(rows, scores) -> pd.DataFrame:
 
 
 def predict_choices(model, tok, rows, batch_size=64, say=None) -> pd.DataFrame:
-    "Options as they were trained, and no more."
+    "Score and choose among the options as they were trained, in one form and order."
     return as_chosen(rows, score_choices(model, tok, rows, batch_size, say))
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c022
-def listed(row, after) -> list[str] | None:
-    "The options' texts as a prompt lists them, `after` being what follows the question; None: it lists none."
+def listed(
+    row: dict,  # prompt and options
+    after: str,  # what the chat template writes after a question
+) -> list[str] | None:
+    "The options' texts as the prompt lists them; None for a prompt that lists none."
     if not row["prompt"].endswith(after):
         return None
-    text, found = row["prompt"][: len(row["prompt"]) - len(after)], []
+    text = row["prompt"].removesuffix(after)
+    options = []
     for mark in reversed(MARKS[: len(row["options"])]):
-        text, sign, option = text.rpartition("\n" + mark)
-        if not sign:
+        text, separator, option = text.rpartition("\n" + mark)
+        if not separator:
             return None
-        found.append(option)
-    return found[::-1]
+        options.append(option)
+    return options[::-1]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c023
-def rendered(tok, rows, form) -> list[dict]:
-    "Rows with their options as letters or as texts. Raises `MedftError` for a template that cannot be taken apart."
-    t = template(tok)
-    f = t.frame()
-    if f is None:
+def rendered(
+    tok,
+    rows: list[dict],  # prompt and options of each
+    form: str,  # "letters" or "texts"
+) -> list[dict]:
+    "Rows with options in this form. Raises `MedftError` where the template has no pieces."
+    chat_template = template(tok)
+    frame = chat_template.frame()
+    if frame is None:
         raise MedftError(
-            "evaluation.score: this model's chat template cannot be taken apart into question and answer; leave the key out"
+            "evaluation.score: this model's chat template cannot be taken apart into question and"
+            " answer; leave the key out"
         )
+    _, after_question, before_answer, after_answer = frame
 
-    def said(s):
-        return (f[2] + s + f[3]).removesuffix(t.after)
+    def written(row):
+        texts = listed(row, after_question)
+        if not texts:
+            return row
+        answers = LETTERS[: len(texts)] if form == "letters" else texts
+        options = [
+            (before_answer + answer + after_answer).removesuffix(chat_template.after)
+            for answer in answers
+        ]
+        return dict(row, options=options)
 
-    texts = [listed(r, f[1]) for r in rows]
-    return [
-        dict(r, options=[said(LETTERS[i] if form == "letters" else o) for i, o in enumerate(o)])
-        if o
-        else r
-        for r, o in zip(rows, texts)
-    ]
+    return [written(row) for row in rows]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c025
 FORMS = dict(letters=["letters"], texts=["texts"], both=["letters", "texts"])
 
 
-def forms_of(model, tok, rows, score=None, say=None) -> dict:
-    "form -> the rows with their options in it: what `score` asks for; None: both, where prompts list options and it costs little."
+def forms_of(
+    model,
+    tok,
+    rows: list[dict],
+    score: str | None = None,  # evaluation.score; None: both, where that costs little
+    say=None,  # called with the reason if only the trained form is scored
+) -> dict:  # form -> the rows with their options in it
+    "The forms in which options are scored beside the one that was trained."
     if score is None and (template(tok).frame() is None or not shares_prompts(model)):
         if say:
-            say(
-                "options are scored only as they were trained: "
-                + (obstacle(model) or "the chat template cannot be taken apart")
-            )
+            reason = obstacle(model) or "the chat template cannot be taken apart"
+            say(f"options are scored only as they were trained: {reason}")
         return {}
     found = {form: rendered(tok, rows, form) for form in FORMS[score or "both"]}
-    return found if score or found["letters"] != found["texts"] else {}
+    if score is None and found["letters"] == found["texts"]:
+        return {}
+    return found
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c025s1
 def score_forms(
     model,
     tok,
-    several,  # the same rows, their options in different forms
+    several: list[list[dict]],  # the same rows, their options in different forms
     batch_size=64,
     say=None,
 ) -> list:  # [form][row][option], summed log-probabilities in nats
     "Score options in several forms, reading each question once."
-    each = [list(dict.fromkeys(o for r in same for o in r["options"])) for same in zip(*several)]
-    scores = score_choices(
-        model, tok, [dict(r, options=o) for r, o in zip(several[0], each)], batch_size, say
-    )
-    known = [dict(zip(o, s)) for o, s in zip(each, scores)]
-    return [[[k[o] for o in r["options"]] for r, k in zip(rows, known)] for rows in several]
-
-# %% ../../../nbs/evaluate/scoring/predict.ipynb #c026b
-def orders(id, n, shuffles) -> list[list[int]]:
-    "Rotations of n options: which option stands at each place. In every one each option has moved."
-    first = int(hashlib.sha256(str(id).encode()).hexdigest(), 16)
+    options_of_rows = [
+        list(dict.fromkeys(option for row in forms for option in row["options"]))
+        for forms in zip(*several, strict=True)
+    ]
+    rows = [
+        dict(row, options=options) for row, options in zip(several[0], options_of_rows, strict=True)
+    ]
+    scores_of_rows = score_choices(model, tok, rows, batch_size, say)
+    by_option = [
+        dict(zip(options, scores, strict=True))
+        for options, scores in zip(options_of_rows, scores_of_rows, strict=True)
+    ]
     return [
-        [(place + 1 + (first + i) % (n - 1)) % n for place in range(n)]
-        for i in range(min(shuffles, n - 1))
+        [[scores[o] for o in row["options"]] for row, scores in zip(rows, by_option, strict=True)]
+        for rows in several
     ]
 
+# %% ../../../nbs/evaluate/scoring/predict.ipynb #c026b
+def orders(
+    id,  # of the row; decides which rotation comes first
+    n: int,  # options
+    shuffles: int,  # rotations to make, at most n - 1
+) -> list[list[int]]:  # of each rotation, the number of the option at each place
+    "Rotations of n options; in every one each option has moved."
+    first = int(hashlib.sha256(str(id).encode()).hexdigest(), 16)
+    shifts = [1 + (first + i) % (n - 1) for i in range(min(shuffles, n - 1))]
+    return [[(place + shift) % n for place in range(n)] for shift in shifts]
+
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c026b1
-def turned(tok, rows, shuffles) -> list[tuple]:
-    "(row number, order, the row so listed), of every row whose prompt lists its options and whose options allow it."
-    f, out = template(tok).frame(), []
-    after = f[1] if f else ""
-    for i, (r, own) in enumerate(
-        zip(rows, rendered(tok, rows, "letters") if f and shuffles else ())
-    ):
-        texts = listed(r, after)
+def turned(
+    tok,
+    rows: list[dict],
+    shuffles: int,  # rotations of each row
+) -> list[tuple]:  # (row number, order, the row in this order)
+    "Rotations of every row whose prompt lists its options and whose options allow another order."
+    frame = template(tok).frame()
+    if frame is None or not shuffles:
+        return []
+    after = frame[1]
+    found = []
+    for i, (row, in_letters) in enumerate(zip(rows, rendered(tok, rows, "letters"), strict=True)):
+        texts = listed(row, after)
         if not texts or keeps_its_order(texts):
             continue
-        head, letters = (
-            r["prompt"][: -len("".join(f"\n{m}{o}" for m, o in zip(MARKS, texts)) + after)],
-            own["options"] == r["options"],
-        )
-        for order in orders(r["id"], len(texts), shuffles):
-            prompt = head + "".join(f"\n{m}{texts[o]}" for m, o in zip(MARKS, order)) + after
-            out.append(
-                (
-                    i,
-                    order,
-                    dict(
-                        r,
-                        prompt=prompt,
-                        options=r["options"] if letters else [r["options"][o] for o in order],
-                        answer=order.index(r["answer"]),
-                    ),
-                )
-            )
-    return out
+        by_letter = in_letters["options"] == row["options"]
+        for order in orders(row["id"], len(texts), shuffles):
+            found.append((i, order, _reordered(row, texts, after, order, by_letter)))
+    return found
 
 
-def in_fixed_order(tok, rows) -> list[bool]:
-    "Of each row, whether its prompt lists options that speak of others by their place, and that are never turned for that."
+def _reordered(row, texts, after, order, by_letter) -> dict:
+    "A row whose prompt lists the options in this order; letters as options stay in place."
+    as_listed = "".join(_mark_options(texts)) + after
+    question = row["prompt"][: -len(as_listed)]
+    options = row["options"] if by_letter else [row["options"][i] for i in order]
+    return dict(
+        row,
+        prompt=question + "".join(_mark_options([texts[i] for i in order])) + after,
+        options=options,
+        answer=order.index(row["answer"]),
+    )
+
+
+def _mark_options(texts) -> list[str]:
+    "The lines in which a prompt lists options, each with the line break before it."
+    return [f"\n{mark}{text}" for mark, text in zip(MARKS, texts, strict=False)]
+
+# %% ../../../nbs/evaluate/scoring/predict.ipynb #c026b2
+def in_fixed_order(tok, rows: list[dict]) -> list[bool]:
+    "Of each row, whether its prompt lists options that refer to others by place."
     frame = template(tok).frame()
-    texts = [listed(r, frame[1]) for r in rows] if frame else [None] * len(rows)
-    return [bool(t) and keeps_its_order(t) for t in texts]
+    if frame is None:
+        return [False] * len(rows)
+    texts_of_rows = [listed(row, frame[1]) for row in rows]
+    return [bool(texts) and keeps_its_order(texts) for texts in texts_of_rows]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c026d
 def predict_forms(
-    model, tok, rows, score=None, shuffles=0, batch_size=64, say=None
+    model,
+    tok,
+    rows: list[dict],
+    score: str | None = None,  # evaluation.score
+    shuffles=0,  # evaluation.shuffles
+    batch_size=64,
+    say=None,
 ) -> pd.DataFrame:
-    "`predict_choices`, and beside it what the options score in other forms and which are chosen in other orders."
-    forms, again = forms_of(model, tok, rows, score, say), turned(tok, rows, shuffles)
+    "`predict_choices`, with further columns for other forms and other orders of the options."
+    forms = forms_of(model, tok, rows, score, say)
     own, *others = score_forms(model, tok, [rows, *forms.values()], batch_size, say)
     frame = as_chosen(rows, own)
-    for form, scores in zip(forms, others):
-        right = {
-            f"{form}_{name}": frame.truth == choice
-            for name, choice in chosen(forms[form], scores).items()
-        }
-        frame = frame.assign(
-            **{f"{form}_scores": scores},
-            **(right if form == "texts" else dict(list(right.items())[:1])),
-        )
+    for form, scores in zip(forms, others, strict=True):
+        choices = chosen(forms[form], scores)
+        rules = list(choices) if form == "texts" else ["acc"]  # all letters are equally long
+        frame[f"{form}_scores"] = scores
+        for rule in rules:
+            frame[f"{form}_{rule}"] = frame.truth == choices[rule]
     fixed = in_fixed_order(tok, rows) if shuffles else []
     if any(fixed):
         frame = frame.assign(fixed_order=fixed)
         if say:
             say(
-                f"{sum(fixed):,} of {len(rows):,} items are asked in their own order only: an option speaks of others by letter or place"
+                f"{sum(fixed):,} of {len(rows):,} items are asked in their own order only: an"
+                " option refers to others by letter or place"
             )
-    if not again:
-        return frame
+    picked = _shuffled_choices(model, tok, rows, shuffles, batch_size, say)
+    return frame if picked is None else frame.assign(shuffled_choice=picked)
+
+
+def _shuffled_choices(model, tok, rows, shuffles, batch_size, say) -> list[list[int]] | None:
+    "What is chosen in other orders, by the option's own number; None if no row has another order."
+    rotated = turned(tok, rows, shuffles)
+    if not rotated:
+        return None
+    rotated_rows = [row for _, _, row in rotated]
+    scores = score_choices(model, tok, rotated_rows, batch_size, say)
+    ids = [row["id"] for row in rotated_rows]
+    refuse_non_finite(scores, ids, "scores in another order of the options")
     picked = [[] for _ in rows]
-    scores = score_choices(model, tok, [r for *_, r in again], batch_size, say)
-    refuse_non_finite(
-        scores, [r["id"] for *_, r in again], "scores in another order of the options"
-    )
-    for (i, order, _), s in zip(again, scores):
-        picked[i].append(order[int(np.argmax(s))])
-    return frame.assign(shuffled_choice=picked)
+    for (i, order, _), row_scores in zip(rotated, scores, strict=True):
+        picked[i].append(order[int(np.argmax(row_scores))])
+    return picked
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c028
 @torch.inference_mode()
 def score_labels(
     model,  # a sequence classifier
-    rows,  # lists of token ids
+    rows: list[list[int]],  # token ids of each
 ) -> torch.Tensor:  # (rows, labels), float32
     "The logits of every label."
     ids, mask = pad(rows, model.device, fill=model.config.get_text_config().pad_token_id or 0)
     return model(input_ids=ids, attention_mask=mask).logits.float().cpu()
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c030
-def choose(frame, threshold=None) -> pd.DataFrame:
-    "Predictions with the label that is said at this threshold (None: a half), and whether it is right."
-    p = np.stack(check_frame(frame).probabilities)
-    choice = (
-        (p[:, 1] >= (0.5 if threshold is None else threshold)).astype(int)
-        if p.shape[1] == 2
-        else p.argmax(1)
-    )
+def choose(
+    frame: pd.DataFrame,  # probabilities (labels,) and truth of each item
+    threshold: float | None = None,  # two labels: the least probability of the second; None: 0.5
+) -> pd.DataFrame:
+    "Predictions with the chosen label, and whether it is right."
+    probabilities = np.stack(check_frame(frame).probabilities)
+    if probabilities.shape[1] == 2:
+        least = 0.5 if threshold is None else threshold
+        choice = (probabilities[:, 1] >= least).astype(int)
+    else:
+        choice = probabilities.argmax(1)
     return frame.assign(choice=choice, correct=choice == frame.truth)
 
-
+# %% ../../../nbs/evaluate/scoring/predict.ipynb #c030a
 def predict_labels(
-    model, tok, rows, batch_size=64, length=None, threshold=None, say=None
+    model,  # a sequence classifier
+    tok,
+    rows: list[dict],  # input_ids and label of each
+    batch_size=64,
+    length=None,  # tokens of a text that are read, at most
+    threshold=None,  # see `choose`
+    say=None,
 ) -> pd.DataFrame:
-    "One line per labelled row: the labels' logits and probabilities, the choice, whether it is right."
+    "One line per labelled row: logits and probabilities, the choice, whether it is right."
     ids = [r["input_ids"][:length] for r in rows]
-    size = batch_size if model.config.get_text_config().pad_token_id is not None else 1
+    size = 1 if model.config.get_text_config().pad_token_id is None else batch_size
     logits = in_batches(
-        lambda b: score_labels(model, b).tolist(),
+        lambda batch: score_labels(model, batch).tolist(),
         ids,
-        list(map(len, ids)),
+        [len(i) for i in ids],
         [1 / size] * len(ids),
         say,
         tokens=token_budget(model),
     )
     refuse_non_finite(logits, [r["id"] for r in rows], "logits")
-    p = torch.tensor(logits, dtype=torch.float64).softmax(-1).tolist()
-    return choose(
-        pd.DataFrame(
-            dict(identity(rows), scores=logits, probabilities=p, truth=[r["label"] for r in rows])
-        ),
-        threshold,
+    frame = pd.DataFrame(
+        dict(
+            identity(rows),
+            scores=logits,
+            probabilities=torch.tensor(logits, dtype=torch.float64).softmax(-1).tolist(),
+            truth=[r["label"] for r in rows],
+        )
     )
+    return choose(frame, threshold)
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c035
-def windows(ids, mask, length):
-    "Cut a row into windows of at most `length` tokens that overlap by one."
-    return [
-        (ids[s : s + length], mask[s : s + length])
-        for s in range(0, max(len(ids) - 1, 1), length - 1)
-    ]
+def windows(
+    ids: list[int],
+    mask: list[int],  # 1 where a token is scored
+    length: int,  # tokens a window, at most
+) -> list[tuple]:  # (ids, mask) of each window
+    "Cut a row into windows that overlap by one token."
+    starts = range(0, max(len(ids) - 1, 1), length - 1)
+    return [(ids[s : s + length], mask[s : s + length]) for s in starts]
 
-
-def predict_text(model, tok, rows, batch_size=64, length=2048, say=None) -> pd.DataFrame:
+# %% ../../../nbs/evaluate/scoring/predict.ipynb #c035a
+def predict_text(
+    model,
+    tok,
+    rows: list[dict],  # input_ids and completion_mask of each
+    batch_size=64,
+    length=2048,  # tokens a window, at most
+    say=None,
+) -> pd.DataFrame:
     "One line per row: negative log-likelihood (nats), tokens and bytes that were predicted."
-    cut = [
-        (i, w)
-        for i, r in enumerate(rows)
-        for w in windows(r["input_ids"], r["completion_mask"], length)
-    ]
+    owners, pieces = [], []
+    for i, row in enumerate(rows):
+        for window in windows(row["input_ids"], row["completion_mask"], length):
+            owners.append(i)
+            pieces.append(window)
     check_head(model)
-    found = by_rows(model, [w for _, w in cut], batch_size, say)
-    nll = np.bincount([i for i, _ in cut], weights=[-x for x in found], minlength=len(rows))
+    log_likelihoods = by_rows(model, pieces, batch_size, say)
+    nll = np.bincount(owners, weights=[-x for x in log_likelihoods], minlength=len(rows))
     refuse_non_finite(nll, [r["id"] for r in rows], "loss")
-    scored = [[t for t, m in zip(r["input_ids"][1:], r["completion_mask"][1:]) if m] for r in rows]
+    scored = [_split_at_completion(r["input_ids"][1:], r["completion_mask"][1:])[1] for r in rows]
+    texts = [tok.decode(ids, skip_special_tokens=True) for ids in scored]
     return pd.DataFrame(
         dict(
             identity(rows),
             nll=nll,
-            tokens=[len(s) for s in scored],
-            bytes=[len(tok.decode(s, skip_special_tokens=True).encode()) for s in scored],
+            tokens=[len(ids) for ids in scored],
+            bytes=[len(text.encode()) for text in texts],
         )
     )
 
@@ -392,28 +488,26 @@ def predict_text(model, tok, rows, batch_size=64, length=2048, say=None) -> pd.D
 def predict(
     model,
     tok,
-    rows,
+    rows: list[dict],  # of a prepared split
     recipe,
-    say=None,  # told of progress
-    threshold=None,  # two labels: the probability from which the second is said
+    say=None,  # called with lines of progress
+    threshold=None,  # two labels: the least probability at which the second is chosen
     beside=False,  # options: also in their other form, and listed in other orders
 ) -> pd.DataFrame:
-    "Score rows of a prepared split by what they are: a label, options, a reference answer, or text."
-    e = recipe.evaluation
-    size = e.batch_size
+    "Score rows by what they have: a label, options, a reference, or text. Raises `MedftError`."
+    section = recipe.evaluation
+    size = section.batch_size
     if "label" in rows[0]:
         return predict_labels(model, tok, rows, size, recipe.max_length, threshold, say)
+    if "options" in rows[0] and beside:
+        return predict_forms(model, tok, rows, section.score, section.shuffles, size, say)
     if "options" in rows[0]:
-        return (
-            predict_forms(model, tok, rows, e.score, e.shuffles, size, say)
-            if beside
-            else predict_choices(model, tok, rows, size, say)
-        )
+        return predict_choices(model, tok, rows, size, say)
     if "input_ids" not in rows[0]:
         raise MedftError(
             f"scored rows need options, or input_ids and completion_mask; found {sorted(rows[0])}"
         )
     frame = predict_text(model, tok, rows, size, recipe.max_length, say)
-    if "reference" not in rows[0] or not recipe.evaluation.generate:
+    if "reference" not in rows[0] or not section.generate:
         return frame
-    return frame.assign(**answered(model, tok, rows, recipe.evaluation, say))
+    return frame.assign(**answered(model, tok, rows, section, say))
