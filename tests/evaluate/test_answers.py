@@ -1,22 +1,15 @@
-"""Written answers: measures that a second hand computes alike, answers that depend on no neighbour, and rates that find what is no answer."""
+"""Written answers: measures by their definitions, answers that depend on no other row, refusals."""
 
 from medft.core.run import MedftError, Run, load_recipe
 from medft.data import pipeline as data
 from medft.evaluate import metrics as ev
 from medft.evaluate.measures import text as written
-from medft.evaluate.scoring import (
-    generation as answers,
-)
-from medft.evaluate.scoring import (
-    predict as scoring,
-)
-from medft.evaluate.scoring import (
-    semantic_similarity as meaning,
-)
+from medft.evaluate.scoring import generation as answers
+from medft.evaluate.scoring import predict as scoring
+from medft.evaluate.scoring import semantic_similarity as meaning
 from medft.model.load import load_base
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -38,13 +31,10 @@ def base():
 
 def longest(a, b):
     "The longest common subsequence, by its definition."
-    return (
-        max(
-            [longest(a[1:], b), longest(a, b[1:]), 1 + longest(a[1:], b[1:]) if a[0] == b[0] else 0]
-        )
-        if a and b
-        else 0
-    )
+    if not a or not b:
+        return 0
+    with_both = 1 + longest(a[1:], b[1:]) if a[0] == b[0] else 0
+    return max(longest(a[1:], b), longest(a, b[1:]), with_both)
 
 
 def test_overlap_is_what_its_definition_says():
@@ -114,7 +104,7 @@ def test_no_answer_of_the_nih_is_a_refusal_or_endless(folder):
     )
 
 
-def test_answers_end_where_they_should_whoever_else_writes(base):
+def test_answers_do_not_depend_on_the_batch(base):
     model, tok = base
     steps = []
     hook = model.register_forward_pre_hook(lambda *a: steps.append(1))
@@ -230,7 +220,7 @@ def test_bertscore_is_its_formula_token_by_token(encoder):
         ),
     ],
 )
-def test_keys_that_nobody_would_use_are_refused(keys, said):
+def test_keys_without_an_effect_are_refused(keys, said):
     with pytest.raises(MedftError, match=said):
         load_recipe("quickstart", keys)
 
@@ -331,7 +321,7 @@ def test_better_answers_are_found_and_equal_ones_are_not():
 
 
 @pytest.mark.long
-def test_null_comparisons_of_answers_rarely_speak():
+def test_equal_models_rarely_differ():
     rng = np.random.default_rng(0)
     spoke = []
     for _ in range(300):

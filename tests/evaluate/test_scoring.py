@@ -1,4 +1,4 @@
-"""Scoring: the fast way gives what the plain way gives, for every family; what lm-evaluation-harness says, we say; memory stays bounded."""
+"""Scores: three ways of computing them agree, the harness agrees, and batches change nothing."""
 
 from medft.core.run import MedftError, assets, load_recipe
 from medft.evaluate.scoring import log_likelihood as lk
@@ -45,7 +45,7 @@ def drawn(rng, *lengths):
 
 
 def items_of(seed=0):
-    "Ragged options, one-token options, one option, prompts of one token and of more than any window."
+    "Ragged, one-token and single options; prompts of one token and longer than any window."
     rng = np.random.default_rng(seed)
 
     def ids(*n):
@@ -225,7 +225,6 @@ def test_what_cannot_branch_says_why():
         [x for s in found for x in s], plain(model, items_of()), atol=1e-4
     )
     model = tiny("llama2")
-    head = model.lm_head.forward
     model.forward_before = model.forward
     model.forward = lambda *a, **k: (
         out := type(model).forward(model, *a, **k),
@@ -293,7 +292,7 @@ def medmcqa(folder, n):
     ]
 
 
-def said_by_harness(base, pairs):
+def scores_of_harness(base, pairs):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -308,7 +307,7 @@ def said_by_harness(base, pairs):
 
 
 def same_as_harness(base, folder, n):
-    "Log-likelihoods to 1e-4, and the same choice by every rule wherever two options are further apart than that."
+    "Log-likelihoods to 1e-4, and the same choices wherever two options are further apart."
     from lm_eval.tasks.medmcqa.utils_medmcqa import doc_to_text
 
     rows = medmcqa(folder, n)
@@ -329,7 +328,7 @@ def same_as_harness(base, folder, n):
             jointly=True,
         )
         theirs = np.array(
-            said_by_harness(base, [(q, f" {o}") for q, os in zip(asked, options) for o in os])
+            scores_of_harness(base, [(q, f" {o}") for q, os in zip(asked, options) for o in os])
         ).reshape(-1, 4)
         assert np.abs(np.array(ours) - theirs).max() < 1e-4
         sizes = dict(
