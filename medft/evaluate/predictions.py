@@ -6,10 +6,10 @@ Docs: https://medft.github.io/medft/evaluate/predictions.html.md"""
 
 # %% auto #0
 __all__ = ['SCORING_CODE', 'BENCHMARK_CODE', 'CANARY_CODE', 'FIGURE_KEYS', 'CANARIES', 'answering_models', 'scored_rows',
-           'Contender', 'contenders', 'base_below', 'each_model', 'digest', 'code_hashes', 'circumstances', 'record_of',
-           'is_made', 'keep', 'forget', 'read_predictions', 'validation_rows', 'rows_for_model', 'prediction_path',
-           'fingerprints', 'prediction_keys', 'predict_set', 'threshold_for', 'naming', 'score_model',
-           'open_benchmarks', 'score_benchmarks', 'note_evaluated', 'score_run']
+           'Contender', 'contenders', 'base_below', 'each_model', 'hash_of', 'code_hashes', 'circumstances',
+           'record_of', 'is_made', 'keep', 'forget', 'read_predictions', 'validation_rows', 'rows_for_model',
+           'prediction_path', 'fingerprints', 'prediction_keys', 'predict_set', 'threshold_for', 'naming',
+           'score_model', 'checked_benchmarks', 'score_run_benchmarks', 'note_evaluated', 'score_run']
 
 # %% ../../nbs/evaluate/predictions.ipynb #c002
 from ..core.run import PACKAGE, MedftError, atomic_write, read_json, sha256, write_json
@@ -148,7 +148,7 @@ FIGURE_KEYS = (
 ).split()  # keys of evaluation that change no score
 
 
-def digest(obj) -> str:
+def hash_of(obj) -> str:
     "A hash of what JSON makes of an object."
     return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -279,16 +279,16 @@ def prediction_keys(
     recipe = run.recipe
     base = described(files).get("base")
     common = [[prints[str(files)], prints.get(base)], circumstances(run)]
-    validation = digest(sets.get("validation", []))
+    validation = hash_of(sets.get("validation", []))
     keys = {}
     for name, rows in sets.items():
-        keys[name] = digest([*common, rows, name != "validation" and validation])
+        keys[name] = hash_of([*common, rows, name != "validation" and validation])
     if recipe.engine and recipe.dataset.canaries:
-        keys[CANARIES] = digest([*common, recipe.dataset.canaries, code_hashes(CANARY_CODE)])
+        keys[CANARIES] = hash_of([*common, recipe.dataset.canaries, code_hashes(CANARY_CODE)])
     for name, file in recipe.evaluation.benchmarks.items():
         content = benchmarks.benchmark_fingerprint(name, file)
         most = recipe.evaluation.max_items
-        keys[name] = digest([*common, content, code_hashes(BENCHMARK_CODE), most])
+        keys[name] = hash_of([*common, content, code_hashes(BENCHMARK_CODE), most])
     return keys
 
 # %% ../../nbs/evaluate/predictions.ipynb #c017
@@ -351,10 +351,10 @@ def score_model(
         with naming(who, "the canaries"):
             frame = score_canaries(model, tok, run.recipe)
         keep(prediction_path(run, who, CANARIES), frame, todo[CANARIES])
-    score_benchmarks(run, who, model, tok, todo, tasks or {})
+    score_run_benchmarks(run, who, model, tok, todo, tasks or {})
 
 # %% ../../nbs/evaluate/predictions.ipynb #c019
-def open_benchmarks(run) -> dict:  # benchmark -> its tasks, see `benchmarks.opened`
+def checked_benchmarks(run) -> dict:  # benchmark -> its tasks, see `benchmarks.open_tasks`
     "The benchmarks that the recipe names, checked as every set is. Raises `MedftError`."
     wanted = run.recipe.evaluation.benchmarks
     most = run.recipe.evaluation.max_items
@@ -365,10 +365,10 @@ def open_benchmarks(run) -> dict:  # benchmark -> its tasks, see `benchmarks.ope
             run.log(f"evaluate: {name}: {line}")
             unchecked.append(f"{name}: {line}")
         run.update(dict(unchecked=unchecked))
-    return benchmarks.opened(wanted, most)
+    return benchmarks.open_tasks(wanted, most)
 
 
-def score_benchmarks(run, who: str, model, tok, todo: dict, tasks: dict):
+def score_run_benchmarks(run, who: str, model, tok, todo: dict, tasks: dict):
     "One benchmark after the other; each is kept as soon as it is made."
     batch_size = run.recipe.evaluation.batch_size
 
@@ -408,7 +408,7 @@ def score_run(run) -> dict:  # (model, set) -> frame
     folder = run.path / "predictions"
     check_further(run.recipe, labels_of(run))
     sets = scored_rows(run)
-    tasks = open_benchmarks(run) if run.recipe.evaluation.benchmarks else {}
+    tasks = checked_benchmarks(run) if run.recipe.evaluation.benchmarks else {}
     prints = fingerprints(run)
     note_evaluated(run, prints)
     shutil.rmtree(folder / "baselines", ignore_errors=True)

@@ -39,7 +39,7 @@ def tiny():
 
 
 def rows(name, file, most=None):
-    ((_, about, found),) = bm.opened({name: file}, most)[name]
+    ((_, about, found),) = bm.open_tasks({name: file}, most)[name]
     return found
 
 
@@ -197,7 +197,7 @@ def test_group_has_its_subjects(tmp_path):
             for r in MMLU
         ],
     )
-    tasks = bm.opened({"mmlu_medical": file}, 2)["mmlu_medical"]
+    tasks = bm.open_tasks({"mmlu_medical": file}, 2)["mmlu_medical"]
     assert [t.config.task for t, *_ in tasks] == harness.GROUPS["mmlu_medical"] and all(
         len(found) == 2 for *_, found in tasks
     )
@@ -258,7 +258,7 @@ def test_without_the_harness(monkeypatch):
 def test_nothing_wanted_needs_no_harness(monkeypatch):
     monkeypatch.setattr(harness, "harness", lambda: pytest.fail("asked for"))
     bm.check_benchmarks({})
-    assert bm.opened({}) == {}
+    assert bm.open_tasks({}) == {}
 
 
 # scored
@@ -436,7 +436,7 @@ out = {}
 for name in json.loads(sys.argv[1]):
     try:
         out[name] = []
-        for _, about, rows in bm.opened({name: None})[name]:
+        for _, about, rows in bm.open_tasks({name: None})[name]:
             kept = [{k: v for k, v in row.items() if k != "doc"} for row in rows]
             out[name].append((dict(about), kept))
     except MedftError as e:
@@ -597,7 +597,7 @@ for name in json.loads(sys.argv[1]):
 for name in ("mmlu_anatomie", "triviaqa", "multimedqa", "winogrande"):
     try:
         if bm.definition(name):
-            bm.build(name, None)
+            bm.build_task(name, None)
         out[name] = ""
     except MedftError as e:
         out[name] = str(e)

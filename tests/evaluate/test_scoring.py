@@ -85,10 +85,10 @@ def test_branches_rows_and_the_plainest_code_agree(family, monkeypatch):
     assert br.Tree(shared).prefix == 37
     for some in (items, shared):
         reference = plain(model, some)
-        assert np.allclose(br.score_rows(model, br.as_rows(some)), reference, atol=1e-4)
+        assert np.allclose(br.score_rows(model, br.option_rows(some)), reference, atol=1e-4)
         if family != "nemotron_h":
             assert np.allclose(br.score_branches(model, some), reference, atol=1e-4)
-            monkeypatch.setattr(br, "BLOCK", 7)
+            monkeypatch.setattr(br, "QUERIES_PER_MASK", 7)
             assert np.allclose(br.score_branches(model, some), reference, atol=1e-4)
             monkeypatch.undo()
         assert np.allclose(
@@ -96,7 +96,7 @@ def test_branches_rows_and_the_plainest_code_agree(family, monkeypatch):
             reference,
             atol=1e-4,
         )
-    assert (br.obstacle(model) is None) == (family != "nemotron_h")
+    assert (br.branching_obstacle(model) is None) == (family != "nemotron_h")
 
 
 def test_a_changed_neighbour_changes_nothing():
@@ -114,13 +114,13 @@ def test_bfloat16_and_eager_attention_give_the_same_within_their_precision(famil
     exact = br.score_branches(model, items)
     model.set_attn_implementation("eager")
     assert (
-        br.obstacle(model) is None
+        br.branching_obstacle(model) is None
         and torch.allclose(br.score_branches(model, items), exact, atol=1e-4)
         and model.config._attn_implementation == "eager"
     )
     model.set_attn_implementation("sdpa")
     model.to(torch.bfloat16)
-    a, b = br.score_branches(model, items), br.score_rows(model, br.as_rows(items))
+    a, b = br.score_branches(model, items), br.score_rows(model, br.option_rows(items))
     tokens = torch.tensor([len(o) for _, options in items for o in options])
     assert ((a - exact).abs() / tokens).mean() <= 1.5 * ((b - exact).abs() / tokens).mean() + 1e-3
 
@@ -133,7 +133,7 @@ def test_adapters_and_4_bit_weights_can_branch(tmp_path):
     adapted = get_peft_model(
         tiny("llama3.1"), LoraConfig(target_modules="all-linear", init_lora_weights=False)
     ).eval()
-    assert br.obstacle(adapted) is None and np.allclose(
+    assert br.branching_obstacle(adapted) is None and np.allclose(
         br.score_branches(adapted, items_of()), plain(adapted, items_of()), atol=1e-4
     )
     base = families.build_tiny("llama2", tmp_path / "m")
@@ -148,7 +148,7 @@ def test_adapters_and_4_bit_weights_can_branch(tmp_path):
         )
     )
     assert "Linear4bit" in {type(m).__name__ for m in model.modules()}
-    assert br.obstacle(model) is None and np.allclose(
+    assert br.branching_obstacle(model) is None and np.allclose(
         br.score_branches(model, items_of()), plain(model, items_of()), atol=1e-3
     )
 
@@ -182,8 +182,10 @@ def test_no_mask_grows_with_the_square_of_a_prompt():
     for window in (None, 512):
         found = br.attention_blocks(br.Tree(long), window)
         masks = [m for *_, m in found if m is not None]
-        assert max(m.numel() for m in masks) <= br.BLOCK * max(br.BLOCK + (window or 0), 9702)
-        assert sum(m.numel() for m in masks) < (9702 + 2) * (br.BLOCK + 512)
+        assert max(m.numel() for m in masks) <= br.QUERIES_PER_MASK * max(
+            br.QUERIES_PER_MASK + (window or 0), 9702
+        )
+        assert sum(m.numel() for m in masks) < (9702 + 2) * (br.QUERIES_PER_MASK + 512)
 
 
 def test_batches_hold_what_they_may_and_an_oversized_item_stands_alone(monkeypatch):
@@ -214,7 +216,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning():
 
 
 def test_what_cannot_branch_says_why():
-    assert "linear_attention" in br.obstacle(tiny("nemotron_h"))
+    assert "linear_attention" in br.branching_obstacle(tiny("nemotron_h"))
     model, heard = tiny("gemma2"), []
     model.set_attn_implementation("eager")
     model.config.attn_logit_softcapping = 1.0

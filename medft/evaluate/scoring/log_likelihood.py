@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/evaluate/scoring/log_likelihood.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_LOGITS', 'hidden_states', 'cap_and_scale', 'log_probabilities', 'cached_for_model', 'check_head', 'pad',
-           'sum_by_owner', 'score_rows', 'as_rows', 'token_budget', 'batches', 'in_batches', 'by_rows']
+           'sum_by_owner', 'score_rows', 'option_rows', 'token_budget', 'split_into_batches', 'in_batches', 'by_rows']
 
 # %% ../../../nbs/evaluate/scoring/log_likelihood.ipynb #c002
 from ...core.run import MedftError
@@ -150,7 +150,7 @@ def score_rows(
     return sum_by_owner(log_probs, row, len(rows))
 
 # %% ../../../nbs/evaluate/scoring/log_likelihood.ipynb #c016b
-def as_rows(
+def option_rows(
     items: list[tuple],  # (prompt ids, [option ids, ...])
 ) -> list[tuple]:  # (token ids, mask: 1 where a token is scored)
     "One row for each option, the prompt before it."
@@ -166,7 +166,7 @@ def token_budget(model) -> int:
     return 2**11 if model.device.type == "cpu" else 2**14
 
 
-def batches(
+def split_into_batches(
     costs: list[float],  # share of a batch that each item takes
     order,  # item numbers, the longest first
     lengths: list[int] | None = None,  # tokens of each item; needed with `tokens`
@@ -201,7 +201,7 @@ def in_batches(
     start = time.time()
     last_line = start
     order = sorted(range(len(items)), key=lambda i: -lengths[i])
-    for batch in batches(costs, order, lengths, tokens):
+    for batch in split_into_batches(costs, order, lengths, tokens):
         for i, result in zip(batch, score([items[i] for i in batch]), strict=True):
             results[i] = result
         n_done += len(batch)
