@@ -1,22 +1,15 @@
-"""Written answers: measures that a second hand computes alike, answers that depend on no neighbour, and rates that find what is no answer."""
+"""Written answers: measures by their definitions, answers that depend on no other row, refusals."""
 
 from medft.core.run import MedftError, Run, load_recipe
 from medft.data import pipeline as data
 from medft.evaluate import metrics as ev
 from medft.evaluate.measures import text as written
-from medft.evaluate.scoring import (
-    generation as answers,
-)
-from medft.evaluate.scoring import (
-    predict as scoring,
-)
-from medft.evaluate.scoring import (
-    semantic_similarity as meaning,
-)
+from medft.evaluate.scoring import generation as answers
+from medft.evaluate.scoring import predict as scoring
+from medft.evaluate.scoring import semantic_similarity as meaning
 from medft.model.load import load_base
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -38,13 +31,10 @@ def base():
 
 def longest(a, b):
     "The longest common subsequence, by its definition."
-    return (
-        max(
-            [longest(a[1:], b), longest(a, b[1:]), 1 + longest(a[1:], b[1:]) if a[0] == b[0] else 0]
-        )
-        if a and b
-        else 0
-    )
+    if not a or not b:
+        return 0
+    with_both = 1 + longest(a[1:], b[1:]) if a[0] == b[0] else 0
+    return max(longest(a[1:], b), longest(a, b[1:]), with_both)
 
 
 def test_overlap_is_what_its_definition_says():
@@ -90,15 +80,15 @@ def test_a_refusal_is_told_from_what_cannot_be_done(said, no):
 
 def test_an_endless_answer_repeats_its_end_and_not_its_beginning():
     assert (
-        answers.endless("a b c " * 3)
-        and answers.endless("Start. " + "and so on " * 20)
-        and answers.endless("x y " * 2 + "x y")
-        and answers.endless("! " * 6)
+        answers.ends_in_loop("a b c " * 3)
+        and answers.ends_in_loop("Start. " + "and so on " * 20)
+        and answers.ends_in_loop("x y " * 2 + "x y")
+        and answers.ends_in_loop("! " * 6)
     )
     assert (
-        not answers.endless("a b c " * 3 + "and then it stops here")
-        and not answers.endless("a b a b")
-        and not answers.endless("no no no")
+        not answers.ends_in_loop("a b c " * 3 + "and then it stops here")
+        and not answers.ends_in_loop("a b a b")
+        and not answers.ends_in_loop("no no no")
     )
 
 
@@ -110,11 +100,11 @@ def test_no_answer_of_the_nih_is_a_refusal_or_endless(folder):
     assert (
         len(real) > (20 if folder == SMALL else 1900)
         and not real.map(answers.refuses).any()
-        and not real.map(answers.endless).any()
+        and not real.map(answers.ends_in_loop).any()
     )
 
 
-def test_answers_end_where_they_should_whoever_else_writes(base):
+def test_answers_do_not_depend_on_the_batch(base):
     model, tok = base
     steps = []
     hook = model.register_forward_pre_hook(lambda *a: steps.append(1))
@@ -126,9 +116,9 @@ def test_answers_end_where_they_should_whoever_else_writes(base):
         s["answer_tokens"] <= n and s["ended"] == (s["answer_tokens"] < n)
         for s, n in zip(said, bounds)
     )
-    assert [s["answer_tokens"] for s in answers.write_answers(model, tok, ROWS, most=2)] == [
-        min(2, s["answer_tokens"]) for s in said
-    ]
+    assert [
+        s["answer_tokens"] for s in answers.write_answers(model, tok, ROWS, max_new_tokens=2)
+    ] == [min(2, s["answer_tokens"]) for s in said]
     before, steps[:] = model.generation_config.eos_token_id, []
     model.generation_config.eos_token_id = [
         tok.eos_token_id,
@@ -145,7 +135,7 @@ def test_a_prompt_without_room_loses_its_beginning(base):
     model, tok = base
     most = model.config.max_position_embeddings
     long = [dict(prompt="Zinc is a metal. " * most, reference="zinc")]
-    (kept,) = answers.bounded([list(range(3 * most))], [[1]], positions=most)
+    (kept,) = answers.bound_answers([list(range(3 * most))], [[1]], positions=most)
     assert kept == (list(range(2 * most + 10, 3 * most)), 10)
     assert len(answers.write_answers(model, tok, long)) == 1
 
@@ -230,7 +220,7 @@ def test_bertscore_is_its_formula_token_by_token(encoder):
         ),
     ],
 )
-def test_keys_that_nobody_would_use_are_refused(keys, said):
+def test_keys_without_an_effect_are_refused(keys, said):
     with pytest.raises(MedftError, match=said):
         load_recipe("quickstart", keys)
 
@@ -331,7 +321,7 @@ def test_better_answers_are_found_and_equal_ones_are_not():
 
 
 @pytest.mark.long
-def test_null_comparisons_of_answers_rarely_speak():
+def test_equal_models_rarely_differ():
     rng = np.random.default_rng(0)
     spoke = []
     for _ in range(300):

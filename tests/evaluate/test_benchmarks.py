@@ -1,4 +1,4 @@
-"""Benchmarks by name: the harness's prompts, our scorer, the same answers to the item; data from files of every shape and from a hub."""
+"""Benchmarks by name: the harness's prompts, our scores, equal results; from files and a hub."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def tiny():
 
 
 def rows(name, file, most=None):
-    ((_, about, found),) = bm.opened({name: file}, most)[name]
+    ((_, about, found),) = bm.open_tasks({name: file}, most)[name]
     return found
 
 
@@ -122,11 +122,12 @@ def test_prompts_are_the_harness_s_to_the_blank(tmp_path):
     three = rows("mmlu_anatomy", lines(tmp_path / "c.jsonl", MMLU))
     assert (
         three[0]["prompt"]
-        == f"The following are multiple choice questions (with answers) about anatomy.\n\n{q.strip()}\n{listed}Answer:"
+        == "The following are multiple choice questions (with answers) about anatomy.\n\n"
+        f"{q.strip()}\n{listed}Answer:"
     )
     assert (
         len({r["group"] for r in one + two + three}) == 4
-    )  # the same question is the same group, whoever asks
+    )  # the same question is the same group in every benchmark
 
 
 def test_a_file_and_the_harness_s_own_columns_give_the_same(tmp_path):
@@ -196,7 +197,7 @@ def test_group_has_its_subjects(tmp_path):
             for r in MMLU
         ],
     )
-    tasks = bm.opened({"mmlu_medical": file}, 2)["mmlu_medical"]
+    tasks = bm.open_tasks({"mmlu_medical": file}, 2)["mmlu_medical"]
     assert [t.config.task for t, *_ in tasks] == harness.GROUPS["mmlu_medical"] and all(
         len(found) == 2 for *_, found in tasks
     )
@@ -257,7 +258,7 @@ def test_without_the_harness(monkeypatch):
 def test_nothing_wanted_needs_no_harness(monkeypatch):
     monkeypatch.setattr(harness, "harness", lambda: pytest.fail("asked for"))
     bm.check_benchmarks({})
-    assert bm.opened({}) == {}
+    assert bm.open_tasks({}) == {}
 
 
 # scored
@@ -305,7 +306,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
         lines(tmp_path / "b.jsonl", MEDQA),
         lines(tmp_path / "c.jsonl", MEDQA[:3]),
     )
-    print1, print2, print3 = (bm.fingerprint("medqa_4options", f) for f in (a, b, c))
+    print1, print2, print3 = (bm.benchmark_fingerprint("medqa_4options", f) for f in (a, b, c))
     assert print1 == print2 != print3
 
 
@@ -315,7 +316,7 @@ def test_a_few_real_items_as_the_harness_judges_them(tiny, folder, name):
     most = dict(medmcqa=20, medqa_4options=10, pubmedqa=5)[
         name
     ]  # vignettes and abstracts are long; all of them: below
-    found = bm.compared(*tiny, name, folder / bm.FILES[name], most)
+    found = bm.compare_with_harness(*tiny, name, folder / bm.FILES[name], most)
     assert (
         found["rows"] == most
         and found["items_that_differ"] == []
@@ -347,7 +348,7 @@ def test_the_referee_sees_a_difference(tmp_path, tiny, monkeypatch):
     "The comparison is one that can fail."
     file, score = lines(tmp_path / "m.jsonl", MEDMCQA), bm.score_choices
     monkeypatch.setattr(bm, "score_choices", lambda *a, **k: [s[::-1] for s in score(*a, **k)])
-    assert bm.compared(*tiny, "medmcqa", file)["items_that_differ"]
+    assert bm.compare_with_harness(*tiny, "medmcqa", file)["items_that_differ"]
 
 
 # trained on
@@ -363,7 +364,8 @@ def prepared(tmp_path, file, *more):
             "dataset.sets={}",
             "dataset.holdout=0",
             "dataset.cache=false",
-            "dataset.checks={truncated: off, untrainable: off, contradictions: off, identifiers: off, near_duplicates: off}",
+            "dataset.checks={truncated: off, untrainable: off, contradictions: off,"
+            " identifiers: off, near_duplicates: off}",
             *more,
         ],
     )
@@ -432,13 +434,21 @@ from medft.evaluate.scoring import benchmarks as bm
 from medft.core.run import MedftError
 out = {}
 for name in json.loads(sys.argv[1]):
-    try: out[name] = [(dict(a), [{k: v for k, v in r.items() if k != "doc"} for r in found]) for _, a, found in bm.opened({name: None})[name]]
-    except MedftError as e: out[name] = str(e)
+    try:
+        out[name] = []
+        for _, about, rows in bm.open_tasks({name: None})[name]:
+            kept = [{k: v for k, v in row.items() if k != "doc"} for row in rows]
+            out[name].append((dict(about), kept))
+    except MedftError as e:
+        out[name] = str(e)
 import datasets, huggingface_hub     # ... and the same again without the network
 huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 for name in ["medmcqa", "mmlu_college_medicine"]:
-    try: bm.check_benchmarks({name: None}); out[name + " offline"] = "as before"
-    except MedftError as e: out[name + " offline"] = str(e)
+    try:
+        bm.check_benchmarks({name: None})
+        out[name + " offline"] = "as before"
+    except MedftError as e:
+        out[name + " offline"] = str(e)
 print(json.dumps(out))
 """
 
@@ -466,7 +476,8 @@ def served(hub, tmp_path):
     hub.add(
         "qiaojin/PubMedQA",
         {
-            "README.md": b"---\nconfigs:\n- config_name: pqa_labeled\n  data_files:\n  - split: train\n    path: pqa_labeled/train-*\n---\n",
+            "README.md": b"---\nconfigs:\n- config_name: pqa_labeled\n  data_files:\n"
+            b"  - split: train\n    path: pqa_labeled/train-*\n---\n",
             "pqa_labeled/train-00000-of-00001.parquet": parquet(PUBMEDQA, tmp_path / "p"),
         },
     )
@@ -518,9 +529,8 @@ def test_from_the_hub_one_commit_and_nobody_s_code(tmp_path):
         and about["num_fewshot"] == 0
         and all(r["content"] for r in asked)
     )
-    ((about, asked),) = found[
-        "pubmedqa"
-    ]  # the definition's own data set is a script: the authors' stands in, without the rows of the folds
+    # the definition's own data set is a script: the authors' stands in, without the folds' rows
+    ((about, asked),) = found["pubmedqa"]
     assert (
         about["dataset"] == "qiaojin/PubMedQA"
         and about["revision"] == commits["qiaojin/PubMedQA"]
@@ -548,10 +558,11 @@ def test_from_the_hub_one_commit_and_nobody_s_code(tmp_path):
         "evaluation.benchmarks.mmlu_virology" in found["mmlu_virology"]
         and "virology" in found["mmlu_virology"]
     )
-    assert not (tmp_path / "sockets").exists()  # nobody else was asked, nothing was sent
+    assert not (tmp_path / "sockets").exists()  # no other server was asked, nothing was sent
     assert found["medmcqa offline"] == "as before"  # out of the cache
     assert found["mmlu_college_medicine offline"].startswith(
-        "evaluation.benchmarks.mmlu_college_medicine: offline (HF_HUB_OFFLINE), and 'cais/mmlu' is not in the cache"
+        "evaluation.benchmarks.mmlu_college_medicine: offline (HF_HUB_OFFLINE), and 'cais/mmlu'"
+        " is not in the cache"
     )
 
 
@@ -563,23 +574,40 @@ from lm_eval.models.huggingface import HFLM
 from medft.evaluate.scoring import benchmarks as bm
 from medft.core.run import MedftError, model_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-base = model_path("tiny-base"); tok = AutoTokenizer.from_pretrained(base); model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+base = model_path("tiny-base")
+tok = AutoTokenizer.from_pretrained(base)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 out = {}
 for name in json.loads(sys.argv[1]):
     task, _, shots = name.partition("@")
-    theirs = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tok, device="cpu"), tasks=[task], num_fewshot=int(shots) if shots else None, bootstrap_iters=0)
-    samples = sorted(theirs["samples"][task], key=lambda s: s["doc_id"]); ours = bm.score_benchmarks(model, tok, {name: None})[name]
-    out[name] = dict(theirs=[[s["acc"] == 1, s["arguments"][0][0]] for s in samples], ours=[[bool(c), p] for c, p in zip(ours.correct, ours.prompt)], acc=[theirs["results"][task]["acc,none"], ours.attrs["benchmark"]["figures"]["acc"]])
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tok, device="cpu"),
+        tasks=[task],
+        num_fewshot=int(shots) if shots else None,
+        bootstrap_iters=0,
+    )
+    samples = sorted(theirs["samples"][task], key=lambda s: s["doc_id"])
+    ours = bm.score_benchmarks(model, tok, {name: None})[name]
+    accuracies = [theirs["results"][task]["acc,none"], ours.attrs["benchmark"]["figures"]["acc"]]
+    out[name] = dict(
+        theirs=[[s["acc"] == 1, s["arguments"][0][0]] for s in samples],
+        ours=[[bool(c), p] for c, p in zip(ours.correct, ours.prompt)],
+        acc=accuracies,
+    )
 for name in ("mmlu_anatomie", "triviaqa", "multimedqa", "winogrande"):
-    try: bm.definition(name) and bm.build(name, None); out[name] = ""
-    except MedftError as e: out[name] = str(e)
+    try:
+        if bm.definition(name):
+            bm.build_task(name, None)
+        out[name] = ""
+    except MedftError as e:
+        out[name] = str(e)
 print(json.dumps(out))
 """
 
 
 @pytest.mark.long
 def test_the_harness_alone_by_name_from_the_same_hub(tmp_path):
-    "Its own index, its own download, its own loop; and the whole index says what is not scored here."
+    "Its own index, download and loop; the whole index tells what is not scored here."
     with HubServer() as hub:
         served(hub, tmp_path)
         found = ask(

@@ -1,4 +1,4 @@
-"""`medft evaluate` and `medft report`: models scored without training, runs compared and made again from their files."""
+"""`medft evaluate` and `medft report`: scoring without training, comparing runs, reports."""
 
 from medft.cli import runner
 from medft.cli.verbs import main
@@ -6,7 +6,6 @@ from medft.core.run import (
     MedftError,
     Refused,
     Run,
-    assets,
     load_recipe,
     read_json,
     sha256,
@@ -26,11 +25,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+import test_evaluate
 from stages import manifest, start, until
-from test_evaluate import base, make_run, rows  # noqa: F401 (base is a fixture)
+from test_evaluate import make_run, rows
 
 OFF = "tracking.mlflow=false"
+base = test_evaluate.base  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def trained(tmp_path_factory, base):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    "A folder for runs, and stages that run in this very process: kernels are another test's business."
+    "A folder for runs, and stages that run in this process: other tests start kernels."
 
     def go(run, stages, show=print, warn=print, started=None):
         run.update(dict(status="running", wanted=stages))
@@ -116,7 +116,8 @@ def test_models_from_anywhere_answer_the_same_items(here, no_page, trained, base
     other = here / "other"
     shutil.copytree(base, other)
     (other / "chat_template.jinja").write_text(
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     settings = json.loads((other / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)

@@ -1,4 +1,4 @@
-"""Scoring: the fast way gives what the plain way gives, for every family; what lm-evaluation-harness says, we say; memory stays bounded."""
+"""Scores: three ways of computing them agree, the harness agrees, and batches change nothing."""
 
 from medft.core.run import MedftError, assets, load_recipe
 from medft.evaluate.scoring import log_likelihood as lk
@@ -45,7 +45,7 @@ def drawn(rng, *lengths):
 
 
 def items_of(seed=0):
-    "Ragged options, one-token options, one option, prompts of one token and of more than any window."
+    "Ragged, one-token and single options; prompts of one token and longer than any window."
     rng = np.random.default_rng(seed)
 
     def ids(*n):
@@ -85,10 +85,10 @@ def test_branches_rows_and_the_plainest_code_agree(family, monkeypatch):
     assert br.Tree(shared).prefix == 37
     for some in (items, shared):
         reference = plain(model, some)
-        assert np.allclose(br.score_rows(model, br.as_rows(some)), reference, atol=1e-4)
+        assert np.allclose(br.score_rows(model, br.option_rows(some)), reference, atol=1e-4)
         if family != "nemotron_h":
             assert np.allclose(br.score_branches(model, some), reference, atol=1e-4)
-            monkeypatch.setattr(br, "BLOCK", 7)
+            monkeypatch.setattr(br, "QUERIES_PER_MASK", 7)
             assert np.allclose(br.score_branches(model, some), reference, atol=1e-4)
             monkeypatch.undo()
         assert np.allclose(
@@ -96,7 +96,7 @@ def test_branches_rows_and_the_plainest_code_agree(family, monkeypatch):
             reference,
             atol=1e-4,
         )
-    assert (br.obstacle(model) is None) == (family != "nemotron_h")
+    assert (br.branching_obstacle(model) is None) == (family != "nemotron_h")
 
 
 def test_a_changed_neighbour_changes_nothing():
@@ -114,13 +114,13 @@ def test_bfloat16_and_eager_attention_give_the_same_within_their_precision(famil
     exact = br.score_branches(model, items)
     model.set_attn_implementation("eager")
     assert (
-        br.obstacle(model) is None
+        br.branching_obstacle(model) is None
         and torch.allclose(br.score_branches(model, items), exact, atol=1e-4)
         and model.config._attn_implementation == "eager"
     )
     model.set_attn_implementation("sdpa")
     model.to(torch.bfloat16)
-    a, b = br.score_branches(model, items), br.score_rows(model, br.as_rows(items))
+    a, b = br.score_branches(model, items), br.score_rows(model, br.option_rows(items))
     tokens = torch.tensor([len(o) for _, options in items for o in options])
     assert ((a - exact).abs() / tokens).mean() <= 1.5 * ((b - exact).abs() / tokens).mean() + 1e-3
 
@@ -133,7 +133,7 @@ def test_adapters_and_4_bit_weights_can_branch(tmp_path):
     adapted = get_peft_model(
         tiny("llama3.1"), LoraConfig(target_modules="all-linear", init_lora_weights=False)
     ).eval()
-    assert br.obstacle(adapted) is None and np.allclose(
+    assert br.branching_obstacle(adapted) is None and np.allclose(
         br.score_branches(adapted, items_of()), plain(adapted, items_of()), atol=1e-4
     )
     base = families.build_tiny("llama2", tmp_path / "m")
@@ -148,7 +148,7 @@ def test_adapters_and_4_bit_weights_can_branch(tmp_path):
         )
     )
     assert "Linear4bit" in {type(m).__name__ for m in model.modules()}
-    assert br.obstacle(model) is None and np.allclose(
+    assert br.branching_obstacle(model) is None and np.allclose(
         br.score_branches(model, items_of()), plain(model, items_of()), atol=1e-3
     )
 
@@ -156,7 +156,7 @@ def test_adapters_and_4_bit_weights_can_branch(tmp_path):
 def test_the_model_is_as_it_was_after_an_error():
     model = tiny("medgemma")
     before = [c._attn_implementation for c in br.configs(model)]
-    with pytest.raises(RuntimeError), br.branching(model, br.Tree(items_of())):
+    with pytest.raises(RuntimeError), br.branch_attention(model, br.Tree(items_of())):
         raise RuntimeError
     assert [
         c._attn_implementation for c in br.configs(model)
@@ -166,22 +166,26 @@ def test_the_model_is_as_it_was_after_an_error():
 def test_no_block_of_logits_is_larger_than_allowed(monkeypatch):
     model, seen = tiny("mistral"), []
     exact = br.score_branches(model, items_of())
-    monkeypatch.setattr(lk, "CELLS", 128 * 6)
+    monkeypatch.setattr(lk, "MAX_LOGITS", 128 * 6)
     hook = model.get_output_embeddings().register_forward_hook(
         lambda head, args, out: seen.append(out.numel())
     )
     assert torch.allclose(br.score_branches(model, items_of()), exact, atol=1e-5)
     hook.remove()
-    assert max(seen) == 128 * 6 and sum(seen) == 128 * (1 + len(set(br.Tree(items_of()).at)))
+    assert max(seen) == 128 * 6 and sum(seen) == 128 * (
+        1 + len(set(br.Tree(items_of()).predicted_from))
+    )
 
 
 def test_no_mask_grows_with_the_square_of_a_prompt():
     long = [(list(range(3, 100)) * 100, [[5, 6, 7], [8]])]
     for window in (None, 512):
-        found = br.views(br.Tree(long), window)
+        found = br.attention_blocks(br.Tree(long), window)
         masks = [m for *_, m in found if m is not None]
-        assert max(m.numel() for m in masks) <= br.BLOCK * max(br.BLOCK + (window or 0), 9702)
-        assert sum(m.numel() for m in masks) < (9702 + 2) * (br.BLOCK + 512)
+        assert max(m.numel() for m in masks) <= br.QUERIES_PER_MASK * max(
+            br.QUERIES_PER_MASK + (window or 0), 9702
+        )
+        assert sum(m.numel() for m in masks) < (9702 + 2) * (br.QUERIES_PER_MASK + 512)
 
 
 def test_batches_hold_what_they_may_and_an_oversized_item_stands_alone(monkeypatch):
@@ -212,7 +216,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning():
 
 
 def test_what_cannot_branch_says_why():
-    assert "linear_attention" in br.obstacle(tiny("nemotron_h"))
+    assert "linear_attention" in br.branching_obstacle(tiny("nemotron_h"))
     model, heard = tiny("gemma2"), []
     model.set_attn_implementation("eager")
     model.config.attn_logit_softcapping = 1.0
@@ -223,7 +227,6 @@ def test_what_cannot_branch_says_why():
         [x for s in found for x in s], plain(model, items_of()), atol=1e-4
     )
     model = tiny("llama2")
-    head = model.lm_head.forward
     model.forward_before = model.forward
     model.forward = lambda *a, **k: (
         out := type(model).forward(model, *a, **k),
@@ -291,7 +294,7 @@ def medmcqa(folder, n):
     ]
 
 
-def said_by_harness(base, pairs):
+def scores_of_harness(base, pairs):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -306,7 +309,7 @@ def said_by_harness(base, pairs):
 
 
 def same_as_harness(base, folder, n):
-    "Log-likelihoods to 1e-4, and the same choice by every rule wherever two options are further apart than that."
+    "Log-likelihoods to 1e-4, and the same choices wherever two options are further apart."
     from lm_eval.tasks.medmcqa.utils_medmcqa import doc_to_text
 
     rows = medmcqa(folder, n)
@@ -327,7 +330,7 @@ def same_as_harness(base, folder, n):
             jointly=True,
         )
         theirs = np.array(
-            said_by_harness(base, [(q, f" {o}") for q, os in zip(asked, options) for o in os])
+            scores_of_harness(base, [(q, f" {o}") for q, os in zip(asked, options) for o in os])
         ).reshape(-1, 4)
         assert np.abs(np.array(ours) - theirs).max() < 1e-4
         sizes = dict(

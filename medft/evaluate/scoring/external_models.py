@@ -1,4 +1,4 @@
-"""Whoever claims a better model should meet ours on the same items: a folder, a hub id, an adapter; looked at first, loaded one at a time.
+"""A model from elsewhere is compared on the same items: a folder, a hub id, an adapter; checked by its small files first, loaded one at a time.
 
 Docs: https://medft.github.io/medft/evaluate/scoring/external_models.html.md"""
 
@@ -20,19 +20,28 @@ from ...model.load import load_base, ready, refuse_pickles
 import contextlib
 import hashlib
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 from safetensors import safe_open
 from transformers.utils import cached_file
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c005
-def named(what) -> tuple[str, str | None]:
-    "What a library loads, and the hub commit, of a model's name."
-    path, (name, _, commit) = model_path(what), str(what).partition("@")
-    return (path, None) if Path(path).is_dir() or not commit else (name, commit)
+def named(
+    what,  # a folder, a hub id, org/name@commit, or tiny-base
+) -> tuple[str, str | None]:  # what a library loads, the hub commit
+    "A model's name, split into what a library loads and the commit."
+    path = model_path(what)
+    name, _, commit = str(what).partition("@")
+    if Path(path).is_dir() or not commit:
+        return path, None
+    return name, commit
 
 
-def small_file(what, name) -> Path | None:
+def small_file(
+    what,  # a model's name
+    name: str,  # the file's
+) -> Path | None:
     "A small file of a model; None: it has none. Raises `MedftError` when there is no such model."
     path, commit = named(what)
     if str(path).startswith((".", "/", "~")) and not Path(path).is_dir():
@@ -48,99 +57,88 @@ def small_file(what, name) -> Path | None:
     return found and Path(found)
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c007
-def described(what) -> dict:
-    "What a model is: its name, whether it is an adapter, and of what base. Raises `MedftError` when it is none."
+def described(
+    what,  # a model's name
+) -> dict:  # name, adapter (bool); of an adapter base and task_type
+    "What a model is. Raises `MedftError` when it is none."
     adapter = small_file(what, "adapter_config.json")
-    if adapter is None and small_file(what, "config.json") is None:
-        raise MedftError(f"{what} holds no model: neither config.json nor adapter_config.json")
-    said = read_json(adapter) if adapter else {}
-    base, revision = said.get("base_model_name_or_path"), said.get("revision")
-    if adapter and not base:
+    if adapter is None:
+        if small_file(what, "config.json") is None:
+            raise MedftError(f"{what} holds no model: neither config.json nor adapter_config.json")
+        return dict(name=str(what), adapter=False)
+    config = read_json(adapter)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not base:
         raise MedftError(
             f"{what}: its adapter_config.json does not name the base that it belongs to"
         )
-    return dict(
-        name=str(what),
-        adapter=bool(adapter),
-        **(
-            dict(
-                base=f"{base}@{revision}"
-                if revision and not Path(model_path(base)).is_dir()
-                else base,
-                task_type=said.get("task_type"),
-            )
-            if adapter
-            else {}
-        ),
-    )
+    if revision and not Path(model_path(base)).is_dir():
+        base = f"{base}@{revision}"
+    return dict(name=str(what), adapter=True, base=base, task_type=config.get("task_type"))
 
 
 def fingerprint(what) -> str | None:
-    "What tells a model's files from any others: the SHA-256 of a folder, the commit on the hub."
+    "What identifies a model's files: the SHA-256 of a folder, the commit on the hub."
     path, commit = named(what)
     if Path(path).is_dir():
         return sha256(path)
     file = small_file(what, "adapter_config.json") or small_file(what, "config.json")
-    return commit or next((b for a, b in zip(file.parts, file.parts[1:]) if a == "snapshots"), None)
+    if commit:
+        return commit
+    for folder, child in pairwise(file.parts):
+        if folder == "snapshots":
+            return child
+    return None
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c010
 def its_recipe(recipe, what):
-    "The recipe with another model in it; of an adapter, with the adapter's base."
+    "The recipe with another model in it (of an adapter, its base); the same object for the same."
     found = described(what)
-    name = found["base"] if found["adapter"] else what
-    path, commit = named(name)
-    same = model_path(recipe.model.name) == str(path) and commit in (None, recipe.model.revision)
-    return (
-        recipe
-        if same
-        else recipe.model_copy(
-            update=dict(
-                model=recipe.model.model_copy(
-                    update=dict(name=str(path), revision=commit, from_config=False)
-                )
-            )
-        )
-    )
+    path, commit = named(found["base"] if found["adapter"] else what)
+    own = recipe.model
+    if model_path(own.name) == str(path) and commit in (None, own.revision):
+        return recipe
+    model = own.model_copy(update=dict(name=str(path), revision=commit, from_config=False))
+    return recipe.model_copy(update=dict(model=model))
 
 
 def refuse_pickled_adapter(what):
     "Raise `MedftError` for an adapter from elsewhere whose weights are a pickle."
-    if (
-        small_file(what, "adapter_model.safetensors") is None
-        and small_file(what, "adapter_model.bin") is not None
-    ):
+    has_safetensors = small_file(what, "adapter_model.safetensors") is not None
+    if not has_safetensors and small_file(what, "adapter_model.bin") is not None:
         raise MedftError(
-            f"{what} has no adapter_model.safetensors; its adapter_model.bin is a pickle, which runs code when it is opened,"
-            " so medft opens none from elsewhere; have its author save it as safetensors"
+            f"{what} has no adapter_model.safetensors; its adapter_model.bin is a pickle, which"
+            " runs code when it is opened, so medft opens none from elsewhere; have its author"
+            " save it as safetensors"
         )
 
 
-def load_further(recipe, what, base=None, labels=None):
-    "A model or adapter, ready to be scored; `base`: the recipe's own, to put an adapter on."
-    found, own = described(what), its_recipe(recipe, what)
+def load_further(
+    recipe,
+    what,  # a model's name
+    base=None,  # the recipe's own base, to put an adapter on
+    labels=None,  # of a classifier
+):
+    "A model or adapter, ready to be scored. Raises `MedftError`."
+    found = described(what)
+    own = its_recipe(recipe, what)
     if not found["adapter"]:
         return load_base(own, labels)
     refuse_pickled_adapter(what)
     from peft import PeftModel
 
+    if base is None or own is not recipe:
+        base = load_base(own, labels)
     path, commit = named(what)
-    return ready(
-        PeftModel.from_pretrained(
-            base if base is not None and own is recipe else load_base(own, labels),
-            path,
-            revision=commit,
-        )
-    )
+    return ready(PeftModel.from_pretrained(base, path, revision=commit))
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c012
 def reader(recipe, what) -> str:
-    "Where a model's tokenizer is: beside an adapter that brings one, else with its base."
+    "Where a model's tokenizer is: with an adapter that brings one, else with its base."
     found = described(what)
-    return (
-        str(what)
-        if not found["adapter"] or small_file(what, "tokenizer_config.json")
-        else found["base"]
-    )
+    if not found["adapter"] or small_file(what, "tokenizer_config.json"):
+        return str(what)
+    return found["base"]
 
 
 def for_reader(recipe, what):
@@ -149,137 +147,153 @@ def for_reader(recipe, what):
     model = recipe.model.model_copy(update=dict(name=str(path), revision=commit))
     if path == model_path(recipe.model.name):
         return recipe.model_copy(update=dict(model=model))
-    own = dict(
-        chat_template_path=None, eos_token=None, pad_token=None
-    )  # the recipe's keys are its own base's
-    given = {k: v for k, v in own.items() if getattr(recipe.training, k) is not None}
-    return recipe.model_copy(
-        update=dict(model=model, training=recipe.training.model_copy(update=given))
-    )
+    unset = {  # such keys of the recipe are about its own base
+        key: None
+        for key in ("chat_template_path", "eos_token", "pad_token")
+        if getattr(recipe.training, key) is not None
+    }
+    training = recipe.training.model_copy(update=unset)
+    return recipe.model_copy(update=dict(model=model, training=training))
 
 
 def writes(tok) -> tuple:
-    "What tells how a model's rows are written and cut."
-    t = template(tok)
-    return tokenizer_hash(tok), t.frame(), t.frame("S") if t.system else None
+    "What decides how a model's rows are written and cut: equal for models that read the same."
+    chat_template = template(tok)
+    with_system = chat_template.frame("S") if chat_template.system else None
+    return tokenizer_hash(tok), chat_template.frame(), with_system
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c015
-def own_run(run, who, what):
-    "A run inside the run, whose data are written for another model. Raises `MedftError` when its items are others."
-    r = for_reader(run.recipe, what)
-    written_for = hashlib.sha256(repr(writes(load_tokenizer(r))).encode()).hexdigest()
-    sub = type(run)(
-        run.path / "models" / who,
-        r.model_copy(update=dict(dataset=r.dataset.model_copy(update=dict(cache=False)))),
-    )
-    if sub.manifest.get("written_for") == written_for:
-        return sub
+def own_run(run, who: str, what):
+    "A run inside the run, whose data are prepared for another model. Raises `MedftError`."
+    recipe = for_reader(run.recipe, what)
+    written_for = hashlib.sha256(repr(writes(load_tokenizer(recipe))).encode()).hexdigest()
+    dataset = recipe.dataset.model_copy(update=dict(cache=False))
+    own = type(run)(run.path / "models" / who, recipe.model_copy(update=dict(dataset=dataset)))
+    if own.manifest.get("written_for") == written_for:
+        return own
     run.log(
-        f"evaluate: {who}: reads with another tokenizer or template; preparing the same items for it"
+        f"evaluate: {who}: reads with another tokenizer or template; preparing the same items for"
+        " it"
     )
-    shutil.rmtree(sub.path, ignore_errors=True)
-    sub.path.mkdir(parents=True)
-    sub.update(dict(status="running", stages={}))
-    prepare(sub)
-    sub.update(dict(status="finished", written_for=written_for))
-    return sub
+    shutil.rmtree(own.path, ignore_errors=True)
+    own.path.mkdir(parents=True)
+    own.update(dict(status="running", stages={}))
+    prepare(own)
+    own.update(dict(status="finished", written_for=written_for))
+    return own
 
 
-def same_items(rows, own, who, name="test") -> list[dict]:
-    "Rows in another writing, each with the hash of the prompt that the base reads. Raises `MedftError` unless they are the same items."
+def same_items(
+    rows: list[dict],  # as the base reads them
+    own: list[dict],  # as the other model reads them
+    who: str,  # the other model's name
+    name="test",  # the set's name
+) -> list[dict]:
+    "`own` with the hash of the base's prompt. Raises `MedftError` unless they are the same items."
 
-    def trait(r):
-        return (r["id"], r["group"], r.get("answer", r.get("label", r.get("reference"))))
+    def identity(row):
+        truth = row.get("answer", row.get("label", row.get("reference")))
+        return row["id"], row["group"], truth
 
-    other = [a["id"] for a, b in zip(rows, own) if trait(a) != trait(b)]
+    pairs = list(zip(rows, own, strict=False))  # lengths are compared below
+    other = [a["id"] for a, b in pairs if identity(a) != identity(b)]
     if other or len(rows) != len(own):
         raise MedftError(
-            f"{who}: prepared for its tokenizer, {name} has {len(own)} rows instead of {len(rows)}, or others ({', '.join(other[:3])}); score it in a run of its own"
+            f"{who}: prepared for its tokenizer, {name} has {len(own)} rows instead of"
+            f" {len(rows)}, or others ({', '.join(other[:3])}); score it in a run of its own"
         )
-    return [
-        dict(b, item_sha256=hashlib.sha256(a["prompt"].encode()).hexdigest())
-        for a, b in zip(rows, own)
-    ]
+    return [dict(b, item_sha256=hashlib.sha256(a["prompt"].encode()).hexdigest()) for a, b in pairs]
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c018
 def its_labels(what) -> list | None:
-    "A classifier's labels as its files tell them: names, or numbers where only their count is known; None: it has no classifier's head."
-    found, config = described(what), small_file(what, "config.json")
-    if not found["adapter"]:
-        said = read_json(config)
-        n = len(said.get("id2label") or {}) or 2
-        return (
-            [str((said.get("id2label") or {}).get(str(i), i)) for i in range(n)]
-            if any("SequenceClassification" in a for a in said.get("architectures") or ())
-            else None
-        )
-    weights = small_file(what, "adapter_model.safetensors")
-    if weights is None:
+    "A classifier's labels: names, or numbers if only their count is known; None: no classifier."
+    if described(what)["adapter"]:
+        weights = small_file(what, "adapter_model.safetensors")
+        if weights is None:
+            return None
+        with safe_open(weights, "np") as f:
+            heads = [f.get_slice(k).get_shape() for k in f.keys() if k.endswith("score.weight")]
+        return [str(i) for i in range(heads[0][0])] if heads else None
+    config = read_json(small_file(what, "config.json"))
+    if not any("SequenceClassification" in a for a in config.get("architectures") or ()):
         return None
-    with safe_open(weights, "np") as f:
-        heads = [f.get_slice(k).get_shape() for k in f.keys() if k.endswith("score.weight")]
-    return list(map(str, range(heads[0][0]))) if heads else None
+    names = config.get("id2label") or {}
+    return [str(names.get(str(i), i)) for i in range(len(names) or 2)]
 
 
-def check_labels(who, what, labels):
-    "Raise `MedftError` when a classifier tells other labels apart than the data have."
+def check_labels(
+    who: str,  # the model's name in the recipe
+    what,  # where it is
+    labels: list | None,  # of the data; None: not known yet
+):
+    "Raise `MedftError` when a classifier has other labels than the data, or another order."
     own = its_labels(what)
+    place = f"evaluation.models: {who}: {what}"
     if own is None:
-        raise MedftError(f"evaluation.models: {who}: {what} has no trained classifier's head")
-    if labels and len(own) != len(labels):
+        raise MedftError(f"{place} has no trained classifier's head")
+    if not labels:
+        return
+    names = [str(label) for label in labels]
+    if len(own) != len(names):
         raise MedftError(
-            f"evaluation.models: {who}: {what} tells {len(own)} labels apart, the data have {len(labels)}: {', '.join(map(str, labels))}"
+            f"{place} tells {len(own)} labels apart, the data have {len(names)}: {', '.join(names)}"
         )
-    if labels and set(own) == set(map(str, labels)) and own != list(map(str, labels)):
+    if set(own) == set(names) and own != names:
         raise MedftError(
-            f"evaluation.models: {who}: {what} counts the labels otherwise ({', '.join(own)}) than the data ({', '.join(map(str, labels))}); give dataset.labels in its order"
+            f"{place} counts the labels otherwise ({', '.join(own)}) than the data"
+            f" ({', '.join(names)}); give dataset.labels in its order"
         )
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c019
-def refuse_foreign_files(what, is_adapter):
-    "Raise `MedftError` for weights that are pickles, and for a configuration that asks for code from the hub."
-    path, commit = named(what)
+def refuse_foreign_files(what, is_adapter: bool):
+    "Raise `MedftError` for weights that are pickles, and for configurations with code of the hub."
     if is_adapter:
-        return refuse_pickled_adapter(what)
+        refuse_pickled_adapter(what)
+        return
+    path, commit = named(what)
     refuse_pickles(Recipe(name="further", model=Model(name=str(path))))
     # Not of transformers' making, or not readable: loading it says so.
     with contextlib.suppress(ValueError, KeyError):
         config_of(path, what, revision=commit)
 
 
-def with_base(what) -> dict:
-    "What a model is; an adapter's base is there too. Raises `MedftError`."
+def with_base(what) -> dict:  # see `described`
+    "What a model is. Raises `MedftError` also for an adapter without its base."
     found = described(what)
     refuse_foreign_files(what, found["adapter"])
     if not found["adapter"]:
         return found
     try:
-        below = described(found["base"])
+        base = described(found["base"])
     except MedftError as e:
         raise MedftError(
-            f"its base is missing: {e}; where it lies now belongs into base_model_name_or_path of {what}/adapter_config.json"
+            f"its base is missing: {e}; where it lies now belongs into base_model_name_or_path of"
+            f" {what}/adapter_config.json"
         ) from None
-    if below["adapter"]:
+    if base["adapter"]:
         raise MedftError(f"its base {found['base']} is an adapter itself")
     return found
 
 
-def check_further(recipe, labels=None):
-    "Refuse, by their small files alone, models that this recipe could not score. `labels`: the data's, once they are known."
-    classes = recipe.task == "classification"
+def check_further(
+    recipe,
+    labels: list | None = None,  # the data's, once they are known
+):
+    "Raise `MedftError` for models that this recipe could not score, by their small files alone."
+    classifies = recipe.task == "classification"
     for who, what in recipe.evaluation.models.items():
+        place = f"evaluation.models: {who}"
         try:
             found = with_base(what)
         except MedftError as e:
-            raise MedftError(f"evaluation.models: {who}: {e}") from None
-        kind = found.get("task_type")
-        if not classes and not found["adapter"] and its_labels(what):
+            raise MedftError(f"{place}: {e}") from None
+        if not classifies and not found["adapter"] and its_labels(what):
+            raise MedftError(f"{place}: {what} is a classifier, the recipe's task is {recipe.task}")
+        task_type = found.get("task_type")
+        if task_type and (task_type == "SEQ_CLS") != classifies:
+            purpose = "classification" if task_type == "SEQ_CLS" else task_type
             raise MedftError(
-                f"evaluation.models: {who}: {what} is a classifier, the recipe's task is {recipe.task}"
+                f"{place}: {what} is an adapter for {purpose}, the recipe's task is {recipe.task}"
             )
-        if kind and (kind == "SEQ_CLS") != classes:
-            raise MedftError(
-                f"evaluation.models: {who}: {what} is an adapter for {'classification' if kind == 'SEQ_CLS' else kind}, the recipe's task is {recipe.task}"
-            )
-        if classes:
+        if classifies:
             check_labels(who, what, labels or recipe.dataset.labels)
