@@ -252,7 +252,7 @@ def test_a_wrong_window_and_a_forgotten_soft_cap_are_found(monkeypatch):
     q = blocks.quicken(AutoModelForCausalLM.from_config(wide))
     assert not q.rows_wise and any("sees 100 tokens" in n for n in q.notes)
     monkeypatch.undo()
-    monkeypatch.setattr(blocks, "cap_of", lambda m: 0)
+    monkeypatch.setattr(blocks, "score_softcap", lambda m: 0)
     q = blocks.quicken(tiny("soft-capping"))
     assert not q.rows_wise and any("attention" in n for n in q.notes)
 
@@ -323,10 +323,10 @@ def test_a_finished_seed_of_other_rows_is_not_taken_for_trained(by_hand):
         run.path / "fast/training.json", dict(status="finished", belongs=belongs.belongs_to(run))
     )
     trained = []
-    repeats.once(run, "fast", trained.append)
+    repeats.train_once(run, "fast", trained.append)
     assert trained == []
     prepared_by_hand(by_hand, "plum")
-    repeats.once(run, "fast", trained.append)
+    repeats.train_once(run, "fast", trained.append)
     assert trained == [run]
 
 

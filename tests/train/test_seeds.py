@@ -105,8 +105,8 @@ def test_a_seed_after_another_is_what_a_fresh_process_makes_of_it(tmp_path, engi
         )
 
     python(code, together.path)
-    if repeats.told(together, engine)["status"] == "skipped":
-        pytest.skip(repeats.told(together, engine)["reason"])
+    if repeats.training_record(together, engine)["status"] == "skipped":
+        pytest.skip(repeats.training_record(together, engine)["reason"])
     found = []
     for r, s in zip(repeats.repeats(together), repeats.repeats(alone)):
         python(ALONE, engine, alone.path, s.recipe.seed)
@@ -138,7 +138,7 @@ def test_killed_in_the_second_seed_it_goes_on_there(tmp_path):
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    assert repeats.told(repeats.repeats(cut)[0], "trl").get("status") != "finished"
+    assert repeats.training_record(repeats.repeats(cut)[0], "trl").get("status") != "finished"
     repeats.each_seed(cut, "trl", trainer_of("trl"))
     log = (cut.path / "logs" / "finetune.log").read_text()
     assert "trl: trained already" in log and "seed 43: trl: going on from checkpoint-" in log

@@ -251,11 +251,11 @@ def test_no_document_sees_another(name):
     net = families.model_class(config, "generative")._from_config(
         config, attn_implementation="eager" if name == "gemma3" else "sdpa"
     )
-    collate, draw = batches.keeps_apart(net, 0), torch.Generator().manual_seed(1)
+    collate, draw = batches.isolating_collator(net, 0), torch.Generator().manual_seed(1)
     a, b, c, d = (torch.randint(5, 2000, (n,), generator=draw).tolist() for n in (9, 6, 40, 3))
 
     def logits(first, how):
-        if how.alone:
+        if how.one_document_a_row:
             rows = [dict(input_ids=x) for x in (first, b, c, d)]
         else:
             rows = [
@@ -273,7 +273,11 @@ def test_no_document_sees_another(name):
     moved = [
         float((x - y).abs().max()) for x, y in zip(logits(a, collate), logits(a[::-1], collate))
     ]
-    assert moved[0] > 1e-3 and max(moved[1:]) <= 1e-6 and collate.alone == (name == "nemotron_h")
+    assert (
+        moved[0] > 1e-3
+        and max(moved[1:]) <= 1e-6
+        and collate.one_document_a_row == (name == "nemotron_h")
+    )
 
     class Careless(batches.WindowCollator):  # the same without the mask: this test would see it
         def __call__(self, rows):
