@@ -5,6 +5,7 @@ from medft.core.run import MedftError, Run, load_recipe, sha256
 from medft.data import pipeline as data
 from medft.model import families
 from medft.model import load as model
+from medft.model.preflight import preflight
 from medft.train import baseline as train
 from medft.train import collators as batches
 
@@ -359,18 +360,17 @@ def test_4bit_gradients_are_the_same_after_an_evaluation(tmp_path):
 
 
 def test_what_cannot_work_is_refused_before_weights_are_loaded():
-    tok, config = (
-        data.load_tokenizer(load_recipe("quickstart")),
-        model.load_config(load_recipe("quickstart")),
-    )
+    quickstart = load_recipe("quickstart")
+    tok = data.load_tokenizer(quickstart)
+    config = model.load_config(quickstart)
     for override, says in (
         (["training.max_length=4096"], "512 positions"),
         (["lora.target_modules=[nothing]"], "this model has|This model has"),
         (["lora.target_modules=[q_proj, nothing]"], "nothing"),
     ):
         with pytest.raises(MedftError, match=says):
-            model.preflight(load_recipe("quickstart", override), tok, config)
+            preflight(load_recipe("quickstart", override), tok, config)
     gemma = type(config).from_dict(config.to_dict())
     gemma.model_type = "gemma3_text"
     with pytest.raises(MedftError, match="float16"):
-        model.preflight(load_recipe("quickstart", ["model.dtype=float16"]), tok, gemma)
+        preflight(load_recipe("quickstart", ["model.dtype=float16"]), tok, gemma)
