@@ -1,4 +1,4 @@
-"""These rows, this base, these keys: said by hashes, so that a checkpoint or an adapter of other rows is never taken for that of these.
+"""Hashes of the rows, the base and the keys, so that a checkpoint or an adapter of other rows is never used for these.
 
 Docs: https://medft.github.io/medft/model/fingerprints.html.md"""
 
@@ -19,109 +19,99 @@ import json
 import os
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 
 # %% ../../nbs/model/fingerprints.ipynb #b002
-WITHOUT_EFFECT = tuple(
+WITHOUT_EFFECT = tuple(  # keys of training that leave the trained weights as they are
     """
     logging_steps logging_first_step logging_strategy log_level disable_tqdm
     save_steps save_strategy save_total_limit eval_steps eval_strategy eval_delay
-    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor torch_empty_cache_steps
-""".split()
-)  # keys of training that leave the trained weights as they are
-
-LEARNED = (
-    "input_ids",
-    "completion_mask",
-    "label",
-    "documents",
-    "seq_lengths",
-)  # columns that training reads
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor torch_empty_cache_steps
+    """.split()
+)
+# columns that training reads
+LEARNED = ("input_ids", "completion_mask", "label", "documents", "seq_lengths")
 
 
-def _add(h, column):
+def _int64_bytes(column):
+    values = column.fill_null(-1).to_numpy(zero_copy_only=False)
+    return values.astype("int64").tobytes()
+
+
+def _add_column(digest, column):
     "Add an Arrow column to a hash: its values, and how long each row is."
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # still several chunks
         column = pa.concat_arrays(column.chunks)
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        h.update(
-            column.value_lengths()
-            .fill_null(-1)
-            .to_numpy(zero_copy_only=False)
-            .astype("int64")
-            .tobytes()
-        )
+        digest.update(_int64_bytes(column.value_lengths()))
         column = column.flatten()
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        h.update(json.dumps(column.to_pylist()).encode())
+        digest.update(json.dumps(column.to_pylist()).encode())
     else:
-        h.update(column.fill_null(-1).to_numpy(zero_copy_only=False).astype("int64").tobytes())
+        digest.update(_int64_bytes(column))
 
 
 @lru_cache(maxsize=32)
-def _rows_hash(folder, name, stamp):
-    h = hashlib.sha256()
-    ds = load_split(_At(folder), name).with_format("arrow")
-    for column in (c for c in LEARNED if c in ds.column_names):
-        h.update(column.encode())
-        for batch in ds.select_columns([column]).iter(10_000):
-            _add(h, batch[column])
-    return h.hexdigest()
-
-
-class _At:
-    "What `load_split` reads of a run."
-
-    def __init__(self, path):
-        self.path = Path(path)
+def _split_hash(folder, name, files):
+    "SHA-256 of a split's rows; `files` (names, sizes, times) are here only to key the cache."
+    digest = hashlib.sha256()
+    rows = load_split(SimpleNamespace(path=Path(folder)), name).with_format("arrow")
+    for column in LEARNED:
+        if column not in rows.column_names:
+            continue
+        digest.update(column.encode())
+        for batch in rows.select_columns([column]).iter(10_000):
+            _add_column(digest, batch[column])
+    return digest.hexdigest()
 
 
 def rows_hash(run) -> str | None:
-    "SHA-256 of the rows that a run trains on and is validated on while it trains; None before they are prepared."
+    "SHA-256 of a run's training and validation rows; None before they are prepared."
     found = {}
     for name in ("train", "validation"):
         folder = run.path / "data" / name
         if not folder.is_dir():
             continue
-        files = sorted(folder.glob("*.arrow"))
-        stamp = tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-        found[name] = _rows_hash(str(run.path.resolve()), name, stamp)
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest() if "train" in found else None
+        stats = [(p.name, p.stat()) for p in sorted(folder.glob("*.arrow"))]
+        files = tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+        found[name] = _split_hash(str(run.path.resolve()), name, files)
+    if "train" not in found:
+        return None
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 # %% ../../nbs/model/fingerprints.ipynb #b003
-EDGE = (
-    1 << 20
-)  # bytes read at both ends of a weight file; its beginning holds the names and places of all tensors
+EDGE = 1 << 20  # bytes read at both ends of a weight file; its beginning names all tensors
 
 
 def edges(path: Path) -> str:
-    "SHA-256 of a file's size, and of its first and last megabyte; of all of it where it is small."
-    size, h = path.stat().st_size, hashlib.sha256()
-    h.update(str(size).encode())
+    "SHA-256 of a file's size and of its first and last megabyte; of all of it if it is small."
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as f:
-        h.update(f.read(EDGE))
+        digest.update(f.read(EDGE))
         if size > EDGE:
             f.seek(max(size - EDGE, EDGE))
-            h.update(f.read())
-    return h.hexdigest()
+            digest.update(f.read())
+    return digest.hexdigest()
 
 
 def base_hash(recipe) -> str:
-    "What tells a base from any other: its commit on the hub, or its files; its tokenizer and how that writes conversations."
-    folder, config, tok = (
-        Path(model_path(recipe.model.name)),
-        load_config(recipe),
-        load_tokenizer(recipe),
-    )
+    "SHA-256 of a base: its commit on the hub or its files, its tokenizer and template."
+    folder = Path(model_path(recipe.model.name))
+    config = load_config(recipe)
+    tok = load_tokenizer(recipe)
     if folder.is_dir():
-        kept = [
-            p
-            for p in sorted(folder.iterdir())
-            if p.is_file() and not p.name.startswith(".") and p.suffix not in (".md", ".txt")
-        ]
-        files = {p.name: edges(p) for p in kept}
+        paths = [p for p in sorted(folder.iterdir()) if p.is_file()]
+        files = {
+            p.name: edges(p)
+            for p in paths
+            if not p.name.startswith(".") and p.suffix not in (".md", ".txt")
+        }
     else:
         files = getattr(config, "_commit_hash", None)
     return hashlib.sha256(json.dumps([files, rendering(tok)]).encode()).hexdigest()
@@ -129,21 +119,20 @@ def base_hash(recipe) -> str:
 
 def keys_hash(recipe) -> str:
     "SHA-256 of the keys that decide the trained weights, the rows given."
-    told = {
-        k: getattr(recipe, k).given() if getattr(recipe, k) is not None else None
-        for k in ("model", "quantization", "lora", "training")
-    }
-    told["model"] = recipe.model.model_dump()
-    if recipe.quantization is not None:
-        told["quantization"] = recipe.quantization.model_dump()
-    told["training"] = {
-        k: v for k, v in told["training"].items() if k not in WITHOUT_EFFECT and v is not None
-    }
-    return hashlib.sha256(
-        json.dumps(told | dict(seed=recipe.seed), sort_keys=True, default=str).encode()
-    ).hexdigest()
+    keys = dict(
+        model=recipe.model.model_dump(),
+        quantization=recipe.quantization and recipe.quantization.model_dump(),
+        lora=recipe.lora and recipe.lora.given(),
+        training={
+            key: value
+            for key, value in recipe.training.given().items()
+            if key not in WITHOUT_EFFECT and value is not None
+        },
+        seed=recipe.seed,
+    )
+    return hashlib.sha256(json.dumps(keys, sort_keys=True, default=str).encode()).hexdigest()
 
-
+# %% ../../nbs/model/fingerprints.ipynb #b003x
 PARTS = dict(
     rows="the rows", base="the base model, its tokenizer or template", keys="the recipe's keys"
 )
@@ -155,24 +144,24 @@ def belongs_to(run) -> dict:
 
 
 def changed(
-    then: dict
-    | None,  # `belongs_to`, as it was written down; None: by a version that wrote nothing
+    then: dict | None,  # `belongs_to`, as it was written; None: by a version that wrote nothing
     now: dict,
 ) -> list[str]:
     "In words, what has changed since."
-    return [
-        words
-        for part, words in PARTS.items()
-        if then and now.get(part) and then.get(part) and then[part] != now[part]
-    ]
+    if not then:
+        return []
+    known = [part for part in PARTS if then.get(part) and now.get(part)]
+    return [PARTS[part] for part in known if then[part] != now[part]]
 
 
-def set_aside(run, engine) -> Path | None:
-    "Move all that an engine has made, and what was reported of it, out of the way; nothing is deleted. Returns where it is."
+def set_aside(run, engine: str) -> Path | None:
+    "Move an engine's files and the reports on them to earlier/; returns where they are now."
     if not (run.path / engine).is_dir():
         return None
-    numbers = (f"{engine}-{i}" for i in range(1, 10**6))
-    place = next(p for n in numbers if not (p := run.path / "earlier" / n).exists())
+    number = 1
+    while (run.path / "earlier" / f"{engine}-{number}").exists():
+        number += 1
+    place = run.path / "earlier" / f"{engine}-{number}"
     place.parent.mkdir(exist_ok=True)
     os.replace(run.path / engine, place)
     (run.path / engine).mkdir()
@@ -182,12 +171,13 @@ def set_aside(run, engine) -> Path | None:
     return place
 
 # %% ../../nbs/model/fingerprints.ipynb #b006
-def refuse_stale(run, engine):
-    "Raise `MedftError` when an engine was trained on other rows, from another base or by other keys than the run has now."
+def refuse_stale(run, engine: str):
+    "Raise `MedftError` if an engine was trained on other rows, base or keys than the run has now."
     then = read_json(run.path / engine / "training.json", {}).get("belongs")
-    why = changed(then, belongs_to(run)) if then else []
-    if why:
+    changes = changed(then, belongs_to(run)) if then else []
+    if changes:
         raise MedftError(
-            f"{run.path.name}/{engine} was trained before {' and '.join(why)} changed, so it does not belong to what the run"
-            f" holds now; train {engine} again (its notebook, or medft run), which keeps the old files in {run.path.name}/earlier"
+            f"{run.path.name}/{engine} was trained before {' and '.join(changes)} changed, so it"
+            f" does not belong to what the run holds now; train {engine} again (its notebook, or"
+            f" medft run), which keeps the old files in {run.path.name}/earlier"
         )

@@ -1,4 +1,4 @@
-"""A model's speed is in its shape, not in its weights: where weights cannot be had, random ones of the real configuration stand in, and every page says so.
+"""A model's speed depends on its shape, not on its weights: where weights cannot be had, random ones of the real configuration stand in, and every page says so.
 
 Docs: https://medft.github.io/medft/model/shapes.html.md"""
 
@@ -27,57 +27,54 @@ def shape_names() -> list[str]:
     return sorted(p.stem for p in (assets() / "shapes").glob("*.json")) + list(NAMES)
 
 
-def shape_config(name):
+def shape_config(
+    name: str,  # of a shape or family; or a folder or file with a configuration
+):
     "A shape's configuration. Raises `MedftError` naming the nearest."
     if name in NAMES:
         return published(name)
-    for p in (assets() / "shapes" / f"{name}.json", Path(name), Path(name) / "config.json"):
-        if p.is_file():
-            return AutoConfig.for_model(**read_json(p))
+    for path in (assets() / "shapes" / f"{name}.json", Path(name), Path(name) / "config.json"):
+        if path.is_file():
+            return AutoConfig.for_model(**read_json(path))
     raise MedftError(
-        f"--shape: no shape {name!r}{nearest(name, shape_names())}; there are {', '.join(shape_names())}, and folders with a config.json"
+        f"--shape: no shape {name!r}{nearest(name, shape_names())}; there are"
+        f" {', '.join(shape_names())}, and folders with a config.json"
     )
 
 # %% ../../nbs/model/shapes.ipynb #c009
 def shape_model(
     recipe,  # whose tokenizer goes with it
-    name,  # of a shape
-    seed=0,
+    name: str,  # of a shape
+    seed: int = 0,
 ) -> Path:
     "A folder with a random model of that shape and the recipe's tokenizer; made once, and kept."
-    import torch
-
-    config, tok = shape_config(name), load_tokenizer(recipe)
-    text = config.get_text_config()
-    if len(tok) > text.vocab_size:
+    config = shape_config(name)
+    text_config = config.get_text_config()
+    tok = load_tokenizer(recipe)
+    if len(tok) > text_config.vocab_size:
         raise MedftError(
-            f"--shape {name}: its vocabulary has {text.vocab_size:,} tokens, the recipe's tokenizer {len(tok):,}"
+            f"--shape {name}: its vocabulary has {text_config.vocab_size:,} tokens,"
+            f" the recipe's tokenizer {len(tok):,}"
         )
-    for c in (config, text):
-        c.pad_token_id, c.eos_token_id, c.bos_token_id = (
-            tok.pad_token_id,
-            tok.eos_token_id,
-            tok.bos_token_id,
-        )
-    said = json.dumps(
-        [config.to_dict(), len(tok), recipe.model.name, seed], sort_keys=True, default=str
-    )
-    folder = (
-        runs_root()
-        / ".bench"
-        / "models"
-        / f"{Path(name).stem}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
-    )
+    for part in (config, text_config):
+        part.pad_token_id = tok.pad_token_id
+        part.eos_token_id = tok.eos_token_id
+        part.bos_token_id = tok.bos_token_id
+    described = [config.to_dict(), len(tok), recipe.model.name, seed]
+    key = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+    folder = runs_root() / ".bench" / "models" / f"{Path(name).stem}-{key[:8]}"
     if not (folder / "config.json").exists():
-        _made(config, tok, folder, seed, torch.bfloat16)
+        _write_shape_model(config, tok, folder, seed)
     return folder
 
 
-def _made(config, tok, folder, seed, dtype):
+def _write_shape_model(config, tok, folder, seed):
+    import torch
+
     folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    tmp.chmod(0o755)
-    build_tiny(config, tmp, seed, dtype=dtype)
-    tok.save_pretrained(tmp)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    unfinished.chmod(0o755)
+    build_tiny(config, unfinished, seed, dtype=torch.bfloat16)
+    tok.save_pretrained(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(tmp, folder)
+    os.replace(unfinished, folder)

@@ -1,4 +1,5 @@
-"""Our own engine: the baseline's losses step by step, its checkpoints, its files, and what it says where a piece is the library's. One process."""
+"""Our own engine: the baseline's losses step by step, its checkpoints and files,
+and its notes where something is left to the library. One process."""
 
 from medft.cli import runner
 from medft.core import engines
@@ -6,11 +7,10 @@ from medft.core import run as core
 from medft.core.run import MedftError, Run, load_recipe, read_json, sha256, write_json
 from medft.data import pipeline as data
 from medft.fast import engine as fast
-from medft.fast import patching as blocks
+from medft.fast import patching
 from medft.model import load as model
 from medft.train import baseline as train
 
-import json
 import shutil
 
 import pytest
@@ -55,30 +55,28 @@ def both(tmp_path, *more):
     run = prepared(tmp_path, *STEPS, *more)
     train.train(run)
     fast.train_fast(run)
-    return run, *(
-        [r for r in train.read_log(run, e) if "loss" in r or "eval_loss" in r]
-        for e in ("trl", "fast")
-    )
+    logs = []
+    for engine in ("trl", "fast"):
+        rows = train.read_log(run, engine)
+        logs.append([row for row in rows if "loss" in row or "eval_loss" in row])
+    return run, *logs
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_the_baselines_in_float32(tmp_path, case):
     run, theirs, ours = both(tmp_path, *CASES[case], "training.bf16=false")
-    assert len(theirs) == len(ours) == 3 + ("eval_loss" in theirs[-1]) and (
-        "eval_loss" in theirs[-1]
-    ) == (EVAL[0] in CASES[case])
-    for a, b in zip(theirs, ours):
+    assert ("eval_loss" in theirs[-1]) == (EVAL[0] in CASES[case])
+    assert len(theirs) == len(ours) == 3 + ("eval_loss" in theirs[-1])
+    for a, b in zip(theirs, ours, strict=True):
         assert {k for k in a if "entropy" not in k} == set(b)
         for k in SAME:
             assert k not in a or a[k] == pytest.approx(b[k], abs=1e-5), (case, k)
         if "grad_norm" in a:
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    said = train.training_summary(run, "fast")
-    assert (
-        said["first_loss_plain"] == pytest.approx(said["first_loss_fast"], abs=1e-4)
-        and isinstance(said["notes"], list)
-        and said["allocator"]
-    )
+    summary = train.training_summary(run, "fast")
+    assert summary["first_loss_plain"] == pytest.approx(summary["first_loss_fast"], abs=1e-4)
+    assert isinstance(summary["notes"], list)
+    assert summary["allocator"]
 
 
 @pytest.mark.skipif(not train.has_bfloat16(), reason="this machine has no bfloat16")
@@ -86,15 +84,13 @@ def test_losses_are_the_baselines_in_float32(tmp_path, case):
 def test_in_bfloat16_the_error_is_no_larger_than_the_baselines(tmp_path, case):
     _, exact, _ = both(tmp_path / "exact", *CASES[case], "training.bf16=false")
     run, theirs, ours = both(tmp_path, *CASES[case], "training.bf16=true")
-    wrong = [
-        [abs(e["loss"] - x["loss"]) for e, x in zip(exact, log) if "loss" in x]
-        for log in (theirs, ours)
-    ]
-    assert max(wrong[1]) < 2 * max(wrong[0]) + 2e-3, wrong
-    kept = load_file(next((run.path / "fast").glob("*/*.safetensors")))
-    assert {t.dtype for k, t in kept.items()} == {
-        torch.float32
-    }  # what is trained is trained in full
+    errors = []
+    for log in (theirs, ours):
+        pairs = zip(exact, log, strict=True)
+        errors.append(max(abs(e["loss"] - x["loss"]) for e, x in pairs if "loss" in x))
+    assert errors[1] < 2 * errors[0] + 2e-3, errors
+    saved = load_file(next((run.path / "fast").glob("*/*.safetensors")))
+    assert {t.dtype for t in saved.values()} == {torch.float32}  # what is trained stays exact
 
 
 def test_frozen_weights_are_narrow_only_where_they_may_be():
@@ -125,23 +121,20 @@ def test_resumed_equals_uninterrupted_and_the_adapter_is_one_like_others(tmp_pat
     for gone in ("adapters", "checkpoints/checkpoint-4"):
         shutil.rmtree(run.path / "fast" / gone)
     again = fast.train_fast(run)
-    assert (
-        again["resumed"]
-        and not whole["resumed"]
-        and sha256(run.path / "fast/adapters/adapter_model.safetensors") == before
-    )
+    assert again["resumed"] and not whole["resumed"]
+    assert sha256(run.path / "fast/adapters/adapter_model.safetensors") == before
     train.train(run)
-    names = [
-        load_file(run.path / e / "adapters/adapter_model.safetensors") for e in ("trl", "fast")
+    trl, ours = (
+        load_file(run.path / engine / "adapters/adapter_model.safetensors")
+        for engine in ("trl", "fast")
+    )
+    assert {k: v.shape for k, v in trl.items()} == {k: v.shape for k, v in ours.items()}
+    checkpoint = run.path / "trl" / "checkpoints" / "checkpoint-2"
+    assert files == sorted(p.name for p in checkpoint.iterdir())
+    configs = [
+        read_json(run.path / engine / "adapters/adapter_config.json") for engine in ("trl", "fast")
     ]
-    assert {k: v.shape for k, v in names[0].items()} == {k: v.shape for k, v in names[1].items()}
-    assert files == sorted(
-        p.name for p in (run.path / "trl" / "checkpoints" / "checkpoint-2").iterdir()
-    )
-    assert (
-        read_json(run.path / "trl/adapters/adapter_config.json").keys()
-        == read_json(run.path / "fast/adapters/adapter_config.json").keys()
-    )
+    assert configs[0].keys() == configs[1].keys()
 
 
 def test_a_saved_adapter_gives_the_trained_models_logits(tmp_path):
@@ -160,9 +153,8 @@ def test_what_the_step_does_not_know_is_left_to_the_library_and_said(tmp_path):
     run, theirs, ours = both(tmp_path, "training.neftune_noise_alpha=5", "training.bf16=false")
     assert [r["loss"] for r in theirs] == [r["loss"] for r in ours]
     (note,) = train.training_summary(run, "fast")["notes"]
-    assert (
-        "neftune_noise_alpha" in note and note in (run.path / "logs" / "finetune.log").read_text()
-    )
+    assert "neftune_noise_alpha" in note
+    assert note in (run.path / "logs" / "finetune.log").read_text()
 
 
 def test_every_module_knows_that_it_trains(tmp_path):
@@ -176,37 +168,38 @@ def test_every_module_knows_that_it_trains(tmp_path):
         "training.eval_steps=2",
         "dataset.max_samples=32",
     )
-    trainer, modes = fast.trainer_of(run), []
-    own = trainer.own_loss
-    trainer.own_loss = lambda *a: (
-        modes.append({m.training for m in trainer.model.modules()}),
-        own(*a),
-    )[1]
+    trainer = fast.trainer_of(run)
+    compute = trainer.fast_loss
+    modes = []
+
+    def noted(*args):
+        modes.append({m.training for m in trainer.model.modules()})
+        return compute(*args)
+
+    trainer.fast_loss = noted
     trainer.go()
-    assert (
-        modes[:4] == [{False}, {False}, {True}, {True}]
-        and {False} in modes[4:]
-        and {True} in modes[4:]
-        and {True, False} not in modes
-    )
-    assert any("dropout" in n for n in trainer.told["notes"])
+    assert modes[:4] == [{False}, {False}, {True}, {True}]
+    assert {False} in modes[4:] and {True} in modes[4:]
+    assert {True, False} not in modes
+    assert any("dropout" in note for note in trainer.engine_report["notes"])
 
 
 def test_a_step_that_computes_something_else_does_not_train(tmp_path, monkeypatch):
-    "A border that is forgotten, and an adapter that is left out: the first is in the loss at once, the second says nothing before it is trained."
+    "A forgotten border shows in the loss at once, a forgotten adapter only if it is not zero."
     run = prepared(tmp_path, *STEPS)
-    real = fast.unpadded
+    exact = fast.unpadded
+
+    def without_borders(batch):
+        rows = exact(batch)
+        return rows._replace(positions=torch.arange(rows.ids.shape[1])[None])
+
     with monkeypatch.context() as m:
-        m.setattr(
-            fast,
-            "unpadded",
-            lambda b: (r := real(b))._replace(positions=torch.arange(r.ids.shape[1])[None]),
-        )
+        m.setattr(fast, "unpadded", without_borders)
         with pytest.raises(MedftError, match="first batch.*engine: .trl."):
             fast.train_fast(run)
 
     def without(net, dtype=None):
-        quick = blocks.quicken(net, dtype)
+        quick = patching.quicken(net, dtype)
         hidden = quick.hidden
 
         def bare(*a, **k):
@@ -232,12 +225,10 @@ def test_only_what_the_loss_depends_on_is_left(rows, left):
     r = fast.unpadded(
         dict(input_ids=ids, attention_mask=mask.long(), labels=torch.where(mask, ids, -100))
     )
-    assert r.positions.tolist() == [[i for n in left for i in range(n)]] and r.targets.tolist() == [
-        i for row, n in zip(ids.tolist(), rows) for i in row[1:n]
-    ]
-    assert r.ids[0, r.at].tolist() == [
-        i for row, n in zip(ids.tolist(), rows) for i in row[: n - 1]
-    ]
+    assert r.positions.tolist() == [[i for n in left for i in range(n)]]
+    lists = list(zip(ids.tolist(), rows, strict=True))
+    assert r.targets.tolist() == [i for row, n in lists for i in row[1:n]]
+    assert r.ids[0, r.predicting].tolist() == [i for row, n in lists for i in row[: n - 1]]
 
 
 def test_auto_chooses_by_machine_and_task_and_says_why(tmp_path, monkeypatch):
@@ -255,11 +246,9 @@ def test_auto_chooses_by_machine_and_task_and_says_why(tmp_path, monkeypatch):
     with pytest.raises(MedftError, match="auto chooses by itself"):
         load_recipe("quickstart", ["engine=[auto, trl]"])
     run = Run.create(auto, root=tmp_path)
-    assert (
-        run.manifest["engine_chosen"]
-        and len(run.recipe.engine) == 1
-        and Run.open(run.path).recipe.engine_chosen == run.manifest["engine_chosen"]
-    )
+    assert run.manifest["engine_chosen"]
+    assert len(run.recipe.engine) == 1
+    assert Run.open(run.path).recipe.engine_chosen == run.manifest["engine_chosen"]
     assert core.settle(run.recipe) is run.recipe
 
 
@@ -271,9 +260,8 @@ def test_a_run_of_an_earlier_medft_goes_on(tmp_path):
     run.update({"stages": {"fast": dict(status="finished")}})
     assert runner.stages_begun(run)[3] == "fast"
     old = run.path / "recipe.yaml"
-    old.write_text(
-        "".join(l for l in old.read_text().splitlines(True) if not l.startswith("engine_chosen"))
-    )
+    lines = old.read_text().splitlines(True)
+    old.write_text("".join(line for line in lines if not line.startswith("engine_chosen")))
     assert Run.open(run.path).recipe.engine == ["trl", "unsloth"]
 
 

@@ -1,12 +1,12 @@
-"""The fast step is the plain step: same loss, same gradients, rows that do not see each other, and never all logits."""
+"""The fast step equals the plain step: same loss, same gradients, rows that do not see each other,
+and logits that are never all in memory."""
 
 from medft.core.run import MedftError
 from medft.fast import loss as heads
+from medft.fast import patching
 from medft.fast.loss import supervised_loss
 from medft.fast.patching import quicken
 from medft.model.families import NAMES, lora_targets, model_class, tiny_config
-
-import copy
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-LENGTHS, LEARNT = (45, 7, 33), (9, 3, 20)  # longer than the windows of sliding layers
+LENGTHS = (45, 7, 33)  # longer than the windows of sliding layers
+SUPERVISED = (9, 3, 20)
 SMALL = dict(
     vocab_size=2048,
     hidden_size=64,
@@ -51,21 +52,16 @@ def rows(seed=0, lengths=LENGTHS):
 def build(name, dtype=torch.float32, lora=True, task="generative", **kwargs):
     "A tiny model with a random adapter; `lora=False`: everything is trained."
     torch.manual_seed(0)
-    config = name if not isinstance(name, str) else tiny_config(name)
+    config = tiny_config(name) if isinstance(name, str) else name
     if task == "classification":
         config.num_labels = 3
-    cls = {"gemma2": Gemma2ForCausalLM, "qwen3": Qwen3ForCausalLM}.get(
-        config.model_type
-    ) or model_class(config, task)
-    m = cls._from_config(
-        config,
-        dtype=dtype,
-        attn_implementation="eager" if config.model_type == "gemma2" else "sdpa",
-    )
+    other_classes = {"gemma2": Gemma2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+    cls = other_classes.get(config.model_type) or model_class(config, task)
+    attention = "eager" if config.model_type == "gemma2" else "sdpa"
+    m = cls._from_config(config, dtype=dtype, attn_implementation=attention)
     if lora:
-        m = get_peft_model(
-            m, LoraConfig(r=4, lora_alpha=8, **dict(target_modules=lora_targets(config)) | kwargs)
-        )
+        settings = dict(target_modules=lora_targets(config)) | kwargs
+        m = get_peft_model(m, LoraConfig(r=4, lora_alpha=8, **settings))
     g = torch.Generator().manual_seed(5)
     for n, p in m.named_parameters():
         if "lora_B" in n or "lora_embedding_A" in n:
@@ -75,46 +71,48 @@ def build(name, dtype=torch.float32, lora=True, task="generative", **kwargs):
     return m.train()
 
 
-def grads(m):
+def gradients(m):
     return {n: p.grad.float().clone() for n, p in m.named_parameters() if p.grad is not None}
 
 
-def plain_step(m, texts, learnt=LEARNT):
+def needs_token_types(m):
+    "Whether a model of text and images asks in training which tokens are which."
+    base = m.get_base_model() if hasattr(m, "get_base_model") else m
+    return "Gemma3For" in type(base).__name__ and hasattr(m.config, "vision_config")
+
+
+def plain_step(m, texts, supervised=SUPERVISED):
     "Every row by itself, all logits: the definition."
     m.zero_grad()
-    total, loss = sum(learnt), 0
-    for x, k in zip(texts, learnt):
-        more = (
-            dict(token_type_ids=torch.zeros_like(x)[None])
-            if "Gemma3For" in type(getattr(m, "get_base_model", lambda: m)()).__name__
-            and hasattr(m.config, "vision_config")
-            else {}
-        )
-        z = (
-            m(input_ids=x[None], attention_mask=torch.ones_like(x)[None], use_cache=False, **more)
-            .logits[0]
-            .float()
-        )
-        loss = loss + cross_entropy(z[-k - 1 : -1], x[-k:], reduction="sum") / total
+    loss = 0
+    for x, k in zip(texts, supervised, strict=True):
+        inputs = dict(input_ids=x[None], attention_mask=torch.ones_like(x)[None])
+        if needs_token_types(m):
+            inputs["token_type_ids"] = torch.zeros_like(x)[None]
+        logits = m(**inputs, use_cache=False).logits[0].float()
+        row_loss = cross_entropy(logits[-k - 1 : -1], x[-k:], reduction="sum")
+        loss = loss + row_loss / sum(supervised)
     loss.backward()
-    return float(loss.detach()), grads(m)
+    return float(loss.detach()), gradients(m)
 
 
-def packed(texts, learnt=LEARNT):
-    ids, at = torch.cat(texts)[None], torch.cat([torch.arange(len(x)) for x in texts])[None]
+def packed(texts, supervised=SUPERVISED):
+    "Token ids and positions (1, tokens) of rows laid end to end, and the positions that predict."
+    ids = torch.cat(texts)[None]
+    positions = torch.cat([torch.arange(len(x)) for x in texts])[None]
     ends = torch.tensor([len(x) for x in texts]).cumsum(0).tolist()
-    keep = torch.cat([torch.arange(e - k - 1, e - 1) for e, k in zip(ends, learnt)])
-    return ids, at, keep
+    keep = [torch.arange(end - k - 1, end - 1) for end, k in zip(ends, supervised, strict=True)]
+    return ids, positions, torch.cat(keep)
 
 
-def quick_step(q, texts, learnt=LEARNT, whole=False):
+def quick_step(q, texts, supervised=SUPERVISED, whole=False):
     "All rows end to end, the head on what is learned."
     q.model.zero_grad()
-    ids, at, keep = packed(texts, learnt)
+    ids, at, keep = packed(texts, supervised)
     h = q.hidden(ids, at)[0, keep] if whole else q.hidden(ids, at, keep=keep)[0]
-    loss, hits, _ = supervised_loss(h, q.head, ids[0, keep + 1], float(len(keep)), q.softcap)
+    loss, _, _ = supervised_loss(h, q.head, ids[0, keep + 1], float(len(keep)), q.softcap)
     loss.backward()
-    return float(loss.detach()), grads(q.model)
+    return float(loss.detach()), gradients(q.model)
 
 
 def gap(a, b):
@@ -130,9 +128,9 @@ def agree(m, notes=None, whole=False):
     q = quicken(m)
     found, h = quick_step(q, rows(), whole=whole)
     assert abs(found - loss) < 1e-5 and gap(h, g) < 1e-4, (found - loss, gap(h, g))
-    assert bool(q.notes) == bool(notes) and all(
-        any(n in line for line in q.notes) for n in notes or ()
-    ), q.notes
+    assert bool(q.notes) == bool(notes), q.notes
+    for note in notes or ():
+        assert any(note in line for line in q.notes), q.notes
     return q
 
 
@@ -148,10 +146,8 @@ def test_every_family_in_float32(name):
     loss, g = quick_step(q, rows(), whole=True)
     assert abs(loss - quick_step(q, rows())[0]) < 1e-6  # all positions, or those wanted
     q.restore()
-    assert (
-        not any("forward" in m.__dict__ for m in m.modules())
-        and abs(plain_step(m, rows())[0] - loss) < 1e-5
-    )
+    assert not any("forward" in module.__dict__ for module in m.modules())
+    assert abs(plain_step(m, rows())[0] - loss) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["tinyllama", "gemma3"])
@@ -180,21 +176,19 @@ def test_padded_rows_and_models_that_cannot_be_packed():
         )
         q = quicken(m)
         got = q.hidden(ids, attention_mask=mask)
-        assert q.packs == (name != "nemotron_h") and torch.allclose(
-            got[mask.bool()], want[mask.bool()], atol=2e-5
-        )
-    assert any(
-        "layers run as transformers wrote them" in n for n in quicken(build("nemotron_h")).notes
-    )
+        assert q.packs == (name != "nemotron_h")
+        assert torch.allclose(got[mask.bool()], want[mask.bool()], atol=2e-5)
+    q = quicken(build("nemotron_h"))
+    assert any("layers run as transformers wrote them" in note for note in q.notes)
     with pytest.raises(MedftError, match="cannot be packed"):
-        quicken(build("nemotron_h")).hidden(*packed(texts)[:2])
+        q.hidden(*packed(texts)[:2])
 
 
 def test_nemotron_adapters():
     m = build("nemotron_h")
     x = rows()[:1]
-    loss, g = plain_step(m, x, LEARNT[:1])
-    found, h = quick_step(quicken(m), x, LEARNT[:1])
+    loss, g = plain_step(m, x, SUPERVISED[:1])
+    found, h = quick_step(quicken(m), x, SUPERVISED[:1])
     assert abs(found - loss) < 1e-5 and gap(h, g) < 1e-4
 
 
@@ -233,7 +227,7 @@ def test_kinds_of_adapters(kwargs, note):
     agree(build(LlamaConfig(**SMALL), **kwargs), note and [note])
 
 
-def test_dropout_goes_peft_s_way():
+def test_dropout_is_left_to_peft():
     m = build("tinyllama", lora_dropout=0.5)
     q = quicken(m)
     assert "lora_dropout" in " ".join(q.notes)
@@ -259,9 +253,8 @@ def test_adapters_off_and_several():
     other = q.hidden(ids, at)
     m.set_adapter("default")
     one = q.hidden(ids, at)
-    assert torch.allclose(off, other, atol=1e-6) and not torch.allclose(
-        off, one, atol=1e-3
-    )  # the second adapter is still zero
+    assert torch.allclose(off, other, atol=1e-6)  # the second adapter is still zero
+    assert not torch.allclose(off, one, atol=1e-3)
 
 
 def test_full_tuning():
@@ -271,11 +264,9 @@ def test_full_tuning():
     with torch.autocast("cpu", torch.bfloat16):
         amp, ga = plain_step(build("tinyllama", lora=False), rows())
     ours, gq = quick_step(quicken(build("tinyllama", lora=False), torch.bfloat16), rows())
-    assert (
-        abs(ours - loss) < 1e-3
-        and gap(gq, g) < 1.2 * gap(ga, g)
-        and all(x.dtype is torch.float32 for x in gq.values())
-    )
+    assert abs(ours - loss) < 1e-3
+    assert gap(gq, g) < 1.2 * gap(ga, g)
+    assert all(x.dtype is torch.float32 for x in gq.values())
 
 
 def test_checkpointing():
@@ -307,52 +298,39 @@ def test_attention_dropout_and_classifiers():
 def test_a_changed_neighbour_changes_nothing(dtype):
     for name in ("mistral", "gemma3"):
         q = quicken(build(name, dtype), dtype)
+        weights = [p for n, p in q.model.named_parameters() if "lora_A" in n][:2]
         seen = []
         for seed in (0, 1):
             texts = [rows(seed)[0], *rows()[1:]]
-            ids, at, _ = packed(texts)
-            own = slice(len(texts[0]), None)
-            x = q.hidden(ids, at)[:, own]
-            seen.append(
-                (
-                    x.detach(),
-                    *torch.autograd.grad(
-                        x.float().square().sum(),
-                        [p for n, p in q.model.named_parameters() if "lora_A" in n][:2],
-                    ),
-                )
-            )
-        assert (
-            all(torch.equal(a, b) for a, b in zip(*seen[:2]))
-            or all(
-                torch.allclose(a, b, atol=1e-6 if dtype is torch.float32 else 1e-2)
-                for a, b in zip(*seen)
-            )
-            and torch.equal(seen[0][0], seen[1][0])
-        )
+            ids, positions, _ = packed(texts)
+            x = q.hidden(ids, positions)[:, len(texts[0]) :]
+            seen.append([x.detach(), *torch.autograd.grad(x.float().square().sum(), weights)])
+        assert torch.equal(seen[0][0], seen[1][0])
+        atol = 1e-6 if dtype is torch.float32 else 1e-2
+        assert all(torch.allclose(a, b, atol=atol) for a, b in zip(*seen, strict=True))
 
 
 def test_logits_are_never_all_there(monkeypatch):
-    monkeypatch.setattr(heads, "LOGITS", 20 * 2048)
+    limit = 20 * 2048
+    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", limit)
     made = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        "Notes the size of every tensor as wide as the vocabulary, except for the weight."
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            made.extend(
-                t.numel()
-                for t in (out if isinstance(out, (tuple, list)) else [out])
-                if torch.is_tensor(t) and t.shape[-1:] == (2048,) and t.shape != (64, 2048)
-            )  # the last: the weight itself, turned
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if torch.is_tensor(t) and t.shape[-1:] == (2048,) and t.shape != (64, 2048):
+                    made.append(t.numel())
             return out
 
     q = quicken(build("tinyllama"))
-    ids, at, keep = packed(rows(), (44, 6, 32))
+    ids, positions, keep = packed(rows(), (44, 6, 32))
     with Watch():
-        supervised_loss(q.hidden(ids, at, keep=keep)[0], q.head, ids[0, keep + 1], 82.0)[
-            0
-        ].backward()
-    assert made and max(made) <= 20 * 2048 < 82 * 2048
+        hidden = q.hidden(ids, positions, keep=keep)[0]
+        supervised_loss(hidden, q.head, ids[0, keep + 1], 82.0)[0].backward()
+    assert made and max(made) <= limit < 82 * 2048
 
 
 def test_saved_as_peft_saves(tmp_path):
@@ -362,40 +340,36 @@ def test_saved_as_peft_saves(tmp_path):
     m.save_pretrained(tmp_path)
     quick_step(q, rows())
     after = get_peft_model_state_dict(m)
-    assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
-    whole = copy.deepcopy(m)
-    merged = q.restore() or m.merge_and_unload()
-    assert (tmp_path / "adapter_model.safetensors").exists() and len(merged.state_dict()) < len(
-        whole.state_dict()
-    )
+    assert list(before) == list(after)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    with_adapter = len(m.state_dict())
+    q.restore()
+    assert len(m.merge_and_unload().state_dict()) < with_adapter
 
 
-def test_a_piece_that_lies_is_left_out(monkeypatch):
-    from medft.fast import patching as blocks
-
-    right = blocks.attend
-    monkeypatch.setattr(blocks, "attend", lambda *a, **k: right(*a, **k) * 1.01)
+def test_a_wrong_replacement_is_left_out(monkeypatch):
+    exact = patching.packed_attention
+    monkeypatch.setattr(patching, "packed_attention", lambda *a, **k: exact(*a, **k) * 1.01)
     m = build("tinyllama")
     loss, _ = plain_step(m, rows())
     q = quicken(m)
-    assert (
-        any("attention" in n and "differs" in n for n in q.notes)
-        and abs(quick_step(q, rows())[0] - loss) < 1e-5
-    )
+    assert any("attention" in note and "differs" in note for note in q.notes)
+    assert abs(quick_step(q, rows())[0] - loss) < 1e-5
 
 
-def test_entropy_and_hits():
+def test_entropy_and_correct_predictions():
     m = build("tinyllama")
     ids, at, keep = packed(rows())
     q = quicken(m)
     h, t = q.hidden(ids, at, keep=keep)[0].detach(), ids[0, keep + 1]
     z = q.head(h).detach()
-    _, hits, spread = supervised_loss(h, q.head, z.argmax(-1), 1.0, entropy=True)
-    assert int(hits) == len(t) and torch.allclose(
-        spread, torch.distributions.Categorical(logits=z).entropy().sum(), rtol=1e-4
-    )
-    loss, hits, _ = supervised_loss(h[:0], q.head, t[:0], 1.0)
-    assert float(loss) == 0 == int(hits)
+    _, correct, entropy = supervised_loss(h, q.head, z.argmax(-1), 1.0, entropy=True)
+    expected = torch.distributions.Categorical(logits=z).entropy().sum()
+    assert int(correct) == len(t)
+    assert torch.allclose(entropy, expected, rtol=1e-4)
+    loss, correct, _ = supervised_loss(h[:0], q.head, t[:0], 1.0)
+    assert float(loss) == 0 == int(correct)
 
 
 def test_four_bits():
@@ -405,21 +379,21 @@ def test_four_bits():
     torch.manual_seed(0)
     config = LlamaConfig(**SMALL | dict(hidden_size=128, head_dim=32, intermediate_size=256))
     m = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    for layer in m.model.layers:
-        for parent, n in [
-            (layer.self_attn, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")
-        ] + [(layer.mlp, n) for n in ("gate_proj", "up_proj", "down_proj")]:
-            old = getattr(parent, n)
-            new = bnb.nn.Linear4bit(
-                old.in_features,
-                old.out_features,
-                bias=False,
-                compute_dtype=torch.bfloat16,
-                quant_type="nf4",
-            )
-            new.load_state_dict({"weight": old.weight.data})
-            new.support_avx512bf16_for_cpu = False
-            setattr(parent, n, new.to("cpu"))
+    linear_layers = [
+        name for name, module in m.model.named_modules() if type(module) is torch.nn.Linear
+    ]
+    for name in linear_layers:
+        old = m.model.get_submodule(name)
+        new = bnb.nn.Linear4bit(
+            old.in_features,
+            old.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+        )
+        new.load_state_dict({"weight": old.weight.data})
+        new.support_avx512bf16_for_cpu = False
+        m.model.set_submodule(name, new.to("cpu"))
     m = get_peft_model(m, LoraConfig(r=4, target_modules="all-linear")).train()
     for n, p in m.named_parameters():
         if "lora_B" in n:
@@ -429,8 +403,6 @@ def test_four_bits():
     loss, g = plain_step(m, rows())
     q = quicken(m, torch.bfloat16)
     found, h = quick_step(q, rows())
-    assert not q.notes and abs(found - loss) < 2e-3 and gap(h, g) < 0.05, (
-        q.notes,
-        found - loss,
-        gap(h, g),
-    )
+    assert not q.notes
+    assert abs(found - loss) < 2e-3
+    assert gap(h, g) < 0.05

@@ -1,4 +1,5 @@
-"""Every family from its real classes, tiny: loaded, adapted, saved, merged; and the traps that the bare libraries walk into."""
+"""Every family from its real classes, tiny: loaded, adapted, saved, merged;
+and the traps in the bare libraries."""
 
 from medft.core.run import MedftError, load_recipe
 from medft.data.pipeline import load_tokenizer
@@ -429,34 +430,67 @@ def test_recipes_that_unsloth_would_run_as_something_else_are_refused():
 
 
 UNSLOTH = """
-import json, sys
-from medft.train import unsloth_engine
+import json
+import sys
+
 from medft.core.run import MedftError, load_recipe
 from medft.model.families import NAMES
-from unsloth import FastLanguageModel
+from medft.train import unsloth_engine
+
 import torch
-top = sys.argv[1]
-def raw(**k): return FastLanguageModel.from_pretrained(f"{top}/llama2", max_seq_length=64, dtype=torch.float32, **k)[0]
-kinds = lambda m: sorted({type(x).__name__ for x in m.modules() if "Linear" in type(x).__name__})
-said = dict(labels=type(raw(load_in_4bit=False, num_labels=2)).__name__, eight=kinds(raw(load_in_4bit=False, load_in_8bit=True)))
 from transformers import BitsAndBytesConfig
-said["fp4"] = next(x.weight.quant_type for x in raw(load_in_4bit=True, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")).modules() if type(x).__name__ == "Linear4bit")
-recipe = lambda n, *more: load_recipe("quickstart", ["engine=[trl, unsloth]", f"model.name={top}/{n}", "lora.r=4", "training.max_length=64", *more])
+from unsloth import FastLanguageModel
+
+top = sys.argv[1]
+
+
+def bare(**kwargs):
+    path = f"{top}/llama2"
+    return FastLanguageModel.from_pretrained(
+        path, max_seq_length=64, dtype=torch.float32, **kwargs
+    )[0]
+
+
+def linear_kinds(model):
+    return sorted({type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__})
+
+
+def recipe(name, *more):
+    keys = ["engine=[trl, unsloth]", f"model.name={top}/{name}", "lora.r=4"]
+    return load_recipe("quickstart", [*keys, "training.max_length=64", *more])
+
+
+said = dict(
+    labels=type(bare(load_in_4bit=False, num_labels=2)).__name__,
+    eight=linear_kinds(bare(load_in_4bit=False, load_in_8bit=True)),
+)
+config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+layers = bare(load_in_4bit=True, quantization_config=config).modules()
+said["fp4"] = next(m.weight.quant_type for m in layers if type(m).__name__ == "Linear4bit")
 four = ["quantization.load_in_4bit=true", "quantization.bnb_4bit_use_double_quant=true"]
-said["fp4 reason"] = unsloth_engine.why_not(recipe("llama2", *four, "quantization.bnb_4bit_quant_type=fp4"))
+fp4 = recipe("llama2", *four, "quantization.bnb_4bit_quant_type=fp4")
+said["fp4 reason"] = unsloth_engine.why_not(fp4)
 x = torch.arange(2, 50)[None]
-for n in NAMES:
+for name in NAMES:
     for more in ([], four, ["lora.use_dora=true"], ["lora=null"]):
-        r = recipe(n, *more)
+        r = recipe(name, *more)
         assert unsloth_engine.why_not(r) is None
         m = unsloth_engine.load_unsloth(r)
         m(input_ids=x, labels=x).loss.backward()
-        bad = [k for k, p in m.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all() or "vision" in k)]
-        said[f"{n} {more}"] = bad
+        trained = {k: p for k, p in m.named_parameters() if p.requires_grad}
+        said[f"{name} {more}"] = [
+            k
+            for k, p in trained.items()
+            if p.grad is None or not p.grad.isfinite().all() or "vision" in k
+        ]
 for more in (["model.task=classification"], ["quantization.load_in_8bit=true"]):
-    r = load_recipe("quickstart", ["engine=trl", f"model.name={top}/llama2", "lora.r=4", *more])
-    try: unsloth_engine.load_unsloth(r); said[str(more)] = "loaded"
-    except MedftError as e: said[str(more)] = str(e)
+    keys = ["engine=trl", f"model.name={top}/llama2", "lora.r=4"]
+    r = load_recipe("quickstart", [*keys, *more])
+    try:
+        unsloth_engine.load_unsloth(r)
+        said[str(more)] = "loaded"
+    except MedftError as e:
+        said[str(more)] = str(e)
 print("SAID" + json.dumps(said))
 """
 
@@ -469,17 +503,13 @@ def test_unsloth_loads_every_family_and_what_it_cannot_is_seen(tiny):
         text=True,
         timeout=600,
     )
-    said = json.loads(
-        next((l[4:] for l in done.stdout.splitlines() if l.startswith("SAID")), "null")
-    )
-    assert said, done.stderr[-3000:]
-    assert (
-        said.pop("labels") == "LlamaForCausalLM"
-        and said.pop("eight") == ["Linear"]
-        and said.pop("fp4") == "nf4"
-    ), "unsloth has learned something: look at families.refusal again"
+    lines = [line[4:] for line in done.stdout.splitlines() if line.startswith("SAID")]
+    assert lines, done.stderr[-3000:]
+    said = json.loads(lines[0])
+    found = said.pop("labels"), said.pop("eight"), said.pop("fp4")
+    expected = "LlamaForCausalLM", ["Linear"], "nf4"
+    assert found == expected, "unsloth has learned something: look at families.refusal again"
     assert "NF4 twice" in said.pop("fp4 reason")
-    assert "LlamaForCausalLM" in said.pop(
-        "['model.task=classification']"
-    ) and "Linear8bitLt" in said.pop("['quantization.load_in_8bit=true']")
+    assert "LlamaForCausalLM" in said.pop("['model.task=classification']")
+    assert "Linear8bitLt" in said.pop("['quantization.load_in_8bit=true']")
     assert len(said) == 4 * len(NAMES) and not any(said.values()), said

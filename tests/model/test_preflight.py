@@ -78,7 +78,11 @@ REFUSED = [  # family, what is asked, what is answered
     ("llama2", ["training.use_liger_kernel=true"], "liger-kernel"),
     ("llama2", [CLASSIFY, "training.packing=true"], "only task generative can use it"),
     ("llama2", [CLASSIFY, "training.assistant_only_loss=true"], "only task generative can use it"),
-    ("llama2", ["training.packing=true", "training.packing_strategy=wrapped"], "sequel of another"),
+    (
+        "llama2",
+        ["training.packing=true", "training.packing_strategy=wrapped"],
+        "continuation of another",
+    ),
     ("nemotron_h", ["training.packing=true"], "carries state"),
     ("nemotron_h", ["training.padding_free=true"], "carries state"),
     ("llama2", ["model.task=pretraining", "training.padding_free=true"], "only task generative"),
@@ -179,7 +183,9 @@ def test_a_strange_share_is_a_warning(tok):
     assert "never reaches" in warned("training.max_steps=10") and not warned(
         "training.max_steps=100"
     )
-    assert "1.0e-06" in " ".join(preflight.odd(recipe(), dict(trainable=1, total=10**6)))
+    assert "1.0e-06" in " ".join(
+        preflight.unusual_settings(recipe(), dict(trainable=1, total=10**6))
+    )
 
 
 def test_planned_steps_are_the_trainers(tmp_path):
@@ -314,8 +320,12 @@ from medft.model import families
 for token in ("", "hf_owner"):
     os.environ["HF_TOKEN"] = token
     for name in ("org/gated", "org/private", "org/none", "org/open"):
-        try: print("SAID" + json.dumps(families.family_of(families.load_config(load_recipe("quickstart", [f"model.name={name}"])))))
-        except MedftError as e: print("SAID" + json.dumps(str(e)))
+        recipe = load_recipe("quickstart", [f"model.name={name}"])
+        try:
+            said = families.family_of(families.load_config(recipe))
+        except MedftError as e:
+            said = str(e)
+        print("SAID" + json.dumps(said))
 """
 
 
@@ -333,13 +343,11 @@ def test_a_gated_model_without_a_token_is_one_line_that_says_what_to_do(tmp_path
             timeout=240,
             cwd=tmp_path,
         )
-    said = [json.loads(l[4:]) for l in done.stdout.splitlines() if l.startswith("SAID")]
+    lines = done.stdout.splitlines()
+    said = [json.loads(line[4:]) for line in lines if line.startswith("SAID")]
     assert len(said) == 8 and all("\n" not in s for s in said), done.stderr[-2000:]
-    assert (
-        "licence has not been accepted" in said[0]
-        and "HF_TOKEN" in said[0]
-        and "no such model, or it is private" in said[1]
-        and "no such model" in said[2]
-        and said[3] == "llama2"
-    )
-    assert said[4] == said[5] == said[7] == "llama2" and "no such model" in said[6]
+    assert "licence has not been accepted" in said[0] and "HF_TOKEN" in said[0]
+    assert "no such model, or it is private" in said[1]
+    assert "no such model" in said[2]
+    assert said[3] == said[4] == said[5] == said[7] == "llama2"
+    assert "no such model" in said[6]

@@ -1,17 +1,16 @@
-"A checkpoint is whole or it is not used: every kind of damage is seen, named, and passed over."
+"A checkpoint is complete or it is not used: every kind of damage is seen and named."
 
 from medft.core.run import MedftError
-from medft.train import checkpoints
 from medft.train.checkpoints import (
     SEAL,
     STATE,
     cut_log,
-    keep,
+    damage_of,
+    delete_unwanted,
     log_lines,
     newest_whole,
-    notes,
     seal,
-    whole,
+    seal_notes,
     writing,
 )
 
@@ -19,10 +18,9 @@ import errno
 import json
 import os
 import pickle
-import resource
-import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,14 +58,13 @@ def flip(path):
 
 @pytest.mark.parametrize("harm", DAMAGE)
 def test_damage_is_named_and_the_one_before_is_used(tmp_path, harm):
-    newest, lines = made(tmp_path, 2, 10), []
-    assert whole(newest) == (True, "") and newest_whole(tmp_path) == newest
+    newest = made(tmp_path, 2, 10)
+    assert damage_of(newest) == [] and newest_whole(tmp_path) == newest
     DAMAGE[harm](newest)
-    assert (
-        newest_whole(tmp_path, lines.append).name == "checkpoint-2"
-        and len(lines) == 1
-        and lines[0].startswith("checkpoint-10 is damaged")
-    )
+    lines = []
+    assert newest_whole(tmp_path, lines.append).name == "checkpoint-2"
+    assert len(lines) == 1
+    assert lines[0].startswith("checkpoint-10 is damaged")
     named = {
         "no_optimizer": "optimizer.pt is missing",
         "no_scheduler": "scheduler.pt is missing",
@@ -82,23 +79,22 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, harm):
 
 @pytest.mark.parametrize("name", [*STATE, "adapter_model.safetensors"])
 def test_a_seal_over_too_little_does_not_count(tmp_path, name):
-    "Saved without an optimizer (save_only_model), or by an older program: going on would be going astray."
+    "Saved without an optimizer (save_only_model), or by an older version: it cannot be resumed."
     folder = made(tmp_path, 1)
     (folder / name).unlink()
     seal(folder, step=1)
-    fine, why = whole(folder)
-    assert not fine and "never there" in why
+    assert any("never there" in problem for problem in damage_of(folder))
 
 
 def test_rotation_keeps_what_it_must(tmp_path):
     for s, loss in ((1, 0.9), (2, 0.4), (3, 0.5), (4, 0.7), (5, 0.8)):
         made(tmp_path, s, score=loss)
-    assert (
-        keep(tmp_path, best=2) == ["checkpoint-1", "checkpoint-4"]
-        and newest_whole(tmp_path).name == "checkpoint-5"
-    )
-    assert keep(tmp_path, total=1, also=tmp_path / "checkpoint-2") == ["checkpoint-3"]
-    assert keep(tmp_path) == [] and notes(tmp_path / "checkpoint-2")["score"] == 0.4
+    assert delete_unwanted(tmp_path, best=2) == ["checkpoint-1", "checkpoint-4"]
+    assert newest_whole(tmp_path).name == "checkpoint-5"
+    also = tmp_path / "checkpoint-2"
+    assert delete_unwanted(tmp_path, newest=1, also=also) == ["checkpoint-3"]
+    assert delete_unwanted(tmp_path) == []
+    assert seal_notes(also)["score"] == 0.4
 
 
 def test_a_log_holds_no_step_twice_and_no_half_line(tmp_path):
@@ -112,7 +108,7 @@ def test_a_log_holds_no_step_twice_and_no_half_line(tmp_path):
     cut_log(tmp_path / "none.jsonl", 2)
 
 
-def test_what_is_no_trouble_of_the_disk_goes_on_as_it_is(tmp_path):
+def test_other_errors_are_raised_as_they_are(tmp_path):
     for error in (
         ValueError("No space left on device"),
         RuntimeError("CUDA out of memory"),
@@ -123,21 +119,33 @@ def test_what_is_no_trouble_of_the_disk_goes_on_as_it_is(tmp_path):
             raise error
 
 
-WRITE = """import resource, signal, sys, torch
+WRITE = """import resource
+import signal
+import sys
 from pathlib import Path
+
+import torch
 from medft.train.checkpoints import writing
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 from safetensors.torch import save_file
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 home = Path(sys.argv[1])
-for how in (lambda: save_file(dict(x=torch.zeros(1 << 16)), home/"w.safetensors"), lambda: torch.save(torch.zeros(1 << 16), home/"o.pt"), lambda: (home/"log").write_bytes(bytes(1 << 17))):
+for write in (
+    lambda: save_file(dict(x=torch.zeros(1 << 16)), home / "w.safetensors"),
+    lambda: torch.save(torch.zeros(1 << 16), home / "o.pt"),
+    lambda: (home / "log").write_bytes(bytes(1 << 17)),
+):
     try:
-        with writing(home, "a file"): how()
-    except Exception as e: print(type(e).__name__, "|", e)
+        with writing(home, "a file"):
+            write()
+    except Exception as e:
+        print(type(e).__name__, "|", e)
 """
 
 
-def test_every_library_s_word_for_no_room_becomes_one_line(tmp_path):
-    "A real limit on the size of a file, in a process of its own: safetensors, torch and Python each say it their way."
+def test_every_library_s_error_for_a_full_disk_becomes_one_line(tmp_path):
+    "A real limit on file size, in a process of its own: safetensors, torch and Python differ."
     out = subprocess.run(
         [sys.executable, "-c", WRITE, tmp_path],
         capture_output=True,
@@ -145,9 +153,9 @@ def test_every_library_s_word_for_no_room_becomes_one_line(tmp_path):
         env=dict(os.environ, OMP_NUM_THREADS="1"),
     )
     lines = out.stdout.strip().splitlines()
-    assert len(lines) == 3 and all(
-        l.startswith("MedftError | cannot write") and "medft resume" in l for l in lines
-    ), out.stdout + out.stderr
+    assert len(lines) == 3, out.stdout + out.stderr
+    for line in lines:
+        assert line.startswith("MedftError | cannot write") and "medft resume" in line, line
 
 
 def test_a_folder_that_may_not_be_written_to_is_one_line(tmp_path):
@@ -162,7 +170,7 @@ class Evil:
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"])
 def test_no_code_is_run_from_a_checkpoint(tmp_path, name, monkeypatch):
-    "A file exchanged after the seal is seen; even one that was sealed anew is never run."
+    "A file exchanged after the seal is noticed; even one that was sealed again is never run."
     import torch
     from transformers import Trainer
 
@@ -170,38 +178,31 @@ def test_no_code_is_run_from_a_checkpoint(tmp_path, name, monkeypatch):
     folder = made(tmp_path, 1)
     with open(folder / name, "wb") as f:
         pickle.dump(Evil(), f)
-    assert name == "scaler.pt" or not whole(folder)[0]
+    assert name == "scaler.pt" or damage_of(folder)
     seal(folder, step=1)
-    assert whole(folder)[0]
+    assert not damage_of(folder)
 
     class Bare(Trainer):
         def __init__(self):
             pass
 
     t = Bare()
-    t.args = type(
-        "A", (), dict(world_size=1, device=torch.device("cpu"), process_index=0, parallel_mode=None)
-    )()
+    t.args = SimpleNamespace(
+        world_size=1, device=torch.device("cpu"), process_index=0, parallel_mode=None
+    )
     t.is_deepspeed_enabled = t.is_fsdp_enabled = t.is_fsdp_xla_v1_enabled = False
     good = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)]))
-    t.optimizer, t.lr_scheduler, t.accelerator = (
-        good.optimizer,
-        good,
-        type("B", (), dict(scaler=torch.amp.GradScaler("cpu")))(),
-    )
+    t.optimizer = good.optimizer
+    t.lr_scheduler = good
+    t.accelerator = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
     if name == "scheduler.pt":
         torch.save(good.optimizer.state_dict(), folder / "optimizer.pt")
-    load = dict(
-        zip(
-            ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"),
-            (
-                t._load_optimizer_and_scheduler,
-                t._load_optimizer_and_scheduler,
-                t._load_rng_state,
-                t._load_scaler,
-            ),
-        )
-    )[name]
+    load = {
+        "optimizer.pt": t._load_optimizer_and_scheduler,
+        "scheduler.pt": t._load_optimizer_and_scheduler,
+        "rng_state.pth": t._load_rng_state,
+        "scaler.pt": t._load_scaler,
+    }[name]
     with pytest.raises(pickle.UnpicklingError):
         load(str(folder))
     assert not (tmp_path / "ran").exists()

@@ -1,7 +1,8 @@
-"""The recipe's own base, every layer tried, checkpoints of these rows only, one chat template throughout, and no foreign code."""
+"""The recipe's own base, every layer tried, checkpoints of these rows only,
+one chat template throughout, and no foreign code."""
 
 from medft.core import files as places
-from medft.core.run import MedftError, Run, assets, load_recipe, open_run, read_json, write_json
+from medft.core.run import MedftError, Run, assets, load_recipe, read_json, write_json
 from medft.data import pipeline as data
 from medft.data.pipeline import load_tokenizer
 from medft.evaluate import metrics as evaluate
@@ -26,11 +27,19 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROW = "training: {{learning_rate: 1.0e-3, max_steps: 4, per_device_train_batch_size: 4, max_length: 128, {more}save_strategy: steps, save_steps: 2}}"
+ROW = (
+    "training: {{learning_rate: 1.0e-3, max_steps: 4, per_device_train_batch_size: 4,"
+    " max_length: 128, {more}save_strategy: steps, save_steps: 2}}"
+)
 BY_HAND = """name: mine
 engine: [trl]
 {training}
-dataset: {{path: rows.jsonl, holdout: 0.0, sets: {{}}, cache: false, checks: {{near_duplicates: "off", near_overlap: "off"}}}}
+dataset:
+  path: rows.jsonl
+  holdout: 0.0
+  sets: {{}}
+  cache: false
+  checks: {{near_duplicates: "off", near_overlap: "off"}}
 tracking: {{mlflow: false}}
 """
 
@@ -252,7 +261,7 @@ def test_a_wrong_window_and_a_forgotten_soft_cap_are_found(monkeypatch):
     q = blocks.quicken(AutoModelForCausalLM.from_config(wide))
     assert not q.rows_wise and any("sees 100 tokens" in n for n in q.notes)
     monkeypatch.undo()
-    monkeypatch.setattr(blocks, "cap_of", lambda m: 0)
+    monkeypatch.setattr(blocks, "score_softcap", lambda m: 0)
     q = blocks.quicken(tiny("soft-capping"))
     assert not q.rows_wise and any("attention" in n for n in q.notes)
 
@@ -310,10 +319,11 @@ def test_other_rows_are_trained_afresh_and_the_old_are_kept(by_hand):
     assert (run.path / "earlier/trl-1/adapters/adapter_model.safetensors").read_bytes() == adapter
     assert (run.path / "earlier/trl-1/checkpoints/checkpoint-4").is_dir()
     log = (run.path / "logs/finetune.log").read_text()
-    assert (
-        "trl: trained before with other inputs (the rows changed since); that is kept in earlier/trl-1, and training starts afresh"
-        in log
+    line = (
+        "trl: trained before with other inputs (the rows changed since);"
+        " that is kept in earlier/trl-1, and training starts afresh"
     )
+    assert line in log
     belongs.refuse_stale(run, "trl")
 
 
@@ -323,10 +333,10 @@ def test_a_finished_seed_of_other_rows_is_not_taken_for_trained(by_hand):
         run.path / "fast/training.json", dict(status="finished", belongs=belongs.belongs_to(run))
     )
     trained = []
-    repeats.once(run, "fast", trained.append)
+    repeats.train_once(run, "fast", trained.append)
     assert trained == []
     prepared_by_hand(by_hand, "plum")
-    repeats.once(run, "fast", trained.append)
+    repeats.train_once(run, "fast", trained.append)
     assert trained == [run]
 
 
@@ -378,7 +388,8 @@ def test_what_counts_for_a_checkpoint(by_hand, tmp_path):
 
 
 OTHER = (
-    "{% for m in messages %}<<{{ m.role }}>> {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% for m in messages %}<<{{ m.role }}>> {{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<<assistant>> {% endif %}"
 )
 
@@ -544,7 +555,7 @@ class Evil:
 
 
 def hostile(folder, kind):
-    "A copy of the tiny base that tries to run code. Returns the file that would be there if it did."
+    "A copy of the tiny base that tries to run code; returns the file that it would write."
     shutil.copytree(assets() / "tiny_base", folder)
     config, trace = read_json(folder / "config.json"), folder.parent / "ran"
     if kind == "kernel":

@@ -23,7 +23,8 @@ def killing(home, kills, tasks):
         cwd=HERE,
         env=dict(os.environ, OMP_NUM_THREADS="1", MEDFT_RUNS=str(home)),
     )
-    found = [json.loads(l) for l in out.stdout.splitlines() if l.startswith('{"task"')]
+    lines = out.stdout.splitlines()
+    found = [json.loads(line) for line in lines if line.startswith('{"task"')]
     assert out.returncode in (0, 1) and found, out.stdout[-2000:] + out.stderr[-3000:]
     return found, (home / "table.md").read_text()
 
@@ -164,7 +165,11 @@ def test_the_whole_command(tmp_path, uninterrupted, how):
 @pytest.mark.long
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(tmp_path, uninterrupted):
     "A real limit on file sizes stands for the full disk: the first checkpoint does not fit."
-    limit = "import resource, signal, sys, runpy; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); sys.argv = ['medft', *sys.argv[1:]]; runpy.run_module('medft.cli.verbs', run_name='__main__')"
+    limit = """import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+sys.argv = ['medft', *sys.argv[1:]]
+runpy.run_module('medft.cli.verbs', run_name='__main__')"""
     env = {k: v for k, v in environment(tmp_path).items() if k != "MEDFT_NOTEBOOKS"}
     (tmp_path / "home").mkdir()
     out = subprocess.run(

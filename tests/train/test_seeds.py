@@ -1,7 +1,8 @@
-"""Several seeds: each is trained as if it were alone, a killed one goes on, and the verdict is about the recipe."""
+"""Several seeds: each is trained as if it were alone, a killed one goes on,
+and the verdict is about the recipe."""
 
 from medft.cli import resume
-from medft.core.run import MedftError, Run, load_recipe, read_json, write_json
+from medft.core.run import MedftError, Run, load_recipe, write_json
 from medft.data.pipeline import prepare
 from medft.evaluate import metrics as ev
 from medft.evaluate.measures import comparisons as beside
@@ -61,7 +62,7 @@ def weights(run, engine="trl"):
 
 
 def trainer_of(engine):
-    "The engine's own function; Unsloth, which changes the libraries under it, is imported only where it trains."
+    "The engine's own function; Unsloth changes libraries, so it is imported only where it trains."
     module, name = dict(
         trl=("train.baseline", "train"),
         fast=("fast.engine", "train_fast"),
@@ -71,14 +72,26 @@ def trainer_of(engine):
 
 
 ALONE = """import sys
+sys.path[:0] = ["tests/helpers", "tests/train"]
 engine, folder, seed = sys.argv[1:]
-if engine == "unsloth": import medft.train.unsloth_engine
-from medft.fast import engine as fast
-from medft.train import baseline as train
+if engine == "unsloth":
+    import medft.train.unsloth_engine
+from test_seeds import trainer_of
 from medft.core.run import Run
 from medft.train.seeds import repeats
-one = next(r for r in repeats(Run.open(folder)) if str(r.recipe.seed) == seed); one.lay_out()
-dict(trl=train.train, fast=fast.train_fast)[engine](one) if engine != "unsloth" else medft.train.unsloth_engine.train_unsloth(one)"""
+(one,) = [r for r in repeats(Run.open(folder)) if str(r.recipe.seed) == seed]
+one.lay_out()
+trainer_of(engine)(one)"""
+
+TOGETHER = """import sys
+sys.path[:0] = ["tests/helpers", "tests/train"]
+engine, folder = sys.argv[1:]
+if engine == "unsloth":
+    import medft.train.unsloth_engine
+from test_seeds import trainer_of
+from medft.core.run import Run
+from medft.train.seeds import each_seed
+each_seed(Run.open(folder), engine, trainer_of(engine))"""
 
 
 @pytest.mark.long
@@ -94,7 +107,6 @@ def test_a_seed_after_another_is_what_a_fresh_process_makes_of_it(tmp_path, engi
         )
         for name in ("together", "alone")
     )
-    code = f"import sys; sys.path[:0] = ['tests/helpers', 'tests/train']\nif {engine!r} == 'unsloth': import medft.train.unsloth_engine\nfrom test_seeds import trainer_of\nfrom medft.core.run import Run\nfrom medft.train.seeds import each_seed\neach_seed(Run.open(sys.argv[1]), {engine!r}, trainer_of({engine!r}))"
 
     def python(*args):
         subprocess.run(
@@ -104,11 +116,12 @@ def test_a_seed_after_another_is_what_a_fresh_process_makes_of_it(tmp_path, engi
             stdout=subprocess.DEVNULL,
         )
 
-    python(code, together.path)
-    if repeats.told(together, engine)["status"] == "skipped":
-        pytest.skip(repeats.told(together, engine)["reason"])
+    python(TOGETHER, engine, together.path)
+    if repeats.training_record(together, engine)["status"] == "skipped":
+        pytest.skip(repeats.training_record(together, engine)["reason"])
     found = []
-    for r, s in zip(repeats.repeats(together), repeats.repeats(alone)):
+    pairs = zip(repeats.repeats(together), repeats.repeats(alone), strict=True)
+    for r, s in pairs:
         python(ALONE, engine, alone.path, s.recipe.seed)
         found.append(weights(r, engine))
         assert weights(r, engine) == weights(s, engine)
@@ -117,7 +130,7 @@ def test_a_seed_after_another_is_what_a_fresh_process_makes_of_it(tmp_path, engi
 
 @pytest.mark.long
 def test_killed_in_the_second_seed_it_goes_on_there(tmp_path):
-    "Signal 9 while the second seed trains: the first is not touched again, and both end as if nothing had happened."
+    "SIGKILL while the second seed trains: the first is not touched again, both end as usual."
     keep = [
         "engine=[trl]",
         "evaluation.seeds=2",
@@ -138,12 +151,13 @@ def test_killed_in_the_second_seed_it_goes_on_there(tmp_path):
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    assert repeats.told(repeats.repeats(cut)[0], "trl").get("status") != "finished"
+    assert repeats.training_record(repeats.repeats(cut)[0], "trl").get("status") != "finished"
     repeats.each_seed(cut, "trl", trainer_of("trl"))
     log = (cut.path / "logs" / "finetune.log").read_text()
     assert "trl: trained already" in log and "seed 43: trl: going on from checkpoint-" in log
-    for a, b in zip((whole, *repeats.repeats(whole)), (cut, *repeats.repeats(cut))):
-        assert weights(a) == weights(b)
+    whole_runs = [whole, *repeats.repeats(whole)]
+    cut_runs = [cut, *repeats.repeats(cut)]
+    assert [weights(run) for run in whole_runs] == [weights(run) for run in cut_runs]
 
 
 def test_a_further_seed_shares_the_data_and_nothing_else(tmp_path):
@@ -356,7 +370,7 @@ def test_seeds_that_answered_other_questions_are_not_compared():
 
 
 def test_two_lucks_are_those_of_items_and_of_seeds():
-    "Without luck of seeds the interval is that of items; without that of items it is Student's of the seeds."
+    "Without luck of seeds the interval is that of items; without that of items, Student's."
     rng = np.random.default_rng(0)
     few = np.array([0.1, 0.13, 0.16])
     alone = verdicts.two_lucks(few, np.tile(few[:, None], (1, 50)), 50)
@@ -416,27 +430,30 @@ def test_they_say_what_the_single_figures_say():
 
 @pytest.mark.long
 def test_they_raise_false_alarms_as_seldom_as_promised():
-    "500 pairs of classifiers without a difference: AUROC, Brier and macro-F1 say better or worse in one of twenty."
-    spoke = {}
-    for i in range(500):
-        truth, common = (rng := np.random.default_rng(i)).integers(0, 2, 300), rng.normal(size=300)
+    "500 pairs of classifiers without a difference: one of twenty is called better or worse."
 
-        def one():
-            p = 1 / (1 + np.exp(-((2 * truth - 1) + common + rng.normal(size=300))))
-            return pd.DataFrame(
-                dict(
-                    group=range(300),
-                    truth=truth,
-                    choice=(p > 0.5).astype(int),
-                    probabilities=np.stack([1 - p, p], 1).tolist(),
-                )
+    def classifier(rng, truth, common):
+        p = 1 / (1 + np.exp(-((2 * truth - 1) + common + rng.normal(size=300))))
+        return pd.DataFrame(
+            dict(
+                group=range(300),
+                truth=truth,
+                choice=(p > 0.5).astype(int),
+                probabilities=np.stack([1 - p, p], 1).tolist(),
             )
+        )
 
-        for (_, m), d in beside.beside(one(), dict(trl=one())).items():
-            spoke.setdefault(m, []).append(d["label"] != "tie")
-    assert all(0.02 <= np.mean(x) <= 0.08 for x in spoke.values()), {
-        m: np.mean(x) for m, x in spoke.items()
-    }
+    alarms = {}
+    for i in range(500):
+        rng = np.random.default_rng(i)
+        truth = rng.integers(0, 2, 300)
+        common = rng.normal(size=300)
+        base = classifier(rng, truth, common)
+        tuned = classifier(rng, truth, common)
+        for (_, metric), found in beside.beside(base, dict(trl=tuned)).items():
+            alarms.setdefault(metric, []).append(found["label"] != "tie")
+    rates = {metric: np.mean(called) for metric, called in alarms.items()}
+    assert all(0.02 <= rate <= 0.08 for rate in rates.values()), rates
 
 
 # Power before the run, and the trials
@@ -501,7 +518,7 @@ def test_the_trials_of_seeds_and_further_figures_are_kept():
 
 @pytest.mark.long
 def test_a_smaller_trial_of_verdicts_over_seeds():
-    "300 of each world without a gain: false alarms are rare in all of them, however much seeds differ."
+    "300 of each world without a gain: false alarms are rare, however much seeds differ."
     for world, how in (
         (trials.seeds_world, dict(luck=0.05)),
         (trials.seeds_world, dict(luck=0.02, seeds=5)),

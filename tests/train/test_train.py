@@ -1,9 +1,11 @@
-"""Training: what stops it, what resumes it, what it must never do. One process, because imports are slow."""
+"""Training: what stops it, what resumes it, what it must never do.
+One process, because imports are slow."""
 
 from medft.core.run import MedftError, Run, load_recipe, sha256
 from medft.data import pipeline as data
 from medft.model import families
 from medft.model import load as model
+from medft.model.preflight import preflight
 from medft.train import baseline as train
 from medft.train import collators as batches
 
@@ -164,7 +166,7 @@ def test_a_gradient_that_overflows_is_found_before_it_is_used(tmp_path):
         match="gradient norm is (inf|nan) in step 1; the loss is finite and its gradient overflows",
     ):
         trainer.go()
-    assert all(torch.equal(a, b) for a, b in zip(before, weights))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
 
 
 def test_only_the_completion_is_trained_on(tmp_path):
@@ -178,13 +180,11 @@ def test_only_the_completion_is_trained_on(tmp_path):
     )
     batch = next(iter(trainer.get_train_dataloader()))
     tok = data.load_tokenizer(run.recipe)
-    for ids, labels in zip(batch["input_ids"], batch["labels"]):
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         trained = tok.decode(ids[labels != -100])
-        assert (
-            trained.endswith(tok.eos_token)
-            and "Question" not in trained
-            and trained.startswith(" ")
-        )
+        assert trained.startswith(" ")
+        assert trained.endswith(tok.eos_token)
+        assert "Question" not in trained
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
@@ -223,25 +223,19 @@ def test_windows_lose_no_token_and_know_their_documents():
     ]
     for alone in (False, True):
         made = batches.windows(Dataset.from_list(rows), 5, alone)
-        of = dict(zip(sum(made["input_ids"], []), sum(made["labels"], [])))
-        assert sorted(of) == sorted(sum((r["input_ids"] for r in rows), [])) and all(
-            len(w) <= 5 for w in made["input_ids"]
-        )
-        assert all(
-            of[i] == (i if m else -100)
-            for r in rows
-            for i, m in zip(r["input_ids"], r["completion_mask"])
-        )
-        if not alone:  # what stands side by side is a document or a piece of one
-            cut = [
-                p
-                for w, ks in zip(made["input_ids"], made["seq_lengths"])
-                for p in torch.tensor(w).split(ks)
-            ]
-            assert all(
-                len(set((p // 10).tolist())) == 1 and (len(p) == 1 or (p.diff() == 1).all())
-                for p in cut
-            )
+        ids, labels = sum(made["input_ids"], []), sum(made["labels"], [])
+        label_of = dict(zip(ids, labels, strict=True))
+        assert sorted(label_of) == sorted(sum((r["input_ids"] for r in rows), []))
+        assert all(len(window) <= 5 for window in made["input_ids"])
+        for row in rows:
+            for i, learned in zip(row["input_ids"], row["completion_mask"], strict=True):
+                assert label_of[i] == (i if learned else -100)
+        if alone:
+            continue
+        for window, lengths in zip(made["input_ids"], made["seq_lengths"], strict=True):
+            for part in torch.tensor(window).split(lengths):  # a document or a part of one
+                assert len(set((part // 10).tolist())) == 1
+                assert len(part) == 1 or (part.diff() == 1).all()
 
 
 @pytest.mark.parametrize("name", families.NAMES)
@@ -251,11 +245,11 @@ def test_no_document_sees_another(name):
     net = families.model_class(config, "generative")._from_config(
         config, attn_implementation="eager" if name == "gemma3" else "sdpa"
     )
-    collate, draw = batches.keeps_apart(net, 0), torch.Generator().manual_seed(1)
+    collate, draw = batches.isolating_collator(net, 0), torch.Generator().manual_seed(1)
     a, b, c, d = (torch.randint(5, 2000, (n,), generator=draw).tolist() for n in (9, 6, 40, 3))
 
     def logits(first, how):
-        if how.alone:
+        if how.one_document_a_row:
             rows = [dict(input_ids=x) for x in (first, b, c, d)]
         else:
             rows = [
@@ -264,16 +258,20 @@ def test_no_document_sees_another(name):
             ]
         with torch.no_grad():
             out = net(**{k: v for k, v in how(rows).items() if k != "labels"}).logits
-        return [
-            p
-            for x, r in zip(out, rows)
-            for p in x[: len(r["input_ids"])].split(r.get("seq_lengths", [len(r["input_ids"])]))
-        ]
+        documents = []
+        for row_logits, row in zip(out, rows, strict=True):
+            n = len(row["input_ids"])
+            documents += row_logits[:n].split(row.get("seq_lengths", [n]))
+        return documents
 
-    moved = [
-        float((x - y).abs().max()) for x, y in zip(logits(a, collate), logits(a[::-1], collate))
-    ]
-    assert moved[0] > 1e-3 and max(moved[1:]) <= 1e-6 and collate.alone == (name == "nemotron_h")
+    def change_of_each(how):
+        "How far the logits of every document move when the first one is reversed."
+        pairs = zip(logits(a, how), logits(a[::-1], how), strict=True)
+        return [float((x - y).abs().max()) for x, y in pairs]
+
+    moved = change_of_each(collate)
+    assert moved[0] > 1e-3 and max(moved[1:]) <= 1e-6
+    assert collate.one_document_a_row == (name == "nemotron_h")
 
     class Careless(batches.WindowCollator):  # the same without the mask: this test would see it
         def __call__(self, rows):
@@ -283,13 +281,7 @@ def test_no_document_sees_another(name):
                 if k not in ("use_cache", "position_ids")
             }
 
-    assert (
-        max(
-            float((x - y).abs().max())
-            for x, y in zip(logits(a, Careless(0))[1:], logits(a[::-1], Careless(0))[1:])
-        )
-        > 1e-5
-    )
+    assert max(change_of_each(Careless(0))[1:]) > 1e-5
 
 
 @pytest.mark.parametrize("task", ["generative", "classification", "pretraining"])
@@ -368,18 +360,17 @@ def test_4bit_gradients_are_the_same_after_an_evaluation(tmp_path):
 
 
 def test_what_cannot_work_is_refused_before_weights_are_loaded():
-    tok, config = (
-        data.load_tokenizer(load_recipe("quickstart")),
-        model.load_config(load_recipe("quickstart")),
-    )
+    quickstart = load_recipe("quickstart")
+    tok = data.load_tokenizer(quickstart)
+    config = model.load_config(quickstart)
     for override, says in (
         (["training.max_length=4096"], "512 positions"),
         (["lora.target_modules=[nothing]"], "this model has|This model has"),
         (["lora.target_modules=[q_proj, nothing]"], "nothing"),
     ):
         with pytest.raises(MedftError, match=says):
-            model.preflight(load_recipe("quickstart", override), tok, config)
+            preflight(load_recipe("quickstart", override), tok, config)
     gemma = type(config).from_dict(config.to_dict())
     gemma.model_type = "gemma3_text"
     with pytest.raises(MedftError, match="float16"):
-        model.preflight(load_recipe("quickstart", ["model.dtype=float16"]), tok, gemma)
+        preflight(load_recipe("quickstart", ["model.dtype=float16"]), tok, gemma)
