@@ -133,5 +133,5 @@ def logistic_regression(
         found[split] = (p, (p >= threshold).astype(int))
     return found
 
-
+# %% ../../../nbs/evaluate/measures/baselines.ipynb #c017v
 PAIR_BASELINES = dict.fromkeys(FIXED, fixed_rule) | dict(logistic_regression=logistic_regression)

@@ -25,8 +25,10 @@ from scipy.special import logsumexp, softmax
 def logits(
     frame,  # predictions with `scores`, or with `probabilities` only
 ) -> np.ndarray:  # (rows, options)
-    """Scores, -inf where a row has no such option; for rules that only give probabilities, their
-    logarithms."""
+    """Scores, -inf where a row has no such option.
+
+    For rules that only give probabilities, their logarithms.
+    """
     check_frame(frame)
     if "scores" not in frame:
         return np.log(np.maximum(np.stack(frame.probabilities), np.finfo(float).tiny))
@@ -36,7 +38,7 @@ def logits(
         row[: len(scores)] = scores
     return padded
 
-
+# %% ../../../nbs/evaluate/measures/calibration.ipynb #c007v
 def probabilities(
     frame,  # predictions
     temperature=1.0,
@@ -49,7 +51,7 @@ def largest_brier(num_options) -> int:
     "The largest Brier score: it sums over options; for two labels it counts one of them."
     return 1 if num_options == 2 else 2
 
-
+# %% ../../../nbs/evaluate/measures/calibration.ipynb #c010v
 def proper_scores(
     truth,  # (rows,) option numbers
     p,  # (rows, options) probabilities
@@ -119,21 +121,25 @@ def ece(
     stated,  # (rows,) stated probability
     came_true,  # (rows,) 0 or 1
 ):
-    """Expected calibration error (Naeini, Cooper, Hauskrecht 2015), as a function of weights; the
-    bins stay the same."""
+    """Expected calibration error, as a function of weights; the bins stay the same.
+
+    Source: Naeini, Cooper, Hauskrecht 2015.
+    """
     bins = assign_bins(stated)
     one_hot = np.eye(bins.max() + 1)[bins]
     gaps = one_hot * (stated - came_true)[:, None]
     return lambda w: np.abs(w @ gaps).sum(1) / w.sum(1)
 
-
+# %% ../../../nbs/evaluate/measures/calibration.ipynb #c018v
 def calibration_p(
     stated,  # (rows,) stated probability
     came_true,  # (rows,) 0 or 1
     groups,  # (rows,)
 ) -> float:
-    """p of the null hypothesis that these probabilities are calibrated: stated and observed are
-    swapped at random, whole groups at a time."""
+    """p of the null hypothesis that these probabilities are calibrated.
+
+    Stated and observed are swapped at random, whole groups at a time.
+    """
     bins = assign_bins(stated)
     one_hot = np.eye(bins.max() + 1)[bins]
     sums_stated, sums_observed = one_hot * stated[:, None], one_hot * came_true[:, None]
@@ -171,8 +177,10 @@ def calibration_figures(
 def fit_temperature(
     frame,  # predictions of validation rows
 ) -> float | None:
-    """The temperature with the least log loss on these rows (Guo et al. 2017); None if all answers
-    are right."""
+    """The temperature with the least log loss on these rows; None if all answers are right.
+
+    Source: Guo et al. 2017.
+    """
     z = logits(frame)
     z_truth = z[np.arange(len(z)), frame.truth.to_numpy()]
     if (z_truth == z.max(1)).all():
@@ -196,8 +204,10 @@ def measure_calibration(
     temperature=None,
     confidence=0.95,
 ) -> dict:  # temperature, figures, bins; the same with `_scaled`; labels: each label's own error
-    """One frame's calibration, as it is and with a temperature; for more than two labels also each
-    label's own error."""
+    """One frame's calibration, as it is and with a temperature.
+
+    For more than two labels also each label's own error.
+    """
     groups, truth = frame.group.to_numpy(), frame.truth.to_numpy()
 
     def bins(p):
@@ -227,14 +237,13 @@ def temperature_of(
         return None
     return fit_temperature(check_frame(pd.read_parquet(path), model, "validation"))
 
-
+# %% ../../../nbs/evaluate/measures/calibration.ipynb #c032v
 def calibrated(
     run,
     frames,  # (model, set) -> predictions
     metrics,
 ) -> dict:  # calibration: model -> set -> as `measure_calibration` gives it
-    """For `evaluate.PARTS`: how well calibrated every model is; nothing for texts, which have no
-    probabilities."""
+    "For `evaluate.PARTS`: how well calibrated every model is; nothing for texts."
     found, temperatures = {}, {}
     for (model, name), frame in frames.items():
         if "scores" not in frame and "probabilities" not in frame:

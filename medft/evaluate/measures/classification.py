@@ -82,17 +82,18 @@ def mcc(
     truths,
     choices,  # each (resamples, labels)
 ) -> np.ndarray:  # (resamples,)
-    """Matthews' correlation coefficient for any number of labels (Gorodkin 2004); 0 when all
-    choices are one label."""
+    """Matthews' correlation coefficient for any number of labels; 0 if all choices are one label.
+
+    Source: Gorodkin 2004.
+    """
     n = truths.sum(-1)
     covariance = hits.sum(-1) * n - (truths * choices).sum(-1)
     spread = (n**2 - (truths**2).sum(-1)) * (n**2 - (choices**2).sum(-1))
     return np.divide(covariance, np.sqrt(spread), out=np.zeros_like(covariance), where=spread > 0)
 
-
+# %% ../../../nbs/evaluate/measures/classification.ipynb #c013v
 def _mean_ratio(numerator, denominator, occurs):
-    """The ratio of the second of two labels, or its mean over the labels that occur; nan where
-    nothing is to be divided by."""
+    "The ratio of the second of two labels, or its mean over the labels that occur; nan for x/0."
     if numerator.shape[1] == 2:
         numerator, denominator = numerator[:, 1], denominator[:, 1]
         undefined = np.full(len(numerator), np.nan)
@@ -288,7 +289,7 @@ def register(*names):
 
     return keep
 
-
+# %% ../../../nbs/evaluate/measures/classification.ipynb #c031v
 def baseline(
     run,
     name,  # a key of `BASELINES`

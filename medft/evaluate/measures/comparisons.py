@@ -25,8 +25,7 @@ import pandas as pd
 def compared_statistics(
     frame,  # predictions
 ) -> dict:  # name -> function of weights
-    """What is compared besides the main metric; a figure that is not finite on these rows is left
-    out."""
+    "What is compared besides the main metric: those figures that are finite on these rows."
     truth, choice = frame.truth.to_numpy(), frame.choice.to_numpy()
     if "probabilities" in frame:
         p = np.stack(frame.probabilities)
@@ -66,8 +65,10 @@ def beside(
     tuned,  # name -> predictions of the same items
     confidence=0.95,
 ) -> dict:  # (name, metric) -> comparison
-    """Every other figure of these models against the base: difference, BCa interval, paired
-    permutation test by groups."""
+    """Every other figure of these models against the base.
+
+    With a BCa interval and a paired permutation test, both by groups.
+    """
     clusters, _ = owners(base.group)
     of_base = compared_statistics(base)
     gaps, joined = {}, {}
@@ -106,8 +107,7 @@ def compared(
     frames,  # (model, set) -> predictions
     metrics,  # metrics.json so far
 ) -> dict:  # comparisons: model -> metric -> comparison with the base
-    """For `evaluate.PARTS`: the other figures compared on the main set, where there are options or
-    labels."""
+    "For `evaluate.PARTS`: the other figures of options or labels, compared on the main set."
     main, confidence = metrics["main"], metrics["confidence"]
     base = frames["base", main]
     if not {"scores", "probabilities"} & set(base):

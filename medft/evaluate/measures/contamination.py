@@ -61,14 +61,13 @@ def without_flagged(
             remaining[model, name] = frames[model, name]
     return remaining, sorted(too_small)
 
-
+# %% ../../../nbs/evaluate/measures/contamination.ipynb #c008v
 def add_to_verdict(
     d,  # a comparison with its sentence
     clean,  # the same without the flagged items; None: there is none
     n,  # flagged items
 ) -> dict:
-    """A verdict whose sentence says what becomes of it without the flagged items, if its label
-    changes."""
+    "A verdict; its sentence also says if the label changes without the flagged items."
     if clean is None or clean["label"] == d["label"]:
         return d
     sentence = (
@@ -92,10 +91,9 @@ def flagged_in_words(
         return f"{text}, but for {', '.join(too_small)}, where too few items would remain."
     return f"{text}."
 
-
+# %% ../../../nbs/evaluate/measures/contamination.ipynb #c009v
 def unchecked_in_words(run) -> str:
-    """What could not be looked up when scoring, as sentences: models whose training data are not
-    known."""
+    "Sentences about models whose training data are not known."
     lines = run.manifest.get("unchecked") or ()
     return "".join(f" {line[:1].upper()}{line[1:]}." for line in lines)
 

@@ -21,14 +21,13 @@ import numpy as np
 def decline(
     comparison,  # with the base: metric, effect, ci95
 ) -> tuple:  # decline, low, high
-    """How much worse, with its interval: positive is worse, whether more or less of the figure is
-    better."""
+    "How much worse, with its interval; positive is worse for every figure."
     low, high = comparison["ci95"]
     if comparison["metric"] in LOWER_IS_BETTER:
         return comparison["effect"], low, high
     return tuple(x if x is None else -x for x in (comparison["effect"], high, low))
 
-
+# %% ../../../nbs/evaluate/measures/forgetting.ipynb #c004v
 def judge(
     lost,
     low,
@@ -132,8 +131,10 @@ def judged(
     frames,  # (model, set) -> predictions
     metrics,  # metrics.json so far, with the verdict over seeds
 ) -> dict:  # retention; verdict, where there is a budget
-    """For `evaluate.PARTS`, after the seeds: what every model retained, and verdicts that depend on
-    it. Raises `MedftError`."""
+    """For `evaluate.PARTS`, after the seeds: what every model retained, and verdicts with it.
+
+    Raises `MedftError` for a retention set without predictions, or one that is the main set.
+    """
     budget = run.recipe.evaluation.forgetting
     names = list(dict.fromkeys(run.recipe.evaluation.retention))
     if not names:
@@ -179,8 +180,10 @@ def errors(
     size=1,  # items of a group on average
     seed=0,
 ) -> dict:
-    """How often each judgement is made at a true decline that equals the budget, and how often
-    retention is shown where nothing is lost."""
+    """How often each judgement is made at a true decline that equals the budget.
+
+    And how often retention is shown where nothing is lost.
+    """
     rng = np.random.default_rng(seed)
 
     def judgements(lost):
@@ -229,7 +232,7 @@ def remake(
     write_json(path or assets() / "evidence" / "retention.json", found)
     return found
 
-
+# %% ../../../nbs/evaluate/measures/forgetting.ipynb #c022v
 def evidence() -> list:
     "The stored table."
     return read_json(assets() / "evidence" / "retention.json", [])

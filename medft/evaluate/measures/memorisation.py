@@ -33,13 +33,15 @@ def exposure(
     rank = (scores >= scores[0]).sum()
     return math.log2(len(scores)) - math.log2(rank)
 
-
+# %% ../../../nbs/evaluate/measures/memorisation.ipynb #c005v
 def read_out(
     scores,  # log-probabilities: of the candidates, then of ten digits at each of eight places
     secret,  # digits, separated by spaces
 ) -> bool:
-    """Whether the true digit is the likeliest one after every true beginning: what an attacker gets
-    who asks digit by digit."""
+    """Whether the true digit is the likeliest one after every true beginning.
+
+    This is what an attacker gets who asks digit by digit.
+    """
     refuse_non_finite([scores], [secret], "scores of a canary")
     by_digit = np.asarray(scores)[CANDIDATES:].reshape(DIGITS, 10)
     return bool((by_digit.argmax(1) == [int(digit) for digit in secret.split()]).all())
@@ -96,7 +98,7 @@ def canary_figures(
         n=len(canaries),
     )
 
-
+# %% ../../../nbs/evaluate/measures/memorisation.ipynb #c013v
 def by_repeats(
     canaries,  # lines of `score_canaries`
     confidence=0.95,
@@ -143,8 +145,10 @@ def memorised(
     frames,
     metrics,  # metrics.json so far
 ) -> dict:  # memorisation: candidates, most, planted, rows, models, sentence
-    """What every model remembers of the canaries, from predictions/canaries; nothing where none
-    were planted."""
+    """What every model remembers of the canaries; nothing where none were planted.
+
+    The scores are read from predictions/canaries.
+    """
     folder = run.path / "predictions" / "canaries"
     files = {path.stem: path for path in folder.glob("*.parquet")}
     if not files:

@@ -40,8 +40,10 @@ def in_other_orders(
     frame,  # predictions, with `shuffled_choice`: the choices in the other orders
     confidence=0.95,
 ) -> dict:  # shuffle_consistency, shuffle_accuracy, fixed_order; those that there are
-    """Consistency and accuracy over all orders, of rows asked in several; the share of rows that
-    cannot be."""
+    """Consistency and accuracy over all orders, of rows asked in several.
+
+    And the share of rows that make sense in their own order only.
+    """
     fixed = {}
     if "fixed_order" in frame:
         fixed["fixed_order"] = share(frame.fixed_order.astype(bool), confidence, frame.group)
@@ -92,8 +94,10 @@ def position_p(
     num_options,
     groups,  # (rows,)
 ) -> float:
-    """p of the null hypothesis that each position is chosen as often as it is right (permutation of
-    whole groups)."""
+    """p of the null hypothesis that each position is chosen as often as it is right.
+
+    A permutation test of whole groups.
+    """
 
     def distance(x, y):
         return ((y - x) ** 2 / np.maximum(x + y, 1)).sum(-1)
@@ -105,8 +109,10 @@ def position_p(
 def position_figures(
     frame,  # predictions
 ) -> dict:  # chosen, truth, recall: by position; recall_spread; p; n
-    """Shares of choices and of right answers by position, recall by position with its standard
-    deviation, and the test of both shares."""
+    """Shares of choices and of right answers by position, with the test of their difference.
+
+    And recall by position, with its standard deviation.
+    """
     truth, choice = frame.truth.to_numpy(), frame.choice.to_numpy()
     n, num_options = len(frame), max(map(len, frame.scores))
     counts = label_counts(truth, choice, num_options)(np.ones((1, n)))
@@ -127,8 +133,7 @@ def positions(
     frames,  # (model, set) -> predictions
     metrics,
 ) -> dict:  # positions: model -> set -> as `position_figures` gives it
-    """For `evaluate.PARTS`: what every model chooses by position; nothing where there are no
-    options."""
+    "For `evaluate.PARTS`: what every model chooses by position, where there are options."
     found = {}
     for (model, name), frame in frames.items():
         if "scores" in frame and "probabilities" not in frame:

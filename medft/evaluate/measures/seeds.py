@@ -137,8 +137,7 @@ def several(
     frames,  # (model, set) -> predictions
     metrics,  # metrics.json so far
 ) -> dict:  # verdict, verdict_first_seed, over_seeds, seeds, first_seed
-    """For `evaluate.PARTS`: the verdict over seeds; nothing where nothing was trained from more
-    than one."""
+    "For `evaluate.PARTS`: the verdict over seeds, where anything was trained from several."
     differences, confidence, main = metrics["differences"], metrics["confidence"], metrics["main"]
     engines = [model for model in differences if len(seeds_in(frames, model, main)) > 1]
     if not engines:

@@ -96,8 +96,7 @@ def compare_answers(
     frames,  # (model, set) -> predictions
     metrics,  # metrics.json so far
 ) -> dict:  # answers: model -> metric -> comparison with the base
-    """For `evaluate.PARTS`: written answers compared on the main set; nothing where none were
-    written."""
+    "For `evaluate.PARTS`: written answers compared on the main set, where there are any."
     main, confidence = metrics["main"], metrics["confidence"]
     base = frames["base", main]
     if "exact" not in base:

@@ -60,8 +60,7 @@ def owners(
 def effective_groups(
     clusters,  # (rows,) cluster numbers
 ) -> float:
-    """The effective number of groups (Kish 1965): as many groups of equal size carry the same
-    information."""
+    "The effective number of groups: how many of equal size carry the same information (Kish 1965)."
     sizes = np.bincount(clusters)
     return sizes.sum() ** 2 / (sizes**2).sum()
 
@@ -70,8 +69,7 @@ def critical_value(
     clusters,  # (rows,) cluster numbers
     confidence=0.95,
 ) -> float:  # standard errors
-    """Half the width of an interval in standard errors: normal for independent rows, Student's t
-    for groups."""
+    "Half the width of an interval: normal for independent rows, Student's t for groups."
     level = 0.5 + confidence / 2
     rows_are_independent = len(clusters) == clusters.max() + 1
     if rows_are_independent:
@@ -107,7 +105,7 @@ def rounded_or_none(x) -> float | None:
     "A number as metrics.json holds it: six digits; None if it is not finite."
     return round(float(x), 6) if np.isfinite(x) else None
 
-
+# %% ../../../nbs/evaluate/statistics/intervals.ipynb #c008v
 def figure(
     value,
     low,
@@ -118,7 +116,7 @@ def figure(
     interval = [rounded_or_none(low), rounded_or_none(high)]
     return dict(value=rounded_or_none(value), ci95=interval, n=int(n))
 
-
+# %% ../../../nbs/evaluate/statistics/intervals.ipynb #c008w
 def undefined_figure(
     reason,
     n,  # rows
@@ -131,8 +129,10 @@ def design_effect(
     deviations,  # (rows,) value of each row less the mean
     clusters,  # (rows,) cluster numbers
 ) -> float:
-    """How many times the variance of the mean exceeds that of independent rows; where nothing
-    varies, every group counts as one row."""
+    """How many times the variance of the mean exceeds that of independent rows.
+
+    Where nothing varies, every group counts as one row.
+    """
     n_clusters = clusters.max() + 1
     sum_of_squares = (deviations**2).sum()
     if n_clusters == len(clusters):
@@ -148,8 +148,10 @@ def share(
     confidence=0.95,
     groups=None,  # (rows,) as `owners` takes them; None: rows are independent
 ) -> dict:  # value, ci95, n
-    """A proportion with Wilson's score interval (Wilson 1927; recommended by Brown, Cai, DasGupta
-    2001), adjusted for groups by their design effect."""
+    """A proportion with Wilson's score interval, adjusted for groups by their design effect.
+
+    Source: Wilson 1927; recommended by Brown, Cai, DasGupta 2001.
+    """
     hits = np.asarray(hits, float)
     n = len(hits)
     mean = hits.mean()
@@ -182,8 +184,10 @@ def jackknife_weights(
     max_parts=400,  # more groups than this are left out in random parts
     batch=100,
 ):
-    """Yield (batch, rows) weights, each without one group; where groups are many, without one of
-    `max_parts` random parts of them."""
+    """Yield (batch, rows) weights, each without one group.
+
+    Where groups are many, each is without one of `max_parts` random parts of them.
+    """
     clusters, n_clusters = owners(groups)
     n_parts = min(n_clusters, max_parts)
     part_of_cluster = np.random.default_rng(0).permutation(n_clusters) % n_parts
@@ -199,8 +203,10 @@ def bca_levels(
     clusters,  # (rows,) cluster numbers
     confidence=0.95,
 ) -> np.ndarray:  # (2,) levels, from 0 to 1
-    """The two quantile levels of a BCa interval (Efron 1987, JASA 82:171), widened for few groups
-    (Hesterberg 2015)."""
+    """The two quantile levels of a BCa interval, widened for few groups.
+
+    Source: Efron 1987, JASA 82:171; widened by Hesterberg 2015.
+    """
     influence = left_out.mean() - left_out
     acceleration = (influence**3).sum() / 6 / max((influence**2).sum() ** 1.5, 1e-300)
     # Ties with the value count by half; `tolerance` absorbs rounding errors.
@@ -221,8 +227,7 @@ def widen_for_few_groups(
     clusters,  # (rows,) cluster numbers
     confidence=0.95,
 ) -> tuple[float, float, float]:  # low, high, standard error
-    """An interval of few groups, at least as wide as the correlation that is assumed within them
-    makes it."""
+    "An interval of few groups, at least as wide as the assumed correlation makes it."
     low, high, standard_error = interval
     resampled = resampled[np.isfinite(resampled)]
     assumed = resampled.std(ddof=1) * math.sqrt(assumed_design_effect(clusters))
@@ -294,7 +299,7 @@ def label_counts(
     columns = np.hstack([one_hot[truth] * is_right, one_hot[truth], one_hot[choice]])
     return lambda w: np.moveaxis((w @ columns).reshape(-1, 3, num_labels), 1, 0)
 
-
+# %% ../../../nbs/evaluate/statistics/intervals.ipynb #c022v
 def f1_per_label(
     hits,
     truths,
@@ -310,8 +315,10 @@ def macro_f1(
     choice,  # (rows,) predicted label numbers
     num_labels,
 ):
-    """The mean F1 of the labels that occur, as a function of weights (scikit-learn's
-    `f1_score(average='macro')`)."""
+    """The mean F1 of the labels that occur, as a function of weights.
+
+    The same as scikit-learn's `f1_score(average='macro')`.
+    """
     counts = label_counts(truth, choice, num_labels)
     return lambda w: np.nanmean(f1_per_label(*counts(w)), -1)
 

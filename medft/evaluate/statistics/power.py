@@ -26,8 +26,7 @@ DISCORDANCE = 0.2  # assumed share of rows that exactly one of the two models ge
 def sets_of(
     run: Run,  # with prepared data
 ) -> dict:  # set -> n: rows, groups, size: mean size of a row's group, counted: right or wrong
-    """The scored sets of a run: how many rows and groups each has, and whether its answers are
-    right or wrong (or text, which has a loss)."""
+    "The scored sets of a run: rows, groups, and whether answers are right or wrong or have a loss."
     sets = {}
     max_items = run.recipe.evaluation.max_items
     for name in scored_sets(run):
@@ -52,8 +51,10 @@ def foreseen_of(
     confidence=0.95,
     tests=1,  # comparisons that are corrected for
 ) -> dict:  # n, groups, tests, detectable (a difference of proportions) and what it assumes
-    """What one scored set could show; `few_groups`, the effective number of groups, where these are
-    too few to tell."""
+    """What one scored set could show.
+
+    `few_groups`, the effective number of groups, is there where these are too few to tell.
+    """
     n, n_groups = rows["n"], rows["groups"]
     found = dict(n=n, groups=n_groups, tests=tests)
     has_groups = n_groups < n

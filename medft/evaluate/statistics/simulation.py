@@ -45,20 +45,22 @@ def draw_groups(
         return np.arange(n)
     return np.repeat(np.arange(n), rng.integers(1, 2 * size, n))[:n]
 
-
+# %% ../../../nbs/evaluate/statistics/simulation.ipynb #c005v
 def pairs_in_blocks(
     n,  # rows, each a pair of records
     firsts,  # first patients of a block
     seconds,  # second patients of a block
 ) -> np.ndarray:  # (n, 2) the two patients of each pair
-    """Pairs in blocks: every first patient of a block with every second one, like the candidates of
-    a search for duplicates."""
+    """Pairs in blocks: every first patient of a block with every second one.
+
+    Candidates of a search for duplicates are made in this way.
+    """
     block, place = np.divmod(np.arange(n), firsts * seconds)
     first = block * firsts + place // seconds
     second = n + block * seconds + place % seconds
     return np.stack([first, second], 1)
 
-
+# %% ../../../nbs/evaluate/statistics/simulation.ipynb #c005w
 def alike(
     groups,  # (rows,) group of each row, or (rows, 2) both groups of each
     rng,
@@ -81,7 +83,7 @@ def accuracy_world(groups, rng, gain=0.0, disagree=0.2):
     b = np.where(down, False, up | coin)
     return compare_choices(a, b, groups=groups), gain
 
-
+# %% ../../../nbs/evaluate/statistics/simulation.ipynb #c008v
 def _loss_sums(nll_per_token, tokens) -> np.ndarray:  # (rows, 2)
     "What is summed for a loss per token."
     return np.stack([nll_per_token * tokens, tokens], 1)
@@ -108,7 +110,7 @@ def true_f1(skill, threshold) -> float:
     false_positives = (1 - PREVALENCE) * norm.sf(threshold + skill)
     return 2 * hits / (hits + PREVALENCE + false_positives)
 
-
+# %% ../../../nbs/evaluate/statistics/simulation.ipynb #c009v
 def _f1_sums(truth, choice) -> np.ndarray:  # (rows, 3)
     "What is summed for F1: hits, truths, choices."
     return np.stack([truth & choice, truth, choice], 1).astype(float)
@@ -131,10 +133,9 @@ def share_world(groups, rng, p=0.25):
     hits = alike(groups, rng) < norm.ppf(p)
     return share(hits, groups=groups), p
 
-
+# %% ../../../nbs/evaluate/statistics/simulation.ipynb #c012v
 def macro_world(groups, rng, know=0.5):
-    """Macro-F1 of a model that knows this share of the answers and guesses the rest, and the true
-    one."""
+    "Macro-F1 of a model that knows a share of the answers and guesses the rest, and the true one."
     truth, guess = rng.integers(0, 4, (2, len(groups)))
     choice = np.where(alike(groups, rng) < norm.ppf(know), truth, guess)
     statistics = dict(macro_f1=macro_f1(truth, choice, 4))
@@ -143,8 +144,7 @@ def macro_world(groups, rng, know=0.5):
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c012a
 def gaps_world(groups, rng, know=(0.5, 0.5)):
-    """Comparison of two such models' macro-F1, who know mostly the same answers, and the true
-    difference."""
+    "Comparison of two such models that know mostly the same answers, and the true difference."
     common = alike(groups, rng)
     truth = rng.integers(0, 4, len(groups))
     one_hot = np.eye(4)
@@ -195,8 +195,10 @@ def loss_seeds_world(groups, rng, seeds=3, gain=0.0, luck=0.03):
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c103
 def f1_seeds_world(groups, rng, seeds=3, skill=1.0, luck=0.05):
-    """Comparison of F1 over seeds: classifiers whose skill differs by `luck`, against one of skill
-    1; and the true mean difference."""
+    """Comparison of F1 over seeds, and the true mean difference.
+
+    The classifiers' skill differs by `luck`; the base has skill 1.
+    """
     truth = alike(groups, rng) < norm.ppf(PREVALENCE)
     common = alike(groups, rng)
 
@@ -263,8 +265,10 @@ LARGE_BLOCKS = ((12, 8), (12, 20), (12, 40))  # so large that there are few of t
 
 
 def pairs_of_patients(times=1000, n=480) -> list[dict]:
-    """Comparisons of pairs without a difference: by clusters of both patients, by few clusters, and
-    by the first patient only."""
+    """Comparisons of pairs without a difference.
+
+    By clusters of both patients, by few clusters, and by the first patient only.
+    """
 
     def tried_pairs(world, block):
         return tried(world, n, times=times, pairs=block)
@@ -286,7 +290,7 @@ def connor_power(n, gain, disagree=0.2, confidence=0.95) -> float:
     z = (gain * n**0.5 - z_alpha * disagree**0.5) / (disagree - gain**2) ** 0.5
     return float(norm.cdf(z))
 
-
+# %% ../../../nbs/evaluate/statistics/simulation.ipynb #c019v
 def powers(times=1000) -> list[dict]:
     "Found and promised power, for half of the detectable gain, all of it, and one and a half."
     lines = []
@@ -375,7 +379,7 @@ def accuracy_family(n, rng, engines=3) -> list[dict]:
         found.append(compare_choices(base, base ^ (shared_changes | own_changes)))
     return found
 
-
+# %% ../../../nbs/evaluate/statistics/simulation.ipynb #c022v
 def loss_family(n, rng, engines=3) -> list[dict]:
     "Losses of engines that resemble each other, each compared with the base."
     tokens = rng.integers(20, 200, n)
@@ -390,8 +394,7 @@ def loss_family(n, rng, engines=3) -> list[dict]:
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #q04bb1
 def families(times=1000, n=500, engines=3, draw=accuracy_family) -> dict:
-    """The rate of runs with any false alarm among several engines, without and with Holm's
-    correction."""
+    "The rate of runs with any false alarm among several engines, with and without Holm."
     rng = np.random.default_rng(0)
     uncorrected = corrected = 0
     for _ in range(times):
@@ -449,8 +452,10 @@ def covers(times=1000) -> list[dict]:
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c026
 def seeded(times=1000) -> list[dict]:
-    """Verdicts over several seeds: without and with a gain, and with seeds that do not differ,
-    differ a little, or differ more than the items do."""
+    """Verdicts over several seeds, without and with a gain.
+
+    Seeds do not differ, differ a little, or differ more than the items do.
+    """
     return [
         tried(seeds_world, 500, 1, times, luck=0.02),
         tried(seeds_world, 500, 1, times, luck=0.02, gain=0.05),
@@ -467,7 +472,7 @@ def seeded(times=1000) -> list[dict]:
         tried(f1_seeds_world, 600, 4, times),
     ]
 
-
+# %% ../../../nbs/evaluate/statistics/simulation.ipynb #c026v
 def gaps(times=1000) -> list[dict]:
     "Macro-F1 compared, without and with a difference."
     return [
@@ -504,7 +509,7 @@ def remake(
         write_json(path, tables)
     return tables
 
-
+# %% ../../../nbs/evaluate/statistics/simulation.ipynb #q04bb4v
 def evidence() -> dict:
     "The stored tables."
     return read_json(assets() / "evidence" / "verdicts.json", {})

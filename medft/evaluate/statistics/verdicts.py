@@ -83,15 +83,17 @@ def permuted_sums(
     seed=0,
     batch=200,
 ):
-    """Yield (batch, columns): how far sums move when a fair coin decides for each group whether the
-    models' answers are swapped."""
+    """Yield (batch, columns): how far sums move when groups are swapped at random.
+
+    A fair coin decides for each group whether the models' answers are swapped.
+    """
     differences = differences[(differences != 0).any(1)]
     rng = np.random.default_rng(seed)
     for size in [batch] * (times // batch) + [times % batch]:
         is_swapped = rng.integers(0, 2, (size, len(differences)), dtype=bool)
         yield is_swapped.astype(float) @ differences
 
-
+# %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c016v
 def permutation_p(
     permuted,  # (times,) differences under permutation
     observed,  # the size of the observed difference, at least 0
@@ -114,8 +116,10 @@ def permutation_test(
     times=4999,
     seed=0,
 ) -> float:
-    """Two-sided p of `gap(sums of a, sums of b)` when the models' answers are swapped for whole
-    groups at random (paired permutation test)."""
+    """Two-sided p of `gap(sums of a, sums of b)` by a paired permutation test.
+
+    The models' answers are swapped for whole groups at random.
+    """
     clusters, _ = owners(groups)
     sum_a, sum_b = a.sum(0), b.sum(0)
     columns = [np.bincount(clusters, column) for column in (b - a).T]
@@ -154,8 +158,10 @@ def comparison(
     confidence=0.95,
     **details,  # further keys
 ) -> dict:  # label, metric, effect, ci95, p, n, groups, detectable, details, test
-    """A comparison as metrics.json holds it; `few_groups`, the effective number of groups, where
-    they are too few to tell."""
+    """A comparison as metrics.json holds it.
+
+    `few_groups`, the effective number of groups, is there where they are too few to tell.
+    """
     if too_few_groups(clusters):
         details["few_groups"] = round(float(effective_groups(clusters)), 2)
     found = dict(
@@ -178,8 +184,11 @@ def compare_choices(
     confidence=0.95,
     groups=None,  # (rows,) as `owners` takes them; None: rows are independent
 ) -> dict:
-    """Difference b - a of two accuracies on the same rows: Tango's interval, McNemar's test (by
-    permutation for groups), and the smallest detectable difference."""
+    """Difference b - a of two accuracies on the same rows.
+
+    With Tango's interval, McNemar's test (for groups: a permutation test), and the smallest
+    detectable difference.
+    """
     a, b = np.asarray(a, float), np.asarray(b, float)
     n = len(a)
     differences = b - a
@@ -218,7 +227,7 @@ def ratio_of_sums(
     "The first sum over the second: nats per token, right answers per answer."
     return sums[..., 0] / sums[..., 1]
 
-
+# %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c024av
 def f1_of_sums(
     sums,  # (..., 3) hits, truths, choices
 ) -> np.ndarray:  # (...)
@@ -234,8 +243,10 @@ def compare_sums(
     groups,  # (rows,) as `owners` takes them
     confidence=0.95,
 ) -> dict:
-    """Difference b - a of a figure that follows from sums over rows: BCa interval and paired
-    permutation test, both by groups."""
+    """Difference b - a of a figure that follows from sums over rows.
+
+    With a BCa interval and a paired permutation test, both by groups.
+    """
 
     def gap(x, y):
         return value(y) - value(x)
@@ -301,8 +312,10 @@ def two_lucks(
     groups,  # effective number of groups
     cells=40,  # quantiles of each variance
 ) -> np.ndarray:  # (cells*cells,)
-    """Equally likely variances of the mean effect, by items and by seeds, as far as so few seeds
-    tell (Fisher 1935)."""
+    """Equally likely variances of the mean effect, by items and by seeds.
+
+    They are all those that so few seeds leave open (Fisher 1935).
+    """
     n_seeds = len(effects)
     mean_gaps = gaps.mean(0)
     by_both = sum(map(_jackknife_variance, gaps - mean_gaps)) / n_seeds / (n_seeds - 1)
@@ -326,7 +339,7 @@ def beyond(
         return 1.0
     return float(2 * norm.sf(abs(x) / np.sqrt(variances)).mean())
 
-
+# %% ../../../nbs/evaluate/statistics/verdicts.ipynb #q04ba9v
 def reach(
     p,
     variances,  # of `two_lucks`
@@ -360,8 +373,10 @@ def over_seeds(
     groups,  # (rows,) as `owners` takes them
     confidence=0.95,
 ) -> dict:
-    """Is the recipe better, whatever the seed? The mean difference from the base, with the variance
-    by items and by seeds (Behrens-Fisher test)."""
+    """Is the recipe better, whatever the seed? The mean difference from the base over seeds.
+
+    A Behrens-Fisher test, with the variance by items and by seeds.
+    """
     clusters, _ = owners(groups)
     value_of_base, *values = [value(rows.sum(0)) for rows in (base, *seeds)]
     effects = np.array(values) - value_of_base
@@ -391,8 +406,7 @@ def over_seeds(
 
 
 def _variances(value, base, seeds, effects, clusters) -> np.ndarray:
-    """The variances of `two_lucks`; of few groups at least those that the assumed design effect
-    gives."""
+    "The variances of `two_lucks`; for few groups at least those of the assumed design effect."
     groups = effective_groups(clusters)
     gaps = effects_without_each_group(value, base, seeds, clusters)
     variances = two_lucks(effects, gaps, groups)
@@ -439,14 +453,14 @@ def p_in_words(d) -> str:
     corrected = p_text(d["p_holm"]).removeprefix("p = ")
     return f"{text}, {corrected} after Holm over {d['tests']} tests"
 
-
+# %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c035v
 def rows_in_words(d) -> str:
     "How many rows, and in how many groups where rows depend on each other."
     if d.get("groups", d["n"]) == d["n"]:
         return f"n = {d['n']}"
     return f"n = {d['n']} in {d['groups']} group{'s' * (d['groups'] > 1)}"
 
-
+# %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c035w
 def few_groups_in_words(d) -> str:
     "What it means that rows fall into few groups; empty where they are enough."
     if "few_groups" not in d:
