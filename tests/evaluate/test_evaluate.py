@@ -1,4 +1,7 @@
-"""Evaluation: the same answers however they are batched, figures that follow from the files, and nothing scored that was trained on."""
+"""Evaluation: the same answers in every batch, and figures that follow from the files.
+
+Nothing is scored that was trained on.
+"""
 
 from medft.core.run import MedftError, Run, assets, load_recipe, read_json, write_json
 from medft.data import pipeline as data
@@ -16,6 +19,9 @@ from medft.model import load as model
 
 import json
 import shutil
+import tracemalloc
+from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -63,7 +69,8 @@ def questions(n=11, seed=0):
 
 @pytest.mark.parametrize("family", ["gemma2", *families.NAMES])
 def test_every_family_answers_the_same_in_a_batch_alone_and_behind_a_shared_prompt(family):
-    model, items = tiny(family), questions()
+    model = tiny(family)
+    items = questions()
     rows = [(p + o, [0] * len(p) + [1] * len(o)) for p, options in items for o in options]
 
     def plain(ids, mask):
@@ -87,28 +94,23 @@ def test_written_answers_do_not_depend_on_the_batch(family):
     torch.manual_seed(0)
     config = families.tiny_config(family, 2048)
     config.get_text_config().initializer_range = 0.3
-    model, tok = (
-        families.model_class(config)(config).float().eval(),
-        AutoTokenizer.from_pretrained(assets() / "tiny_base"),
-    )
+    model = families.model_class(config)(config).float().eval()
+    tok = AutoTokenizer.from_pretrained(assets() / "tiny_base")
     rows = [dict(prompt="Zinc is a metal. " * n, reference="iron and zinc") for n in (1, 4, 2)]
-    assert answers.write_answers(model, tok, rows, batch_size=3) == answers.write_answers(
-        model, tok, rows, batch_size=1
-    )
+    one_by_one = answers.write_answers(model, tok, rows, batch_size=1)
+    assert answers.write_answers(model, tok, rows, batch_size=3) == one_by_one
 
 
 @pytest.mark.parametrize("family", families.NAMES)
 def test_a_classifier_reads_the_last_token_and_no_padding(family):
-    model, texts = (
-        tiny(family, "classification", pad_token_id=7, num_labels=2),
-        [p for p, _ in questions()],
-    )
-    texts = [
-        [t for t in ids if t != 7] + [0] for ids in texts
-    ]  # zero is a word like any other here
+    model = tiny(family, "classification", pad_token_id=7, num_labels=2)
+    prompts = [prompt for prompt, _ in questions()]
+    # Zero is an ordinary token here.
+    texts = [[t for t in ids if t != 7] + [0] for ids in prompts]
     with torch.no_grad():
         alone = [model(input_ids=torch.tensor([ids])).logits[0].tolist() for ids in texts]
-    assert np.allclose(scoring.score_labels(model, texts), alone, atol=1e-4) and np.ptp(alone) > 0.5
+    assert np.allclose(scoring.score_labels(model, texts), alone, atol=1e-4)
+    assert np.ptp(alone) > 0.5
     rows = [
         dict(id=str(i), group=str(i), prompt="", label=0, input_ids=ids)
         for i, ids in enumerate(texts)
@@ -146,6 +148,10 @@ def base(tmp_path_factory):
     return out
 
 
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def rows(n, seed, subject=("Anatomy", "Medicine")):
     rng = np.random.default_rng(seed)
     return [
@@ -175,7 +181,7 @@ def make_run(tmp_path, base, *more, train_rows=None, test_rows=None, engines=("t
         ("test", test_rows or rows(24, 3)),
         ("other", rows(8, 4)),
     ):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+        write_rows(tmp_path / f"{name}.jsonl", part)
     run = Run.create(
         load_recipe(
             "quickstart",
@@ -209,14 +215,12 @@ def make_run(tmp_path, base, *more, train_rows=None, test_rows=None, engines=("t
 def test_a_run_is_scored_and_every_figure_follows_from_its_files(tmp_path, base):
     run = make_run(tmp_path, base, engines=("trl", "unsloth"))
     metrics = ev.evaluate(run)
-    assert (
-        list(metrics["models"]) == ["base", "trl", "unsloth"]
-        and list(metrics["verdict"]) == ["trl", "unsloth"]
-        and "unsloth - trl" in metrics["between"]
-    )
-    assert sorted(p.name for p in (run.path / "predictions").glob("*.parquet")) == sorted(
-        f"{m}.{s}.parquet" for m in ("base", "trl", "unsloth") for s in ("test", "other")
-    )
+    assert list(metrics["models"]) == ["base", "trl", "unsloth"]
+    assert list(metrics["verdict"]) == ["trl", "unsloth"]
+    assert "unsloth - trl" in metrics["between"]
+    files = {path.name for path in (run.path / "predictions").glob("*.parquet")}
+    models = ("base", "trl", "unsloth")
+    assert files == {f"{m}.{s}.parquet" for m in models for s in ("test", "other")}
     frame = pd.read_parquet(run.path / "predictions/trl.test.parquet")
     assert set(frame) >= {
         "id",
@@ -231,12 +235,10 @@ def test_a_run_is_scored_and_every_figure_follows_from_its_files(tmp_path, base)
     }
     for who in metrics["models"]:
         f = pd.read_parquet(run.path / f"predictions/{who}.test.parquet")
-        told = metrics["models"][who]["test"]["accuracy"]
-        assert (
-            told["value"] == round(f.correct.mean(), 6)
-            and told["n"] == 24
-            and told["ci95"][0] <= told["value"] <= told["ci95"][1]
-        )
+        accuracy = metrics["models"][who]["test"]["accuracy"]
+        assert accuracy["value"] == round(f.correct.mean(), 6)
+        assert accuracy["n"] == 24
+        assert accuracy["ci95"][0] <= accuracy["value"] <= accuracy["ci95"][1]
         assert [int(np.argmax(s)) for s in f.scores] == f.choice.tolist()
     assert set(metrics["verdict"]["trl"]) >= {
         "label",
@@ -255,31 +257,25 @@ def test_neither_batch_size_nor_what_was_scored_before_changes_a_choice(tmp_path
     run = make_run(tmp_path, base, engines=("trl", "unsloth"))
     ev.evaluate(run)
     before = ev.read_predictions(run)
-    tok, items = data.load_tokenizer(run.recipe), data.load_split(run, "test").to_list()
+    tok = data.load_tokenizer(run.recipe)
+    items = data.load_split(run, "test").to_list()
+    of_unsloth = before["unsloth", "test"]
     for size in (1, 7):
-        fresh = scoring.predict_choices(
-            model.load_tuned(run, "unsloth"), tok, items, batch_size=size
-        )
-        assert fresh.choice.tolist() == before["unsloth", "test"].choice.tolist()
-        assert np.allclose(
-            fresh.scores.tolist(), before["unsloth", "test"].scores.tolist(), atol=1e-3
-        )
-    scores = {
-        who: np.array(before[who, "test"].scores.tolist()) for who in ("base", "trl", "unsloth")
-    }
-    assert not any(
-        np.allclose(scores[a], scores[b], atol=0.01)
-        for a, b in (("base", "trl"), ("trl", "unsloth"), ("base", "unsloth"))
-    )
+        tuned = model.load_tuned(run, "unsloth")
+        fresh = scoring.predict_choices(tuned, tok, items, batch_size=size)
+        assert fresh.choice.tolist() == of_unsloth.choice.tolist()
+        assert np.allclose(fresh.scores.tolist(), of_unsloth.scores.tolist(), atol=1e-3)
+    scores = [np.array(before[who, "test"].scores.tolist()) for who in ("base", "trl", "unsloth")]
+    for a, b in combinations(scores, 2):
+        assert not np.allclose(a, b, atol=0.01)
 
 
 def test_scoring_twice_writes_the_same_bytes(tmp_path, base):
     run = make_run(tmp_path, base)
 
     def files():
-        return {
-            p.name: p.read_bytes() for p in (run.path / "predictions").rglob("*") if p.is_file()
-        } | {"metrics": (run.path / "metrics.json").read_bytes()}
+        paths = [p for p in (run.path / "predictions").rglob("*") if p.is_file()]
+        return {p.name: p.read_bytes() for p in [*paths, run.path / "metrics.json"]}
 
     ev.evaluate(run)
     first = files()
@@ -296,7 +292,8 @@ def test_a_row_that_was_trained_on_is_not_scored(tmp_path, base):
     )
     with pytest.raises(MedftError, match="1-0.*measure memory"):
         ev.evaluate(run)
-    assert not (run.path / "predictions").exists() and not (run.path / "metrics.json").exists()
+    assert not (run.path / "predictions").exists()
+    assert not (run.path / "metrics.json").exists()
 
 
 def test_predictions_about_other_items_are_not_compared(tmp_path, base):
@@ -308,17 +305,13 @@ def test_predictions_about_other_items_are_not_compared(tmp_path, base):
 def test_options_are_scored_without_the_end_token_and_chosen_by_their_sum(tmp_path, base):
     run = make_run(tmp_path, base)
     items = data.load_split(run, "test").to_list()
-    assert not any(
-        o.endswith(data.load_tokenizer(run.recipe).eos_token) for r in items for o in r["options"]
-    )
-    frame = scoring.predict_choices(
-        model.load_base(run.recipe), data.load_tokenizer(run.recipe), items
-    )
+    tok = data.load_tokenizer(run.recipe)
+    assert not any(o.endswith(tok.eos_token) for r in items for o in r["options"])
+    frame = scoring.predict_choices(model.load_base(run.recipe), tok, items)
     assert any(len(set(map(len, r["options"]))) > 1 for r in items)
-    lengths = [[len(o.strip()) for o in r["options"]] for r in items]
-    assert frame.choice_norm.tolist() == [
-        int(np.argmax(np.array(s) / l)) for s, l in zip(frame.scores, lengths)
-    ]
+    for scores, choice, row in zip(frame.scores, frame.choice_norm, items, strict=True):
+        lengths = [len(option.strip()) for option in row["options"]]
+        assert choice == np.argmax(np.array(scores) / lengths)
 
 
 def test_running_text_is_scored_token_for_token(tmp_path, base):
@@ -337,17 +330,15 @@ def test_running_text_is_scored_token_for_token(tmp_path, base):
     ]
     frame = scoring.predict_text(model, tok, text, length=512)
     with torch.no_grad():
-        loss = model(
-            torch.tensor([text[0]["input_ids"]]), labels=torch.tensor([text[0]["input_ids"]])
-        ).loss.item()
-    assert frame.nll[0] / frame.tokens[0] == pytest.approx(
-        loss, rel=1e-4
-    ) and frame.tokens.tolist() == [len(t["input_ids"]) - 1 for t in text]
-    assert (
-        scoring.predict_text(model, tok, text, length=10).tokens.tolist() == frame.tokens.tolist()
-    )
+        ids = torch.tensor([text[0]["input_ids"]])
+        loss = model(ids, labels=ids).loss.item()
+    assert frame.nll[0] / frame.tokens[0] == pytest.approx(loss, rel=1e-4)
+    assert frame.tokens.tolist() == [len(t["input_ids"]) - 1 for t in text]
+    in_windows = scoring.predict_text(model, tok, text, length=10)
+    assert in_windows.tokens.tolist() == frame.tokens.tolist()
     worse = ev.compare(frame, frame.assign(nll=frame.nll * 1.5))
-    assert worse["metric"] == "loss" and worse["effect"] > 0
+    assert worse["metric"] == "loss"
+    assert worse["effect"] > 0
     assert set(ev.measure(frame)) == {"loss", "perplexity", "bits_per_byte"}
 
 
@@ -364,14 +355,13 @@ def test_losses_get_a_verdict_too():
             bytes=tokens * 3,
         )
     )
-    assert (
-        ev.compare(base, base.assign(nll=base.nll * rng.normal(0.9, 0.02, 80)))["label"] == "better"
-    )
-    assert (
-        ev.compare(base, base.assign(nll=base.nll * rng.normal(1.1, 0.02, 80)))["label"] == "worse"
-    )
+    lower = base.assign(nll=base.nll * rng.normal(0.9, 0.02, 80))
+    higher = base.assign(nll=base.nll * rng.normal(1.1, 0.02, 80))
+    assert ev.compare(base, lower)["label"] == "better"
+    assert ev.compare(base, higher)["label"] == "worse"
     same = ev.compare(base, base.assign(nll=base.nll + rng.normal(0, 5, 80)))
-    assert same["label"] == "tie" and same["detectable"] > 0
+    assert same["label"] == "tie"
+    assert same["detectable"] > 0
     assert ev.compare(base, base)["label"] == "tie"
 
 
@@ -381,74 +371,59 @@ def test_mcnemar_counts_what_happened_by_half():
     few = verdicts.compare_choices(
         np.repeat([True, False, True], [80, 9, 2]), np.repeat([True, True, False], [80, 9, 2])
     )
-    assert few["p"] == pytest.approx(2 * binom.cdf(1, 11, 0.5) + binom.pmf(2, 11, 0.5)) and (
-        few["gained"],
-        few["lost"],
-        few["groups"],
-        few["test"],
-    ) == (9, 2, 91, "McNemar")
+    assert few["p"] == pytest.approx(2 * binom.cdf(1, 11, 0.5) + binom.pmf(2, 11, 0.5))
+    assert (few["gained"], few["lost"]) == (9, 2)
+    assert (few["groups"], few["test"]) == (91, "McNemar")
     alike = verdicts.compare_choices([True] * 50, [True] * 50)
-    assert (
-        alike["p"] == 1
-        and alike["label"] == "tie"
-        and alike["ci95"][0] < 0 < alike["ci95"][1]
-        and alike["detectable"] > 0
-    )
+    assert alike["p"] == 1
+    assert alike["label"] == "tie"
+    assert alike["ci95"][0] < 0 < alike["ci95"][1]
+    assert alike["detectable"] > 0
 
 
 @pytest.mark.parametrize("gained,lost,n", [(9, 2, 91), (0, 4, 50), (60, 31, 400)])
 def test_tangos_interval_holds_what_the_score_test_does_not_reject(gained, lost, n):
     from scipy.optimize import minimize_scalar
 
-    def beyond(d):  # the restricted estimate by searching the likelihood instead of by formula
-        def chances(q):
-            return (q + d, q, 1 - 2 * q - d)
+    counts = np.array([gained, lost, n - gained - lost])
 
-        def worth(q):
-            return -sum(
-                k * np.log(max(p, 1e-300))
-                for k, p in zip((gained, lost, n - gained - lost), chances(q))
-                if k
-            )
+    def beyond(d):  # the restricted estimate by searching the likelihood instead of by formula
+        def minus_log_likelihood(q):
+            chances = np.array([q + d, q, 1 - 2 * q - d])
+            return -(counts * np.log(np.maximum(chances, 1e-300))).sum()
 
         q = minimize_scalar(
-            worth, bounds=(max(0, -d), (1 - d) / 2), method="bounded", options=dict(xatol=1e-10)
+            minus_log_likelihood,
+            bounds=(max(0, -d), (1 - d) / 2),
+            method="bounded",
+            options=dict(xatol=1e-10),
         ).x
         return abs(gained - lost - n * d) / np.sqrt(n * (2 * q + d - d * d))
 
-    low, high = verdicts.tango(gained, lost, n)
-    assert (
-        low < (gained - lost) / n < high
-        and beyond(low) == pytest.approx(1.96, abs=1e-3)
-        and beyond(high) == pytest.approx(1.96, abs=1e-3)
-    )
+    low, high = verdicts.tango_interval(gained, lost, n)
+    assert low < (gained - lost) / n < high
+    assert beyond(low) == pytest.approx(1.96, abs=1e-3)
+    assert beyond(high) == pytest.approx(1.96, abs=1e-3)
 
 
 def test_questions_that_were_asked_five_times_prove_no_more():
-    a, b = (
-        np.repeat([True, True, False, False], [40, 5, 13, 27]),
-        np.repeat([True, False, True, False], [40, 5, 13, 27]),
-    )
-    once, often = (
-        verdicts.compare_choices(a, b),
-        verdicts.compare_choices(
-            np.repeat(a, 5), np.repeat(b, 5), groups=np.repeat(np.arange(85), 5)
-        ),
-    )
-    assert (
-        often["p"] == pytest.approx(once["p"], abs=0.01)
-        and often["ci95"] == pytest.approx(once["ci95"], abs=0.005)
-        and (often["n"], often["groups"], often["test"]) == (425, 85, "permutation")
-    )
+    a = np.repeat([True, True, False, False], [40, 5, 13, 27])
+    b = np.repeat([True, False, True, False], [40, 5, 13, 27])
+    once = verdicts.compare_choices(a, b)
+    groups = np.repeat(np.arange(85), 5)
+    often = verdicts.compare_choices(np.repeat(a, 5), np.repeat(b, 5), groups=groups)
+    assert often["p"] == pytest.approx(once["p"], abs=0.01)
+    assert often["ci95"] == pytest.approx(once["ci95"], abs=0.005)
+    assert (often["n"], often["groups"], often["test"]) == (425, 85, "permutation")
     assert verdicts.compare_choices(np.repeat(a, 5), np.repeat(b, 5))["p"] < 0.001
-    shares = [st.share(np.repeat(a, k), groups=np.repeat(np.arange(85), k))["ci95"] for k in (1, 5)]
-    assert shares[1] == pytest.approx(shares[0], abs=0.005)
-    assert once["detectable"] == pytest.approx(st.detectable(85, 18 / 85), abs=1e-6) and often[
-        "detectable"
-    ] == pytest.approx(once["detectable"], abs=0.005)
+    share_once = st.share(a, groups=np.arange(85))
+    share_often = st.share(np.repeat(a, 5), groups=groups)
+    assert share_often["ci95"] == pytest.approx(share_once["ci95"], abs=0.005)
+    assert once["detectable"] == pytest.approx(st.detectable(85, 18 / 85), abs=1e-6)
+    assert often["detectable"] == pytest.approx(once["detectable"], abs=0.005)
 
 
-def test_the_interval_is_scipys_bca_where_rows_are_free():
+def test_the_interval_is_scipys_bca_where_rows_are_independent():
     from scipy.stats import bootstrap
 
     x = np.random.default_rng(0).lognormal(0, 1, 400)
@@ -456,36 +431,30 @@ def test_the_interval_is_scipys_bca_where_rows_are_free():
     def mean(w):
         return (w @ x) / w.sum(1)
 
-    low, high, se = st.redrawn(dict(mean=mean), range(400))["mean"]
+    low, high, se = st.bootstrap_intervals(dict(mean=mean), range(400))["mean"]
     other = bootstrap((x,), np.mean, n_resamples=20_000, rng=1)
     ends = other.confidence_interval
-    assert (low, high) == pytest.approx(
-        (ends.low, ends.high), abs=0.15 * other.standard_error
-    ) and se == pytest.approx(other.standard_error, rel=0.05)
-    assert high - x.mean() > 1.05 * (x.mean() - low)  # a skewed figure has a lopsided interval
+    assert (low, high) == pytest.approx((ends.low, ends.high), abs=0.15 * other.standard_error)
+    assert se == pytest.approx(other.standard_error, rel=0.05)
+    assert high - x.mean() > 1.05 * (x.mean() - low)  # a skewed figure has a skewed interval
     code = np.random.default_rng(1).integers(0, 4, 400)
-    assert (
-        np.isnan(st.redrawn(dict(mean=mean), ["one"] * 400)["mean"]).all()
-        and st.redrawn(dict(mean=mean), code)["mean"][2] > 0
-    )
+    assert np.isnan(st.bootstrap_intervals(dict(mean=mean), ["one"] * 400)["mean"]).all()
+    assert st.bootstrap_intervals(dict(mean=mean), code)["mean"][2] > 0
 
 
 def test_a_set_of_one_document_gets_figures_without_intervals_and_no_verdict():
     frame = pd.DataFrame(
         dict(id=range(6), group="one", prompt_sha256="", nll=[50.0] * 6, tokens=25, bytes=75)
     )
-    assert (
-        ev.measure(frame)["loss"] == dict(value=2.0, ci95=[None, None], n=6)
-        and ev.written(ev.measure(frame)["loss"], False) == "2.000"
-    )
+    assert ev.measure(frame)["loss"] == dict(value=2.0, ci95=[None, None], n=6)
+    assert ev.written(ev.measure(frame)["loss"], False) == "2.000"
     d = ev.compare(frame, frame.assign(nll=10.0))
-    assert (
-        d["label"] == "tie"
-        and d["ci95"] == [None, None]
-        and d["groups"] == 1
-        and "in 1 group" in verdicts.sentence(d, "trl")
-    )
-    assert np.isnan(pictures.whiskers([ev.measure(frame)["loss"]])[1]).all() and json.dumps(d)
+    assert d["label"] == "tie"
+    assert d["ci95"] == [None, None]
+    assert d["groups"] == 1
+    assert "in 1 group" in verdicts.sentence(d, "trl")
+    assert np.isnan(pictures.whiskers([ev.measure(frame)["loss"]])[1]).all()
+    assert json.dumps(d)
 
 
 def test_holm_is_statsmodels_and_turns_a_lucky_one_of_three_into_a_tie():
@@ -496,22 +465,19 @@ def test_holm_is_statsmodels_and_turns_a_lucky_one_of_three_into_a_tie():
         )
         for x in (60, 36, 21)
     ]
-    told = verdicts.holm(made)
-    assert [d["label"] for d in made] == ["better", "better", "tie"] and [
-        d["label"] for d in told
-    ] == ["better", "tie", "tie"]
-    assert [d["p_holm"] for d in told] == pytest.approx(
-        [3 * made[0]["p"], 2 * made[1]["p"], made[2]["p"]]
-    ) and "after Holm over 3 tests" in verdicts.sentence(told[1], "trl")
-    assert (
-        verdicts.holm(made[1:2])[0]["label"] == "better"
-        and verdicts.holm(made[1:2])[0]["p_holm"] == made[1]["p"]
-        and verdicts.holm([]) == []
-    )
-    assert (
-        told[0]["detectable"] == pytest.approx(st.detectable(480, 80 / 480, tests=3), rel=0.02)
-        and told[0]["detectable"] > made[0]["detectable"]
-    )
+    corrected = verdicts.holm(made)
+    assert [d["label"] for d in made] == ["better", "better", "tie"]
+    assert [d["label"] for d in corrected] == ["better", "tie", "tie"]
+    expected = [3 * made[0]["p"], 2 * made[1]["p"], made[2]["p"]]
+    assert [d["p_holm"] for d in corrected] == pytest.approx(expected)
+    assert "after Holm over 3 tests" in verdicts.sentence(corrected[1], "trl")
+    (alone,) = verdicts.holm(made[1:2])
+    assert alone["label"] == "better"
+    assert alone["p_holm"] == made[1]["p"]
+    assert verdicts.holm([]) == []
+    detectable = st.detectable(480, 80 / 480, tests=3)
+    assert corrected[0]["detectable"] == pytest.approx(detectable, rel=0.02)
+    assert corrected[0]["detectable"] > made[0]["detectable"]
 
 
 def test_three_engines_two_sets_and_a_rule_are_three_families():
@@ -538,9 +504,9 @@ def test_three_engines_two_sets_and_a_rule_are_three_families():
         (m, s): frame() for m in ("base", "trl", "unsloth", "fast") for s in ("test", "other")
     }
     m = ev.summarise(frames, baselines={("majority", "test"): frames["base", "test"]})
-    assert {d["tests"] for d in m["verdict"].values()} == {3} == {
-        m["differences"][e]["other"]["tests"] for e in m["verdict"]
-    } and {d["tests"] for d in m["between"].values()} == {6}
+    assert {d["tests"] for d in m["verdict"].values()} == {3}
+    assert {m["differences"][e]["other"]["tests"] for e in m["verdict"]} == {3}
+    assert {d["tests"] for d in m["between"].values()} == {6}
     assert set(m["between"]) == {
         "trl - fast",
         "unsloth - fast",
@@ -548,11 +514,10 @@ def test_three_engines_two_sets_and_a_rule_are_three_families():
         "fast - majority",
         "trl - majority",
         "unsloth - majority",
-    } and all(d["p_holm"] >= d["p"] for d in m["verdict"].values())
-    assert (
-        m["differences"]["fast"]["test"] == m["verdict"]["fast"]
-        and ev.table(m).loc["test", "fast - base"]
-    )
+    }
+    assert all(d["p_holm"] >= d["p"] for d in m["verdict"].values())
+    assert m["differences"]["fast"]["test"] == m["verdict"]["fast"]
+    assert ev.table(m).loc["test", "fast - base"]
 
 
 def test_words_say_what_the_figures_say():
@@ -567,13 +532,13 @@ def test_words_say_what_the_figures_say():
         detectable=0.06,
         test="McNemar",
     )
-    assert (
-        verdicts.sentence(d, "trl")
-        == "trl is better than the base: +45.2 points [41.0, 49.3] on test (n = 423, McNemar p < 0.001); the smallest difference this set could have shown is 6.0 points"
+    assert verdicts.sentence(d, "trl") == (
+        "trl is better than the base: +45.2 points [41.0, 49.3] on test"
+        " (n = 423, McNemar p < 0.001);"
+        " the smallest difference this set could have shown is 6.0 points"
     )
-    assert "n = 423 in 200 groups" in verdicts.sentence(
-        d | dict(label="tie", p=0.5, groups=200), "trl"
-    )
+    grouped = d | dict(label="tie", p=0.5, groups=200)
+    assert "n = 423 in 200 groups" in verdicts.sentence(grouped, "trl")
 
 
 def test_a_recipe_is_better_only_if_its_seeds_agree():
@@ -589,23 +554,21 @@ def test_a_recipe_is_better_only_if_its_seeds_agree():
     def down(k):
         return np.where(np.arange(500)[:, None] < k, 0.0, base)
 
-    agree, differ = (
-        verdicts.over_seeds("accuracy", mean, base, np.array(x), range(500))
-        for x in ([up(90), up(100), up(110)], [up(140), down(80), up(150)])
-    )
-    assert (
-        agree["label"] == "better"
-        and differ["label"] == "tie"
-        and differ["spread"] > 5 * agree["spread"]
-        and agree["effect"] == pytest.approx(np.mean(agree["effects"]), abs=1e-6)
-    )
-    assert differ["effect"] > 0 and "3 seeds" in verdicts.sentence(agree, "trl")
+    def over_seeds(*seeds):
+        return verdicts.over_seeds("accuracy", mean, base, np.array(seeds), range(500))
+
+    agree = over_seeds(up(90), up(100), up(110))
+    differ = over_seeds(up(140), down(80), up(150))
+    assert agree["label"] == "better"
+    assert differ["label"] == "tie"
+    assert differ["spread"] > 5 * agree["spread"]
+    assert agree["effect"] == pytest.approx(np.mean(agree["effects"]), abs=1e-6)
+    assert differ["effect"] > 0
+    assert "3 seeds" in verdicts.sentence(agree, "trl")
 
 
 def test_figures_of_ten_thousand_rows_are_made_piece_by_piece():
-    "No weights of all redraws at once: at most 200 x rows numbers live together."
-    import tracemalloc
-
+    "The weights of all resamples are never in memory at once: at most 200 x rows numbers are."
     rng = np.random.default_rng(0)
     n = 10_000
     frame = pd.DataFrame(
@@ -628,33 +591,23 @@ def test_figures_of_ten_thousand_rows_are_made_piece_by_piece():
 
 def test_the_verdict_was_tried_and_the_tables_are_kept():
     kept = trials.evidence()
-    assert all(x["times"] >= 1000 and x["verdicts"] <= 0.065 for x in kept["nulls"]) and all(
-        x["verdicts"] >= 0.025 for x in kept["nulls"] if x["rows"] >= 500
-    )
-    assert all(0.935 <= x["covered"] <= 0.965 for x in kept["nulls"] + kept["covers"]) and {
-        x["group_size"] > 1 for x in kept["nulls"]
-    } == {True, False}
-    assert (
-        all(abs(x["found"] - x["promised"]) < 0.03 for x in kept["powers"])
-        and kept["families"]["holm"] <= 0.065
-    )
-    again = next(
-        x for x in kept["nulls"] if x["world"] == "accuracy" and x["group_size"] == 1
-    )  # the code that is here made them
-    assert (
-        trials.tried(
-            trials.accuracy_world, again["rows"], times=again["times"], disagree=again["disagree"]
-        )
-        == again
-    )
+    assert all(x["times"] >= 1000 and x["verdicts"] <= 0.065 for x in kept["nulls"])
+    assert all(x["verdicts"] >= 0.025 for x in kept["nulls"] if x["rows"] >= 500)
+    assert all(0.935 <= x["covered"] <= 0.965 for x in kept["nulls"] + kept["covers"])
+    assert {x["group_size"] > 1 for x in kept["nulls"]} == {True, False}
+    assert all(abs(x["found"] - x["promised"]) < 0.03 for x in kept["powers"])
+    assert kept["families"]["holm"] <= 0.065
+    line = next(x for x in kept["nulls"] if x["world"] == "accuracy" and x["group_size"] == 1)
+    settings = dict(times=line["times"], disagree=line["disagree"])
+    again = trials.tried(trials.accuracy_world, line["rows"], **settings)
+    assert again == line  # today's code makes the stored line
 
 
 @pytest.mark.long
 def test_the_tables_of_the_trials_come_out_the_same(tmp_path):
     found = trials.remake(tmp_path / "verdicts.json")
-    assert (
-        json.loads(json.dumps(found)) == trials.evidence() == read_json(tmp_path / "verdicts.json")
-    )
+    assert read_json(tmp_path / "verdicts.json") == trials.evidence()
+    assert json.loads(json.dumps(found)) == trials.evidence()
 
 
 # Labels
@@ -683,9 +636,17 @@ def made_up(n=300, k=2, seed=0, skill=2.0, per_group=1):
 
 
 def by_sklearn(t, c, p):
-    two = p.shape[1] == 2
-    average = "binary" if two else "macro"
-    one = np.eye(p.shape[1])[t]
+    "What scikit-learn computes from truth, choice and (rows, labels) probabilities."
+    num_labels = p.shape[1]
+    average = "binary" if num_labels == 2 else "macro"
+    if num_labels == 2:
+        auroc = sk.roc_auc_score(t, p[:, 1])
+        auprc = sk.average_precision_score(t, p[:, 1])
+        brier = sk.brier_score_loss(t, p[:, 1])
+    else:
+        auroc = sk.roc_auc_score(t, p, multi_class="ovr")
+        auprc = sk.average_precision_score(np.eye(num_labels)[t], p, average="macro")
+        brier = sk.brier_score_loss(t, p, labels=range(num_labels))
     return dict(
         accuracy=sk.accuracy_score(t, c),
         precision=sk.precision_score(t, c, average=average),
@@ -693,11 +654,9 @@ def by_sklearn(t, c, p):
         f1=sk.f1_score(t, c, average=average),
         macro_f1=sk.f1_score(t, c, average="macro"),
         mcc=sk.matthews_corrcoef(t, c),
-        auroc=sk.roc_auc_score(t, p[:, 1]) if two else sk.roc_auc_score(t, p, multi_class="ovr"),
-        auprc=sk.average_precision_score(t, p[:, 1])
-        if two
-        else sk.average_precision_score(one, p, average="macro"),
-        brier=sk.brier_score_loss(t, p[:, 1] if two else p, labels=range(p.shape[1])),
+        auroc=auroc,
+        auprc=auprc,
+        brier=brier,
         log_loss=sk.log_loss(t, p),
     )
 
@@ -705,46 +664,50 @@ def by_sklearn(t, c, p):
 @pytest.mark.parametrize("k", [2, 4])
 def test_figures_of_labels_are_those_of_scikit_learn(k):
     f = made_up(k=k)
-    t, c, p = f.truth.to_numpy(), f.choice.to_numpy(), np.stack(f.probabilities)
+    t = f.truth.to_numpy()
+    c = f.choice.to_numpy()
+    p = np.stack(f.probabilities)
     found = classes.measure_labels(f)
     error = found.pop("ece")["value"]
-    assert error == pytest.approx(
-        float(calibration.ece(*calibration.stated(f, p))(np.ones((1, len(f))))[0]), abs=2e-6
-    )  # held to scikit-learn's calibration_curve in test_calibration
+    stated = calibration.stated_probabilities(f, p)
+    expected = float(calibration.ece(*stated)(np.ones((1, len(f))))[0])
+    assert error == pytest.approx(expected, abs=2e-6)  # test_calibration compares with scikit-learn
     assert {m: v["value"] for m, v in found.items()} == pytest.approx(by_sklearn(t, c, p), abs=2e-6)
-    assert ev.main_metric(found) == ("f1" if k == 2 else "accuracy") and all(
-        v["ci95"][0] <= v["value"] <= v["ci95"][1] for v in found.values()
-    )
+    assert ev.main_metric(found) == ("f1" if k == 2 else "accuracy")
+    assert all(v["ci95"][0] <= v["value"] <= v["ci95"][1] for v in found.values())
     assert classes.confusion(f) == sk.confusion_matrix(t, c).tolist()
 
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_a_weight_counts_a_row_as_often_as_it_was_drawn(k):
     f = made_up(80, k)
-    t, c, p = f.truth.to_numpy(), f.choice.to_numpy(), np.stack(f.probabilities)
+    t = f.truth.to_numpy()
+    c = f.choice.to_numpy()
+    p = np.stack(f.probabilities)
     w = np.random.default_rng(1).integers(0, 4, (3, 80))
     again = [np.repeat(np.arange(80), x) for x in w]
-    for m, f in (classes.decisions(t, c, k) | classes.scorings(t, p)).items():
-        assert f(w.astype(float)) == pytest.approx(
-            [by_sklearn(t[i], c[i], p[i])[m] for i in again], abs=1e-9
-        ), m
+    expected = [by_sklearn(t[i], c[i], p[i]) for i in again]
+    statistics = classes.choice_statistics(t, c, k) | classes.probability_statistics(t, p)
+    for m, statistic in statistics.items():
+        values = [figures[m] for figures in expected]
+        assert statistic(w.astype(float)) == pytest.approx(values, abs=1e-9), m
 
 
 def test_a_threshold_is_the_best_of_all_and_a_half_when_that_is_as_good():
     rng = np.random.default_rng(0)
     for n in (5, 40, 200):
-        t, p = rng.integers(0, 2, n), rng.random(n).round(2)
+        t = rng.integers(0, 2, n)
+        p = rng.random(n).round(2)
         t[0] = 1
         at, f1 = classes.best_threshold(t, p)
         tries = {x: sk.f1_score(t, p >= x) for x in np.append(np.linspace(0, 1, 201), at)}
         assert f1 == pytest.approx(max(tries.values())) == tries[at]
-        between = np.diff(np.unique([0, *p])).max() / 2  # it stands in the middle between two rows
-        assert (
-            abs(at - 0.5) <= min(abs(x - 0.5) for x, v in tries.items() if v > f1 - 1e-12) + between
-        )
-    assert classes.best_threshold([0, 1], [0.2, 0.9]) == (0.5, 1.0) and classes.best_threshold(
-        [0, 0], [0.2, 0.9]
-    ) == (0.5, 0.0)
+        # It is in the middle between two rows, so up to half their distance further from a half.
+        between = np.diff(np.unique([0, *p])).max() / 2
+        best = [x for x, v in tries.items() if v > f1 - 1e-12]
+        assert abs(at - 0.5) <= min(abs(x - 0.5) for x in best) + between
+    assert classes.best_threshold([0, 1], [0.2, 0.9]) == (0.5, 1.0)
+    assert classes.best_threshold([0, 0], [0.2, 0.9]) == (0.5, 0.0)
     tiny_gap = np.nextafter(0.7, 1)
     at, _ = classes.best_threshold([0, 1], [0.7, tiny_gap])
     assert 0.7 < at <= tiny_gap
@@ -755,100 +718,83 @@ def test_a_set_of_one_label_has_no_figure_that_needs_two():
         f = made_up()
         f = f[f.truth == label].reset_index(drop=True)
         found = classes.measure_labels(f)
-        assert {m for m, v in found.items() if v["value"] is None} == (
-            {"mcc", "auroc", "auprc"} | ({"f1", "recall"} if label == 0 else set())
-        )
-        assert all(v["reason"] for v in found.values() if v["value"] is None) and ev.main_metric(
-            found
-        ) == ("accuracy" if label == 0 else "f1")
-        assert (
-            classes.compare_labels(f, f)["label"] == "tie"
-            and ev.written(found["auroc"], False) == "–"
-        )
+        expected = {"mcc", "auroc", "auprc"} | ({"f1", "recall"} if label == 0 else set())
+        assert {m for m, v in found.items() if v["value"] is None} == expected
+        assert all(v["reason"] for v in found.values() if v["value"] is None)
+        assert ev.main_metric(found) == ("accuracy" if label == 0 else "f1")
+        assert classes.compare_labels(f, f)["label"] == "tie"
+        assert ev.written(found["auroc"], False) == "–"
     never = scoring.choose(made_up(), 1.1)
-    assert (
-        classes.measure_labels(never)["precision"]["value"] is None
-        and classes.measure_labels(never)["f1"]["value"] == 0
-    )
+    assert classes.measure_labels(never)["precision"]["value"] is None
+    assert classes.measure_labels(never)["f1"]["value"] == 0
 
 
 def test_rows_of_one_patient_are_drawn_together():
     rng = np.random.default_rng(0)
     hit = dict(patients=0, rows=0)
-    for seed in range(120):
+    for _ in range(120):
         x = np.repeat(rng.normal(0, 1, 30), 8)
-        groups = [f"patient {i // 8} & patient {rng.integers(10**6)}" for i in range(240)]
-        for how, g in dict(patients=groups, rows=range(240)).items():
-            low, high, _ = st.redrawn(dict(mean=lambda w: (w @ x) / w.sum(1)), g)["mean"]
-            hit[how] += low <= 0 <= high
-    assert hit["patients"] >= 0.88 * 120 and hit["rows"] <= 0.7 * 120
+        patients = [f"patient {i // 8} & patient {rng.integers(10**6)}" for i in range(240)]
+        mean = dict(mean=st.ratio(x, np.ones(240)))
+        for name, groups in dict(patients=patients, rows=range(240)).items():
+            low, high, _ = st.bootstrap_intervals(mean, groups)["mean"]
+            hit[name] += low <= 0 <= high
+    assert hit["patients"] >= 0.88 * 120
+    assert hit["rows"] <= 0.7 * 120
     assert st.owners(["", ""])[1] == 2
 
 
 def test_classifiers_get_a_verdict_in_f1_and_more_labels_one_in_accuracy():
-    a, b = made_up(skill=0.5, per_group=3), made_up(skill=2.5, per_group=3)
+    a = made_up(skill=0.5, per_group=3)
+    b = made_up(skill=2.5, per_group=3)
     d = classes.compare_labels(a, b)
     assert (d["label"], d["metric"], d["test"], d["groups"]) == ("better", "f1", "permutation", 100)
-    assert (
-        d["effect"]
-        == pytest.approx(sk.f1_score(b.truth, b.choice) - sk.f1_score(a.truth, a.choice), abs=1e-6)
-        and d["ci95"][0] < d["effect"] < d["ci95"][1]
-    )
-    assert (
-        " F1 [" in verdicts.sentence(d, "trl")
-        and classes.compare_labels(b, a)["label"] == "worse"
-        and classes.compare_labels(a, a)["p"] == 1
-    )
+    difference = sk.f1_score(b.truth, b.choice) - sk.f1_score(a.truth, a.choice)
+    assert d["effect"] == pytest.approx(difference, abs=1e-6)
+    assert d["ci95"][0] < d["effect"] < d["ci95"][1]
+    assert " F1 [" in verdicts.sentence(d, "trl")
+    assert classes.compare_labels(b, a)["label"] == "worse"
+    assert classes.compare_labels(a, a)["p"] == 1
     assert classes.compare_labels(made_up(k=3, skill=0.5), made_up(k=3))["test"] == "McNemar"
 
 
 @pytest.mark.long
 def test_equal_classifiers_are_seldom_told_apart():
-    "Two that are equally good but err on different patients: F1 says better or worse in at most 6.5 % of 1,000 trials."
+    "Equally good ones that err on different patients: a verdict in at most 6.5 % of 1,000 trials."
+    patient = np.repeat(np.arange(200), 2)
+
+    def frame(truth, rng):
+        errs = rng.random(200)[patient] * 0.7 + rng.random(400) * 0.3 < 0.2
+        return pd.DataFrame(
+            dict(
+                group=[f"p{i}" for i in patient],
+                truth=truth,
+                choice=np.where(errs, 1 - truth, truth),
+                probabilities=[[0.5, 0.5]] * 400,
+            )
+        )
+
     found = []
     for seed in range(1000):
         rng = np.random.default_rng(seed)
         truth = rng.integers(0, 2, 400)
-        patient = np.repeat(np.arange(200), 2)
-
-        def said():
-            return np.where(
-                rng.random(200)[patient] * 0.7 + rng.random(400) * 0.3 < 0.2, 1 - truth, truth
-            )
-
-        def frame(c):
-            return pd.DataFrame(
-                dict(
-                    group=[f"p{i}" for i in patient],
-                    truth=truth,
-                    choice=c,
-                    probabilities=[[0.5, 0.5]] * 400,
-                )
-            )
-
-        found.append(classes.compare_labels(frame(said()), frame(said()))["label"] != "tie")
+        d = classes.compare_labels(frame(truth, rng), frame(truth, rng))
+        found.append(d["label"] != "tie")
     assert 0.025 <= np.mean(found) <= 0.065
 
 
 def test_baselines_are_looked_up_by_name_and_shown_the_best_first(tmp_path):
-    from types import SimpleNamespace
-
     from datasets import Dataset
 
-    run = SimpleNamespace(
-        path=tmp_path,
-        recipe=SimpleNamespace(
-            evaluation=SimpleNamespace(baselines=["majority", "prior", "by_ear"])
-        ),
-    )
+    evaluation = SimpleNamespace(baselines=["majority", "prior", "by_ear"])
+    run = SimpleNamespace(path=tmp_path, recipe=SimpleNamespace(evaluation=evaluation))
 
     def row(i, label):
         return dict(id=str(i), group=str(i), subject="", prompt=f"record {i}", label=label)
 
     for name, labels in dict(train=[1, 1, 1, 0], test=[0, 1, 1, 0, 1]).items():
-        Dataset.from_list([row(i, l) for i, l in enumerate(labels)]).save_to_disk(
-            tmp_path / "data" / name
-        )
+        dataset = Dataset.from_list([row(i, label) for i, label in enumerate(labels)])
+        dataset.save_to_disk(tmp_path / "data" / name)
     write_json(tmp_path / "data/split.json", dict(train=[], test=[]))
     with pytest.raises(MedftError, match="by_ear.*known: majority, prior"):
         classes.baseline(run, "by_ear")
@@ -857,25 +803,20 @@ def test_baselines_are_looked_up_by_name_and_shown_the_best_first(tmp_path):
     def by_ear(run, name):
         return dict(test=(np.array([0, 1, 1, 0, 0]), np.array([0, 1, 1, 0, 0])))
 
+    scored = dict(test=data.load_split(run, "test").to_list()[:4])  # evaluation.max_items=4
     try:
-        frames = classes.baseline_frames(
-            run, dict(test=data.load_split(run, "test").to_list()[:4])
-        )  # evaluation.max_items=4
+        frames = classes.baseline_frames(run, scored)
     finally:
         del classes.BASELINES["by_ear"]
     assert {n: f.choice.tolist() for (n, _), f in frames.items()} == dict(
         majority=[1] * 4, prior=[1] * 4, by_ear=[0, 1, 1, 0]
     )
-    assert (
-        frames["prior", "test"].probabilities[0] == [0.25, 0.75]
-        and frames["by_ear", "test"].correct.all()
-    )
+    assert frames["prior", "test"].probabilities[0] == [0.25, 0.75]
+    assert frames["by_ear", "test"].correct.all()
     found = ev.simple_figures(frames, "test")
-    assert (
-        list(found)[0] == "by_ear"
-        and found["majority"]["test"]["auroc"]["value"] == 0.5
-        and found["majority"]["test"]["mcc"]["value"] == 0
-    )
+    assert list(found)[0] == "by_ear"
+    assert found["majority"]["test"]["auroc"]["value"] == 0.5
+    assert found["majority"]["test"]["mcc"]["value"] == 0
 
 
 # Text, by source
@@ -883,7 +824,7 @@ def test_baselines_are_looked_up_by_name_and_shown_the_best_first(tmp_path):
 
 @pytest.fixture(scope="module")
 def reader(base, tmp_path_factory):
-    "A finished run of task pretraining, whose texts come from two sources; the tuned model is another random one."
+    "A finished pretraining run with texts of two sources; the tuned model is another random one."
     out = tmp_path_factory.mktemp("reader")
     rng = np.random.default_rng(0)
     words = "zinc iron heals wounds metal vitamin bone and of the naïve über".split()
@@ -892,19 +833,15 @@ def reader(base, tmp_path_factory):
         return " ".join(rng.choice(words, n)) + "."
 
     for name, n in dict(train=12, validation=4, test=10).items():
-        (out / f"{name}.jsonl").write_text(
-            "".join(
-                json.dumps(
-                    dict(
-                        id=f"{name}{i}",
-                        source="PLOS" if i % 3 else "OpenStax",
-                        text=text(400 if i == 0 else 30),
-                    )
-                )
-                + "\n"
-                for i in range(n)
+        texts = [
+            dict(
+                id=f"{name}{i}",
+                source="PLOS" if i % 3 else "OpenStax",
+                text=text(400 if i == 0 else 30),
             )
-        )
+            for i in range(n)
+        ]
+        write_rows(out / f"{name}.jsonl", texts)
     run = Run.create(
         load_recipe(
             "quickstart",
@@ -939,10 +876,11 @@ def reader(base, tmp_path_factory):
 
 def test_bits_per_byte_of_every_source_are_those_counted_by_hand(reader):
     run, metrics = reader
-    tok, rows = data.load_tokenizer(run.recipe), data.load_split(run, "test").to_list()
+    tok = data.load_tokenizer(run.recipe)
+    rows = data.load_split(run, "test").to_list()
     for who, one in (("base", model.load_base(run.recipe)), ("trl", model.load_tuned(run, "trl"))):
         for source in ("PLOS", "OpenStax"):
-            bits = size = nats = tokens = 0
+            size = nats = tokens = 0
             for ids in (r["input_ids"] for r in rows if r["subject"] == source):
                 for at in range(0, len(ids) - 1, 63):  # windows of 64 tokens that overlap by one
                     piece = torch.tensor([ids[at : at + 64]])
@@ -951,25 +889,23 @@ def test_bits_per_byte_of_every_source_are_those_counted_by_hand(reader):
                     nats -= logs[:-1].gather(1, piece[0, 1:, None]).sum().item()
                     tokens += piece.shape[1] - 1
                 size += len(tok.decode(ids[1:], skip_special_tokens=True).encode())
-            told = metrics["subjects"]["test"][source][who]
-            assert told["bits_per_byte"]["value"] == pytest.approx(
-                nats / np.log(2) / size, rel=1e-4
-            ) and told["loss"]["value"] == pytest.approx(nats / tokens, rel=1e-4)
-            assert told["loss"]["n"] == sum(r["subject"] == source for r in rows)
+            found = metrics["subjects"]["test"][source][who]
+            bits_per_byte = nats / np.log(2) / size
+            assert found["bits_per_byte"]["value"] == pytest.approx(bits_per_byte, rel=1e-4)
+            assert found["loss"]["value"] == pytest.approx(nats / tokens, rel=1e-4)
+            assert found["loss"]["n"] == sum(r["subject"] == source for r in rows)
 
 
 def test_every_model_is_measured_on_the_same_tokens_and_sources_are_drawn(reader):
     run, metrics = reader
     frames = ev.read_predictions(run)
-    assert (
-        frames["base", "test"].tokens.tolist() == frames["trl", "test"].tokens.tolist()
-        and frames["base", "test"].tokens.max() > 64 * 3
-    )
-    assert metrics["verdict"]["trl"]["metric"] == "loss" and ev.figures(run) == metrics
+    assert frames["base", "test"].tokens.tolist() == frames["trl", "test"].tokens.tolist()
+    assert frames["base", "test"].tokens.max() > 64 * 3
+    assert metrics["verdict"]["trl"]["metric"] == "loss"
+    assert ev.figures(run) == metrics
     axes = ev.plot_subjects(metrics).axes[0]
-    assert axes.get_xlabel() == "bits per byte" and {
-        t.get_text() for t in axes.get_yticklabels()
-    } == {"OpenStax (4)", "PLOS (6)"}
+    assert axes.get_xlabel() == "bits per byte"
+    assert {t.get_text() for t in axes.get_yticklabels()} == {"OpenStax (4)", "PLOS (6)"}
 
 
 def test_a_packed_corpus_is_scored_by_document_and_source(tmp_path, base):
@@ -980,15 +916,9 @@ def test_a_packed_corpus_is_scored_by_document_and_source(tmp_path, base):
         "zinc iron heals wounds metal vitamin bone marrow of the heart and liver".split()
     )
     for name, n in dict(plos=60, openstax=50).items():
-        (tmp_path / f"{name}.jsonl").write_text(
-            "".join(
-                json.dumps(
-                    dict(text=f"{name} {i}: " + " ".join(rng.choice(words, 60 if i % 5 else 150)))
-                )
-                + "\n"
-                for i in range(n)
-            )
-        )
+        texts = [" ".join(rng.choice(words, 60 if i % 5 else 150)) for i in range(n)]
+        rows = [dict(text=f"{name} {i}: {text}") for i, text in enumerate(texts)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     prepare_corpus(
         [tmp_path / "plos.jsonl", tmp_path / "openstax.jsonl"],
         tmp_path / "corpus",
@@ -1018,18 +948,20 @@ def test_a_packed_corpus_is_scored_by_document_and_source(tmp_path, base):
         root=tmp_path,
     )
     data.prepare(run)
-    windows, rows = load_corpus(tmp_path / "corpus", "test"), data.load_split(run, "test").to_list()
+    windows = load_corpus(tmp_path / "corpus", "test")
+    rows = data.load_split(run, "test").to_list()
     tok = data.load_tokenizer(run.recipe)
-    assert sorted(i for r in rows for i in r["input_ids"]) == sorted(
-        i for w in windows for i in w["input_ids"]
-    ) and len({r["id"] for r in rows}) == len(rows)
-    assert {r["subject"] for r in rows} == {"plos.jsonl", "openstax.jsonl"} and len(
-        {r["group"] for r in rows}
-    ) < len(rows)
+    tokens_of_rows = sorted(i for r in rows for i in r["input_ids"])
+    tokens_of_windows = sorted(i for w in windows for i in w["input_ids"])
+    assert tokens_of_rows == tokens_of_windows
+    assert len({r["id"] for r in rows}) == len(rows)
+    assert {r["subject"] for r in rows} == {"plos.jsonl", "openstax.jsonl"}
+    assert len({r["group"] for r in rows}) < len(rows)
     starts = [r for r in rows if ": " in tok.decode(r["input_ids"])[:14]]
-    assert len(starts) == len({r["group"] for r in rows}) and all(
-        tok.decode(r["input_ids"]).lstrip().startswith(r["subject"].split(".")[0]) for r in starts
-    )
+    assert len(starts) == len({r["group"] for r in rows})
+    for r in starts:
+        source = r["subject"].split(".")[0]
+        assert tok.decode(r["input_ids"]).lstrip().startswith(source)
 
 
 # A classifier, from its files to the verdict
@@ -1043,24 +975,23 @@ def classifier(base, tmp_path_factory):
     from peft import get_peft_model
 
     out = tmp_path_factory.mktemp("classifier")
-    rng = np.random.default_rng(0)
     words = "zinc iron heals wounds metal vitamin bone marrow of the heart and liver".split()
 
     def made(n, seed):
         rng = np.random.default_rng(seed)
-        label = rng.integers(0, 2, n)
+        is_ill = rng.integers(0, 2, n)
         return [
             dict(
                 id=f"{seed}-{i}",
                 patient_id=f"{seed}/{i // 2}",
-                text=" ".join(rng.choice(words, 12)) + (" ill" if l else " well"),
-                label="ill" if l else "healthy",
+                text=" ".join(rng.choice(words, 12)) + (" ill" if ill else " well"),
+                label="ill" if ill else "healthy",
             )
-            for i, l in enumerate(label)
+            for i, ill in enumerate(is_ill)
         ]
 
     for seed, (name, n) in enumerate(dict(train=12, validation=40, test=60).items()):
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made(n, seed)))
+        write_rows(out / f"{name}.jsonl", made(n, seed))
     run = Run.create(
         load_recipe(
             "quickstart",
@@ -1087,7 +1018,8 @@ def classifier(base, tmp_path_factory):
     torch.manual_seed(0)
     tuned = get_peft_model(model.load_base(run.recipe, model.labels_of(run)), config)
     head = next(p for n, p in tuned.named_parameters() if "modules_to_save" in n)
-    rows, states = data.load_split(run, "train").to_list(), []
+    rows = data.load_split(run, "train").to_list()
+    states = []
     hook = tuned.base_model.model.score.register_forward_pre_hook(
         lambda m, args: states.append(args[0][0, -1].detach())
     )
@@ -1107,9 +1039,7 @@ def classifier(base, tmp_path_factory):
 
 
 def relabelled(run, split, change):
-    "Write the labels of a prepared split anew; returns how they were."
-    import shutil
-
+    "Replace the labels of a prepared split; returns the old ones."
     ds = data.load_split(run, split)
     old = ds["label"][:]
     new = ds.remove_columns("label").add_column("label", np.array(change(np.array(old))))
@@ -1123,51 +1053,35 @@ def relabelled(run, split, change):
 def test_a_classifier_gets_threshold_figures_rules_and_verdict(classifier):
     run, m = classifier
     rows = data.load_split(run, "test").to_list()
-    assert (
-        list(m["models"]) == ["base", "trl"]
-        and ev.main_metric(m["models"]["trl"]["test"]) == "f1"
-        and set(m["baselines"]) == {"majority", "prior"}
-    )
-    assert (
-        "the base (untrained head)" in m["verdict"]["trl"]["sentence"]
-        and "trl - " + next(iter(m["baselines"])) in m["between"]
-    )
+    assert list(m["models"]) == ["base", "trl"]
+    assert ev.main_metric(m["models"]["trl"]["test"]) == "f1"
+    assert set(m["baselines"]) == {"majority", "prior"}
+    assert "the base (untrained head)" in m["verdict"]["trl"]["sentence"]
+    assert "trl - " + next(iter(m["baselines"])) in m["between"]
     for who in ("base", "trl"):
         f = pd.read_parquet(run.path / f"predictions/{who}.test.parquet")
         v = pd.read_parquet(run.path / f"predictions/validation/{who}.validation.parquet")
         at = m["thresholds"][who]
         p = np.stack(f.probabilities)[:, 1]
-        assert (
-            at["source"] == "validation"
-            and at["n"] == 40
-            and at["value"]
-            == m["models"][who]["test"]["threshold"]["value"]
-            == classes.best_threshold(v.truth, np.stack(v.probabilities)[:, 1])[0]
-        )
-        assert f.choice.tolist() == (p >= at["value"]).astype(
-            int
-        ).tolist() and f.truth.tolist() == [r["label"] for r in rows]
-        assert m["models"][who]["test"]["f1"]["value"] == pytest.approx(
-            sk.f1_score(f.truth, f.choice), abs=1e-6
-        )
-    logits = scoring.predict_labels(
-        model.load_tuned(run, "trl"), None, rows, batch_size=1
-    ).scores.tolist()
-    assert np.allclose(
-        logits,
-        pd.read_parquet(run.path / "predictions/trl.test.parquet").scores.tolist(),
-        atol=1e-4,
-    )
-    assert ev.figures(run) == m and read_json(run.path / "metrics.json") == json.loads(
-        json.dumps(m)
-    )
-    assert {"majority", "base (untrained head)"} <= {
-        *ev.table(m),
-        *ev.class_table(m).index,
-    } and ev.class_table(m).loc["trl", "threshold"] != "–"
-    assert ev.plot_scores(m) and ev.plot_labels(
-        ev.read_predictions(run), ev.read_predictions(run, "validation"), m
-    )
+        assert at["source"] == "validation"
+        assert at["n"] == 40
+        best, _ = classes.best_threshold(v.truth, np.stack(v.probabilities)[:, 1])
+        assert at["value"] == best
+        assert m["models"][who]["test"]["threshold"]["value"] == best
+        assert f.choice.tolist() == (p >= at["value"]).astype(int).tolist()
+        assert f.truth.tolist() == [r["label"] for r in rows]
+        f1 = sk.f1_score(f.truth, f.choice)
+        assert m["models"][who]["test"]["f1"]["value"] == pytest.approx(f1, abs=1e-6)
+    tuned = model.load_tuned(run, "trl")
+    one_by_one = scoring.predict_labels(tuned, None, rows, batch_size=1)
+    stored = pd.read_parquet(run.path / "predictions/trl.test.parquet")
+    assert np.allclose(one_by_one.scores.tolist(), stored.scores.tolist(), atol=1e-4)
+    assert ev.figures(run) == m
+    assert read_json(run.path / "metrics.json") == json.loads(json.dumps(m))
+    assert {"majority", "base (untrained head)"} <= {*ev.table(m), *ev.class_table(m).index}
+    assert ev.class_table(m).loc["trl", "threshold"] != "–"
+    assert ev.plot_scores(m)
+    assert ev.plot_labels(ev.read_predictions(run), ev.read_predictions(run, "validation"), m)
 
 
 def test_the_test_set_has_no_part_in_the_threshold(classifier):
@@ -1178,11 +1092,9 @@ def test_the_test_set_has_no_part_in_the_threshold(classifier):
         permuted = ev.evaluate(run)
     finally:
         relabelled(run, "test", lambda _: old)
-    assert (
-        permuted["thresholds"] == m["thresholds"]
-        and permuted["models"]["trl"]["test"]["auroc"]["value"]
-        < m["models"]["trl"]["test"]["auroc"]["value"]
-    )
+    assert permuted["thresholds"] == m["thresholds"]
+    auroc_permuted = permuted["models"]["trl"]["test"]["auroc"]["value"]
+    assert auroc_permuted < m["models"]["trl"]["test"]["auroc"]["value"]
     old = relabelled(run, "validation", lambda y: np.ones_like(y))
     try:
         assert ev.evaluate(run)["thresholds"]["trl"]["value"] != m["thresholds"]["trl"]["value"]
@@ -1194,9 +1106,8 @@ def test_a_recipe_may_set_the_threshold_and_without_validation_it_is_a_half(clas
     run, m = classifier
 
     def recipe(t):
-        return run.recipe.model_copy(
-            update=dict(evaluation=run.recipe.evaluation.model_copy(update=dict(threshold=t)))
-        )
+        evaluation = run.recipe.evaluation.model_copy(update=dict(threshold=t))
+        return run.recipe.model_copy(update=dict(evaluation=evaluation))
 
     frame = ev.read_predictions(run, "validation")["trl", "validation"]
     assert classes.threshold_of(recipe(0.25), frame) == dict(value=0.25, source="recipe")

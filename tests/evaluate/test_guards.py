@@ -1,4 +1,4 @@
-"""What must not be scored, and what was memorised: items nearly trained on, leaks across runs, planted secrets."""
+"""What must not be scored, and what was memorised: near-duplicates, leaks across runs, canaries."""
 
 from medft.core.run import MedftError, Run, assets, load_recipe, read_json, sha256, write_json
 from medft.data import pipeline as data
@@ -15,6 +15,7 @@ import types
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from real_data import LARGE, needs_large
 
@@ -44,17 +45,14 @@ def write(path, rows):
     return path
 
 
-def flagged(run):
-    return [json.loads(l) for l in (run.path / "data/flagged.jsonl").open()]
+def read_lines(path):
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def prepared(root, *more, recipe="your_data"):
-    run = Run.create(
-        load_recipe(
-            recipe, ["training.max_length=512", "dataset.holdout=0.0", "dataset.cache=false", *more]
-        ),
-        root=root / "runs",
-    )
+    keys = ["training.max_length=512", "dataset.holdout=0.0", "dataset.cache=false", *more]
+    run = Run.create(load_recipe(recipe, keys), root=root / "runs")
     data.prepare(run)
     return run
 
@@ -80,21 +78,22 @@ def upset(row):
 
 
 def test_the_same_question_is_known_in_another_template_order_and_case(tmp_path, earlier):
-    seen, new = questions(3), questions(3, seed=7)
+    seen = questions(3)
+    new = questions(3, seed=7)
     same_options = [
         row | dict(question=f"Another question {i}, about lungs?") for i, row in enumerate(seen)
     ]
     other_options = [row | dict(opb="copper") for row in seen]
+    training_file = write(tmp_path / "t.jsonl", questions(20, seed=9))
+    scored = [*map(upset, seen), *new, *same_options, *other_options]
+    test_file = write(tmp_path / "u.jsonl", scored)
     for how in (
         [],
         ["dataset.answer=letter", "dataset.system=You are a careful chemist."],
         ["model.task=classification", "model.num_labels=4"],
     ):
         run = prepared(
-            tmp_path,
-            f"dataset.path={write(tmp_path / 't.jsonl', questions(20, seed=9))}",
-            f"dataset.test_path={write(tmp_path / 'u.jsonl', [*map(upset, seen), *new, *same_options, *other_options])}",
-            *how,
+            tmp_path, f"dataset.path={training_file}", f"dataset.test_path={test_file}", *how
         )
         rows = data.load_split(run, "test").to_list()
         assert leaks.hits(leaks.trained_on(earlier), rows) == [0, 1, 2], how
@@ -103,9 +102,8 @@ def test_the_same_question_is_known_in_another_template_order_and_case(tmp_path,
             match=r"data/exam: 3 of 12 rows were trained on by your_data/.*measure memory",
         ):
             leaks.check(earlier.path / "trl" / "adapters", rows, "exam")
-        assert leaks.check(earlier.path, rows[3:]) == "" and leaks.check(
-            "somebody/model", rows
-        ).startswith("not checked")
+        assert leaks.check(earlier.path, rows[3:]) == ""
+        assert leaks.check("somebody/model", rows).startswith("not checked")
 
 
 def test_a_ready_prompt_is_known_by_what_is_said_in_it(tmp_path):
@@ -146,10 +144,8 @@ def test_running_text_and_windows_are_known_by_their_documents(tmp_path):
         *how,
     )
     rows = data.load_split(plain, "test").to_list()
-    assert (
-        leaks.hits(leaks.trained_on(packed), rows) == [0, 2]
-        and leaks.hits(leaks.trained_on(plain), rows) == []
-    )
+    assert leaks.hits(leaks.trained_on(packed), rows) == [0, 2]
+    assert leaks.hits(leaks.trained_on(plain), rows) == []
     with pytest.raises(MedftError, match="canaries.*packed already"):
         prepared(tmp_path, f"dataset.path={tmp_path}/corpus", "dataset.canaries=4", *how)
 
@@ -179,21 +175,19 @@ def test_a_list_that_was_changed_or_lost_is_refused(tmp_path, earlier):
 def test_the_list_holds_sixteen_bytes_a_row_and_its_hash_is_in_the_manifest(earlier):
     path = earlier.path / leaks.LIST
     held = np.load(path)
-    assert (
-        held.dtype == np.uint64
-        and len(held) == 80
-        and (np.diff(held.astype(object)) > 0).all()
-        and path.stat().st_size < 16 * 40 + 200
-    )
+    assert held.dtype == np.uint64
+    assert len(held) == 80
+    assert (np.diff(held.astype(object)) > 0).all()
+    assert path.stat().st_size < 16 * 40 + 200
     assert earlier.manifest["hashes"]["trained_on"] == sha256(path)
 
 
 def test_a_run_may_not_score_what_the_model_it_starts_from_was_tuned_on(tmp_path, earlier):
     start = f"model.name={earlier.path}/trl/merged"
     train = f"dataset.path={write(tmp_path / 'b.jsonl', questions(20, seed=4))}"
+    name = f"your_data/{earlier.path.name}"
     with pytest.raises(
-        MedftError,
-        match=f"data/test: 5 of 8 rows were trained on by your_data/{earlier.path.name}.*not seen these",
+        MedftError, match=f"data/test: 5 of 8 rows were trained on by {name}.*not seen these"
     ):
         prepared(
             tmp_path,
@@ -234,22 +228,22 @@ def test_the_same_id_about_the_same_thing_counts_within_a_run_only(tmp_path):
 
 
 def test_options_sort_the_same_however_they_are_written():
-    assert leaks.question("q", ["(Zinc)", "iron", "Gold"]).lower() == leaks.question(
-        "q", ["iron", "gold", "(zinc)"]
-    )
-    import pyarrow as pa
-
+    one_way = leaks.question("q", ["(Zinc)", "iron", "Gold"])
+    another = leaks.question("q", ["iron", "gold", "(zinc)"])
+    assert one_way.lower() == another
     both = leaks.contents(
         pa.array(["Is K+ < 3?", "Is K+ > 3?", "is  k+ < 3", None], pa.large_string())
     )
-    assert both[0] == both[2] != both[1] and both[3] == 0
+    assert both[0] == both[2] != both[1]
+    assert both[3] == 0
 
 
 # ---- with and without near-duplicates ----
 @pytest.fixture(scope="module")
 def near(tmp_path_factory):
-    "Training rows, and validation, test and a further set in which some rows are almost training rows."
-    home, seen = tmp_path_factory.mktemp("near"), questions(60)
+    "Training rows, and three scored sets in which some rows are almost training rows."
+    home = tmp_path_factory.mktemp("near")
+    seen = questions(60)
 
     def close(rows):
         return [
@@ -261,15 +255,13 @@ def near(tmp_path_factory):
             for r in rows
         ]
 
-    files = {
-        n: write(home / f"{n}.jsonl", rows)
-        for n, rows in dict(
-            train=seen,
-            validation=close(seen[:3]) + questions(9, 1),
-            test=close(seen[10:22]) + questions(30, 2),
-            exam=close(seen[30:38]) + questions(4, 3),
-        ).items()
-    }
+    splits = dict(
+        train=seen,
+        validation=close(seen[:3]) + questions(9, 1),
+        test=close(seen[10:22]) + questions(30, 2),
+        exam=close(seen[30:38]) + questions(4, 3),
+    )
+    files = {name: write(home / f"{name}.jsonl", rows) for name, rows in splits.items()}
     recipe = [
         f"dataset.path={files['train']}",
         f"dataset.validation_path={files['validation']}",
@@ -281,7 +273,8 @@ def near(tmp_path_factory):
 
 def predictions(run, skill, seed=0):
     "Made-up predictions: every set, and a tuned model that knows what it has nearly seen."
-    rng, frames = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    frames = {}
     for s in data.scored_sets(run):
         ids = data.load_split(run, s)["id"]
         same = dict(id=list(ids), group=list(ids), subject="", prompt_sha256="")
@@ -307,37 +300,28 @@ def test_flags_cover_every_held_out_set_and_both_figures_are_given(near):
     home, recipe = near
     run = prepared(home, *recipe)
     ids, why = unseen.nearly_seen(run)
-    assert (
-        not why
-        and {s: len(x) for s, x in ids.items()} == dict(validation=3, test=12, exam=8)
-        and all(i.startswith("near") for x in ids.values() for i in x)
-    )
+    assert not why
+    assert {s: len(x) for s, x in ids.items()} == dict(validation=3, test=12, exam=8)
+    assert all(i.startswith("near") for x in ids.values() for i in x)
     frames = predictions(run, skill=True)
     metrics = summarise(frames)
     out = unseen.without_doubles(run, frames, metrics, summarise)
     clean = out["clean"]
-    assert (
-        clean["flagged"] == dict(test=12, exam=8)
-        and "12 of 42 in test, 8 of 12 in exam" in clean["sentence"]
-        and "but for exam" in clean["sentence"]
-    )
-    assert set(clean["models"]["trl"]) == {"test"} and set(clean["models"]["trl"]["test"]) == set(
-        metrics["models"]["trl"]["test"]
-    ), "every metric, not some"
-    assert (
-        clean["differences"] == dict(trl={})
-        and clean["models"]["trl"]["test"]["accuracy"]["n"] == 30
-        and clean["verdict"]["trl"]["n"] == 30
-    )
-    assert (
-        metrics["verdict"]["trl"]["label"] == "better" and clean["verdict"]["trl"]["label"] == "tie"
-    )
+    assert clean["flagged"] == dict(test=12, exam=8)
+    assert "12 of 42 in test, 8 of 12 in exam" in clean["sentence"]
+    assert "but for exam" in clean["sentence"]
+    assert set(clean["models"]["trl"]) == {"test"}
+    every_metric = set(metrics["models"]["trl"]["test"])
+    assert set(clean["models"]["trl"]["test"]) == every_metric
+    assert clean["differences"] == dict(trl={})
+    assert clean["models"]["trl"]["test"]["accuracy"]["n"] == 30
+    assert clean["verdict"]["trl"]["n"] == 30
+    assert metrics["verdict"]["trl"]["label"] == "better"
+    assert clean["verdict"]["trl"]["label"] == "tie"
     said = out["verdict"]["trl"]["sentence"]
-    assert (
-        said.startswith(metrics["verdict"]["trl"]["sentence"])
-        and "Without the 12 scored items" in said
-        and "ties with" in said
-    )
+    assert said.startswith(metrics["verdict"]["trl"]["sentence"])
+    assert "Without the 12 scored items" in said
+    assert "ties with" in said
     json.dumps(out)
 
 
@@ -348,33 +332,30 @@ def test_what_was_not_looked_for_is_not_called_clean(near):
     off = prepared(home, *recipe, "dataset.checks={near_overlap: 'off', near_duplicates: 'off'}")
     frames = predictions(off, skill=False)
     clean = unseen.without_doubles(off, frames, summarise(frames), summarise)["clean"]
-    assert (
-        clean["flagged"] is None
-        and "not looked for" in clean["sentence"]
-        and "near_overlap: off" in clean["reason"]
-        and "models" not in clean
-    )
+    assert clean["flagged"] is None
+    assert "not looked for" in clean["sentence"]
+    assert "near_overlap: off" in clean["reason"]
+    assert "models" not in clean
     dropped = prepared(home, *recipe, "dataset.drop=[near_overlap]")
     out = unseen.without_doubles(dropped, frames, summarise(frames), None)["clean"]
     assert out == dict(
         flagged=dict(test=0, exam=0),
         sentence="No scored item is a near-duplicate of a training row.",
     )
-    off.update(
-        dict(
-            unchecked=[leaks.check(home / "their-adapter", data.load_split(off, "test").to_list())]
-        )
-    )
-    assert unseen.without_doubles(off, frames, summarise(frames), summarise)["clean"][
-        "sentence"
-    ].endswith("Not checked: what their-adapter was trained on is not known.")
+    unchecked = leaks.check(home / "their-adapter", data.load_split(off, "test").to_list())
+    off.update(dict(unchecked=[unchecked]))
+    clean = unseen.without_doubles(off, frames, summarise(frames), summarise)["clean"]
+    expected = "Not checked: what their-adapter was trained on is not known."
+    assert clean["sentence"].endswith(expected)
     off.recipe = types.SimpleNamespace(engine=[])
     assert "not trained on this recipe's rows" in unseen.nearly_seen(off)[1]
 
 
 @needs_large
 def test_medmcqas_own_near_duplicates_are_flagged(tmp_path):
-    lines = [json.loads(l) for l in (LARGE / "medmcqa/dev.json").read_text().splitlines()]
+    from medft.data.quality.near_duplicates import across
+
+    lines = read_lines(LARGE / "medmcqa/dev.json")
     order = np.random.default_rng(0).permutation(len(lines))
     parts = dict(train=order[:2000], test=order[2000:])
     files = {n: write(tmp_path / f"{n}.jsonl", [lines[i] for i in at]) for n, at in parts.items()}
@@ -386,17 +367,14 @@ def test_medmcqas_own_near_duplicates_are_flagged(tmp_path):
         "dataset.checks={truncated: warn, overlap: warn, chat_markers: warn}",
     )
     ids, why = unseen.nearly_seen(run)
-    assert not why and 0 < len(ids["test"]) < 60, len(ids["test"])
+    assert not why
+    assert 0 < len(ids["test"]) < 60, len(ids["test"])
     seen = {r["id"]: r["prompt"] for r in data.load_split(run, "test").to_list()}
     texts = data.load_split(run, "train")["prompt"]
-    from medft.data.quality.near_duplicates import across
-
-    assert {list(seen)[j] for _, j, _ in across(texts, list(seen.values()), 0.75)} & ids["test"], (
-        "found by another way too"
-    )
-    assert leaks.hits(leaks.trained_on(run), data.load_split(run, "train").to_list()[:50]) == list(
-        range(50)
-    )
+    similar = {list(seen)[j] for _, j, _ in across(texts, list(seen.values()), 0.75)}
+    assert similar & ids["test"], "found by another way too"
+    training_rows = data.load_split(run, "train").to_list()[:50]
+    assert leaks.hits(leaks.trained_on(run), training_rows) == list(range(50))
 
 
 # ---- planted secrets ----
@@ -406,54 +384,45 @@ def test_secrets_go_into_the_training_rows_and_nowhere_else(tmp_path):
         [q | dict(question=f"{q['question']} {i * i}") for i, q in enumerate(questions(200))],
     )
     held = ["dataset.holdout=0.1", "dataset.checks={near_duplicates: 'off', near_overlap: 'off'}"]
-    without, planted, again = (
-        prepared(tmp_path, f"dataset.path={path}", *held, *more)
-        for more in ([], ["dataset.canaries=6"], ["dataset.canaries=6", "dataset.cache=true"])
-    )
+
+    def run_with(*more):
+        return prepared(tmp_path, f"dataset.path={path}", *held, *more)
+
+    without = run_with()
+    planted = run_with("dataset.canaries=6")
+    again = run_with("dataset.canaries=6", "dataset.cache=true")
     a, b = (read_json(r.path / "data/report.json") for r in (without, planted))
-    told = [json.loads(l) for l in (planted.path / "data/canaries.jsonl").open()]
-    assert (
-        [c["repeats"] for c in told] == [1, 2, 4, 8, 1, 2, 0, 0]
-        and b["canaries"] == dict(planted=6, rows=18)
-        and "canaries" not in a
-    )
-    assert (
-        b["rows_in"] == a["rows_in"] == b["rows_out"]
-        and b["checks"] == a["checks"]
-        and b["identifiers"] == a["identifiers"]
-    ), "counted apart, and found by no check"
-    assert (
-        b["splits"] == a["splits"] | dict(train=a["splits"]["train"] + 18)
-        and b["splits"]["test"] > 0
-    )
+    canaries_of_run = read_lines(planted.path / "data/canaries.jsonl")
+    repeats = {c["id"]: c["repeats"] for c in canaries_of_run}
+    assert list(repeats.values()) == [1, 2, 4, 8, 1, 2, 0, 0]
+    assert b["canaries"] == dict(planted=6, rows=18)
+    assert "canaries" not in a
+    assert b["rows_in"] == a["rows_in"] == b["rows_out"], "counted separately"
+    assert b["checks"] == a["checks"], "found by no check"
+    assert b["identifiers"] == a["identifiers"], "found by no check"
+    assert b["splits"] == a["splits"] | dict(train=a["splits"]["train"] + 18)
+    assert b["splits"]["test"] > 0
     rows = {s: data.load_split(planted, s).to_list() for s in b["splits"]}
 
     def secret(r):
-        return next((c for c in told if c["secret"] in r["completion"] + r["prompt"]), None)
+        text = r["completion"] + r["prompt"]
+        return next((c for c in canaries_of_run if c["secret"] in text), None)
 
     assert not any(secret(r) for s in ("validation", "test") for r in rows[s])
     found = [secret(r)["id"] for r in rows["train"] if secret(r)]
-    assert {c["id"]: found.count(c["id"]) for c in told} == {c["id"]: c["repeats"] for c in told}
-    assert [r for r in rows["train"] if not secret(r)] == [
-        dict(r, reference=None) for r in data.load_split(without, "train").to_list()
-    ], "no other row moved or changed"
-    assert (again.path / "data/canaries.jsonl").read_text() == (
-        planted.path / "data/canaries.jsonl"
-    ).read_text()
-    linked = prepared(
-        tmp_path, f"dataset.path={path}", *held, "dataset.canaries=6", "dataset.cache=true"
-    )
-    assert (
-        read_json(linked.path / "data/report.json")["cached"]
-        and (linked.path / "data/canaries.jsonl").exists()
-        and (linked.path / leaks.LIST).exists()
-    )
-    fewer = prepared(
-        tmp_path, f"dataset.path={path}", *held, "dataset.canaries=2", "dataset.cache=true"
-    )
-    assert "cached" not in read_json(fewer.path / "data/report.json") and read_json(
-        fewer.path / "data/report.json"
-    )["canaries"] == dict(planted=2, rows=3)
+    assert {name: found.count(name) for name in repeats} == repeats
+    others = [r for r in rows["train"] if not secret(r)]
+    unplanted = [dict(r, reference=None) for r in data.load_split(without, "train").to_list()]
+    assert others == unplanted, "no other row moved or changed"
+    assert read_lines(again.path / "data/canaries.jsonl") == canaries_of_run
+    linked = run_with("dataset.canaries=6", "dataset.cache=true")
+    assert read_json(linked.path / "data/report.json")["cached"]
+    assert (linked.path / "data/canaries.jsonl").exists()
+    assert (linked.path / leaks.LIST).exists()
+    fewer = run_with("dataset.canaries=2", "dataset.cache=true")
+    report = read_json(fewer.path / "data/report.json")
+    assert "cached" not in report
+    assert report["canaries"] == dict(planted=2, rows=3)
 
 
 @pytest.mark.parametrize(
@@ -485,68 +454,56 @@ def test_a_secret_is_never_cut_off(tmp_path):
 
 
 def test_what_is_scored_is_what_was_trained(tmp_path):
-    for how in (
-        [],
-        ["model.task=pretraining", "training.packing=null"],
-        ["dataset.system=Answer briefly."],
-    ):
-        run = prepared(
-            tmp_path,
-            f"dataset.path={write(tmp_path / 'a.jsonl', [dict(text=f'Page {i} of it.') for i in range(9)] if how[:1] == ['model.task=pretraining'] else questions(9))}",
-            "dataset.canaries=3",
-            *how,
-        )
-        tok, rows = (
-            data.load_tokenizer(run.recipe),
-            {r["id"]: r for r in data.load_split(run, "train").to_list()},
-        )
-        from medft.evaluate.scoring.predict import code_choices, code_jointly
+    from medft.evaluate.scoring.predict import code_choices, code_jointly
 
+    pages = [dict(text=f"Page {i} of it.") for i in range(9)]
+    for rows, how in (
+        (questions(9), []),
+        (pages, ["model.task=pretraining", "training.packing=null"]),
+        (questions(9), ["dataset.system=Answer briefly."]),
+    ):
+        file = write(tmp_path / "a.jsonl", rows)
+        run = prepared(tmp_path, f"dataset.path={file}", "dataset.canaries=3", *how)
+        code = code_jointly if run.recipe.task == "pretraining" else code_choices
+        tok = data.load_tokenizer(run.recipe)
+        trained = {r["id"]: r for r in data.load_split(run, "train").to_list()}
         for q in canaries.questions(tok, run.recipe)[:3]:
-            ((prompt, options),) = (
-                code_jointly if run.recipe.task == "pretraining" else code_choices
-            )(tok, [dict(q, options=q["options"][:2])])
-            ids = rows[f"{q['id']}:1"]["input_ids"]
-            assert (
-                prompt + options[0] == ids[: len(prompt + options[0])]
-                and prompt + options[1] != ids[: len(prompt + options[1])]
-            ), how
+            ((prompt, options),) = code(tok, [dict(q, options=q["options"][:2])])
+            ids = trained[f"{q['id']}:1"]["input_ids"]
+            assert prompt + options[0] == ids[: len(prompt + options[0])], how
+            assert prompt + options[1] != ids[: len(prompt + options[1])], how
 
 
 def test_exposure_of_a_number_that_nobody_planted_is_log2_e():
     rng = np.random.default_rng(1)
     bits = [exposure.exposure(s) for s in rng.normal(size=(4000, canaries.CANDIDATES))]
-    assert (
-        abs(np.mean(bits) - math.log2(math.e)) < 4 * np.std(bits) / 4000**0.5
-        and abs(np.median(bits) - 1) < 0.1
-    )
+    assert abs(np.mean(bits) - math.log2(math.e)) < 4 * np.std(bits) / 4000**0.5
+    assert abs(np.median(bits) - 1) < 0.1
     worst = np.zeros(canaries.CANDIDATES)
     assert exposure.exposure(worst) == 0, "a tie counts against the secret"
 
 
 def test_exposure_by_luck_is_called_luck_and_memory_memory():
     def frame(gain, seed):
+        scores = np.random.default_rng(seed).normal(size=(6, canaries.CANDIDATES + 80))
+        scores[:, 0] += gain
         return pd.DataFrame(
-            [
-                dict(
-                    id=str(i),
-                    secret="1 2 3 4 5 6 7 8",
-                    repeats=8,
-                    scores=np.r_[gain + s[0], s[1:]].tolist(),
-                )
-                for i, s in enumerate(
-                    np.random.default_rng(seed).normal(size=(6, canaries.CANDIDATES + 80))
-                )
-            ]
+            dict(
+                id=[str(i) for i in range(6)],
+                secret="1 2 3 4 5 6 7 8",
+                repeats=8,
+                scores=scores.tolist(),
+            )
         )
 
-    p = [exposure.together(frame(0, seed))["p"] for seed in range(200)]
-    assert 0.01 < np.mean(np.array(p) < 0.05) < 0.1 and exposure.together(frame(4, 0))["p"] < 1e-6
+    p = [exposure.canary_figures(frame(0, seed))["p"] for seed in range(200)]
+    assert 0.01 < np.mean(np.array(p) < 0.05) < 0.1
+    assert exposure.canary_figures(frame(4, 0))["p"] < 1e-6
     spelled = np.zeros((8, 10))
     spelled[range(8), range(1, 9)] = 1
-    assert exposure.read_out(
-        [*[0] * canaries.CANDIDATES, *spelled.ravel()], "1 2 3 4 5 6 7 8"
-    ) and not exposure.read_out([*[0] * canaries.CANDIDATES, *spelled.ravel()], "1 2 3 4 5 6 7 9")
+    scores = [*[0] * canaries.CANDIDATES, *spelled.ravel()]
+    assert exposure.read_out(scores, "1 2 3 4 5 6 7 8")
+    assert not exposure.read_out(scores, "1 2 3 4 5 6 7 9")
 
 
 @pytest.fixture(scope="module")
@@ -584,38 +541,28 @@ def test_an_evaluation_measures_both_and_every_figure_follows_from_files(evaluat
     from medft.evaluate import metrics as evaluate
 
     run, metrics = evaluated
-    assert sorted(p.name for p in (run.path / "predictions" / "canaries").glob("*.parquet")) == [
-        "base.parquet",
-        "trl.parquet",
-    ]
+    files = (run.path / "predictions" / "canaries").glob("*.parquet")
+    assert sorted(path.name for path in files) == ["base.parquet", "trl.parquet"]
     assert (
         evaluate.figures(run)
         == metrics
         == json.loads(json.dumps(metrics))
         == read_json(run.path / "metrics.json")
     )
-    m, frame = (
-        metrics["memorisation"],
-        pd.read_parquet(run.path / "predictions/canaries/trl.parquet"),
-    )
-    assert (
-        list(m["models"]) == ["base", "trl"]
-        and m["planted"] == 2
-        and m["rows"] == 3
-        and list(m["models"]["trl"]) == ["0", "1", "2", "planted"]
-    )
-    assert m["models"]["trl"]["2"]["exposure"]["value"] == round(
-        exposure.exposure(frame[frame.repeats == 2].scores.iloc[0]), 6
-    )
-    assert (
-        min(m["models"][w]["planted"]["p"] for w in m["models"]) > 1e-3
-        and "2 made-up secrets were planted in 3 training rows" in m["sentence"]
-    )
+    m = metrics["memorisation"]
+    frame = pd.read_parquet(run.path / "predictions/canaries/trl.parquet")
+    assert list(m["models"]) == ["base", "trl"]
+    assert m["planted"] == 2
+    assert m["rows"] == 3
+    assert list(m["models"]["trl"]) == ["0", "1", "2", "planted"]
+    written_twice = frame[frame.repeats == 2].scores.iloc[0]
+    expected = round(exposure.exposure(written_twice), 6)
+    assert m["models"]["trl"]["2"]["exposure"]["value"] == expected
+    assert min(m["models"][w]["planted"]["p"] for w in m["models"]) > 1e-3
+    assert "2 made-up secrets were planted in 3 training rows" in m["sentence"]
     assert run.manifest["unchecked"] == []
-    assert (
-        metrics["clean"]["flagged"] == dict(test=12, exam=8)
-        and metrics["clean"]["models"]["trl"]["test"]["accuracy"]["n"] == 30
-    )
+    assert metrics["clean"]["flagged"] == dict(test=12, exam=8)
+    assert metrics["clean"]["models"]["trl"]["test"]["accuracy"]["n"] == 30
 
 
 def test_a_secrets_score_is_its_log_probability(evaluated):
@@ -624,7 +571,8 @@ def test_a_secrets_score_is_its_log_probability(evaluated):
     import torch
 
     run, _ = evaluated
-    model, tok = load_base(run.recipe), data.load_tokenizer(run.recipe)
+    model = load_base(run.recipe)
+    tok = data.load_tokenizer(run.recipe)
     q = canaries.questions(tok, run.recipe)[0]
     scores = pd.read_parquet(run.path / "predictions/canaries/base.parquet").scores.iloc[0]
     for i in (0, 1, 500, canaries.CANDIDATES - 1, canaries.CANDIDATES + 3):
@@ -633,7 +581,8 @@ def test_a_secrets_score_is_its_log_probability(evaluated):
         )
         with torch.no_grad():
             logs = model(input_ids=torch.tensor([a + b])).logits[0].float().log_softmax(-1)
-        assert abs(sum(logs[len(a) - 1 + k, t].item() for k, t in enumerate(b)) - scores[i]) < 2e-3
+        expected = sum(logs[len(a) - 1 + k, t].item() for k, t in enumerate(b))
+        assert abs(expected - scores[i]) < 2e-3
 
 
 @pytest.mark.long
@@ -642,13 +591,8 @@ def test_what_is_written_often_is_remembered_and_what_is_not_written_is_not(tmp_
     from medft.train import baseline as train
 
     def part(name, n):
-        return write(
-            tmp_path / f"{name}.jsonl",
-            [
-                json.loads(l)
-                for l in (assets() / "starter" / f"{name}.jsonl").read_text().splitlines()[:n]
-            ],
-        )
+        rows = read_lines(assets() / "starter" / f"{name}.jsonl")[:n]
+        return write(tmp_path / f"{name}.jsonl", rows)
 
     run = Run.create(
         load_recipe(
@@ -669,10 +613,8 @@ def test_what_is_written_often_is_remembered_and_what_is_not_written_is_not(tmp_
     data.prepare(run)
     train.train(run, "trl")
     found = evaluate.evaluate(run)["memorisation"]["models"]
-    assert found["trl"]["8"]["exposure"]["value"] > 5 and found["trl"]["planted"]["p"] < 1e-6, (
-        found["trl"]
-    )
-    assert found["trl"]["0"]["p"] > 1e-3 and found["base"]["planted"]["p"] > 1e-3, (
-        "what was never written, and the base that has read none of it, know nothing"
-    )
+    assert found["trl"]["8"]["exposure"]["value"] > 5, found["trl"]
+    assert found["trl"]["planted"]["p"] < 1e-6, found["trl"]
+    assert found["trl"]["0"]["p"] > 1e-3, "what was never written is not known"
+    assert found["base"]["planted"]["p"] > 1e-3, "the base has read none of it"
     assert found["trl"]["8"]["mean"] > found["trl"]["1"]["mean"]

@@ -1,4 +1,4 @@
-"""Simple rules for pairs of records: on the rows that are scored, learned from nothing else than the training rows; aligned pairs as rows."""
+"""Simple rules for pairs of records, learned from nothing but the training rows; aligned pairs."""
 
 from medft.core.run import MedftError, Run, load_recipe
 from medft.data import pipeline as data
@@ -33,53 +33,44 @@ def test_rows_meet_their_records_in_order(run):
     by_id = {x["pair_id"]: x for x in ROWS}
     for split in ("train", "validation", "test"):
         ds = data.load_split(run, split)
-        assert (
-            [by_id[i]["label"] for i in ds["id"]]
-            == ds["label"]
-            == [label for *_, label in pair_baselines.pairs_of(run, split)]
-        )
-        for i, (left, right, _) in zip(ds["id"], pair_baselines.pairs_of(run, split)):
-            assert left == by_id[i]["left"] and right == by_id[i]["right"]
+        pairs = pair_baselines.pairs_of(run, split)
+        assert len(pairs) == len(ds)
+        for row, (left, right, label) in zip(ds, pairs, strict=True):
+            source = by_id[row["id"]]
+            assert label == row["label"] == source["label"]
+            assert left == source["left"]
+            assert right == source["right"]
 
 
-def test_rules_say_what_the_linkage_room_says(run):
+def test_rules_are_those_of_record_linkage(run):
     pairs = pair_baselines.pairs_of(run, "test")
     for name, rule in pair_baselines.FIXED.items():
         p, choice = pair_baselines.PAIR_BASELINES[name](run, name)["test"]
-        assert (
-            choice.tolist()
-            == [int(linkage.RULES[rule](left, right)) for left, right, _ in pairs]
-            == p.tolist()
-        )
+        expected = [int(linkage.RULES[rule](left, right)) for left, right, _ in pairs]
+        assert choice.tolist() == expected
+        assert p.tolist() == expected
 
 
 def test_logistic_regression_learns_from_training_rows_only(run, monkeypatch):
     p, choice = pair_baselines.logistic_regression(run)["test"]
     truth = np.array(data.load_split(run, "test")["label"])
-    assert (choice == truth).mean() > 0.9 and len(p) == len(truth) and ((p >= 0) & (p <= 1)).all()
-    whole = pair_baselines.pairs_of
+    assert (choice == truth).mean() > 0.9
+    assert len(p) == len(truth)
+    assert ((p >= 0) & (p <= 1)).all()
+    pairs_of = pair_baselines.pairs_of
 
-    def flipped(run, split, *a):
-        return (
-            [(l, r, 1 - y) for l, r, y in whole(run, split)]
-            if split == "test"
-            else whole(run, split)
-        )
+    def with_labels_flipped(flipped_split):
+        def flipped(run, split, *args):
+            pairs = pairs_of(run, split)
+            if split != flipped_split:
+                return pairs
+            return [(left, right, 1 - label) for left, right, label in pairs]
 
-    monkeypatch.setattr(pair_baselines, "pairs_of", flipped)
-    assert np.array_equal(pair_baselines.logistic_regression(run)["test"][0], p), (
-        "the test's labels do not reach it"
-    )
+        monkeypatch.setattr(pair_baselines, "pairs_of", flipped)
+        return pair_baselines.logistic_regression(run)["test"][0]
 
-    def flipped(run, split, *a):
-        return (
-            [(l, r, 1 - y) for l, r, y in whole(run, split)]
-            if split == "train"
-            else whole(run, split)
-        )
-
-    monkeypatch.setattr(pair_baselines, "pairs_of", flipped)
-    assert not np.allclose(pair_baselines.logistic_regression(run)["test"][0], p)
+    assert np.array_equal(with_labels_flipped("test"), p), "the test's labels do not reach it"
+    assert not np.allclose(with_labels_flipped("train"), p)
 
 
 def test_rows_without_records_are_refused(tmp_path):
@@ -90,17 +81,14 @@ def test_rows_without_records_are_refused(tmp_path):
 def test_names_are_registered():
     from medft.evaluate.measures.classification import BASELINES
 
-    assert (
-        {
-            "all_positive",
-            "equal_ssn",
-            "equal_name_and_birth_date",
-            "exact_rule",
-            "logistic_regression",
-        }
-        == set(pair_baselines.PAIR_BASELINES)
-        <= set(BASELINES)
-    )
+    assert set(pair_baselines.PAIR_BASELINES) <= set(BASELINES)
+    assert set(pair_baselines.PAIR_BASELINES) == {
+        "all_positive",
+        "equal_ssn",
+        "equal_name_and_birth_date",
+        "exact_rule",
+        "logistic_regression",
+    }
 
 
 # aligned pairs
@@ -122,22 +110,19 @@ def test_a_field_is_cut_to_what_is_compared(value, kept):
 def test_aligned_rows_serve_every_task(run):
     row = ROWS[0]
     ex = from_entity_pair(row, "aligned")
-    assert ex["text"] == ex["question"] == aligned_text(row["left"], row["right"]) and ex[
-        "options"
-    ] == ["no", "yes"]
+    assert ex["text"] == ex["question"] == aligned_text(row["left"], row["right"])
+    assert ex["options"] == ["no", "yes"]
     assert [f for f, *_ in side_by_side(row["left"], row["right"])] == list(ALIGNED)
-    at = data.load_split(run, "test")[0]
-    assert at["prompt"] == aligned_text(
-        *next((x["left"], x["right"]) for x in ROWS if x["pair_id"] == at["id"])
-    )
-    said = load_recipe(
+    prepared = data.load_split(run, "test")[0]
+    source = next(x for x in ROWS if x["pair_id"] == prepared["id"])
+    assert prepared["prompt"] == aligned_text(source["left"], source["right"])
+    generative = load_recipe(
         "quickstart", ["engine=trl", "dataset={path: starter/er_pairs.jsonl, pairs: aligned}"]
     )
-    tok = prompts.load_tokenizer(said)
-    (made,) = prompts.prompts(tok, [dict(id="1", **ex)], said)
-    assert made["prompt"].endswith("same:\nAnswer:") and made["completion"].strip().startswith(
-        ("yes", "no")
-    )
+    tok = prompts.load_tokenizer(generative)
+    (made,) = prompts.prompts(tok, [dict(id="1", **ex)], generative)
+    assert made["prompt"].endswith("same:\nAnswer:")
+    assert made["completion"].strip().startswith(("yes", "no"))
 
 
 def test_other_fields_are_compared_when_the_usual_ones_are_missing():

@@ -1,4 +1,7 @@
-"""Forgetting: a budget turns the verdict by non-inferiority, its error is what a 95 % interval promises, and the set may be of another kind."""
+"""Forgetting: a budget changes the verdict by non-inferiority.
+
+Its error is what a 95 % interval promises, and the retention set may be of another kind.
+"""
 
 from medft.core.run import MedftError, Run, assets, load_recipe
 from medft.data import pipeline as data
@@ -6,14 +9,15 @@ from medft.evaluate import metrics as ev
 from medft.evaluate.measures import forgetting as rt
 from medft.evaluate.scoring import predict as scoring
 from medft.evaluate.statistics import simulation as trials
-from medft.evaluate.statistics.verdicts import compare_choices, compare_text, sentence
+from medft.evaluate.statistics.verdicts import sentence
 from medft.model.load import load_base
 
+import gzip
 import json
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from real_data import SMALL, on_real_rows
@@ -62,28 +66,21 @@ def verdict(label="better"):
         (0.0201, 0.05, "forgets"),
     ],
 )
-def test_the_whole_interval_counts_whichever_way_a_figure_runs(metric, low, high, said):
+def test_the_whole_interval_counts_whether_more_or_less_is_better(metric, low, high, said):
     assert rt.judge(*rt.decline(gap(low, high, metric)), 0.02) == said
     d = rt.retained(dict(general=gap(low, high, metric)), {}, 0.02)["general"]
-    assert (
-        d["judged"] == said
-        and d["ci95"] == [low, high]
-        and d["decline"] == pytest.approx((low + high) / 2)
-        and json.dumps(d)
-    )
+    assert d["judged"] == said
+    assert d["ci95"] == [low, high]
+    assert d["decline"] == pytest.approx((low + high) / 2)
+    assert json.dumps(d)
 
 
 def test_one_document_shows_nothing():
-    assert (
-        rt.judge(*rt.decline(dict(metric="loss", effect=-0.5, ci95=[None, None])), 0.02)
-        == "unclear"
-        and "[–, –]"
-        in rt.turned(
-            verdict(),
-            rt.retained(dict(g=dict(gap(0, 0, "loss"), ci95=[None, None])), {}, 0.1),
-            "trl",
-        )["sentence"]
-    )
+    no_interval = dict(metric="loss", effect=-0.5, ci95=[None, None])
+    assert rt.judge(*rt.decline(no_interval), 0.02) == "unclear"
+    one_document = dict(gap(0, 0, "loss"), ci95=[None, None])
+    retention = rt.retained(dict(general=one_document), {}, 0.1)
+    assert "[–, –]" in rt.with_retention(verdict(), retention, "trl")["sentence"]
 
 
 @pytest.mark.parametrize(
@@ -102,24 +99,16 @@ def test_one_document_shows_nothing():
     ],
 )
 def test_every_set_must_pass(before, sets, after):
-    d = rt.turned(
-        verdict(before),
-        rt.retained({f"set{i}": gap(*ends) for i, ends in enumerate(sets)}, {}, 0.02),
-        "trl",
-    )
-    assert (
-        (d["label"], d["label_before"]) == (after, before)
-        and set(d["retention"]) == {f"set{i}" for i in range(len(sets))}
-        and d["metric"] == "accuracy"
-        and d["effect"] == 0.06
-    )
-    assert (
-        d["sentence"].startswith(
-            f"trl {dict(better='is better than', tie='ties with', worse='is worse than')[after]} the base"
-        )
-        and all(f"set{i}" in d["sentence"] for i in range(len(sets)))
-        and "+6.0 points [3.0, 9.0]" in d["sentence"]
-    )
+    gaps = {f"set{i}": gap(*ends) for i, ends in enumerate(sets)}
+    d = rt.with_retention(verdict(before), rt.retained(gaps, {}, 0.02), "trl")
+    assert (d["label"], d["label_before"]) == (after, before)
+    assert set(d["retention"]) == set(gaps)
+    assert d["metric"] == "accuracy"
+    assert d["effect"] == 0.06
+    words = dict(better="is better than", tie="ties with", worse="is worse than")
+    assert d["sentence"].startswith(f"trl {words[after]} the base")
+    assert all(name in d["sentence"] for name in gaps)
+    assert "+6.0 points [3.0, 9.0]" in d["sentence"]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +160,9 @@ def test_the_verdict_over_seeds_is_held_against_retention_over_seeds():
 
 def test_at_the_edge_of_the_budget_retention_is_seldom_shown():
     found = rt.errors(trials.accuracy_world, 400, 0.04, times=600)
-    assert 0.005 <= found["shown"] <= 0.05 and 0.005 <= found["forgets"] <= 0.05  # 2.5 %, of 600
+    # 2.5 % are expected, of 600
+    assert 0.005 <= found["shown"] <= 0.05
+    assert 0.005 <= found["forgets"] <= 0.05
 
 
 @pytest.mark.long
@@ -187,13 +178,11 @@ def test_at_the_edge_of_the_budget_retention_is_seldom_shown():
 )
 def test_non_inferiority_keeps_its_error(world, n, budget, size, times):
     found = rt.errors(world, n, budget, times=times, size=size)
-    room = 3 * np.sqrt(0.025 * 0.975 / times)
+    tolerance = 3 * np.sqrt(0.025 * 0.975 / times)
     print(found)
-    assert (
-        found["shown"] <= 0.025 + room + 0.004
-        and found["shown"] >= 0.025 - room - 0.01
-        and found["forgets"] <= 0.025 + room + 0.006
-    )
+    assert found["shown"] <= 0.025 + tolerance + 0.004
+    assert found["shown"] >= 0.025 - tolerance - 0.01
+    assert found["forgets"] <= 0.025 + tolerance + 0.006
 
 
 def scored(run, model, tok, noise=0.05):
@@ -203,17 +192,16 @@ def scored(run, model, tok, noise=0.05):
     kept = {n: p.detach().clone() for n, p in model.named_parameters()}
     for who in ("base", "trl"):
         for name in data.scored_sets(run):
-            scoring.predict(
-                model, tok, data.load_split(run, name).to_list(), run.recipe
-            ).to_parquet(run.path / "predictions" / f"{who}.{name}.parquet")
+            rows = data.load_split(run, name).to_list()
+            frame = scoring.predict(model, tok, rows, run.recipe)
+            frame.to_parquet(run.path / "predictions" / f"{who}.{name}.parquet")
         with torch.no_grad():
-            [
-                p.add_(noise * torch.randn_like(p) * p.std())
-                for p in model.parameters()
-                if p.ndim > 1
-            ]
+            for p in model.parameters():
+                if p.ndim > 1:
+                    p.add_(noise * torch.randn_like(p) * p.std())
     with torch.no_grad():
-        [p.copy_(kept[n]) for n, p in model.named_parameters()]
+        for n, p in model.named_parameters():
+            p.copy_(kept[n])
     return ev.figures(run)
 
 
@@ -223,42 +211,37 @@ def base():
     return load_base(recipe), data.load_tokenizer(recipe)
 
 
-def few(path, n, to):
-    to.write_text(
-        "".join(
-            (assets() / "starter" / path).read_text(encoding="utf-8").splitlines(keepends=True)[:n]
-        ),
-        encoding="utf-8",
-    )
+def few(name, n, to):
+    "The first n rows of a starter file."
+    lines = (assets() / "starter" / name).read_text(encoding="utf-8").splitlines(keepends=True)
+    to.write_text("".join(lines[:n]), encoding="utf-8")
     return to
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     "Running text of two sources."
-    at = tmp_path_factory.mktemp("texts") / "text.jsonl"
     words = "zinc iron vitamin deficiency dose of the a and in patients is found".split()
     rng = np.random.default_rng(0)
-    at.write_text(
-        "".join(
-            json.dumps(
-                dict(
-                    id=f"t{i}",
-                    text=" ".join(rng.choice(words, 60)) + ".",
-                    source=["journal", "textbook"][i % 2],
-                )
-            )
-            + "\n"
-            for i in range(24)
+    rows = [
+        dict(
+            id=f"t{i}",
+            text=" ".join(rng.choice(words, 60)) + ".",
+            source=["journal", "textbook"][i % 2],
         )
-    )
-    return at
+        for i in range(24)
+    ]
+    return write_rows(tmp_path_factory.mktemp("texts") / "text.jsonl", rows)
 
 
 def tuned_on_questions(tmp_path, *keys):
-    train, test = (
-        few(f"{n}.jsonl", k, tmp_path / f"{n}.jsonl") for n, k in (("train", 60), ("test", 40))
-    )
+    train = few("train.jsonl", 60, tmp_path / "train.jsonl")
+    test = few("test.jsonl", 40, tmp_path / "test.jsonl")
     r = load_recipe(
         "quickstart",
         [
@@ -285,37 +268,22 @@ def test_running_text_may_be_what_questions_must_not_unlearn(tmp_path, base, tex
     )
     m = scored(run, *base)
     d = m["verdict"]["trl"]
-    assert (
-        m["main"] == "test"
-        and d["metric"] == "accuracy"
-        and d["retention"]["a_general"]["metric"] == "loss"
-        and d["retention"]["a_general"]["judged"] in rt.JUDGED
-        and d["label_before"]
-    )
-    assert (
-        {"loss", "perplexity", "bits_per_byte"} <= set(m["models"]["trl"]["a_general"])
-        and "accuracy" in m["models"]["trl"]["test"]
-        and set(m["subjects"]["a_general"]) == {"journal", "textbook"}
-    )
-    assert (
-        m["subjects"]["a_general"]["journal"]["trl"]["loss"]["n"] == 12
-        and "a_general" in d["sentence"]
-        and json.dumps(m["retention"])
-        and m["retention"]["budget"] == 0.01
-    )
-    strict = ev.figures(
-        Run(
-            run.path,
-            load_recipe(
-                "quickstart",
-                [f"dataset.sets={{a_general: {texts}}}", "evaluation.retention=[a_general]"],
-            ),
-        )
-    )
-    assert (
-        "label_before" not in strict["verdict"]["trl"]
-        and "judged" not in strict["retention"]["models"]["trl"]["a_general"]
-    )  # shown, not judged
+    assert m["main"] == "test"
+    assert d["metric"] == "accuracy"
+    assert d["retention"]["a_general"]["metric"] == "loss"
+    assert d["retention"]["a_general"]["judged"] in rt.JUDGED
+    assert d["label_before"]
+    assert {"loss", "perplexity", "bits_per_byte"} <= set(m["models"]["trl"]["a_general"])
+    assert "accuracy" in m["models"]["trl"]["test"]
+    assert set(m["subjects"]["a_general"]) == {"journal", "textbook"}
+    assert m["subjects"]["a_general"]["journal"]["trl"]["loss"]["n"] == 12
+    assert "a_general" in d["sentence"]
+    assert json.dumps(m["retention"])
+    assert m["retention"]["budget"] == 0.01
+    keys = [f"dataset.sets={{a_general: {texts}}}", "evaluation.retention=[a_general]"]
+    without_budget = ev.figures(Run(run.path, load_recipe("quickstart", keys)))
+    assert "label_before" not in without_budget["verdict"]["trl"]
+    assert "judged" not in without_budget["retention"]["models"]["trl"]["a_general"]
 
 
 def test_questions_may_be_what_a_text_must_not_unlearn(tmp_path, base, texts):
@@ -339,37 +307,25 @@ def test_questions_may_be_what_a_text_must_not_unlearn(tmp_path, base, texts):
     run = Run.create(r, root=tmp_path / "runs")
     data.prepare(run)
     m = scored(run, *base)
-    assert (
-        m["main"] == "test"
-        and m["verdict"]["trl"]["metric"] == "loss"
-        and m["retention"]["models"]["trl"]["asked"]["metric"] == "accuracy"
-        and m["verdict"]["trl"]["retention"]["asked"]["judged"]
-    )
+    assert m["main"] == "test"
+    assert m["verdict"]["trl"]["metric"] == "loss"
+    assert m["retention"]["models"]["trl"]["asked"]["metric"] == "accuracy"
+    assert m["verdict"]["trl"]["retention"]["asked"]["judged"]
 
 
 def test_a_retention_set_has_its_own_labels(tmp_path, base):
-    at = tmp_path / "labelled.jsonl"
-    at.write_text(
-        "".join(
-            json.dumps(
-                dict(
-                    text=f"note {i} says {'fine' if i % 2 else 'ill'}",
-                    label=["well", "sick"][i % 2],
-                )
-            )
-            + "\n"
-            for i in range(12)
-        )
-    )
+    notes = [
+        dict(text=f"note {i} says {'fine' if i % 2 else 'ill'}", label=["well", "sick"][i % 2])
+        for i in range(12)
+    ]
+    path = write_rows(tmp_path / "labelled.jsonl", notes)
     run = tuned_on_questions(
-        tmp_path, f"dataset.sets={{moods: {at}}}", "evaluation.retention=[moods]"
+        tmp_path, f"dataset.sets={{moods: {path}}}", "evaluation.retention=[moods]"
     )
     rows = data.load_split(run, "moods").to_list()
-    assert (
-        len(rows) == 12
-        and {tuple(o.strip() for o in r["options"]) for r in rows}
-        and all(len(r["options"]) == 2 for r in rows)
-    )
+    assert len(rows) == 12
+    assert {tuple(o.strip() for o in r["options"]) for r in rows}
+    assert all(len(r["options"]) == 2 for r in rows)
 
 
 def test_a_packed_corpus_takes_a_retention_set_beside_it(tmp_path, base, texts):
@@ -401,46 +357,34 @@ def test_a_packed_corpus_takes_a_retention_set_beside_it(tmp_path, base, texts):
     )
     run = Run.create(r, root=tmp_path / "runs")
     report = data.prepare(run)
-    assert (
-        report["splits"]["asked"] == 20 == len(data.load_split(run, "asked"))
-        and report["splits"]["train"]
-        and {"asked", "test"} == set(data.scored_sets(run))
-        and report["rows_out"] == sum(report["splits"].values())
-    )
+    assert report["splits"]["asked"] == 20 == len(data.load_split(run, "asked"))
+    assert report["splits"]["train"]
+    assert {"asked", "test"} == set(data.scored_sets(run))
+    assert report["rows_out"] == sum(report["splits"].values())
     m = scored(run, *base)
-    assert m["main"] == "test" and m["retention"]["models"]["trl"]["asked"]["metric"] == "accuracy"
+    assert m["main"] == "test"
+    assert m["retention"]["models"]["trl"]["asked"]["metric"] == "accuracy"
 
 
 @on_real_rows
 def test_real_articles_and_chapters_are_told_apart_by_source(tmp_path, base, folder):
-    import gzip
-
-    at = tmp_path / "cpt.jsonl"
     n = 9 if folder == SMALL else 10  # four articles are shipped
-    with at.open("w") as out:
-        for name in ("plos_articles", "openstax_ap2e"):
-            with gzip.open(folder / f"cpt_text/{name}.jsonl.gz", "rt") as f:
-                for line, _ in zip(f, range(5)):
-                    d = json.loads(line)
-                    out.write(
-                        json.dumps(dict(id=d["id"], text=d["text"][:1500], source=d["source"]))
-                        + "\n"
-                    )
+    rows = []
+    for name in ("plos_articles", "openstax_ap2e"):
+        with gzip.open(folder / f"cpt_text/{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            for row in map(json.loads, islice(lines, 5)):
+                rows.append(dict(id=row["id"], text=row["text"][:1500], source=row["source"]))
+    path = write_rows(tmp_path / "cpt.jsonl", rows)
     run = tuned_on_questions(
         tmp_path,
-        f"dataset.sets={{books: {at}}}",
+        f"dataset.sets={{books: {path}}}",
         "evaluation.retention=[books]",
         "evaluation.forgetting=0.2",
     )
     m = scored(run, *base)
-    assert (
-        len(m["subjects"]["books"]) == 2
-        and sum(s["base"]["loss"]["n"] for s in m["subjects"]["books"].values()) == n
-        and m["verdict"]["trl"]["retention"]["books"]["n"] == n
-    )
+    assert len(m["subjects"]["books"]) == 2
+    assert sum(s["base"]["loss"]["n"] for s in m["subjects"]["books"].values()) == n
+    assert m["verdict"]["trl"]["retention"]["books"]["n"] == n
     whole = m["models"]["base"]["books"]["loss"]["value"]
-    assert (
-        min(p := [s["base"]["loss"]["value"] for s in m["subjects"]["books"].values()])
-        <= whole
-        <= max(p)
-    )
+    by_source = [s["base"]["loss"]["value"] for s in m["subjects"]["books"].values()]
+    assert min(by_source) <= whole <= max(by_source)

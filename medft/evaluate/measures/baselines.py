@@ -1,4 +1,4 @@
-"""What a comparison of numbers, of names, or of a few similarities reaches on the very pairs that a language model is scored on.
+"""What a comparison of numbers, of names, or of a few similarities reaches on the same pairs that a language model is scored on.
 
 Docs: https://medft.github.io/medft/evaluate/measures/baselines.html.md"""
 
@@ -21,42 +21,51 @@ import numpy as np
 # %% ../../../nbs/evaluate/measures/baselines.ipynb #c005
 def read_pairs(
     run,
-    entry,  # of the recipe: train, validation, test or a set; one that it has not was cut out of the training rows
+    entry,  # of the recipe: train, validation, test or a set; otherwise cut from the training rows
 ) -> dict:  # id -> (left, right, label), the records with every usual field
-    "The pairs of records behind an entry. Raises `MedftError` when its rows are no pairs, or no objects."
-    d, seen, found = run.recipe.dataset, set(), {}
+    """The pairs of records that an entry was read from.
+
+    Raises `MedftError` if its rows are no pairs of objects.
+    """
+    dataset = run.recipe.dataset
     entries = recipe_sources.open_sources(run.recipe).entries
-    for part in entries.get(entry, entries["train"])[0]:
-        reading = schemas.read_examples(
-            sources.rows(part), part.name, d, sources.features(part), seen
-        )
-        for n, row, ex, _ in (x for x in reading if x[2]):
-            found[ex["id"]] = (
-                *(_fields(row.get(reading.renames.get(k, k)), part, n) for k in ("left", "right")),
-                ex.get("answer"),
-            )
+    parts = entries.get(entry, entries["train"])[0]
+    seen, found = set(), {}
+    for part in parts:
+        rows, features = sources.rows(part), sources.features(part)
+        reading = schemas.read_examples(rows, part.name, dataset, features, seen)
+        for number, row, example, _ in reading:
+            if not example:
+                continue
+            where = f"{part.name}:{number}"
+            left = _fields(row.get(reading.renames.get("left", "left")), where)
+            right = _fields(row.get(reading.renames.get("right", "right")), where)
+            found[example["id"]] = (left, right, example.get("answer"))
     return found
 
 
-def _fields(record, part, n):
-    if isinstance(record := nested(record), dict):
+def _fields(record, where) -> dict:
+    "A record with every usual field."
+    record = nested(record)
+    if isinstance(record, dict):
         return dict.fromkeys(ALIGNED, "") | record
     raise MedftError(
-        f"{part.name}:{n}: evaluation.baselines compares the fields of two records (left, right), and there are none; leave the baseline out"
+        f"{where}: evaluation.baselines compares the fields of two records (left, right), and there"
+        " are none; leave the baseline out"
     )
 
 # %% ../../../nbs/evaluate/measures/baselines.ipynb #c006
 def pairs_of(
     run,
     split,  # a prepared split
-    entry=None,  # where its rows come from; None: its own entry, else cut out of the training rows
+    entry=None,  # of the recipe where its rows come from; None: the split's own name
 ) -> list[tuple]:  # (left, right, label) in the order of the prepared rows
     "The pairs of a prepared split."
-    known = read_pairs(run, entry or split)
-    return [known[i] for i in data.load_split(run, split)["id"]]
+    pairs = read_pairs(run, entry or split)
+    return [pairs[i] for i in data.load_split(run, split)["id"]]
 
 # %% ../../../nbs/evaluate/measures/baselines.ipynb #c010
-FIXED = dict(
+FIXED = dict(  # baseline -> rule of `linkage.RULES`
     all_positive="all positive",
     equal_ssn="equal SSN",
     equal_name_and_birth_date="equal name and birth date",
@@ -65,64 +74,64 @@ FIXED = dict(
 
 
 @register(*FIXED)
-def fixed_rule(run, name) -> dict:
-    "What one of the fixed rules says of every scored set; sure of it, right or wrong."
-    said = {
-        s: np.array([RULES[FIXED[name]](left, right) for left, right, _ in pairs_of(run, s)], int)
-        for s in data.scored_sets(run)
-    }
-    return {s: (x.astype(float), x) for s, x in said.items()}
+def fixed_rule(
+    run,
+    name,  # a key of `FIXED`
+) -> dict:  # scored set -> (probabilities: 0 or 1, choices)
+    "What one of the fixed rules predicts for every scored set."
+    rule = RULES[FIXED[name]]
+    found = {}
+    for split in data.scored_sets(run):
+        choice = np.array([rule(left, right) for left, right, _ in pairs_of(run, split)], int)
+        found[split] = (choice.astype(float), choice)
+    return found
 
 # %% ../../../nbs/evaluate/measures/baselines.ipynb #c013
 def similarities(
     left,  # a record
-    right,
+    right,  # a record
 ) -> list[float]:  # four for each field
-    "How like two records are, field by field."
+    "How similar two records are, field by field."
     from rapidfuzz.distance import JaroWinkler
 
-    both = [(a, b) for _, a, b in side_by_side(left, right)]
-    return [
-        float(x)
-        for a, b in both
-        for x in (
-            not (a and b),
-            a == b != "",
-            JaroWinkler.similarity(a, b) if a and b else 0,
-            a != b and sorted(a) == sorted(b),
-        )
-    ]
+    found = []
+    for _, a, b in side_by_side(left, right):
+        is_missing = not (a and b)
+        is_equal = a == b != ""
+        similarity = 0 if is_missing else JaroWinkler.similarity(a, b)
+        is_reordered = a != b and sorted(a) == sorted(b)
+        found += [float(x) for x in (is_missing, is_equal, similarity, is_reordered)]
+    return found
 
 # %% ../../../nbs/evaluate/measures/baselines.ipynb #c016
 def _features(run, split):
+    "(pairs, features) similarities of a split's pairs, and (pairs,) labels."
     pairs = pairs_of(run, split)
-    return np.array([similarities(left, right) for left, right, _ in pairs]), np.array(
-        [label for *_, label in pairs]
-    )
+    features = np.array([similarities(left, right) for left, right, _ in pairs])
+    return features, np.array([label for *_, label in pairs])
 
 # %% ../../../nbs/evaluate/measures/baselines.ipynb #c017
 @register("logistic_regression")
-def logistic_regression(run, name="logistic_regression") -> dict:
+def logistic_regression(
+    run, name="logistic_regression"
+) -> dict:  # scored set -> (probabilities, choices)
     "Logistic regression on the similarities of fields, learned from the run's training rows."
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model, threshold = (
-        make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(
-            *_features(run, "train")
-        ),
-        0.5,
-    )
-
-    def says(x):
-        return model.predict_proba(x)[:, 1]
-
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    model.fit(*_features(run, "train"))
+    threshold = 0.5
     if (run.path / "data" / "validation").is_dir():
-        x, truth = _features(run, "validation")
-        threshold, _ = best_threshold(truth, says(x))
-    found = {s: says(_features(run, s)[0]) for s in data.scored_sets(run)}
-    return {s: (p, (p >= threshold).astype(int)) for s, p in found.items()}
+        features, truth = _features(run, "validation")
+        threshold, _ = best_threshold(truth, model.predict_proba(features)[:, 1])
+    found = {}
+    for split in data.scored_sets(run):
+        features, _ = _features(run, split)
+        p = model.predict_proba(features)[:, 1]
+        found[split] = (p, (p >= threshold).astype(int))
+    return found
 
-
+# %% ../../../nbs/evaluate/measures/baselines.ipynb #c017v
 PAIR_BASELINES = dict.fromkeys(FIXED, fixed_rule) | dict(logistic_regression=logistic_regression)

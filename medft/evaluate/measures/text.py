@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of text; what written answers are worth, how long they are, and how often they are none; each with an interval.
+"""Loss, perplexity and bits per byte of text; how good written answers are, how long, and how often they are empty, cut off, refused or endless; each with an interval.
 
 Docs: https://medft.github.io/medft/evaluate/measures/text.html.md"""
 
@@ -9,93 +9,106 @@ __all__ = ['RATES', 'MEANS', 'measure_answers', 'measure_text', 'beside', 'compa
 
 # %% ../../../nbs/evaluate/measures/text.ipynb #c002
 from ..statistics.intervals import figure, ratio, share, valued
-from ..statistics.verdicts import compare_choices, compare_sums, holm, sentence
+from medft.evaluate.statistics.verdicts import (
+    compare_choices,
+    compare_sums,
+    holm,
+    ratio_of_sums,
+    sentence,
+)
 
 import math
 
 import numpy as np
 
 # %% ../../../nbs/evaluate/measures/text.ipynb #c004
-RATES = dict(
+RATES = dict(  # figure -> its column: true or false
     exact_match="exact", refusal="refusal", endless="endless"
-)  # figure -> its column: true or false
-MEANS = dict(token_f1="f1", rouge_l="rouge_l", bertscore="bertscore", answer_tokens="answer_tokens")
+)
+MEANS = dict(  # figure -> its column: a number
+    token_f1="f1", rouge_l="rouge_l", bertscore="bertscore", answer_tokens="answer_tokens"
+)
 
 
-def measure_answers(frame, confidence=0.95) -> dict:
+def measure_answers(
+    frame,  # predictions with written answers
+    confidence=0.95,
+) -> dict:  # name -> figure
     "Figures of written answers: those whose columns a file has."
-    mean, have = (
-        lambda c: ratio(frame[c].to_numpy(float), np.ones(len(frame))),
-        lambda some: {m: c for m, c in some.items() if c in frame},
-    )
-    wanted = {m: mean(c) for m, c in have(MEANS).items()}
+    rates = {metric: frame[column] for metric, column in RATES.items() if column in frame}
+    rates["empty"] = frame.answer.str.strip() == ""
+    if "ended" in frame:
+        rates["truncated"] = ~frame.ended
+    ones = np.ones(len(frame))
+    means = {
+        metric: ratio(frame[column].to_numpy(float), ones)
+        for metric, column in MEANS.items()
+        if column in frame
+    }
     if "reference_tokens" in frame:
-        wanted["length_ratio"] = ratio(
+        means["length_ratio"] = ratio(
             frame.answer_tokens.to_numpy(float), frame.reference_tokens.to_numpy(float)
         )
-    rates = (
-        {m: frame[c] for m, c in have(RATES).items()}
-        | dict(empty=frame.answer.str.strip() == "")
-        | (dict(truncated=~frame.ended) if "ended" in frame else {})
-    )
-    return {m: share(x, confidence, frame.group) for m, x in rates.items()} | valued(
-        wanted, frame.group, confidence
-    )
+    figures = {metric: share(x, confidence, frame.group) for metric, x in rates.items()}
+    return figures | valued(means, frame.group, confidence)
 
 # %% ../../../nbs/evaluate/measures/text.ipynb #c010
-def measure_text(frame, confidence=0.95) -> dict:
-    "Figures of scored text; of written answers too where there are any."
-    nll, tokens, n = frame.nll.to_numpy(), frame.tokens.to_numpy(), len(frame)
-    wanted = dict(loss=ratio(nll, tokens)) | (
-        dict(bits_per_byte=ratio(nll, frame.bytes.to_numpy() * math.log(2)))
-        if frame.bytes.sum()
-        else {}
-    )
-    out = valued(wanted, frame.group, confidence)
-    out["perplexity"] = figure(
-        *(
-            math.nan if x is None else math.exp(x)
-            for x in (out["loss"]["value"], *out["loss"]["ci95"])
-        ),
-        n,
-    )
-    return out | (measure_answers(frame, confidence) if "exact" in frame else {})
+def measure_text(
+    frame,  # predictions: nll (nats), tokens and bytes of every row
+    confidence=0.95,
+) -> dict:  # name -> figure, the main one first
+    "Figures of scored text, and of written answers where there are any."
+    nll = frame.nll.to_numpy()
+    statistics = dict(loss=ratio(nll, frame.tokens.to_numpy()))
+    if frame.bytes.sum():
+        statistics["bits_per_byte"] = ratio(nll, frame.bytes.to_numpy() * math.log(2))
+    found = valued(statistics, frame.group, confidence)
+    loss = found["loss"]
+    perplexity = [math.nan if x is None else math.exp(x) for x in (loss["value"], *loss["ci95"])]
+    found["perplexity"] = figure(*perplexity, len(frame))
+    if "exact" in frame:
+        found |= measure_answers(frame, confidence)
+    return found
 
 # %% ../../../nbs/evaluate/measures/text.ipynb #c015
-def beside(a, b, confidence=0.95) -> dict:
-    "metric -> comparison b - a of written answers to the same questions."
+def beside(
+    a,
+    b,  # written answers to the same questions
+    confidence=0.95,
+) -> dict:  # metric -> comparison b - a
+    "Comparisons of written answers, besides the verdict."
 
-    def table(f, c):
-        return np.stack([f[c].to_numpy(float), np.ones(len(f))], 1)
+    def sums(frame, column):  # (rows, 2)
+        return np.stack([frame[column].to_numpy(float), np.ones(len(frame))], 1)
 
-    found = {
-        m: compare_sums(
-            m, lambda s: s[..., 0] / s[..., 1], table(a, c), table(b, c), a.group, confidence
-        )
-        for m, c in MEANS.items()
-        if m != "answer_tokens" and c in a and c in b
-    }
-    return found | dict(
-        exact_match=compare_choices(a.exact, b.exact, confidence, a.group)
-        | dict(metric="exact_match")
-    )
+    found = {}
+    for metric, column in MEANS.items():
+        if metric != "answer_tokens" and column in a and column in b:
+            found[metric] = compare_sums(
+                metric, ratio_of_sums, sums(a, column), sums(b, column), a.group, confidence
+            )
+    exact_match = compare_choices(a.exact, b.exact, confidence, a.group)
+    return found | dict(exact_match=exact_match | dict(metric="exact_match"))
 
-
-def compare_answers(run, frames, metrics) -> dict:
-    "For `evaluate.PARTS`: {answers: {model: {metric: comparison with the base}}} on the main set, where answers were written."
-    main, than, confidence = (
-        metrics["main"],
-        f"the {metrics['names'].get('base', 'base')}",
-        metrics["confidence"],
-    )
-    if "exact" not in frames["base", main]:
+# %% ../../../nbs/evaluate/measures/text.ipynb #c015a
+def compare_answers(
+    run,
+    frames,  # (model, set) -> predictions
+    metrics,  # metrics.json so far
+) -> dict:  # answers: model -> metric -> comparison with the base
+    "For `evaluate.PARTS`: written answers compared on the main set, where there are any."
+    main, confidence = metrics["main"], metrics["confidence"]
+    base = frames["base", main]
+    if "exact" not in base:
         return {}
-    pairs = {
-        (who, m): d
-        for who in metrics["verdict"]
-        for m, d in beside(frames["base", main], frames[who, main], confidence).items()
-    }
-    told, out = dict(zip(pairs, holm(list(pairs.values()), confidence))), {}
-    for (who, m), d in told.items():
-        out.setdefault(who, {})[m] = d | dict(sentence=sentence(d, who, than, main))
-    return dict(answers=out)
+    comparisons = {}
+    for model in metrics["verdict"]:
+        for metric, comparison in beside(base, frames[model, main], confidence).items():
+            comparisons[model, metric] = comparison
+    corrected = holm(list(comparisons.values()), confidence)
+    than = f"the {metrics['names'].get('base', 'base')}"
+    found = {}
+    for (model, metric), d in zip(comparisons, corrected, strict=True):
+        with_sentence = d | dict(sentence=sentence(d, model, than, main))
+        found.setdefault(model, {})[metric] = with_sentence
+    return dict(answers=found)
