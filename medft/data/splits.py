@@ -167,7 +167,7 @@ ROOMS = (
     " data/reading/chat_formats data/reading/list_cells data/reading/option_texts"
     " data/reading/multiple_choice core/identity data/reading/free_text data/reading/schemas"
     " data/chat_templates data/tokens data/prompts data/quality/identifiers"
-    " data/quality/minhash data/quality/near_duplicates data/quality/checks"
+    " data/quality/near_duplicates data/quality/near_duplicates data/quality/checks"
     " data/quality/leakage data/quality/canaries data/staging data/splits"
     " data/prepare/cleaning data/pipeline"
 ).split()  # modules that decide what a prepared row holds

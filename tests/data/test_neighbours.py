@@ -1,8 +1,8 @@
 """Near-duplicates, groups and benchmark overlap: against brute force, and on planted copies."""
 
 from medft.core.run import MedftError
-from medft.data.quality import minhash as sh
 from medft.data.quality import near_duplicates as nb
+from medft.data.quality import near_duplicates as sh
 
 import itertools
 import json

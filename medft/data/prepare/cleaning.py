@@ -13,7 +13,7 @@ __all__ = ['STEPS', 'WORDS_IN_RUN', 'LONGEST', 'CHARACTERS_PER_TASK', 'ROWS_PER_
 from ...core.identity import identities, identity_columns
 from ...core.run import MedftError, Model, Recipe
 from ...core.text_keys import text_key
-from ..quality.minhash import PERMUTATIONS, mix
+from ..quality.near_duplicates import PERMUTATIONS, mix
 from ..reading.articles import files_of, read_xml
 from ..reading.formats import rows as source_rows
 from ..reading.free_text import from_patient, from_text

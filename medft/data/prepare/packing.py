@@ -11,7 +11,7 @@ __all__ = ['PICKLE_PROTOCOL', 'SCHEMA', 'OPEN', 'SPLITS', 'serve', 'Worker', 'Cr
 # %% ../../../nbs/data/prepare/packing.ipynb #c003
 from ...core.run import MedftError, peak_rss
 from .cleaning import Work, tokens_of
-from ..quality.minhash import bands
+from ..quality.near_duplicates import bands
 
 import hashlib
 import os
