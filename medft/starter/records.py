@@ -9,7 +9,7 @@ __all__ = ['syllables', 'places', 'history', 'changes', 'short', 'invent_name', 
            'parts', 'spoil', 'unlike', 'pair', 'record_pairs', 'verdict', 'practice_pair', 'exercise']
 
 # %% ../../nbs/starter/records.ipynb #c003
-from ..data.prepare.record_pairs import spoil as err
+from ..data.prepare.linkage import spoil as err
 from ..data.reading.patients import aligned_field, side_by_side
 
 import random

@@ -2,8 +2,7 @@
 
 from medft.core.run import MedftError
 from medft.data.prepare import linkage
-from medft.data.prepare.linkage import baselines, prepare_pairs
-from medft.data.prepare.record_pairs import CHANGES, KINDS
+from medft.data.prepare.linkage import CHANGES, KINDS, baselines, prepare_pairs
 from medft.data.reading.patients import pair_text
 
 import csv
