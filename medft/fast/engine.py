@@ -10,7 +10,7 @@ __all__ = ['TOLERANCE', 'LOGIT_SCALES', 'TRAINS_MORE', 'FRESH_INITS', 'UnpaddedB
            'trains_only_adapters', 'narrowed', 'fast_trainer', 'wants_bf16', 'trainer_of', 'train_fast']
 
 # %% ../../nbs/04_fast.ipynb #c003
-from ..core.engines import kept_plain
+from ..core.recipe import kept_plain
 from ..core.run import MedftError, forget_peak, open_run
 from ..data.pipeline import ensure_data, load_tokenizer
 from .loss import supervised_loss

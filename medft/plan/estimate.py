@@ -11,7 +11,7 @@ __all__ = ['CHECKPOINT', 'FOUR_BITS', 'ADAPTER', 'FAMILY_OF', 'of_rows', 'is_her
 
 # %% ../../nbs/07_plan.ipynb #c002
 from ..core import recipe as recipes
-from ..core.engines import settled
+from ..core.recipe import settled
 from ..core.run import MedftError, Recipe, Run, read_json, runs_root, settle, write_json
 from ..data.pipeline import load_split, prepare
 from ..data.reading.recipe_sources import open_entry, open_sources

@@ -458,7 +458,7 @@ def test_every_room_that_decides_the_rows_decides_the_cache_too():
         "core.sections",
         "core.ranges",
         "core.recipe",
-        "core.engines",
+        "core.recipe",
     }  # what these decide is in the key itself: the resolved recipe
     said |= {
         "core.secrets",

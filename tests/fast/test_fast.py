@@ -2,7 +2,7 @@
 and its notes where something is left to the library. One process."""
 
 from medft.cli import runner
-from medft.core import engines
+from medft.core import recipe
 from medft.core import run as core
 from medft.core.run import MedftError, Run, load_recipe, read_json, sha256, write_json
 from medft.data import pipeline as data
@@ -241,7 +241,7 @@ def test_auto_chooses_by_machine_and_task_and_says_why(tmp_path, monkeypatch):
         (labels, "cuda", True, "fast"),
         (auto, "mps", False, "trl"),
     ):
-        chosen = engines.settled(r, device, unsloth)
+        chosen = recipe.settled(r, device, unsloth)
         assert chosen.engine == [expected] and chosen.engine_chosen.startswith(f"{expected}: ")
     with pytest.raises(MedftError, match="auto chooses by itself"):
         load_recipe("quickstart", ["engine=[auto, trl]"])
