@@ -11,7 +11,6 @@ __all__ = ['STARTER', 'UNSUPPORTED_TRAINING_KEYS', 'HANDED_ON', 'UNSUPPORTED_LOR
 
 # %% ../../nbs/core/recipe.ipynb #imports
 from .files import MedftError, find_recipe, nearest, shipped_recipes
-from .ranges import as_name
 from .secrets import public_url, redacted, remember_url, urls_in
 from medft.core.sections import (
     ENGINES,
@@ -19,6 +18,7 @@ from medft.core.sections import (
     Checks,
     Recipe,
     Section,
+    as_name,
     library_default,
     library_enums,
 )

@@ -1,6 +1,6 @@
 """Every key has a range: a value outside it is refused in one line, before anything is written."""
 
-from medft.core import ranges
+from medft.core import sections
 from medft.core.recipe import (
     BASELINES,
     UNSUPPORTED_LORA_KEYS,
@@ -97,16 +97,16 @@ def test_what_is_not_finite_is_found_at_any_depth():
 
 NUMBERS = {
     k: t
-    for k, t in (ranges.TRAINING_RANGES | ranges.LORA_RANGES).items()
-    if ranges.bounds(getattr(t, "__metadata__", ()))
+    for k, t in (sections.TRAINING_RANGES | sections.LORA_RANGES).items()
+    if sections.bounds(getattr(t, "__metadata__", ()))
 }
 
 
 @given(key=st.sampled_from(sorted(NUMBERS)), value=st.one_of(st.integers(), st.floats()))
 @settings(max_examples=150, deadline=None, database=None)
 def test_a_number_is_taken_exactly_within_its_range(key, value):
-    section = "training" if key in ranges.TRAINING_RANGES else "lora"
-    bounds = re.findall(r"([<>≤≥]) (-?[\d.,e+]+)", ranges.bounds(NUMBERS[key].__metadata__))
+    section = "training" if key in sections.TRAINING_RANGES else "lora"
+    bounds = re.findall(r"([<>≤≥]) (-?[\d.,e+]+)", sections.bounds(NUMBERS[key].__metadata__))
     within = {
         ">": lambda a, b: a > b,
         "≥": lambda a, b: a >= b,
@@ -122,12 +122,12 @@ def test_a_number_is_taken_exactly_within_its_range(key, value):
         taken = False
     if not inside or not math.isfinite(value) or (whole and isinstance(value, float)):
         assert not taken
-    elif abs(value) <= ranges.LARGEST:
+    elif abs(value) <= sections.LARGEST:
         assert taken
 
 
 def test_every_numeric_key_of_the_libraries_has_a_range():
-    for section, table in ranges.LIBRARY_RANGES.items():
+    for section, table in sections.LIBRARY_RANGES.items():
         fields = library_fields(section)
         assert set(table) <= set(fields), set(table) - set(fields)
         open_ = {
@@ -138,7 +138,7 @@ def test_every_numeric_key_of_the_libraries_has_a_range():
 
 def test_every_numeric_key_of_ours_has_a_range():
     for name, model in SECTIONS.items():
-        if name in ranges.LIBRARY_RANGES:
+        if name in sections.LIBRARY_RANGES:
             continue
         for key, field in model.model_fields.items():
             kinds = typing.get_args(field.annotation) or (field.annotation,)
@@ -146,7 +146,7 @@ def test_every_numeric_key_of_ours_has_a_range():
                 k in (int, float) or getattr(k, "__origin__", None) in (int, float) for k in kinds
             )
             if numeric:
-                assert ranges.range_of(field.annotation, field.metadata), f"{name}.{key}"
+                assert sections.range_of(field.annotation, field.metadata), f"{name}.{key}"
 
 
 REFUSED = [

@@ -456,7 +456,7 @@ def test_every_room_that_decides_the_rows_decides_the_cache_too():
         "data.pipeline",
         "core.files",
         "core.sections",
-        "core.ranges",
+        "core.sections",
         "core.recipe",
         "core.recipe",
     }  # what these decide is in the key itself: the resolved recipe
