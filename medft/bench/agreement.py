@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/bench/agreement.html.md"""
 __all__ = ['loss_gap', 'loss_tolerance', 'likelihood_gap', 'choice_tolerance', 'same_choices', 'disagreement', 'agreement']
 
 # %% ../../nbs/bench/agreement.ipynb #c002
-from ..evaluate.scoring.finite_scores import comparable
+from ..evaluate.scoring.log_likelihood import comparable
 
 import numpy as np
 

@@ -41,7 +41,7 @@ from medft.evaluate.plots import (
 )
 from .predictions import read_predictions, score_run
 from .scoring.benchmarks import about_benchmarks
-from .scoring.finite_scores import check_frame
+from .scoring.log_likelihood import check_frame
 from .scoring.predict import score_choices  # noqa: F401  starter imports it from here
 from .statistics.intervals import share  # noqa: F401  starter imports it from here
 from medft.evaluate.statistics.verdicts import (

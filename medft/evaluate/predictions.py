@@ -30,7 +30,7 @@ from medft.evaluate.scoring.external_models import (
     same_items,
     writes,
 )
-from .scoring.finite_scores import NonFiniteScores, check_frame
+from .scoring.log_likelihood import NonFiniteScores, check_frame
 from .scoring.predict import predict
 from ..model.load import labels_of, load_base, load_tuned
 from ..train.baseline import trained
@@ -135,7 +135,7 @@ def each_model(
 
 # %% ../../nbs/evaluate/predictions.ipynb #c010
 SCORING_CODE = (
-    "evaluate/scoring/predict data/reading/option_texts evaluate/scoring/finite_scores"
+    "evaluate/scoring/predict data/reading/option_texts evaluate/scoring/log_likelihood"
     " evaluate/scoring/shared_prefix evaluate/scoring/log_likelihood"
     " evaluate/scoring/generation evaluate/scoring/semantic_similarity data/chat_templates"
     " data/tokens evaluate/scoring/external_models"

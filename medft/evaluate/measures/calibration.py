@@ -10,7 +10,7 @@ __all__ = ['MAX_BINS', 'MIN_ROWS_PER_BIN', 'logits', 'probabilities', 'largest_b
            'fit_temperature', 'measure_calibration', 'temperature_of', 'calibrated']
 
 # %% ../../../nbs/evaluate/measures/calibration.ipynb #c002
-from ..scoring.finite_scores import check_frame
+from ..scoring.log_likelihood import check_frame
 from ..statistics.intervals import share, valued
 from ..statistics.verdicts import permutation_test
 

@@ -20,7 +20,7 @@ from medft.evaluate.measures.calibration import (
     proper_scores,
     stated_probabilities,
 )
-from ..scoring.finite_scores import check_frame, refuse_non_finite
+from ..scoring.log_likelihood import check_frame, refuse_non_finite
 from ..scoring.predict import choose, identity
 from medft.evaluate.statistics.intervals import (
     f1_per_label,

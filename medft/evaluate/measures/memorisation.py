@@ -10,7 +10,7 @@ __all__ = ['OPTIONS_PER_ROW', 'exposure', 'read_out', 'score_canaries', 'canary_
 
 # %% ../../../nbs/evaluate/measures/memorisation.ipynb #c002
 from ...data.quality.canaries import CANDIDATES, DIGITS, questions
-from ..scoring.finite_scores import check_frame, refuse_non_finite
+from ..scoring.log_likelihood import check_frame, refuse_non_finite
 from ..scoring.predict import score_choices
 from ..statistics.intervals import figure
 

@@ -11,8 +11,7 @@ __all__ = ['REFUSALS', 'normalised_words', 'exact', 'token_f1', 'rouge_l', 'ends
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #c002
 from ...data.chat_templates import template
 from ...data.tokens import encode
-from .finite_scores import NonFiniteScores
-from .log_likelihood import in_batches, pad, token_budget
+from .log_likelihood import NonFiniteScores, in_batches, pad, token_budget
 from .semantic_similarity import Encoder, bert_scores
 
 import re

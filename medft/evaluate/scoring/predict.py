@@ -15,13 +15,14 @@ from ...data.chat_templates import template
 from ...data.prompts import LETTERS, MARKS
 from ...data.reading.option_texts import keeps_its_order
 from ...data.tokens import encode
-from .finite_scores import check_frame, refuse_non_finite
 from .generation import answered
 from medft.evaluate.scoring.log_likelihood import (
     by_rows,
+    check_frame,
     check_head,
     in_batches,
     pad,
+    refuse_non_finite,
     score_rows,  # noqa: F401  tests/evaluate/test_evaluate.py imports it from here
     token_budget,
 )
