@@ -137,7 +137,7 @@ def each_model(
 SCORING_CODE = (
     "evaluate/scoring/predict data/reading/option_texts evaluate/scoring/log_likelihood"
     " evaluate/scoring/shared_prefix evaluate/scoring/log_likelihood"
-    " evaluate/scoring/generation evaluate/scoring/semantic_similarity data/chat_templates"
+    " evaluate/scoring/generation evaluate/scoring/generation data/chat_templates"
     " data/tokens evaluate/scoring/external_models"
 ).split()
 BENCHMARK_CODE = ["evaluate/scoring/harness", "evaluate/scoring/benchmarks"]

@@ -5,8 +5,8 @@ from medft.data import pipeline as data
 from medft.evaluate import metrics as ev
 from medft.evaluate.measures import text as written
 from medft.evaluate.scoring import generation as answers
+from medft.evaluate.scoring import generation as meaning
 from medft.evaluate.scoring import predict as scoring
-from medft.evaluate.scoring import semantic_similarity as meaning
 from medft.model.load import load_base
 
 import json
