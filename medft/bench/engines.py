@@ -22,8 +22,7 @@ from medft.bench.rounds import (
     speed,
 )
 from ..core.run import MedftError, load_recipe, read_json, runs_root, write_json
-from ..model.families import load_config, model_class
-from ..model.shapes import shape_config
+from ..model.families import load_config, model_class, shape_config
 
 import shutil
 import statistics

@@ -13,7 +13,7 @@ __all__ = ['SHORT', 'FEW', 'CHECKPOINTING', 'HEAP_FORBIDDEN', 'LLAMA', 'SMALL_LL
 # %% ../../nbs/bench/plan_evidence.ipynb #pe02
 # core comes first: it sets switches that the libraries read
 from ..core.run import MedftError, Recipe, cpu_name, device, load_recipe, read_json
-from ..model.shapes import shape_model
+from ..model.families import shape_model
 from ..plan import peak_memory as peak
 
 import os

@@ -13,7 +13,7 @@ from .measurement import joules
 from ..core.run import MedftError, Run, assets, device, load_recipe, nearest, write_json
 from ..core.sections import ENGINES
 from ..data.pipeline import load_split, prepare
-from ..model.shapes import shape_model
+from ..model.families import shape_model
 from ..train.baseline import has_bfloat16
 
 import json

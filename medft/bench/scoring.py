@@ -24,8 +24,7 @@ from medft.core.run import (
 from ..data.pipeline import load_tokenizer, prepare
 from ..evaluate.scoring.harness import harness, log_likelihoods, referee
 from ..evaluate.scoring.predict import chosen, rendered, score_choices
-from ..model.families import config_of, model_class
-from ..model.shapes import shape_model
+from ..model.families import config_of, model_class, shape_model
 
 import json
 import os

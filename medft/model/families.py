@@ -9,13 +9,19 @@ __all__ = ['LLAMA3', 'SIGLIP', 'NANO', 'GEMMA4B', 'PUBLISHED', 'NAMES', 'TYPES',
            'EYE', 'MAX_TINY', 'TEXT_ONLY', 'TARGETS', 'TEXT_PARTS', 'ADAPTERS', 'published', 'family_of',
            'nemotron_classifier', 'with_exact_head', 'model_class', 'refuse_hub_code', 'config_of', 'load_config',
            'meta_model', 'count', 'kinds', 'smaller', 'shrink', 'tiny_config', 'build_tiny', 'lora_targets',
-           'freeze_vision', 'adapter_kind', 'refusal']
+           'freeze_vision', 'adapter_kind', 'refusal', 'shape_names', 'shape_config', 'shape_model']
 
-# %% ../../nbs/model/families.ipynb #c002
-from ..core.run import MedftError, Recipe, assets, model_path
+# %% ../../nbs/model/families.ipynb #imports
+from ..core.run import MedftError, Recipe, assets, model_path, nearest, read_json, runs_root
 from ..data.chat_templates import why
+from ..data.pipeline import load_tokenizer
 
 import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -454,3 +460,61 @@ def refusal(family: str | None, task: str, adapter: str, engine: str) -> str | N
     if adapter == "8bit":
         return "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl, fast]"
     return None
+
+# %% ../../nbs/model/families.ipynb #c005a
+def shape_names() -> list[str]:
+    "The shapes known by name."
+    return sorted(p.stem for p in (assets() / "shapes").glob("*.json")) + list(NAMES)
+
+
+def shape_config(
+    name: str,  # of a shape or family; or a folder or file with a configuration
+):
+    "A shape's configuration. Raises `MedftError` naming the nearest."
+    if name in NAMES:
+        return published(name)
+    for path in (assets() / "shapes" / f"{name}.json", Path(name), Path(name) / "config.json"):
+        if path.is_file():
+            return AutoConfig.for_model(**read_json(path))
+    raise MedftError(
+        f"--shape: no shape {name!r}{nearest(name, shape_names())}; there are"
+        f" {', '.join(shape_names())}, and folders with a config.json"
+    )
+
+# %% ../../nbs/model/families.ipynb #c009a
+def shape_model(
+    recipe,  # whose tokenizer goes with it
+    name: str,  # of a shape
+    seed: int = 0,
+) -> Path:
+    "A folder with a random model of that shape and the recipe's tokenizer; made once, and kept."
+    config = shape_config(name)
+    text_config = config.get_text_config()
+    tok = load_tokenizer(recipe)
+    if len(tok) > text_config.vocab_size:
+        raise MedftError(
+            f"--shape {name}: its vocabulary has {text_config.vocab_size:,} tokens,"
+            f" the recipe's tokenizer {len(tok):,}"
+        )
+    for part in (config, text_config):
+        part.pad_token_id = tok.pad_token_id
+        part.eos_token_id = tok.eos_token_id
+        part.bos_token_id = tok.bos_token_id
+    described = [config.to_dict(), len(tok), recipe.model.name, seed]
+    key = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+    folder = runs_root() / ".bench" / "models" / f"{Path(name).stem}-{key[:8]}"
+    if not (folder / "config.json").exists():
+        _write_shape_model(config, tok, folder, seed)
+    return folder
+
+
+def _write_shape_model(config, tok, folder, seed):
+    import torch
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    unfinished.chmod(0o755)
+    build_tiny(config, unfinished, seed, dtype=torch.bfloat16)
+    tok.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)

@@ -18,7 +18,7 @@ from medft.bench import (
     rounds as turns,
 )
 from medft.core.run import MedftError, load_recipe, read_json
-from medft.model import shapes
+from medft.model import families
 
 import json
 import os
@@ -152,7 +152,7 @@ def test_work_is_counted_on_the_modules():
         full[1] == lora[1] * 6 // 4 and full[0] > lora[0]
     )  # all trained: three products a weight instead of two; a head on top of an adapter is frozen
     for name in ("llama-160m", "gemma-3-270m"):
-        assert shapes.shape_config(name).get_text_config().num_hidden_layers in (12, 18)
+        assert families.shape_config(name).get_text_config().num_hidden_layers in (12, 18)
 
 
 @pytest.fixture(scope="module")

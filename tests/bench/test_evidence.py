@@ -750,7 +750,7 @@ def test_all_rows_of_the_plan_have_their_recipes(tmp_path):
 
 
 def assert_predicted(folder, rows):
-    from medft.model import shapes
+    from medft.model import families
     from medft.model.families import load_config
     from medft.plan import peak_memory as peak
 
@@ -760,7 +760,7 @@ def assert_predicted(folder, rows):
         model = None
         if row.shape:
             model = folder / row.shape
-            shapes.shape_config(row.shape).save_pretrained(
+            families.shape_config(row.shape).save_pretrained(
                 model
             )  # its configuration is enough to predict
         recipe = plan_evidence.recipe_of(row, model)

@@ -335,7 +335,7 @@ def test_the_measured_peak_is_within_a_tenth(engine, tmp_path):
 def test_a_measured_speed_is_used():
     "Of the shipped evidence, for every model, engine and kind of adapter that it holds."
     from medft.core.run import assets
-    from medft.model.shapes import shape_config
+    from medft.model.families import shape_config
 
     import json
 
