@@ -161,7 +161,7 @@ def truncation(
 
 # %% ../../nbs/data/splits.ipynb #c017
 ROOMS = (
-    "core/text_keys data/reading/group_names data/reading/split_names"
+    "core/identity core/identity data/reading/split_names"
     " data/quality/broken_text data/reading/formats data/reading/hub data/reading/sources"
     " data/reading/recipe_sources data/reading/articles data/reading/patients"
     " data/reading/chat_formats data/reading/list_cells data/reading/option_texts"

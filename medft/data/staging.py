@@ -12,7 +12,7 @@ __all__ = ['STRING', 'STRINGS', 'STAGED', 'ROWS_PER_CHUNK', 'LISTED_REASONS', 'C
            'hold_out', 'limit_training_rows']
 
 # %% ../../nbs/data/staging.ipynb #c002
-from ..core.identity import group_rows
+from ..core.identity import group_rows, join_group_names
 from ..core.run import MedftError
 from . import prompts
 from .prompts import question_text
@@ -22,7 +22,6 @@ from .quality import near_duplicates as neighbours
 from .reading import schemas, sources
 from .reading.chat_formats import FORMATS, headers
 from .reading.free_text import among, fold_labels
-from .reading.group_names import join_group_names
 from .reading.list_cells import missing_kind
 
 import json

@@ -19,9 +19,9 @@ from medft.bench import (
 from medft.bench import (
     scoring as bench_scoring,
 )
+from medft.core import identity
 from medft.core.run import MedftError, Recipe, assets, load_recipe
 from medft.data import staging
-from medft.data.reading import group_names
 from medft.evaluate import diagrams
 from medft.evaluate import forest_plots as forest
 from medft.evaluate import metrics as evaluate
@@ -92,10 +92,8 @@ def test_a_name_that_holds_the_separator_stays_one_name():
         dict(id="1", prompt="q", completion="a"),
         1,
     )
-    assert group_names.split_group_names(row["group"]) == ["document Smith & Sons", "focus A&B"]
-    assert (
-        st.owners([row["group"], group_names.join_group_names(["document Smith & Wesson"])])[1] == 2
-    )
+    assert identity.split_group_names(row["group"]) == ["document Smith & Sons", "focus A&B"]
+    assert st.owners([row["group"], identity.join_group_names(["document Smith & Wesson"])])[1] == 2
 
 
 def test_both_patients_of_a_pair_part_train_and_test():

@@ -1,8 +1,7 @@
 """Texts in their many forms: owners of rows, equal texts, conversations in one string, repair."""
 
-from medft.core.identity import group_rows, identity, identity_columns, kind_of_column
+from medft.core.identity import group_rows, identity, identity_columns, kind_of_column, text_key
 from medft.core.run import MedftError, Run, load_recipe
-from medft.core.text_keys import text_key
 from medft.data import pipeline as data
 from medft.data.quality import leakage as leaks
 from medft.data.quality.broken_text import damage, repair

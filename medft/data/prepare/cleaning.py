@@ -10,9 +10,8 @@ __all__ = ['STEPS', 'WORDS_IN_RUN', 'LONGEST', 'CHARACTERS_PER_TASK', 'ROWS_PER_
            'units_of', 'tasks_of']
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c003
-from ...core.identity import identities, identity_columns
+from ...core.identity import identities, identity_columns, text_key
 from ...core.run import MedftError, Model, Recipe
-from ...core.text_keys import text_key
 from ..quality.near_duplicates import PERMUTATIONS, mix
 from ..reading.articles import files_of, read_xml
 from ..reading.formats import rows as source_rows

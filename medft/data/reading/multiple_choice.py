@@ -12,8 +12,8 @@ __all__ = ['OPTIONS', 'MORE_OPTIONS', 'LETTERS', 'DECISIONS', 'Reject', 'cell', 
            'from_medqa', 'from_medqa_hf', 'from_pubmedqa']
 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c002
+from ...core.identity import text_key
 from ...core.run import MedftError
-from ...core.text_keys import text_key
 from .list_cells import UnreadableCell, looks_printed, missing_kind, read_printed
 from .option_texts import option_label, unlettered
 

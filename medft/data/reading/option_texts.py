@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/data/reading/option_texts.html.md"""
 __all__ = ['option_label', 'unlettered', 'refers_to_others', 'keeps_its_order']
 
 # %% ../../../nbs/data/reading/option_texts.ipynb #o002
-from ...core.text_keys import text_key
+from ...core.identity import text_key
 
 import re
 import unicodedata

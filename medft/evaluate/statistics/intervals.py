@@ -12,7 +12,7 @@ __all__ = ['FEW_GROUPS', 'ASSUMED_CORRELATION', 'BOUNDED_METRICS', 'SHARE_METRIC
            'detectable', 'detectable_mean']
 
 # %% ../../../nbs/evaluate/statistics/intervals.ipynb #c002
-from ...data.reading.group_names import split_group_names
+from ...core.identity import split_group_names
 
 import math
 
