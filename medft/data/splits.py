@@ -164,7 +164,7 @@ ROOMS = (
     "core/identity core/identity data/reading/split_names"
     " data/quality/broken_text data/reading/formats data/reading/hub data/reading/sources"
     " data/reading/recipe_sources data/reading/articles data/reading/patients"
-    " data/reading/chat_formats data/reading/list_cells data/reading/option_texts"
+    " data/reading/chat_formats data/reading/answer_options data/reading/answer_options"
     " data/reading/multiple_choice core/identity data/reading/free_text data/reading/schemas"
     " data/chat_templates data/tokens data/prompts data/quality/identifiers"
     " data/quality/near_duplicates data/quality/near_duplicates data/quality/checks"

@@ -20,9 +20,9 @@ from .quality import canaries, checks
 from .quality import leakage as leaks
 from .quality import near_duplicates as neighbours
 from .reading import schemas, sources
+from .reading.answer_options import missing_kind
 from .reading.chat_formats import FORMATS, headers
 from .reading.free_text import among, fold_labels
-from .reading.list_cells import missing_kind
 
 import json
 from collections import Counter

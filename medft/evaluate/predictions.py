@@ -135,7 +135,7 @@ def each_model(
 
 # %% ../../nbs/evaluate/predictions.ipynb #c010
 SCORING_CODE = (
-    "evaluate/scoring/predict data/reading/option_texts evaluate/scoring/log_likelihood"
+    "evaluate/scoring/predict data/reading/answer_options evaluate/scoring/log_likelihood"
     " evaluate/scoring/shared_prefix evaluate/scoring/log_likelihood"
     " evaluate/scoring/generation evaluate/scoring/generation data/chat_templates"
     " data/tokens evaluate/scoring/external_models"

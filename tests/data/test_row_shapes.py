@@ -3,8 +3,15 @@
 from medft.core.run import Dataset, MedftError, Run, load_recipe
 from medft.data import pipeline as data
 from medft.data.chat_templates import load_tokenizer
+from medft.data.reading.answer_options import (
+    UnreadableCell,
+    keeps_its_order,
+    missing_kind,
+    read_printed,
+    refers_to_others,
+    unlettered,
+)
 from medft.data.reading.free_text import fold_labels, from_label, from_messages
-from medft.data.reading.list_cells import UnreadableCell, missing_kind, read_printed
 from medft.data.reading.multiple_choice import (
     Reject,
     from_medqa,
@@ -13,7 +20,6 @@ from medft.data.reading.multiple_choice import (
     passages,
     plain_answer,
 )
-from medft.data.reading.option_texts import keeps_its_order, refers_to_others, unlettered
 from medft.data.reading.schemas import not_read_line, read_examples
 from medft.evaluate.scoring import predict as scoring
 

@@ -14,8 +14,8 @@ __all__ = ['ROLE_NAMES', 'TOOL_ROLES', 'TOOL_REASON', 'WEIGHT_KEYS', 'REASONING_
 # %% ../../../nbs/data/reading/free_text.ipynb #c002
 from ...core.identity import text_key
 from ...core.run import MedftError
+from .answer_options import looks_printed, missing_kind
 from .chat_formats import FORMATS, cut_turns, family_of
-from .list_cells import looks_printed, missing_kind
 from medft.data.reading.multiple_choice import (
     Reject,
     cell,

@@ -14,8 +14,14 @@ __all__ = ['OPTIONS', 'MORE_OPTIONS', 'LETTERS', 'DECISIONS', 'Reject', 'cell', 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c002
 from ...core.identity import text_key
 from ...core.run import MedftError
-from .list_cells import UnreadableCell, looks_printed, missing_kind, read_printed
-from .option_texts import option_label, unlettered
+from medft.data.reading.answer_options import (
+    UnreadableCell,
+    looks_printed,
+    missing_kind,
+    option_label,
+    read_printed,
+    unlettered,
+)
 
 import hashlib
 import json

@@ -13,6 +13,7 @@ __all__ = ['SCHEMAS', 'COMMON_COLUMNS', 'CONTEXT_COLUMNS', 'REASONING_COLUMNS', 
 from ...core.identity import identities, identity, identity_columns
 from ...core.run import Dataset, MedftError, nearest
 from ..quality.broken_text import repaired_rows
+from .answer_options import missing_kind
 from .chat_formats import FORMATS, PLAIN_FORMATS, family_of, unknown_turns
 from medft.data.reading.free_text import (
     TOOL_REASON,
@@ -26,7 +27,6 @@ from medft.data.reading.free_text import (
     from_question_answer,
     from_text,
 )
-from .list_cells import missing_kind
 from medft.data.reading.multiple_choice import (
     LETTERS,
     MORE_OPTIONS,

@@ -13,7 +13,7 @@ __all__ = ['SCORED_FORMS', 'code_choices', 'code_pair', 'code_jointly', 'score_c
 from ...core.run import MedftError
 from ...data.chat_templates import template
 from ...data.prompts import LETTERS, MARKS
-from ...data.reading.option_texts import keeps_its_order
+from ...data.reading.answer_options import keeps_its_order
 from ...data.tokens import encode
 from .generation import answered
 from medft.evaluate.scoring.log_likelihood import (
