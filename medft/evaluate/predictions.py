@@ -34,7 +34,7 @@ from .scoring.log_likelihood import NonFiniteScores, check_frame
 from .scoring.predict import predict
 from ..model.load import labels_of, load_base, load_tuned
 from ..train.baseline import trained
-from ..train.seeds import let_go, repeats
+from ..train.trainer import let_go, repeats
 
 import hashlib
 import json

@@ -31,14 +31,14 @@ from ..model.adapters import lora_config
 from ..model.fingerprints import belongs_to, changed, set_aside
 from ..model.load import labels_of, load_base
 from .checkpoints import log_lines, newest_whole, seal_notes, writing
-from medft.train.collators import (
+from medft.train.trainer import (
     ClassifierCollator,
     WeightedLoss,
+    careful,
     class_weights,
     isolating_collator,
     windows,
 )
-from .trainer import careful
 
 import json
 import math

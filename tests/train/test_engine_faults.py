@@ -14,7 +14,7 @@ from medft.model import families, preflight
 from medft.model import fingerprints as belongs
 from medft.model import load as model
 from medft.train import baseline as train
-from medft.train import seeds as repeats
+from medft.train import trainer as repeats
 
 import json
 import os

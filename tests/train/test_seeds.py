@@ -19,7 +19,7 @@ from medft.evaluate.statistics import (
 from medft.evaluate.statistics import (
     verdicts,
 )
-from medft.train import seeds as repeats
+from medft.train import trainer as repeats
 
 import importlib
 import json
@@ -78,7 +78,7 @@ if engine == "unsloth":
     import medft.train.unsloth_engine
 from test_seeds import trainer_of
 from medft.core.run import Run
-from medft.train.seeds import repeats
+from medft.train.trainer import repeats
 (one,) = [r for r in repeats(Run.open(folder)) if str(r.recipe.seed) == seed]
 one.lay_out()
 trainer_of(engine)(one)"""
@@ -90,7 +90,7 @@ if engine == "unsloth":
     import medft.train.unsloth_engine
 from test_seeds import trainer_of
 from medft.core.run import Run
-from medft.train.seeds import each_seed
+from medft.train.trainer import each_seed
 each_seed(Run.open(folder), engine, trainer_of(engine))"""
 
 

@@ -7,7 +7,7 @@ from medft.model import families
 from medft.model import load as model
 from medft.model.preflight import preflight
 from medft.train import baseline as train
-from medft.train import collators as batches
+from medft.train import trainer as batches
 
 import json
 import shutil
