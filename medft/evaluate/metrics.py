@@ -12,7 +12,6 @@ __all__ = ['KINDS', 'PARTS', 'compare_texts', 'compare_options', 'kind', 'measur
 # %% ../../nbs/05_evaluate.ipynb #c003
 from ..core.run import STAGES, TRAINING_STAGES, MedftError, open_run, write_json
 from ..data.pipeline import ensure_data
-from .forest_plots import subject_gaps
 from .measures import baselines as pair_baselines  # noqa: F401  registers rules
 from .measures.calibration import calibrated
 from medft.evaluate.measures.classification import (
@@ -35,6 +34,7 @@ from medft.evaluate.plots import (
     plot_labels,
     plot_scores,
     plot_subjects,
+    subject_gaps,
     subject_table,
     table,
     written,  # noqa: F401  the model card imports it from here

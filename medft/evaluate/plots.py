@@ -7,10 +7,12 @@ Docs: https://medft.github.io/medft/evaluate/plots.html.md"""
 # %% auto #0
 __all__ = ['METRICS', 'BY_SUBJECT', 'CLASS_METRICS', 'COLORS', 'RULE', 'SPARE', 'STYLE', 'WIDTH', 'main_metric', 'called',
            'first_model', 'written', 'table', 'subject_table', 'class_table', 'colors', 'short', 'plot_text', 'legend',
-           'whiskers', 'thin', 'inline', 'plot_scores', 'plot_rules', 'plot_subjects', 'plot_labels']
+           'whiskers', 'thin', 'inline', 'plot_scores', 'plot_rules', 'plot_subjects', 'plot_labels', 'of_subject',
+           'subject_gaps', 'forest_rows', 'plot_forest', 'forest_table']
 
-# %% ../../nbs/evaluate/plots.ipynb #c002
+# %% ../../nbs/evaluate/plots.ipynb #imports
 from .measures.classification import confusion
+from .statistics.verdicts import compare_choices, compare_text, holm
 
 import html
 import io
@@ -422,3 +424,134 @@ def plot_labels(
         f1.set(xlabel="threshold", ylabel="F1 on validation", ylim=(0, 1.02))
         legend(fig)
     return fig
+
+# %% ../../nbs/evaluate/plots.ipynb #c006a
+def of_subject(frame: pd.DataFrame, subject: str) -> pd.DataFrame:
+    "The rows of a subject."
+    return frame[frame.subject == subject].reset_index(drop=True)
+
+
+def subject_gaps(
+    run,  # not used: every part of metrics.json takes it
+    frames: dict,  # (model, set) -> predictions
+    metrics: dict,
+) -> dict:  # {} where rows name fewer than two subjects
+    "By subject of the main set, every engine's difference from the base: a part of metrics.json."
+    main = metrics["main"]
+    base = frames[first_model(metrics), main]
+    engines = [
+        engine
+        for engine, sets in metrics["differences"].items()
+        if main in sets and "@" not in engine and _same_tokens(base, frames[engine, main])
+    ]
+    subjects = sorted({subject for subject in base.subject if subject})
+    if len(subjects) < 2 or not engines:
+        return {}
+    confidence = metrics["confidence"]
+    asked = [(subject, engine) for subject in subjects for engine in engines]
+    compared = []
+    for subject, engine in asked:
+        a, b = of_subject(base, subject), of_subject(frames[engine, main], subject)
+        if "correct" in a:
+            compared.append(compare_choices(a.correct, b.correct, confidence, a.group))
+        else:
+            compared.append(compare_text(a, b, confidence))
+    found = dict(zip(asked, holm(compared, confidence), strict=True))
+    gaps = {x: {engine: found[x, engine] for engine in engines} for x in subjects}
+    return dict(subject_differences={main: gaps})
+
+
+def _same_tokens(a, b) -> bool:
+    "Whether losses per token can be compared; true of predictions that are not of text."
+    return "tokens" not in a or list(a.tokens) == list(b.tokens)
+
+# %% ../../nbs/evaluate/plots.ipynb #c009a
+def forest_rows(
+    gaps: dict,  # subject -> engine -> comparison
+    most=40,  # subjects
+) -> list[str]:
+    "The subjects to draw: those of most items, the largest mean gain first."
+    one = next(iter(next(iter(gaps.values())).values()))
+    sign = -1 if one["metric"] == "accuracy" else 1  # of a loss, less is better
+
+    def n_items(subject):
+        return next(iter(gaps[subject].values()))["n"]
+
+    def mean_gap(subject):
+        return sign * np.mean([gap["effect"] for gap in gaps[subject].values()])
+
+    largest = sorted(gaps, key=lambda x: -n_items(x))[:most]
+    return sorted(largest, key=mean_gap)
+
+# %% ../../nbs/evaluate/plots.ipynb #c010a
+def plot_forest(
+    metrics: dict,
+    most=40,  # subjects
+    several=3,  # engines
+) -> Figure | None:
+    "Engine minus base by subject, with intervals; None when there is nothing to compare."
+    main = metrics["main"]
+    gaps = metrics.get("subject_differences", {}).get(main)
+    if not gaps:
+        return None
+    subjects = forest_rows(gaps, most)
+    engines = list(next(iter(gaps.values())))[:several]
+    total = {engine: metrics["differences"][engine][main] for engine in engines}
+    rows = {subject: gaps[subject] for subject in subjects}
+    labels = [f"{plot_text(x)} ({row[engines[0]]['n']})" for x, row in rows.items()]
+    labels.append(f"all ({total[engines[0]]['n']})")
+    metric = gaps[subjects[0]][engines[0]]["metric"]
+    scale = 100 if metric == "accuracy" else 1
+    unit = "points" if scale == 100 else called(metric)
+    ink, step = colors(metrics["models"]), 0.7 / len(engines)
+    height = 1 + len(labels) * max(0.24, 0.13 * len(engines))
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, height), layout="constrained")
+        ax = fig.subplots()
+        ax.axvline(0, color="#555555", lw=1)
+        for i, row in enumerate([*rows.values(), total]):
+            for j, engine in enumerate(engines):
+                _draw_gap(ax, row[engine], i - 0.35 + (j + 0.5) * step, scale, ink[engine])
+        for engine in engines:
+            ax.plot([], [], "o", color=ink[engine], label=plot_text(engine))
+        ax.axhspan(len(rows) - 0.5, len(rows) + 0.5, color="#f0f2f4", zorder=0)
+        ax.set(
+            yticks=range(len(labels)),
+            yticklabels=labels,
+            ylim=(len(rows) + 0.5, -0.5),
+            xlabel=f"minus {plot_text(_base_name(metrics))}, {unit}",
+        )
+        legend(fig)
+    return fig
+
+
+def _draw_gap(ax, gap, y, scale, ink):
+    "One comparison as a dot with its interval: filled, unless it is a tie."
+    x, reach = whiskers([dict(value=gap["effect"], ci95=gap["ci95"])], scale)
+    fill = "white" if gap["label"] == "tie" else ink
+    ax.errorbar(x, [y], xerr=reach, fmt="o", ms=4.5, capsize=2, lw=1.4, color=ink, mfc=fill)
+
+
+def _base_name(metrics) -> str:
+    "What the first model is called in words."
+    base = first_model(metrics)
+    return metrics.get("names", {}).get(base, base)
+
+# %% ../../nbs/evaluate/plots.ipynb #c012a
+def forest_table(metrics: dict) -> pd.DataFrame:
+    "Items and differences from the base of every subject; what stays after Holm has a star."
+    main = metrics["main"]
+    gaps = metrics.get("subject_differences", {}).get(main)
+    if not gaps:
+        return pd.DataFrame()
+
+    def cell(gap):
+        star = "" if gap["label"] == "tie" else "*"
+        return written(dict(gap, value=gap["effect"]), gap["metric"] == "accuracy") + star
+
+    rows = {}
+    for subject in forest_rows(gaps, len(gaps)):
+        by_engine = gaps[subject]
+        n = next(iter(by_engine.values()))["n"]
+        rows[subject] = dict(n=n) | {engine: cell(gap) for engine, gap in by_engine.items()}
+    return pd.DataFrame(rows).T.rename_axis(f"on {main}, minus {_base_name(metrics)}")

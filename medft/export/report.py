@@ -21,7 +21,6 @@ from medft.evaluate.diagrams import (
     plot_reliability,
     positions_table,
 )
-from ..evaluate.forest_plots import forest_table, plot_forest
 from ..evaluate.metrics import plot_labels, plot_scores, plot_subjects, read_predictions
 from medft.evaluate.plots import (
     STYLE,
@@ -29,8 +28,10 @@ from medft.evaluate.plots import (
     called,
     colors,
     first_model,
+    forest_table,
     legend,
     main_metric,
+    plot_forest,
     written,
 )
 from ..evaluate.statistics.intervals import detectable

@@ -23,8 +23,8 @@ from medft.core import identity
 from medft.core.run import MedftError, Recipe, assets, load_recipe
 from medft.data import staging
 from medft.evaluate import diagrams
-from medft.evaluate import forest_plots as forest
 from medft.evaluate import metrics as evaluate
+from medft.evaluate import plots as forest
 from medft.evaluate import plots as pictures
 from medft.evaluate import predictions as scored
 from medft.evaluate.measures import calibration

@@ -3,8 +3,8 @@
 For runs that measured much, and for runs that measured little."""
 
 from medft.core.run import Run, load_recipe, read_json, write_json
-from medft.evaluate import forest_plots as forest
 from medft.evaluate import metrics as ev
+from medft.evaluate import plots as forest
 from medft.export import model_card as card
 from medft.export import report as rp
 
