@@ -12,7 +12,7 @@ __all__ = ['KINDS', 'PARTS', 'compare_texts', 'compare_options', 'kind', 'measur
 # %% ../../nbs/05_evaluate.ipynb #c003
 from ..core.run import STAGES, TRAINING_STAGES, MedftError, open_run, write_json
 from ..data.pipeline import ensure_data
-from .measures import baselines as pair_baselines  # noqa: F401  registers rules
+from .measures import comparisons as pair_baselines  # noqa: F401  registers rules
 from .measures.calibration import calibrated
 from medft.evaluate.measures.classification import (
     accuracy,
@@ -21,12 +21,11 @@ from medft.evaluate.measures.classification import (
     measure_labels,
     threshold_of,
 )
-from .measures.comparisons import compared
+from .measures.comparisons import compared, several
 from .measures.contamination import without_doubles
 from .measures.forgetting import judged
 from .measures.memorisation import memorised
 from .measures.multiple_choice import measure_choices, positions, types
-from .measures.seeds import several
 from .measures.text import compare_answers, measure_text
 from medft.evaluate.plots import (
     class_table,

@@ -6,7 +6,7 @@ from medft.data import prompts
 from medft.data.prepare import linkage
 from medft.data.reading.free_text import from_entity_pair
 from medft.data.reading.patients import ALIGNED, aligned_text, plain, side_by_side
-from medft.evaluate.measures import baselines as pair_baselines
+from medft.evaluate.measures import comparisons as pair_baselines
 from medft.starter.facts import here
 
 import json

@@ -5,8 +5,8 @@ from medft.cli import resume
 from medft.core.run import MedftError, Run, load_recipe, write_json
 from medft.data.pipeline import prepare
 from medft.evaluate import metrics as ev
+from medft.evaluate.measures import comparisons
 from medft.evaluate.measures import comparisons as beside
-from medft.evaluate.measures import seeds
 from medft.evaluate.statistics import (
     intervals as st,
 )
@@ -328,7 +328,7 @@ def test_the_verdict_is_over_seeds_in_every_main_metric(metric):
         and set(m["verdict"]) == {"trl", "fast"}
         and not any("@" in k for k in m["between"])
     )
-    out = seeds.several(RUN, frames, m)
+    out = comparisons.several(RUN, frames, m)
     d = out["verdict"]["trl"]
     assert (
         d["metric"] == metric
@@ -359,12 +359,15 @@ def test_the_verdict_is_over_seeds_in_every_main_metric(metric):
 
 def test_without_further_seeds_nothing_is_said_of_them():
     frames = {("base", "test"): choices(0, 0), ("trl", "test"): choices(0.2, 5)}
-    assert seeds.several(RUN, frames, ev.summarise(frames)) == {} and seeds.several in ev.PARTS
+    assert (
+        comparisons.several(RUN, frames, ev.summarise(frames)) == {}
+        and comparisons.several in ev.PARTS
+    )
 
 
 def test_seeds_that_answered_other_questions_are_not_compared():
     with pytest.raises(MedftError, match="different items"):
-        seeds.compare_seeds(
+        comparisons.compare_seeds(
             choices(0, 0), [choices(0.2, 1), choices(0.2, 2).assign(id="x")], "accuracy"
         )
 
