@@ -22,9 +22,8 @@ from medft.evaluate.measures.classification import (
     threshold_of,
 )
 from .measures.comparisons import compared, several
-from .measures.contamination import without_doubles
 from .measures.forgetting import judged
-from .measures.memorisation import memorised
+from .measures.memorisation import memorised, without_doubles
 from .measures.multiple_choice import measure_choices, positions, types
 from .measures.text import compare_answers, measure_text
 from medft.evaluate.plots import (

@@ -5,8 +5,8 @@ from medft.data import pipeline as data
 from medft.data.prepare import corpus
 from medft.data.quality import canaries
 from medft.data.quality import leakage as leaks
-from medft.evaluate.measures import contamination as unseen
 from medft.evaluate.measures import memorisation as exposure
+from medft.evaluate.measures import memorisation as unseen
 
 import json
 import math
