@@ -8,9 +8,8 @@ Docs: https://medft.github.io/medft/bench.html.md"""
 __all__ = ['PAIRS', 'engine_figures', 'compared', 'checked', 'choices', 'result', 'place', 'settings_of', 'bench', 'record']
 
 # %% ../../nbs/08_bench.ipynb #c002
-from .agreement import agreement
 from .measurement import device, keep_earlier, machine, matmul_ceiling, useful_flops
-from .page import in_text, write_page
+from .page import agreement, in_text, write_page
 from medft.bench.rounds import (
     VARIANTS,
     EngineFailed,

@@ -3,14 +3,12 @@
 A speed without agreement does not count."""
 
 from medft.bench import (
-    agreement,
-)
-from medft.bench import (
     engines as bench,
 )
 from medft.bench import (
     measurement as measures,
 )
+from medft.bench import page
 from medft.bench import (
     page as bench_page,
 )
@@ -71,7 +69,7 @@ SCORES = [[-1.0, -2.0, -3.0, -4.0], [-2.0, -2.01, -5.0, -5.0]]
 )
 def test_a_spoiled_engine_agrees_with_nobody_and_gets_no_ratio(spoiled, why):
     seen = TRL | dict(fast=shown(**dict(losses=[3.0, 2.5, 2.0], speeds=(900, 900)) | spoiled))
-    found = agreement.agreement(seen, {n: SCORES for n in seen}, "bfloat16")
+    found = page.agreement(seen, {n: SCORES for n in seen}, "bfloat16")
     assert found["trl_best"]["agree"] and not found["fast"]["agree"] and why in found["fast"]["why"]
     engines = {n: bench.engine_figures(s, (1, 1), 1.0) for n, s in seen.items()}
     assert set(bench.compared(engines, found, list(seen))[0].values()) == {None}
@@ -82,7 +80,7 @@ def test_choices_count_where_trl_is_sure():
     near, wrong = [SCORES[0], [-2.02, -2.01, -5.0, -5.0]], [[-1.0, -0.5, -3.0, -4.0], SCORES[1]]
 
     def verdict(s):
-        return agreement.agreement(seen, good | s, "bfloat16")["fast"]
+        return page.agreement(seen, good | s, "bfloat16")["fast"]
 
     assert (
         verdict(dict(fast=near))["agree"] and verdict(dict(fast=near))["choices"]["near_ties"] == 1
@@ -96,7 +94,7 @@ def test_choices_count_where_trl_is_sure():
 
 def test_a_broken_trl_does_not_excuse_a_broken_rival():
     seen = dict(trl_default=shown([3.0, 2.5]), trl_best=shown([3.0, 9.0]), fast=shown([3.0, 6.0]))
-    found = agreement.agreement(seen, {n: SCORES for n in seen}, "float32")
+    found = page.agreement(seen, {n: SCORES for n in seen}, "float32")
     assert not found["fast"]["agree"] and found["fast"]["loss_tolerance"] < 0.03
 
 

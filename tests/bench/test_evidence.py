@@ -3,16 +3,12 @@
 Today's code could have written each of these files."""
 
 from medft.bench import (
-    agreement,
-    evidence_files,
-    plan_evidence,
-)
-from medft.bench import (
     data as bench_data,
 )
 from medft.bench import (
     engines as bench,
 )
+from medft.bench import evidence_files, page, plan_evidence
 from medft.bench import (
     page as bench_page,
 )
@@ -416,7 +412,7 @@ def test_engines_whose_likelihoods_are_nan_do_not_agree():
         for n in ("trl_default", "fast")
     }
     losses = {n: [1.0, 0.9] for n in seen}
-    sound = agreement.disagreement(
+    sound = page.disagreement(
         "fast",
         seen,
         losses,
@@ -424,7 +420,7 @@ def test_engines_whose_likelihoods_are_nan_do_not_agree():
         ["trl_default"],
         "float32",
     )
-    wrong = agreement.disagreement(
+    wrong = page.disagreement(
         "fast",
         seen,
         losses,
