@@ -9,7 +9,7 @@ __all__ = ['JOBS', 'medft_rows', 'datasets_rows', 'medft_corpus', 'datasets_corp
            'bench', 'data_table']
 
 # %% ../../nbs/bench/data.ipynb #c002
-from .measurement import high_water, keep_earlier, machine
+from .worker import high_water, keep_earlier, machine
 from ..core.run import MedftError, Run, load_recipe, read_json, runs_root, write_json
 from ..data.pipeline import load_split, load_tokenizer, prepare
 from ..data.prepare.corpus import available_cores, prepare_corpus

@@ -8,7 +8,6 @@ Docs: https://medft.github.io/medft/bench.html.md"""
 __all__ = ['PAIRS', 'engine_figures', 'compared', 'checked', 'choices', 'result', 'place', 'settings_of', 'bench', 'record']
 
 # %% ../../nbs/08_bench.ipynb #c002
-from .measurement import device, keep_earlier, machine, matmul_ceiling, useful_flops
 from .page import agreement, in_text, write_page
 from medft.bench.rounds import (
     VARIANTS,
@@ -20,6 +19,7 @@ from medft.bench.rounds import (
     rounds_of,
     speed,
 )
+from .worker import device, keep_earlier, machine, matmul_ceiling, useful_flops
 from ..core.run import MedftError, load_recipe, read_json, runs_root, write_json
 from ..model.families import load_config, model_class, shape_config
 

@@ -9,7 +9,7 @@ __all__ = ['VARIANTS', 'QUIET', 'competitors', 'plain_precision', 'keys_of', 'qu
            'Competitor', 'speed', 'rounds_of']
 
 # %% ../../nbs/bench/rounds.ipynb #c002
-from .measurement import joules
+from .worker import joules
 from ..core.run import MedftError, Run, assets, device, load_recipe, nearest, write_json
 from ..core.sections import ENGINES
 from ..data.pipeline import load_split, prepare

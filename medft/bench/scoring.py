@@ -8,8 +8,8 @@ Docs: https://medft.github.io/medft/bench/scoring.html.md"""
 __all__ = ['Scorer', 'lead', 'agreement', 'serve', 'Worker', 'spread', 'race', 'compare', 'bench', 'scoring_table']
 
 # %% ../../nbs/bench/scoring.ipynb #c002
-from .measurement import high_water, keep_earlier, lower_mark, machine
 from .rounds import QUIET, questions
+from .worker import high_water, keep_earlier, lower_mark, machine
 from medft.core.run import (
     MedftError,
     Run,

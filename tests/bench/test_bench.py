@@ -5,9 +5,6 @@ A speed without agreement does not count."""
 from medft.bench import (
     engines as bench,
 )
-from medft.bench import (
-    measurement as measures,
-)
 from medft.bench import page
 from medft.bench import (
     page as bench_page,
@@ -15,6 +12,7 @@ from medft.bench import (
 from medft.bench import (
     rounds as turns,
 )
+from medft.bench import worker as measures
 from medft.core.run import MedftError, load_recipe, read_json
 from medft.model import families
 
