@@ -8,7 +8,7 @@ from medft.bench import (
 from medft.bench import (
     engines as bench,
 )
-from medft.bench import evidence_files, page, plan_evidence
+from medft.bench import evidence_files, page
 from medft.bench import (
     page as bench_page,
 )
@@ -734,13 +734,13 @@ def test_every_row_of_the_plan_has_its_recipe(tmp_path):
 
     Here of the small ones, in the long test of all."""
     assert_predicted(
-        tmp_path, [row for row in plan_evidence.ROWS if row.shape in (None, "llama-30m")]
+        tmp_path, [row for row in evidence_files.ROWS if row.shape in (None, "llama-30m")]
     )
 
 
 @pytest.mark.long
 def test_all_rows_of_the_plan_have_their_recipes(tmp_path):
-    assert_predicted(tmp_path, plan_evidence.ROWS)
+    assert_predicted(tmp_path, evidence_files.ROWS)
 
 
 def assert_predicted(folder, rows):
@@ -749,7 +749,7 @@ def assert_predicted(folder, rows):
     from medft.plan import peak_memory as peak
 
     stored = {f"{row['name']}, {row['engine']}": row for row in kept("plan.json")["rows"]}
-    assert [row.key for row in plan_evidence.ROWS] == list(stored)
+    assert [row.key for row in evidence_files.ROWS] == list(stored)
     for row in rows:
         model = None
         if row.shape:
@@ -757,7 +757,7 @@ def assert_predicted(folder, rows):
             families.shape_config(row.shape).save_pretrained(
                 model
             )  # its configuration is enough to predict
-        recipe = plan_evidence.recipe_of(row, model)
+        recipe = evidence_files.recipe_of(row, model)
         found = stored[row.key]
         assert found.get("use") == row.use and recipe.training.max_steps == 2
         assert peak.predicted(recipe, load_config(recipe), found, row.engine) == found["parts"], (
@@ -771,7 +771,7 @@ def test_the_shape_of_a_row_is_that_of_its_recipes_batches(tmp_path):
     from medft.data.pipeline import prepare
     from medft.train import baseline as train
 
-    run = Run.create(plan_evidence.recipe_of(plan_evidence.ROWS[0]), root=tmp_path)
+    run = Run.create(evidence_files.recipe_of(evidence_files.ROWS[0]), root=tmp_path)
     prepare(run)
     batches = iter(train.trainer_of(run).get_train_dataloader())
     seen = [
@@ -785,7 +785,7 @@ def test_the_shape_of_a_row_is_that_of_its_recipes_batches(tmp_path):
 
 def test_the_calibration_of_the_plan_is_computed_again():
     found = kept("plan.json")
-    again = plan_evidence.plan_file(found["rows"], found["process"]["notebook"])
+    again = evidence_files.plan_file(found["rows"], found["process"]["notebook"])
     assert (
         list(again) == list(found)
         and again["process"] == found["process"]
