@@ -6,16 +6,19 @@ Docs: https://medft.github.io/medft/export/html.html.md"""
 
 # %% auto #0
 __all__ = ['paragraph', 'figure_html', 'details', 'side_by_side', 'is_number', 'html_table', 'difference_text',
-           'comparison_table', 'figures_within', 'sentences_in']
+           'comparison_table', 'figures_within', 'sentences_in', 'severity', 'worst', 'changed', 'shortened', 'option',
+           'answer_of', 'cards']
 
-# %% ../../nbs/export/html.ipynb #c002
-from ..evaluate.diagrams import chance
-from ..evaluate.plots import called, inline, written
+# %% ../../nbs/export/html.ipynb #imports
+from ..evaluate.diagrams import chance, letter
+from ..evaluate.plots import called, inline, short, written
 
 import re
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
+from scipy.special import softmax
 
 # %% ../../nbs/export/html.ipynb #c004
 def paragraph(
@@ -186,3 +189,137 @@ def sentences_in(
         elif key == "sentence" and isinstance(value, str):
             sentences.append(value)
     return sentences
+
+# %% ../../nbs/export/html.ipynb #c004a
+def severity(
+    frame: pd.DataFrame,  # one model's predictions on a set
+) -> np.ndarray:  # (items,)
+    "The choice's probability, the share of words missed (1 - F1), or nats per token of a text."
+    if "probabilities" in frame:
+        pairs = zip(frame.probabilities, frame.choice, strict=True)
+        return np.array([probabilities[choice] for probabilities, choice in pairs])
+    if "choice" in frame:
+        pairs = zip(frame.scores, frame.choice, strict=True)
+        return np.array([softmax(scores)[choice] for scores, choice in pairs])
+    if "f1" in frame:
+        return 1 - frame.f1.to_numpy()
+    return frame.nll.to_numpy() / frame.tokens.clip(lower=1).to_numpy()
+
+# %% ../../nbs/export/html.ipynb #worst1
+def worst(
+    frame: pd.DataFrame,  # one model's predictions on a set
+    most: int = 10,
+) -> list[int]:  # row numbers
+    "The wrong answers that the model was surest of; of texts the worst."
+    if "correct" in frame:
+        wrong = ~frame.correct
+    elif "exact" in frame:
+        wrong = ~frame.exact.astype(bool)
+    else:
+        wrong = np.ones(len(frame), bool)
+    order = np.argsort(-severity(frame), kind="stable")
+    return [int(i) for i in order if wrong[i]][:most]
+
+# %% ../../nbs/export/html.ipynb #c007a
+def changed(
+    base: pd.DataFrame,  # predictions on a set
+    tuned: pd.DataFrame,  # predictions on the same items
+    most: int = 10,
+) -> list[int]:  # row numbers
+    "Items that the tuned model answers otherwise: lost ones first, then those it gained."
+    if "correct" not in base:
+        difference = severity(tuned) - severity(base)
+        order = np.argsort(-np.abs(difference), kind="stable")
+        return [int(i) for i in order if difference[i] != 0][:most]
+    surest_first = [int(i) for i in np.argsort(-severity(tuned), kind="stable")]
+    was_right, is_right = base.correct.to_numpy(), tuned.correct.to_numpy()
+    lost = [i for i in surest_first if was_right[i] and not is_right[i]]
+    gained = [i for i in surest_first if is_right[i] and not was_right[i]]
+    lost = lost[: max(most // 2, most - len(gained))]
+    return lost + gained[: most - len(lost)]
+
+# %% ../../nbs/export/html.ipynb #c010a
+def shortened(text: str, most: int = 700) -> str:
+    "A text without its middle if it is longer than `most`; the question mostly stands at the end."
+    text = text.strip()
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 2 // 3].rstrip()} […] {text[-most // 3 :].lstrip()}"
+
+
+def option(
+    row: dict,  # of the data
+    i: int,
+) -> str:
+    "An option with its letter."
+    return f"{letter(i)}. {row['options'][i].strip()}"
+
+
+def _label(number, labels) -> str:
+    return f"label {labels[number] if labels else number}"
+
+# %% ../../nbs/export/html.ipynb #said1
+def answer_of(
+    prediction: pd.Series,  # a row of one model's predictions
+    row: dict,  # of the data
+    labels: list[str] | None = None,
+) -> dict:  # text, sure (a probability or None), mark (right, wrong, F1)
+    "What a model answered, how sure it was, and whether that is right."
+    p = prediction
+    mark = ""
+    if "correct" in p:
+        mark = "right" if p.correct else "wrong"
+    if "probabilities" in p:
+        sure = float(p.probabilities[p.choice])
+        return dict(text=_label(p.choice, labels), sure=sure, mark=mark)
+    if "choice" in p:
+        sure = float(softmax(p.scores)[p.choice])
+        return dict(text=option(row, p.choice), sure=sure, mark=mark)
+    if "answer" in p:
+        return dict(text=shortened(p.answer, 400) or "(nothing)", sure=None, mark=f"F1 {p.f1:.2f}")
+    return dict(text=f"{p.nll / max(p.tokens, 1):.3f} nats per token", sure=None, mark="")
+
+# %% ../../nbs/export/html.ipynb #c011a
+def _truth_of(prediction, row, labels=None) -> str:
+    "The right answer; empty for running text."
+    if "probabilities" in prediction:
+        return _label(prediction.truth, labels)
+    if "choice" in prediction:
+        return option(row, prediction.truth)
+    return shortened(prediction.reference, 400) if "reference" in prediction else ""
+
+
+def _unlisted_options(row) -> list[str]:
+    "A row's options, unless its prompt lists them."
+    if all(text.strip() in row["prompt"] for text in row.get("options", [])):
+        return []
+    return [option(row, i) for i in range(len(row["options"]))]
+
+
+def cards(
+    frames: dict,  # (model, set) -> predictions
+    rows: list[dict],  # of the data, in the predictions' order
+    name: str,  # of the set
+    picked: list[int],  # row numbers
+    models: list[str],
+    labels: list[str] | None = None,
+) -> list[dict]:  # prompt, options, truth, answers
+    "Items as a page shows them, with every model's answer."
+    first = frames[models[0], name]
+    is_text = "nll" in first and "answer" not in first
+    found = []
+    for i in picked:
+        row = rows[i]
+        completion = (row.get("completion") or "") if is_text else ""
+        answers = []
+        for model in models:
+            answer = answer_of(frames[model, name].iloc[i], row, labels)
+            answers.append(dict(who=short(model), **answer))
+        card = dict(
+            prompt=shortened(row["prompt"] + completion),
+            options=[shortened(text, 200) for text in _unlisted_options(row)],
+            truth=_truth_of(first.iloc[i], row, labels),
+            answers=answers,
+        )
+        found.append(card)
+    return found

@@ -35,7 +35,7 @@ from medft.evaluate.plots import (
     written,
 )
 from ..evaluate.statistics.intervals import detectable
-from . import items
+from . import html
 from medft.export.html import (
     comparison_table,
     details,
@@ -619,16 +619,16 @@ def items_section(
     base_is_untrained = "probabilities" in base_frame and "untrained" in _name(metrics, base)
     changed = []
     if tuned != base and not base_is_untrained:
-        changed = items.changed(base_frame, tuned_frame)
+        changed = html.changed(base_frame, tuned_frame)
     lists = [
-        (f"Went wrong most surely: {tuned}", items.worst(tuned_frame)),
+        (f"Went wrong most surely: {tuned}", html.worst(tuned_frame)),
         (f"Changed from {base} to {tuned}", changed),
     ]
     shown = models[1:] if base_is_untrained else models
     labels = metrics.get("labels")
     return [
         Markup("<h3>{}</h3>{}").format(
-            title, _cards_html(items.cards(frames, rows, split, picked, shown[:12], labels))
+            title, _cards_html(html.cards(frames, rows, split, picked, shown[:12], labels))
         )
         for title, picked in lists
         if picked
