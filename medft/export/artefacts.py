@@ -10,13 +10,11 @@ __all__ = ['training_env', 'make_artefacts', 'artefacts', 'check_all', 'write_pa
 # %% ../../nbs/06_export.ipynb #c003
 from ..core.run import Refused, Run, atomic_write, open_run, read_json, sha256, write_json
 from ..evaluate.metrics import evaluate
-from .merging import how_merged, merge, write_adapter
+from .merging import export_onnx, how_merged, merge, serve_lines, write_adapter
 from .model_card import model_card, notice, parity_table
-from .onnx_export import export_onnx
 from .parity import TOLERANCE, check_artefacts, in_words, parity
 from .publish import check_target, publish, refuse_secrets, write
 from .report import report
-from .serving import serve_lines
 from ..model.fingerprints import refuse_stale
 from ..train.baseline import trained
 

@@ -15,7 +15,7 @@ __all__ = ['CHANGED', 'GEMMA', 'HAI_DEF', 'LLAMA2', 'LLAMA3', 'TERMS', 'UNKNOWN'
 from ..core.run import REHEARSED, Run, assets, locate, read_json
 from ..evaluate.metrics import class_table, table, written
 from .html import sentences_in
-from .serving import serve_lines
+from .merging import serve_lines
 from ..train.baseline import trained, training_summary
 
 import re

@@ -542,7 +542,7 @@ def prepared(tmp_path_factory):
 )
 def test_an_adapter_that_moved_the_base_is_saved_as_a_plain_one(prepared, more):
     from medft.core.run import read_json
-    from medft.export import merging, serving
+    from medft.export import merging
     from medft.model.load import load_base
 
     import torch
@@ -567,12 +567,12 @@ def test_an_adapter_that_moved_the_base_is_saved_as_a_plain_one(prepared, more):
         torch.testing.assert_close(by_hand, trained, atol=1e-5, rtol=1e-5)
         served = merged[f"{name.removeprefix('base_model.model.')}.weight"].float()
         torch.testing.assert_close(served, by_hand, atol=0.02, rtol=0.02)
-    assert "adapter" in serving.serve_lines(run, "trl")
+    assert "adapter" in merging.serve_lines(run, "trl")
     assert not (run.path / "trl" / "first_weights").exists()
 
 
 def test_no_line_is_offered_for_an_adapter_on_a_changed_base():
-    from medft.export.serving import not_as_adapter
+    from medft.export.merging import not_as_adapter
 
     for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq"):
         assert init in not_as_adapter(dict(r=8, init_lora_weights=init))

@@ -5,7 +5,7 @@ It has the form asked for; its pages need no other file and hold no secret."""
 from medft.core.run import MedftError, Refused, Run, load_recipe, read_json, sha256, write_json
 from medft.evaluate import metrics as ev
 from medft.export import artefacts as ex
-from medft.export import merging, parity, publish, serving
+from medft.export import merging, parity, publish
 from medft.model import families
 from medft.model import load as model
 
@@ -329,7 +329,7 @@ def test_nemotron_h_with_experts_as_targets(tmp_path):
         adapter["target_parameters"]
         and lost < effect / 3
         and "experts"
-        in serving.serve_lines(run, "trl")["not_adapter"].replace("expert parameters", "experts")
+        in merging.serve_lines(run, "trl")["not_adapter"].replace("expert parameters", "experts")
     )
     assert {v.dtype for k, v in merged.items() if "e_score_correction_bias" in k} <= {
         torch.float32
@@ -522,7 +522,7 @@ def test_a_text_model_is_handed_over_whole(reader, here):
 
 
 def test_what_vllm_does_not_take_is_said(tmp_path, base):
-    refuse = serving.not_as_adapter
+    refuse = merging.not_as_adapter
     assert (
         refuse(dict(r=8)) is None
         and "DoRA" in refuse(dict(r=8, use_dora=True))
@@ -530,8 +530,8 @@ def test_what_vllm_does_not_take_is_said(tmp_path, base):
         and "biases" in refuse(dict(r=8, bias="all"))
     )
     assert (
-        "Nemotron" in serving.not_served("classification", families.tiny_config("nemotron_h"))
-        and serving.not_served("generative", families.tiny_config("nemotron_h")) is None
+        "Nemotron" in merging.not_served("classification", families.tiny_config("nemotron_h"))
+        and merging.not_served("generative", families.tiny_config("nemotron_h")) is None
     )
 
 
