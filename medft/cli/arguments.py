@@ -21,7 +21,7 @@ def check_files(
 
     recipe_sources.open_sources(recipe, beforehand=True)
     if recipe.evaluation.models or recipe.evaluation.benchmarks:
-        from medft.evaluate.scoring.without_training import check_scored
+        from medft.evaluate.scoring.external_models import check_scored
 
         check_scored(recipe)
     is_folder = recipe.model.name.startswith((".", "/", "~"))
@@ -128,15 +128,15 @@ def planned_evaluation(
     "Everything known of an evaluation without training before it begins. Raises `MedftError`."
     from medft.cli import runner
     from medft.core.run import runs_root
-    from medft.evaluate.scoring import without_training
+    from medft.evaluate.scoring import external_models
 
-    loaded, base_name = without_training.scoring_recipe(
+    loaded, base_name = external_models.scoring_recipe(
         what,
         recipe,
         overrides or (),
-        without_training.with_names(further or ()),
+        external_models.with_names(further or ()),
         merged,
-        without_training.with_files(benchmarks),
+        external_models.with_files(benchmarks),
     )
     root = Path(loaded.output.dir or runs_root()).resolve()
     place = run_dir.resolve() if run_dir else None
@@ -144,7 +144,7 @@ def planned_evaluation(
     for stage in runner.stages_of(loaded, ["data", "evaluate"]):
         runner.stage_notebook(stage)
     check_files(loaded)
-    without_training.check_scored(loaded)
+    external_models.check_scored(loaded)
     return loaded, base_name, root, place
 
 # %% ../../nbs/cli/arguments.ipynb #c022
