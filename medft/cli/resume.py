@@ -10,7 +10,7 @@ __all__ = ['HARMLESS', 'freeze', 'as_begun', 'differences', 'is_harmless', 'refu
 # %% ../../nbs/cli/resume.ipynb #c002
 from ..core.run import TRAINING_STAGES, MedftError, Run, atomic_write, load_recipe
 from ..core.secrets import full_url
-from ..model.fingerprints import WITHOUT_EFFECT
+from ..model.preflight import WITHOUT_EFFECT
 
 import hashlib
 import re

@@ -50,8 +50,8 @@ from medft.evaluate.statistics.verdicts import (
     sentence,
 )
 from ..model.families import load_config
-from ..model.fingerprints import refuse_stale
 from ..model.load import labels_of
+from ..model.preflight import refuse_stale
 from ..train.baseline import train, trained
 
 import itertools

@@ -15,7 +15,7 @@ from .model_card import model_card, notice, parity_table
 from .parity import TOLERANCE, check_artefacts, in_words, parity
 from .publish import check_target, publish, refuse_secrets, write
 from .report import report
-from ..model.fingerprints import refuse_stale
+from ..model.preflight import refuse_stale
 from ..train.baseline import trained
 
 import json

@@ -27,8 +27,7 @@ from medft.model.adapters import (
     torch_dtype,
 )
 from .families import config_of, freeze_vision, load_config, model_class
-from .fingerprints import refuse_stale
-from .preflight import check_attention, check_stored, inspect
+from .preflight import check_attention, check_stored, inspect, refuse_stale
 
 from contextlib import contextmanager
 from functools import partial

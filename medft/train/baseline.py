@@ -28,8 +28,8 @@ from ..data.chat_templates import rendering
 from ..data.pipeline import ensure_data, load_split, load_tokenizer
 from ..data.tokens import encode
 from ..model.adapters import lora_config
-from ..model.fingerprints import belongs_to, changed, set_aside
 from ..model.load import labels_of, load_base
+from ..model.preflight import belongs_to, changed, set_aside
 from .checkpoints import log_lines, newest_whole, seal_notes, writing
 from medft.train.trainer import (
     ClassifierCollator,

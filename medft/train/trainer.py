@@ -15,7 +15,7 @@ __all__ = ['MIN_OVERLAP', 'MAX_LOG_PERPLEXITY', 'with_labels', 'split_documents'
 # %% ../../nbs/train/trainer.ipynb #imports
 from ..core.run import MedftError, Run, atomic_write, forget_peak, read_json, write_json
 from ..data.pipeline import load_split
-from ..model.fingerprints import belongs_to, changed, rows_hash
+from ..model.preflight import belongs_to, changed, rows_hash
 from medft.train.checkpoints import (
     SEAL,
     cut_log,

@@ -11,8 +11,8 @@ from medft.export import artefacts as export
 from medft.export import parity
 from medft.fast import patching as blocks
 from medft.model import families, preflight
-from medft.model import fingerprints as belongs
 from medft.model import load as model
+from medft.model import preflight as belongs
 from medft.train import baseline as train
 from medft.train import trainer as repeats
 
