@@ -10,19 +10,21 @@ __all__ = ['chat_template', 'config', 'tokenizer_config', 'world', 'invent_facts
            'as_csv', 'make_files', 'write_files', 'differing', 'ship', 'cloze_share', 'collect']
 
 # %% ../../nbs/starter/starter.ipynb #c003
-from medft.starter.facts import (
+from medft.starter.records import (
     Fact,
     cloze_rows,
+    exercise,
     facts,
     fill,
     here,
+    invent_name,
     pick_options,
     qa_rows,
     question_files,
+    record_pairs,
     sentences,
     split_facts,
 )
-from .records import exercise, invent_name, record_pairs
 
 import csv
 import gzip

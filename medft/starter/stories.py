@@ -10,7 +10,7 @@ __all__ = ['pairs_from', 'texts_from', 'commands', 'in_words', 'asked_base', 'so
 
 # %% ../../nbs/starter/stories.ipynb #c003
 from ..core.run import Run, read_json
-from .facts import here
+from .records import here
 
 import json
 import math

@@ -7,7 +7,7 @@ from medft.data.prepare import linkage
 from medft.data.reading.free_text import from_entity_pair
 from medft.data.reading.patients import ALIGNED, aligned_text, plain, side_by_side
 from medft.evaluate.measures import comparisons as pair_baselines
-from medft.starter.facts import here
+from medft.starter.records import here
 
 import json
 

@@ -1,6 +1,6 @@
 """Promises about the starter assets that have no place on their pages."""
 
-from medft.starter import facts as F
+from medft.starter import records as F
 from medft.starter import records as R
 from medft.starter import starter as S
 
