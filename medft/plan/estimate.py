@@ -16,7 +16,7 @@ from ..core.run import MedftError, Recipe, Run, read_json, runs_root, settle, wr
 from ..data.pipeline import load_split, prepare
 from ..data.reading.recipe_sources import open_entry, open_sources
 from ..data.splits import cache_folder
-from ..evaluate.statistics.power import foreseen, foreseen_in_words, sets_of
+from ..evaluate.statistics.verdicts import foreseen, foreseen_in_words, sets_of
 from ..model.adapters import disk_need, sizes_of
 from ..model.families import PUBLISHED, adapter_kind, load_config, published
 from .devices import Device, earlier, estimated, here, named, recorded

@@ -31,9 +31,9 @@ from medft.evaluate.scoring import benchmarks
 from medft.evaluate.scoring import generation as answers
 from medft.evaluate.scoring import predict as scoring
 from medft.evaluate.statistics import intervals as st
-from medft.evaluate.statistics import power as foreseen
 from medft.evaluate.statistics import simulation as trials
 from medft.evaluate.statistics import verdicts
+from medft.evaluate.statistics import verdicts as foreseen
 
 import ast
 import json

@@ -11,14 +11,12 @@ from medft.evaluate.statistics import (
     intervals as st,
 )
 from medft.evaluate.statistics import (
-    power as foreseen,
-)
-from medft.evaluate.statistics import (
     simulation as trials,
 )
 from medft.evaluate.statistics import (
     verdicts,
 )
+from medft.evaluate.statistics import verdicts as foreseen
 from medft.train import trainer as repeats
 
 import importlib
