@@ -13,6 +13,13 @@ __all__ = ['KINDS', 'PARTS', 'compare_texts', 'compare_options', 'kind', 'measur
 from ..core.run import STAGES, TRAINING_STAGES, MedftError, open_run, write_json
 from ..data.pipeline import ensure_data
 from .measures import comparisons as pair_baselines  # noqa: F401  registers rules
+from medft.evaluate.measures.answers import (
+    compare_answers,
+    measure_choices,
+    measure_text,
+    positions,
+    types,
+)
 from .measures.calibration import calibrated
 from medft.evaluate.measures.classification import (
     accuracy,
@@ -24,8 +31,6 @@ from medft.evaluate.measures.classification import (
 from .measures.comparisons import compared, several
 from .measures.forgetting import judged
 from .measures.memorisation import memorised, without_doubles
-from .measures.multiple_choice import measure_choices, positions, types
-from .measures.text import compare_answers, measure_text
 from medft.evaluate.plots import (
     class_table,
     main_metric,

@@ -485,7 +485,7 @@ def test_items_with_such_options_are_not_turned(monkeypatch):
         and list(map(len, frame.shuffled_choice)) == [2, 0]
         and "1 of 2 items" in said[0]
     )
-    from medft.evaluate.measures.multiple_choice import in_other_orders
+    from medft.evaluate.measures.answers import in_other_orders
 
     found = in_other_orders(frame)
     assert found["fixed_order"]["value"] == 0.5 and found["shuffle_consistency"]["n"] == 1

@@ -3,7 +3,7 @@
 from medft.core.run import MedftError, Run, load_recipe
 from medft.data import pipeline as data
 from medft.evaluate import metrics as ev
-from medft.evaluate.measures import text as written
+from medft.evaluate.measures import answers as written
 from medft.evaluate.scoring import generation as answers
 from medft.evaluate.scoring import generation as meaning
 from medft.evaluate.scoring import predict as scoring

@@ -6,7 +6,7 @@ Questions in another order are what `data.prompts` would have written.
 from medft.core.run import MedftError, assets, load_recipe
 from medft.data.prompts import prompts
 from medft.data.reading.schemas import read_examples
-from medft.evaluate.measures import multiple_choice as options
+from medft.evaluate.measures import answers as options
 from medft.evaluate.scoring import predict as scoring
 
 import json

@@ -417,6 +417,6 @@ def test_what_is_asked_for_stands_beside_what_was_trained(base):
     )
     plain_frame = scoring.predict(*base, rows, load_recipe("quickstart"))
     assert not [c for c in plain_frame if "acc" in c]
-    from medft.evaluate.measures.multiple_choice import measure_choices
+    from medft.evaluate.measures.answers import measure_choices
 
     assert measure_choices(frame)["texts_acc_norm"]["value"] == frame.texts_acc_norm.mean()
