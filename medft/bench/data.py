@@ -10,8 +10,11 @@ __all__ = ['JOBS', 'medft_rows', 'datasets_rows', 'medft_corpus', 'datasets_corp
 
 # %% ../../nbs/bench/data.ipynb #c002
 from .worker import high_water, keep_earlier, machine
-from ..core.run import MedftError, Run, load_recipe, read_json, runs_root, write_json
-from ..data.pipeline import load_split, load_tokenizer, prepare
+from ..core.files import MedftError, read_json, runs_root, write_json
+from ..core.recipe import load_recipe
+from ..core.run import Run
+from ..data.chat_templates import load_tokenizer
+from ..data.pipeline import load_split, prepare
 from ..data.prepare.corpus import available_cores, prepare_corpus
 
 import importlib

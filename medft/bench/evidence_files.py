@@ -20,16 +20,10 @@ __all__ = ['SHORT', 'FEW', 'CHECKPOINTING', 'HEAP_FORBIDDEN', 'LLAMA', 'SMALL_LL
 from . import data as bench_data
 from . import scoring as bench_scoring
 from .engines import bench
-from medft.core.run import (
-    MedftError,
-    Recipe,
-    assets,
-    cpu_name,
-    device,
-    load_recipe,
-    read_json,
-    write_json,
-)
+from ..core.files import MedftError, assets, read_json, write_json
+from ..core.recipe import load_recipe
+from ..core.run import cpu_name, device
+from ..core.sections import Recipe
 from ..evaluate.measures import forgetting as retention
 from ..evaluate.scoring import benchmarks
 from ..evaluate.statistics import simulation as trials

@@ -9,7 +9,7 @@ __all__ = ['LABELS', 'loss_gap', 'loss_tolerance', 'likelihood_gap', 'choice_tol
            'agreement', 'about', 'agreed', 'figures_table', 'ratio_table', 'in_text', 'plot', 'page', 'write_page']
 
 # %% ../../nbs/bench/page.ipynb #imports
-from ..core.run import atomic_write
+from ..core.files import atomic_write
 from ..evaluate.plots import COLORS, STYLE, plot_text
 from ..evaluate.scoring.log_likelihood import comparable
 

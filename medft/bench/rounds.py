@@ -10,7 +10,9 @@ __all__ = ['VARIANTS', 'QUIET', 'competitors', 'plain_precision', 'keys_of', 'qu
 
 # %% ../../nbs/bench/rounds.ipynb #c002
 from .worker import joules
-from ..core.run import MedftError, Run, assets, device, load_recipe, nearest, write_json
+from ..core.files import MedftError, assets, nearest, write_json
+from ..core.recipe import load_recipe
+from ..core.run import Run, device
 from ..core.sections import ENGINES
 from ..data.pipeline import load_split, prepare
 from ..model.families import shape_model

@@ -10,18 +10,11 @@ __all__ = ['Scorer', 'lead', 'agreement', 'serve', 'Worker', 'spread', 'race', '
 # %% ../../nbs/bench/scoring.ipynb #c002
 from .rounds import QUIET, questions
 from .worker import high_water, keep_earlier, lower_mark, machine
-from medft.core.run import (
-    MedftError,
-    Run,
-    assets,
-    device,
-    load_recipe,
-    model_path,
-    read_json,
-    runs_root,
-    write_json,
-)
-from ..data.pipeline import load_tokenizer, prepare
+from ..core.files import MedftError, assets, model_path, read_json, runs_root, write_json
+from ..core.recipe import load_recipe
+from ..core.run import Run, device
+from ..data.chat_templates import load_tokenizer
+from ..data.pipeline import prepare
 from ..evaluate.scoring.harness import harness, log_likelihoods, referee
 from ..evaluate.scoring.predict import chosen, rendered, score_choices
 from ..model.families import config_of, model_class, shape_model

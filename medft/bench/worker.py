@@ -327,8 +327,8 @@ def judge(
     say,  # gets each message as keywords
 ):
     "Score the held-out questions of the first run with what each run has trained."
-    from medft.core.run import read_json
-    from medft.data.pipeline import load_tokenizer
+    from medft.core.files import read_json
+    from medft.data.chat_templates import load_tokenizer
     from medft.evaluate.scoring.predict import predict
     from medft.model.load import load_base, load_tuned
 

@@ -16,7 +16,7 @@ def check_files(
     recipe,  # a Recipe
 ):
     "Raise `MedftError` unless everything that a recipe names is here."
-    from medft.core.run import MedftError, locate
+    from medft.core.files import MedftError, locate
     from medft.data.reading import recipe_sources
 
     recipe_sources.open_sources(recipe, beforehand=True)
@@ -40,7 +40,7 @@ def check_place(
     fresh: bool = False,  # whether it must not exist yet, or be empty
 ):
     "Raise `MedftError` unless a run can be written there."
-    from medft.core.run import MedftError
+    from medft.core.files import MedftError
 
     import shutil
 
@@ -65,7 +65,8 @@ def chosen_stages(
     stages: str | None,  # the value of --stages, as in "data,model"
 ) -> list[str] | None:  # None where the option was not given
     "The stages named on the command line. Raises `MedftError` for an unknown name."
-    from medft.core.run import STAGES, MedftError, nearest
+    from medft.core.files import MedftError, nearest
+    from medft.core.sections import STAGES
 
     if stages is None:
         return None
@@ -91,7 +92,9 @@ def planned(
 ) -> tuple:  # Recipe, stages, folder for runs, run folder or None, what a rehearsal replaced
     "Everything known of a run before it begins. Raises `MedftError` where it could not succeed."
     from medft.cli import runner
-    from medft.core.run import MedftError, load_recipe, runs_root, settle
+    from medft.core.files import MedftError, runs_root
+    from medft.core.recipe import load_recipe
+    from medft.core.run import settle
 
     loaded = settle(load_recipe(recipe, overrides or ()))
     names = chosen_stages(stages)
@@ -127,7 +130,7 @@ def planned_evaluation(
 ) -> tuple:  # Recipe, name of its base, folder for runs, run folder or None
     "Everything known of an evaluation without training before it begins. Raises `MedftError`."
     from medft.cli import runner
-    from medft.core.run import runs_root
+    from medft.core.files import runs_root
     from medft.evaluate.scoring import external_models
 
     loaded, base_name = external_models.scoring_recipe(
@@ -152,7 +155,8 @@ def find_run(
     name: str,  # a run folder, "<recipe>/<run id>", or a run id
 ):  # a Run
     "The run with this name. Raises `MedftError` with the nearest known name when there is none."
-    from medft.core.run import MedftError, Run, nearest, runs_root
+    from medft.core.files import MedftError, nearest, runs_root
+    from medft.core.run import Run
 
     root = runs_root()
     same_id = sorted(root.glob(f"*/{Path(name).name}"))

@@ -49,7 +49,8 @@ def check_versions():
 # %% ../../nbs/cli/doctor.ipynb #c007
 def check_machine():
     "Yield (level, finding, advice) for the device, the memory and the disk."
-    from medft.core.run import cpu_name, device, runs_root
+    from medft.core.files import runs_root
+    from medft.core.run import cpu_name, device
 
     import shutil
 

@@ -8,8 +8,11 @@ Docs: https://medft.github.io/medft/cli/resume.html.md"""
 __all__ = ['HARMLESS', 'freeze', 'as_begun', 'differences', 'is_harmless', 'refuse_changes', 'outdated', 'resumed']
 
 # %% ../../nbs/cli/resume.ipynb #c002
-from ..core.run import TRAINING_STAGES, MedftError, Run, atomic_write, load_recipe
+from ..core.files import MedftError, atomic_write
+from ..core.recipe import load_recipe
+from ..core.run import Run
 from ..core.secrets import full_url
+from ..core.sections import TRAINING_STAGES
 from ..model.preflight import WITHOUT_EFFECT
 
 import hashlib

@@ -29,7 +29,8 @@ from pathlib import Path
 sys.modules.setdefault("rfc3987_syntax", None)
 from .tracking import tracking_uri
 from ..core import run as core
-from ..core.run import MedftError, Run, atomic_write, notebooks, read_json, write_json
+from ..core.files import MedftError, atomic_write, notebooks, read_json, write_json
+from ..core.run import Run
 from ..core.secrets import redact, redact_file
 from ..train.checkpoints import writing
 

@@ -129,7 +129,7 @@ def _data_summary(report) -> list[str]:
 # %% ../../nbs/cli/summary.ipynb #csp1
 def _plan_summary(run) -> list[str]:
     "Peak memory and seconds of each engine, measured and planned; empty without a plan."
-    from medft.core.run import read_json
+    from medft.core.files import read_json
 
     plan = read_json(run.path / "plan.json", {})
     lines = []
@@ -167,7 +167,8 @@ def run_summary(
 ) -> list[str]:
     "A run's result in a few lines."
     from medft.cli.runner import shorter
-    from medft.core.run import REHEARSED, read_json
+    from medft.core.files import read_json
+    from medft.core.run import REHEARSED
 
     metrics = read_json(run.path / "metrics.json", {})
     manifest = run.manifest

@@ -9,7 +9,8 @@ __all__ = ['CLIENT_SETTINGS', 'tracking_uri', 'connect', 'recipe_parameters', 'M
 
 # %% ../../nbs/cli/tracking.ipynb #c002
 from ..core.disclosure import holds_rows, host_of, is_remote, why_hidden, without_rows
-from ..core.run import Run, read_json, runs_root, write_json
+from ..core.files import read_json, runs_root, write_json
+from ..core.run import Run
 from ..core.secrets import full_url, is_secret_name, load_env, redact, redacted_json
 
 import hashlib

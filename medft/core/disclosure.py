@@ -8,7 +8,8 @@ Docs: https://medft.github.io/medft/core/disclosure.html.md"""
 __all__ = ['why_hidden', 'is_remote', 'host_of', 'holds_rows', 'without_rows']
 
 # %% ../../nbs/core/disclosure.ipynb #d002
-from .run import Run, read_json
+from .files import read_json
+from .run import Run
 
 import json
 import re

@@ -10,7 +10,7 @@ __all__ = ['REASONS', 'PADS', 'PLAIN', 'DAY', 'ODD_TEXTS', 'why', 'read_template
            'searched_strings', 'marked_template']
 
 # %% ../../nbs/data/chat_templates.ipynb #c002
-from ..core.run import MedftError, locate, model_path
+from ..core.files import MedftError, locate, model_path
 
 import hashlib
 import json

@@ -9,7 +9,7 @@ __all__ = ['LETTERS', 'MARKS', 'ROW_WRITERS', 'READY', 'question_text', 'check_f
            'specials', 'injected']
 
 # %% ../../nbs/data/prompts.ipynb #c002
-from ..core.run import MedftError
+from ..core.files import MedftError
 from medft.data.chat_templates import (
     assistant,
     load_tokenizer,

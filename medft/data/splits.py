@@ -10,7 +10,7 @@ __all__ = ['ONLY_FOR_CHECKS', 'KEPT_COLUMNS', 'ROOMS', 'LIBRARIES', 'CACHED', 'K
            'cache_key', 'link', 'cache_folder', 'from_cache', 'keep_in_cache', 'prune']
 
 # %% ../../nbs/data/splits.ipynb #c002
-from ..core.run import PACKAGE, read_json, sha256
+from ..core.files import PACKAGE, read_json, sha256
 from .quality import checks
 from .quality import leakage as leaks
 from .staging import ROWS_PER_CHUNK, STAGED

@@ -12,8 +12,8 @@ __all__ = ['STRING', 'STRINGS', 'STAGED', 'ROWS_PER_CHUNK', 'LISTED_REASONS', 'C
            'hold_out', 'limit_training_rows']
 
 # %% ../../nbs/data/staging.ipynb #c002
+from ..core.files import MedftError
 from ..core.identity import group_rows, join_group_names
-from ..core.run import MedftError
 from . import prompts
 from .prompts import question_text
 from .quality import canaries, checks

@@ -12,8 +12,9 @@ __all__ = ['SCORING_CODE', 'BENCHMARK_CODE', 'CANARY_CODE', 'FIGURE_KEYS', 'CANA
            'score_model', 'checked_benchmarks', 'score_run_benchmarks', 'note_evaluated', 'score_run']
 
 # %% ../../nbs/evaluate/predictions.ipynb #c002
-from ..core.run import PACKAGE, MedftError, atomic_write, read_json, sha256, write_json
-from ..data.pipeline import load_split, load_tokenizer, scored_sets
+from ..core.files import PACKAGE, MedftError, atomic_write, read_json, sha256, write_json
+from ..data.chat_templates import load_tokenizer
+from ..data.pipeline import load_split, scored_sets
 from ..data.quality.leakage import check
 from .measures.classification import baseline_frames, threshold_of
 from .measures.memorisation import score_canaries

@@ -11,11 +11,13 @@ __all__ = ['VISION', 'RANKS', 'bits', 'how_merged', 'base_to_merge', 'sixteen_bi
            'serve_lines', 'Scores', 'not_exported', 'without_traces', 'write_onnx', 'export_onnx']
 
 # %% ../../nbs/export/merging.ipynb #imports
-from ..core.run import MedftError, Run, model_path, read_json, write_json
+from ..core.files import MedftError, model_path, read_json, write_json
+from ..core.run import Run
 from ..evaluate.scoring.generation import stop_ids
 from .parity import load_its_tokenizer
+from ..model.adapters import quantization_config
 from ..model.families import load_config
-from ..model.load import labels_of, load_base, load_tuned, quantization_config, read_back
+from ..model.load import labels_of, load_base, load_tuned, read_back
 
 import gc
 import logging

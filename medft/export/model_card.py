@@ -12,8 +12,9 @@ __all__ = ['CHANGED', 'GEMMA', 'HAI_DEF', 'LLAMA2', 'LLAMA3', 'TERMS', 'UNKNOWN'
            'seeds_sentence', 'findings', 'places', 'model_card']
 
 # %% ../../nbs/export/model_card.ipynb #c002
-from ..core.run import REHEARSED, Run, assets, locate, read_json
-from ..evaluate.metrics import class_table, table, written
+from ..core.files import assets, locate, read_json
+from ..core.run import REHEARSED, Run
+from ..evaluate.plots import class_table, table, written
 from .html import sentences_in
 from .merging import serve_lines
 from ..train.baseline import trained, training_summary

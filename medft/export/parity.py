@@ -11,15 +11,18 @@ __all__ = ['TOLERANCE', 'FOLDERS', 'moves', 'answers_that_differ', 'parity', 'in
            'in_fresh_process', 'read_scored', 'lengths_of', 'judge', 'check_artefacts']
 
 # %% ../../nbs/export/parity.ipynb #c002
-from ..core.run import MedftError, Run, device, read_json, write_json
-from ..data.chat_templates import rendering
-from ..data.pipeline import load_split, load_tokenizer
-from ..data.prompts import encode
-from ..evaluate.metrics import read_predictions
+from ..core.files import MedftError, read_json, write_json
+from ..core.run import Run, device
+from ..data.chat_templates import load_tokenizer, rendering
+from ..data.pipeline import load_split
+from ..data.tokens import encode
+from ..evaluate.predictions import read_predictions
 from ..evaluate.scoring.generation import stop_ids
-from ..evaluate.scoring.predict import code_choices, in_batches, pad, predict
+from ..evaluate.scoring.log_likelihood import in_batches, pad
+from ..evaluate.scoring.predict import code_choices, predict
+from ..model.adapters import torch_dtype
 from ..model.families import config_of
-from ..model.load import load_tuned, read_back, torch_dtype
+from ..model.load import load_tuned, read_back
 from ..train.baseline import trained
 
 import gc

@@ -10,9 +10,11 @@ __all__ = ['PATHS', 'STRETCH', 'UPLOADED', 'refuse_secrets', 'write', 'problems_
            'publish']
 
 # %% ../../nbs/export/publish.ipynb #c002
-from ..core.run import MedftError, Refused, Run, atomic_write, read_json, write_json
+from ..core.files import MedftError, Refused, atomic_write, read_json, write_json
+from ..core.run import Run
 from ..core.secrets import known_secrets, secrets_in
-from ..data.pipeline import load_split, load_tokenizer
+from ..data.chat_templates import load_tokenizer
+from ..data.pipeline import load_split
 from ..data.quality import identifiers as privacy
 from .model_card import base_name, model_card, notice
 

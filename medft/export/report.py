@@ -13,7 +13,8 @@ __all__ = ['RATES', 'ANSWERS', 'score_table', 'all_figures', 'no_verdict', 'verd
 
 # %% ../../nbs/export/report.ipynb #c002
 from ..core.disclosure import why_hidden
-from ..core.run import REHEARSED, Run, assets, read_json
+from ..core.files import assets, read_json
+from ..core.run import REHEARSED, Run
 from ..data.pipeline import load_split
 from medft.evaluate.diagrams import (
     calibration_table,
@@ -21,7 +22,6 @@ from medft.evaluate.diagrams import (
     plot_reliability,
     positions_table,
 )
-from ..evaluate.metrics import plot_labels, plot_scores, plot_subjects, read_predictions
 from medft.evaluate.plots import (
     STYLE,
     WIDTH,
@@ -32,8 +32,12 @@ from medft.evaluate.plots import (
     legend,
     main_metric,
     plot_forest,
+    plot_labels,
+    plot_scores,
+    plot_subjects,
     written,
 )
+from ..evaluate.predictions import read_predictions
 from ..evaluate.statistics.intervals import detectable
 from . import html
 from medft.export.html import (

@@ -17,7 +17,7 @@ __all__ = ['ATTENTION_PARTS', 'MLP_PARTS', 'MAX_TRIAL_TOKENS', 'LARGE_SCORE_STD'
            'positions_from_starts', 'quicken']
 
 # %% ../../nbs/fast/patching.ipynb #c002
-from ..core.run import MedftError
+from ..core.files import MedftError
 from .attention import ScoreOptions, packed_attention
 from medft.fast.fused_layers import (
     Norm,

@@ -12,7 +12,10 @@ __all__ = ['TASK_TYPES', 'NOT_TEXT', 'EXPERT_COUNTS', 'CHECKPOINT_REST', 'lora_c
            'checkpoints_saved', 'checkpoints_kept', 'disk_need', 'check_disk']
 
 # %% ../../nbs/model/adapters.ipynb #c002
-from ..core.run import MedftError, Recipe, device, moves_base, nearest
+from ..core.files import MedftError, nearest
+from ..core.recipe import moves_base
+from ..core.run import device
+from ..core.sections import Recipe
 from medft.model.families import (
     adapter_kind,
     count,

@@ -12,9 +12,9 @@ __all__ = ['LLAMA3', 'SIGLIP', 'NANO', 'GEMMA4B', 'PUBLISHED', 'NAMES', 'TYPES',
            'freeze_vision', 'adapter_kind', 'refusal', 'shape_names', 'shape_config', 'shape_model']
 
 # %% ../../nbs/model/families.ipynb #imports
-from ..core.run import MedftError, Recipe, assets, model_path, nearest, read_json, runs_root
-from ..data.chat_templates import why
-from ..data.pipeline import load_tokenizer
+from ..core.files import MedftError, assets, model_path, nearest, read_json, runs_root
+from ..core.sections import Recipe
+from ..data.chat_templates import load_tokenizer, why
 
 import copy
 import hashlib

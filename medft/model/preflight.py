@@ -13,9 +13,10 @@ __all__ = ['COMPILERS', 'PLAIN', 'LOW_RANK', 'SFT_KEYS', 'CHECKS', 'WITHOUT_EFFE
            'set_aside', 'refuse_stale']
 
 # %% ../../nbs/model/preflight.ipynb #imports
-from ..core.run import MedftError, device, model_path, nearest, read_json, sha256, write_json
-from ..data.chat_templates import rendering
-from ..data.pipeline import load_split, load_tokenizer
+from ..core.files import MedftError, model_path, nearest, read_json, sha256, write_json
+from ..core.run import device
+from ..data.chat_templates import load_tokenizer, rendering
+from ..data.pipeline import load_split
 from .adapters import check_disk, check_fit, sizes_of, torch_dtype
 from .families import adapter_kind, family_of, kinds, load_config, model_class, refusal
 

@@ -9,17 +9,9 @@ __all__ = ['GPUS', 'SHARES', 'PER_OPERATION', 'Device', 'named', 'matmul_rate', 
            'alike', 'earlier', 'bench_results', 'recorded']
 
 # %% ../../nbs/plan/devices.ipynb #c002
-from medft.core.run import (
-    MedftError,
-    Recipe,
-    assets,
-    cpu_name,
-    device,
-    list_runs,
-    nearest,
-    read_json,
-    runs_root,
-)
+from ..core.files import MedftError, assets, nearest, read_json, runs_root
+from ..core.run import cpu_name, device, list_runs
+from ..core.sections import Recipe
 
 import re
 import time

@@ -9,7 +9,7 @@ __all__ = ['Live', 'as_fake', 'Unpacked', 'pack', 'packed', 'as_on', 'plain_loss
            'checkpointed', 'one_step', 'step']
 
 # %% ../../nbs/plan/footprint.ipynb #c002
-from ..core.run import Recipe
+from ..core.sections import Recipe
 from ..fast import fused_layers as joined
 from ..fast import patching as blocks
 from ..fast.loss import supervised_loss

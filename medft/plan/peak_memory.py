@@ -9,7 +9,8 @@ __all__ = ['evidence', 'beyond', 'held_in', 'at_peak', 'memory', 'train_and_weig
            'error_table']
 
 # %% ../../nbs/plan/peak_memory.ipynb #c002
-from ..core.run import MedftError, Run, assets, peak_rss, read_json
+from ..core.files import MedftError, assets, read_json
+from ..core.run import Run, peak_rss
 from ..data.pipeline import prepare
 from ..model.adapters import memory_estimate, sizes_of, torch_dtype
 from ..model.families import load_config

@@ -9,16 +9,10 @@ __all__ = ['STARTER', 'STEPS', 'LENGTH', 'SMALL', 'family_named', 'hub_answers',
            'small_dataset', 'small_training', 'problem_here', 'not_here', 'changes', 'in_lines', 'rehearsal']
 
 # %% ../../nbs/plan/rehearsal.ipynb #c002
-from medft.core.run import (
-    MedftError,
-    Recipe,
-    assets,
-    atomic_write,
-    contradictions,
-    device,
-    model_path,
-    runs_root,
-)
+from ..core.files import MedftError, assets, atomic_write, model_path, runs_root
+from ..core.recipe import contradictions
+from ..core.run import device
+from ..core.sections import Recipe
 from ..data.chat_templates import why
 from ..model import families, preflight
 

@@ -9,18 +9,10 @@ __all__ = ['TASKS', 'Combination', 'chosen', 'rules', 'in_rows', 'in_text', 'ove
            'child', 'results', 'compare', 'tried', 'evidence']
 
 # %% ../../nbs/plan/support_matrix.ipynb #c002
-from medft.core.run import (
-    ENGINES,
-    MedftError,
-    Run,
-    aligned,
-    assets,
-    environment,
-    load_recipe,
-    nearest,
-    read_json,
-    write_json,
-)
+from ..core.files import MedftError, aligned, assets, nearest, read_json, write_json
+from ..core.recipe import load_recipe
+from ..core.run import Run, environment
+from ..core.sections import ENGINES
 from ..model import families
 from .rehearsal import LENGTH, few_rows
 

@@ -309,7 +309,8 @@ def cloze_share(
     base,  # a model folder
 ):  # {group: accuracy with interval}
     "How many of the plain sentences a base completes with the right value."
-    from medft.evaluate.metrics import score_choices, share
+    from medft.evaluate.scoring.predict import score_choices
+    from medft.evaluate.statistics.intervals import share
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -330,7 +331,7 @@ def collect(
     costs,  # {recipe: run folder}
 ):  # for evidence.json
     "What runs wrote into their folders, in one small file."
-    from medft.core.run import read_json
+    from medft.core.files import read_json
 
     def scores(run, who):
         return {

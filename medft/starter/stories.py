@@ -9,7 +9,8 @@ __all__ = ['pairs_from', 'texts_from', 'commands', 'in_words', 'asked_base', 'so
            'collect_all']
 
 # %% ../../nbs/starter/stories.ipynb #c003
-from ..core.run import Run, read_json
+from ..core.files import read_json
+from ..core.run import Run
 from .records import here
 
 import json
@@ -161,7 +162,7 @@ def collect_all(
     folder,  # with the finished runs, each in a folder of its name in `commands`
 ):
     "Write both files."
-    from medft.core.run import write_json
+    from medft.core.files import write_json
 
     run = {name: Run.open(f"{folder}/{name}") for name in commands}
     write_json(

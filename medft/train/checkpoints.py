@@ -10,7 +10,7 @@ __all__ = ['SEAL', 'STATE', 'WEIGHTS', 'DISK_PROBLEMS', 'FULL_BELOW', 'file_fing
            'disk_problem_in', 'writing']
 
 # %% ../../nbs/train/checkpoints.ipynb #c002
-from ..core.run import MedftError, atomic_write, read_json, write_json
+from ..core.files import MedftError, atomic_write, read_json, write_json
 
 import errno
 import hashlib

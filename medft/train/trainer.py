@@ -13,7 +13,8 @@ __all__ = ['MIN_OVERLAP', 'MAX_LOG_PERPLEXITY', 'with_labels', 'split_documents'
            'training_record', 'train_once', 'each_seed']
 
 # %% ../../nbs/train/trainer.ipynb #imports
-from ..core.run import MedftError, Run, atomic_write, forget_peak, read_json, write_json
+from ..core.files import MedftError, atomic_write, read_json, write_json
+from ..core.run import Run, forget_peak
 from ..data.pipeline import load_split
 from ..model.preflight import belongs_to, changed, rows_hash
 from medft.train.checkpoints import (

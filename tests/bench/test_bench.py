@@ -13,7 +13,8 @@ from medft.bench import (
     rounds as turns,
 )
 from medft.bench import worker as measures
-from medft.core.run import MedftError, load_recipe, read_json
+from medft.core.files import MedftError, read_json
+from medft.core.recipe import load_recipe
 from medft.model import families
 
 import json
@@ -325,7 +326,7 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path):
 def test_all_engines_agree_on_a_random_model_of_a_real_shape(tmp_path, monkeypatch):
     "The tiny base's shape with random weights, through every engine that is installed."
     monkeypatch.setenv("MEDFT_RUNS", str(tmp_path / "runs"))
-    from medft.core.run import assets
+    from medft.core.files import assets
 
     found = bench.bench(
         "quickstart",

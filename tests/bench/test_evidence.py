@@ -16,7 +16,9 @@ from medft.bench import (
     scoring as bench_scoring,
 )
 from medft.core import identity
-from medft.core.run import MedftError, Recipe, assets, load_recipe
+from medft.core.files import MedftError, assets
+from medft.core.recipe import load_recipe
+from medft.core.sections import Recipe
 from medft.data import staging
 from medft.evaluate import diagrams
 from medft.evaluate import metrics as evaluate
@@ -344,8 +346,8 @@ def test_a_refusal_names_the_model_the_set_and_the_item():
 @pytest.fixture(scope="module")
 def tiny():
     "The tiny base with its tokenizer, and the same with NaN in its last norm."
-    from medft.core.run import load_recipe
-    from medft.data.pipeline import load_tokenizer
+    from medft.core.recipe import load_recipe
+    from medft.data.chat_templates import load_tokenizer
     from medft.model.load import load_base
 
     recipe = load_recipe("quickstart", ["engine=[trl]"])
@@ -855,7 +857,7 @@ def test_no_import_cell_shows_what_another_cell_printed():
 
 def test_recipes_and_verbs_that_pages_name_exist():
     from medft.cli.verbs import app
-    from medft.core.run import shipped_recipes
+    from medft.core.files import shipped_recipes
 
     verbs = {c.name or c.callback.__name__.strip("_") for c in app.registered_commands}
     verbs |= {g.name for g in app.registered_groups}

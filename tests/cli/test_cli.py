@@ -161,7 +161,7 @@ def test_a_full_disk_is_refused(place, capfd, monkeypatch):
 
 def test_dry_run_shows_the_whole_recipe_and_makes_nothing(place, capfd):
     from medft.cli.verbs import main
-    from medft.core.run import load_recipe
+    from medft.core.recipe import load_recipe
 
     assert main(["run", "quickstart", OFF, "training.learning_rate=1e-4", "--dry-run"]) == 0
     out, err = capfd.readouterr()
@@ -184,7 +184,7 @@ def test_ui_refuses_a_port_that_is_taken(place, capfd):
 
 def test_debug_shows_the_traceback(place):
     from medft.cli.verbs import main
-    from medft.core.run import MedftError
+    from medft.core.files import MedftError
 
     with pytest.raises(MedftError):
         main(["run", "quikstart", "--debug"])
@@ -192,7 +192,8 @@ def test_debug_shows_the_traceback(place):
 
 def test_broken_run_folders_are_named(place, capfd):
     from medft.cli.verbs import main
-    from medft.core.run import Run, load_recipe
+    from medft.core.recipe import load_recipe
+    from medft.core.run import Run
 
     run = Run.create(load_recipe("quickstart"), run_id="one")
     for name, text in (("recipe.yaml", "model: ["), ("manifest.json", "{")):

@@ -1,7 +1,8 @@
 "What `medft resume --allow` accepts leaves the trained weights as they are, bit by bit."
 
 from medft.cli.resume import HARMLESS, is_harmless, resumed
-from medft.core.run import Run, load_recipe
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_another_rate_is_another_model(base, whole):
 
 
 def test_every_harmless_key_is_a_key_of_a_recipe():
-    from medft.core.run import SECTIONS, Recipe
+    from medft.core.sections import SECTIONS, Recipe
 
     for key in HARMLESS:
         section, _, field = key.partition(".")

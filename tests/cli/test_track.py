@@ -164,7 +164,9 @@ def test_a_run_is_tracked_in_sqlite_without_a_token(tmp_path, monkeypatch):
 
 def test_failed_and_interrupted_runs_are_marked(tmp_path, monkeypatch):
     from medft.cli.tracking import upload
-    from medft.core.run import Run, load_recipe, write_json
+    from medft.core.files import write_json
+    from medft.core.recipe import load_recipe
+    from medft.core.run import Run
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -196,9 +198,9 @@ def test_failed_and_interrupted_runs_are_marked(tmp_path, monkeypatch):
 
 
 def test_secrets_are_known_by_their_names(monkeypatch):
-    from medft.cli.tracking import recipe_parameters, redact
-    from medft.core.run import load_recipe
-    from medft.core.secrets import is_secret_name
+    from medft.cli.tracking import recipe_parameters
+    from medft.core.recipe import load_recipe
+    from medft.core.secrets import is_secret_name, redact
 
     for name in (
         "HF_TOKEN",

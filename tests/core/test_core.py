@@ -1,6 +1,8 @@
 """Recipes and run folders: the cases that are not on the page."""
 
-from medft.core.run import MedftError, Run, atomic_write, load_recipe, read_json, write_json
+from medft.core.files import MedftError, atomic_write, read_json, write_json
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 
 import subprocess
 import sys

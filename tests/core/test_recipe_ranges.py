@@ -1,13 +1,15 @@
 """Every key has a range: a value outside it is refused in one line, before anything is written."""
 
 from medft.core import sections
+from medft.core.files import MedftError
 from medft.core.recipe import (
     BASELINES,
     UNSUPPORTED_LORA_KEYS,
     UNSUPPORTED_TRAINING_KEYS,
+    load_recipe,
     non_finite,
 )
-from medft.core.run import MedftError, Run, load_recipe
+from medft.core.run import Run
 from medft.core.sections import SECTIONS, Recipe, library_fields
 
 import math
@@ -541,7 +543,7 @@ def prepared(tmp_path_factory):
     "more", [["pissa"], ["pissa_niter_4", "lora.use_rslora=true"], ["olora"]], ids=" ".join
 )
 def test_an_adapter_that_moved_the_base_is_saved_as_a_plain_one(prepared, more):
-    from medft.core.run import read_json
+    from medft.core.files import read_json
     from medft.export import merging
     from medft.model.load import load_base
 

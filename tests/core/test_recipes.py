@@ -1,6 +1,8 @@
 "The shipped recipes of real models: as published, and through all stages in rehearsal."
 
-from medft.core.run import Run, contradictions, load_recipe, read_json, read_yaml, shipped_recipes
+from medft.core.files import read_json, shipped_recipes
+from medft.core.recipe import contradictions, load_recipe, read_yaml
+from medft.core.run import Run
 
 import os
 import re

@@ -4,7 +4,9 @@ from medft.cli import resume, runner
 from medft.cli import tracking as track
 from medft.core import disclosure
 from medft.core import secrets as redaction
-from medft.core.run import MedftError, Run, atomic_write, load_recipe, read_json, write_json
+from medft.core.files import MedftError, atomic_write, read_json, write_json
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.core.secrets import (
     is_secret_name,
     known_secrets,
@@ -769,7 +771,7 @@ def test_a_local_store_gets_everything_unless_its_artifacts_are_elsewhere(tmp_pa
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_the_report_shows_items_or_says_why_not(tmp_path, shown):
-    from medft.evaluate.metrics import read_predictions
+    from medft.evaluate.predictions import read_predictions
     from medft.export.report import items_section, report
 
     from test_report import made_run

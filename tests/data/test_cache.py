@@ -1,9 +1,11 @@
 """The cache of prepared rows: what decides its key, where it lies, and what it never touches."""
 
-from medft.core.run import Run, assets, load_recipe
+from medft.core.files import assets
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.data import splits as storing
-from medft.data.pipeline import load_tokenizer
+from medft.data.chat_templates import load_tokenizer
 
 import http.server
 import json

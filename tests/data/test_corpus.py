@@ -1,9 +1,10 @@
 """A corpus comes out the same after any interruption: nothing is lost, nothing comes twice."""
 
-from medft.core.run import MedftError
+from medft.core.files import MedftError
 from medft.data.prepare import cleaning as texts
 from medft.data.prepare import corpus
-from medft.data.prepare.corpus import Packer, load_corpus, prepare_corpus
+from medft.data.prepare.corpus import load_corpus, prepare_corpus
+from medft.data.prepare.packing import Packer
 
 import contextlib
 import gzip
@@ -259,8 +260,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokens):
 
 
 def test_every_token_is_in_the_windows_once_and_in_order(tmp_path, fast, tokens):
-    from medft.core.run import load_recipe
-    from medft.data.prompts import load_tokenizer
+    from medft.core.recipe import load_recipe
+    from medft.data.chat_templates import load_tokenizer
 
     docs = some(120) + [
         dict(id="long", text=page("long", 900)),

@@ -1,6 +1,8 @@
 """The data stage whole: real files, splits that hold groups together, checks, the cache."""
 
-from medft.core.run import MedftError, Run, load_recipe, read_json
+from medft.core.files import MedftError, read_json
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.data import splits as storing
 from medft.data import staging

@@ -1,6 +1,6 @@
 """Articles, question pages and patients: real folders, made-up ones, broken and hostile files."""
 
-from medft.core.run import MedftError
+from medft.core.files import MedftError
 from medft.data.reading import articles
 from medft.data.reading import patients as docs
 from medft.data.reading.formats import READERS, Part

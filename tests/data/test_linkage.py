@@ -1,6 +1,6 @@
 """Record pairs: split by patient, repeatable to the byte, and pushed only when asked."""
 
-from medft.core.run import MedftError
+from medft.core.files import MedftError
 from medft.data.prepare import linkage
 from medft.data.prepare.linkage import CHANGES, KINDS, baselines, prepare_pairs
 from medft.data.reading.patients import pair_text

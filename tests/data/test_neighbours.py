@@ -1,6 +1,6 @@
 """Near-duplicates, groups and benchmark overlap: against brute force, and on planted copies."""
 
-from medft.core.run import MedftError
+from medft.core.files import MedftError
 from medft.data.quality import near_duplicates as nb
 from medft.data.quality import near_duplicates as sh
 

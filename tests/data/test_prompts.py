@@ -1,6 +1,7 @@
 """Prompts of every template family, formatted rows, masks, stop tokens, and tokens."""
 
-from medft.core.run import MedftError, assets, load_recipe
+from medft.core.files import MedftError, assets
+from medft.core.recipe import load_recipe
 from medft.data import chat_templates as T
 from medft.data import prompts as P
 from medft.data import tokens as K

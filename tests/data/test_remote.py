@@ -2,7 +2,7 @@
 
 The buckets are those of moto's S3 server, of fake-gcs-server, and of memory."""
 
-from medft.core.run import MedftError
+from medft.core.files import MedftError
 from medft.data.reading import sources
 
 import gzip

@@ -1,6 +1,9 @@
 """Rows as files really have them: printed lists, missing values, options, passages, labels."""
 
-from medft.core.run import Dataset, MedftError, Run, load_recipe
+from medft.core.files import MedftError
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
+from medft.core.sections import Dataset
 from medft.data import pipeline as data
 from medft.data.chat_templates import load_tokenizer
 from medft.data.reading.answer_options import (

@@ -1,8 +1,10 @@
 """Every schema: real files where they are at hand, the traps of each, their order, random rows."""
 
-from medft.core.run import Dataset, MedftError, assets
+from medft.core.files import MedftError, assets
+from medft.core.sections import Dataset
 from medft.data.reading import schemas, sources
-from medft.data.reading.schemas import FirstOption, read_examples
+from medft.data.reading.multiple_choice import FirstOption
+from medft.data.reading.schemas import read_examples
 
 import itertools
 import json

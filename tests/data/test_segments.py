@@ -1,10 +1,13 @@
 """Texts of which parts are trained on: read, masked, and stored beside rows that are not."""
 
-from medft.core.run import Run, load_recipe
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
-from medft.data.prompts import load_tokenizer, prompts, sample_text
+from medft.data.chat_templates import load_tokenizer
+from medft.data.prompts import prompts
 from medft.data.reading.free_text import from_text
 from medft.data.reading.multiple_choice import Reject
+from medft.data.tokens import sample_text
 
 import json
 

@@ -1,6 +1,6 @@
 """The formats and sources rooms on files of every kind, on broken ones, and on noise."""
 
-from medft.core.run import MedftError
+from medft.core.files import MedftError
 from medft.data.reading import formats, sources
 
 import gzip

@@ -1,6 +1,8 @@
 """Rows held out by a name are never trained on, be it of a file, a folder, a column or a key."""
 
-from medft.core.run import MedftError, Run, load_recipe, read_json
+from medft.core.files import MedftError, read_json
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.data.reading import recipe_sources, sources
 from medft.data.reading.split_names import UNCLEAR, split_of_path, splits_in

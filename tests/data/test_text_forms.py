@@ -1,7 +1,9 @@
 """Texts in their many forms: owners of rows, equal texts, conversations in one string, repair."""
 
+from medft.core.files import MedftError
 from medft.core.identity import group_rows, identity, identity_columns, kind_of_column, text_key
-from medft.core.run import MedftError, Run, load_recipe
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.data.quality import leakage as leaks
 from medft.data.quality.broken_text import damage, repair

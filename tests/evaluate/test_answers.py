@@ -1,6 +1,8 @@
 """Written answers: measures by their definitions, answers that depend on no other row, refusals."""
 
-from medft.core.run import MedftError, Run, load_recipe
+from medft.core.files import MedftError
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.evaluate import metrics as ev
 from medft.evaluate.measures import answers as written

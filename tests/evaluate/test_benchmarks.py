@@ -16,7 +16,9 @@ from hub_server import HubServer
 if not importlib.util.find_spec("lm_eval"):
     pytest.skip("needs lm_eval", allow_module_level=True)
 
-from medft.core.run import MedftError, Run, assets, load_recipe, model_path
+from medft.core.files import MedftError, assets, model_path
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.data.quality import leakage as leaks
 from medft.evaluate.measures.classification import accuracy

@@ -3,7 +3,9 @@
 Nothing is scored that was trained on.
 """
 
-from medft.core.run import MedftError, Run, assets, load_recipe, read_json, write_json
+from medft.core.files import MedftError, assets, read_json, write_json
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.evaluate import metrics as ev
 from medft.evaluate import plots as pictures

@@ -2,15 +2,9 @@
 
 from medft.cli import runner
 from medft.cli.verbs import main
-from medft.core.run import (
-    MedftError,
-    Refused,
-    Run,
-    load_recipe,
-    read_json,
-    sha256,
-    write_json,
-)
+from medft.core.files import MedftError, Refused, read_json, sha256, write_json
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.evaluate import metrics as ev
 from medft.evaluate import predictions as scored

@@ -1,6 +1,8 @@
 """What must not be scored, and what was memorised: near-duplicates, leaks across runs, canaries."""
 
-from medft.core.run import MedftError, Run, assets, load_recipe, read_json, sha256, write_json
+from medft.core.files import MedftError, assets, read_json, sha256, write_json
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.data.prepare import corpus
 from medft.data.quality import canaries

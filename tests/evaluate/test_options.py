@@ -3,7 +3,8 @@
 Questions in another order are what `data.prompts` would have written.
 """
 
-from medft.core.run import MedftError, assets, load_recipe
+from medft.core.files import MedftError, assets
+from medft.core.recipe import load_recipe
 from medft.data.prompts import prompts
 from medft.data.reading.schemas import read_examples
 from medft.evaluate.measures import answers as options

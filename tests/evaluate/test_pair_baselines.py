@@ -1,6 +1,8 @@
 """Simple rules for pairs of records, learned from nothing but the training rows; aligned pairs."""
 
-from medft.core.run import MedftError, Run, load_recipe
+from medft.core.files import MedftError
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.data import prompts
 from medft.data.prepare import linkage

@@ -3,7 +3,9 @@
 Its error is what a 95 % interval promises, and the retention set may be of another kind.
 """
 
-from medft.core.run import MedftError, Run, assets, load_recipe
+from medft.core.files import MedftError, assets
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.evaluate import metrics as ev
 from medft.evaluate.measures import forgetting as rt

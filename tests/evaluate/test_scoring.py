@@ -1,6 +1,7 @@
 """Scores: three ways of computing them agree, the harness agrees, and batches change nothing."""
 
-from medft.core.run import MedftError, assets, load_recipe
+from medft.core.files import MedftError, assets
+from medft.core.recipe import load_recipe
 from medft.evaluate.scoring import log_likelihood as lk
 from medft.evaluate.scoring import predict as scoring
 from medft.evaluate.scoring import shared_prefix as br

@@ -2,7 +2,9 @@
 
 It has the form asked for; its pages need no other file and hold no secret."""
 
-from medft.core.run import MedftError, Refused, Run, load_recipe, read_json, sha256, write_json
+from medft.core.files import MedftError, Refused, read_json, sha256, write_json
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.evaluate import metrics as ev
 from medft.export import artefacts as ex
 from medft.export import merging, parity, publish

@@ -2,7 +2,9 @@
 
 For runs that measured much, and for runs that measured little."""
 
-from medft.core.run import Run, load_recipe, read_json, write_json
+from medft.core.files import read_json, write_json
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.evaluate import metrics as ev
 from medft.evaluate import plots as forest
 from medft.export import model_card as card

@@ -4,7 +4,9 @@ and its notes where something is left to the library. One process."""
 from medft.cli import runner
 from medft.core import recipe
 from medft.core import run as core
-from medft.core.run import MedftError, Run, load_recipe, read_json, sha256, write_json
+from medft.core.files import MedftError, read_json, sha256, write_json
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.fast import engine as fast
 from medft.fast import patching

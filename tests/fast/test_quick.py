@@ -1,7 +1,7 @@
 """The fast step equals the plain step: same loss, same gradients, rows that do not see each other,
 and logits that are never all in memory."""
 
-from medft.core.run import MedftError
+from medft.core.files import MedftError
 from medft.fast import loss as heads
 from medft.fast import patching
 from medft.fast.loss import supervised_loss

@@ -108,7 +108,8 @@ def rows(task, n, seed):
 
 def prepare(home, task, more=()):
     "A run whose data are prepared; no model has been loaded yet."
-    from medft.core.run import Run, load_recipe
+    from medft.core.recipe import load_recipe
+    from medft.core.run import Run
     from medft.data import pipeline as data
 
     home.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Every family from its real classes, tiny: loaded, adapted, saved, merged;
 and the traps in the bare libraries."""
 
-from medft.core.run import MedftError, load_recipe
-from medft.data.pipeline import load_tokenizer
+from medft.core.files import MedftError
+from medft.core.recipe import load_recipe
+from medft.data.chat_templates import load_tokenizer
 from medft.export import merging
 from medft.model import adapters, families
 from medft.model import load as model

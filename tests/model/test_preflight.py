@@ -1,6 +1,8 @@
 """What is refused before a weight is loaded: by name, with the way out."""
 
-from medft.core.run import MedftError, Run, load_recipe
+from medft.core.files import MedftError
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.model import adapters, families, preflight
 from medft.model.families import NAMES

@@ -1,6 +1,8 @@
 "The matrix of combinations: rules, a diagonal of facts, and the evidence that ships."
 
-from medft.core.run import ENGINES, MedftError, load_recipe
+from medft.core.files import MedftError
+from medft.core.recipe import load_recipe
+from medft.core.sections import ENGINES
 from medft.model import families
 from medft.plan import support_matrix as matrix
 

@@ -2,7 +2,8 @@
 
 What it proposes fits; nothing is fetched."""
 
-from medft.core.run import MedftError, load_recipe
+from medft.core.files import MedftError
+from medft.core.recipe import load_recipe
 from medft.model import adapters, families
 from medft.plan import devices, footprint
 from medft.plan import estimate as plan
@@ -334,7 +335,7 @@ def test_the_measured_peak_is_within_a_tenth(engine, tmp_path):
 
 def test_a_measured_speed_is_used():
     "Of the shipped evidence, for every model, engine and kind of adapter that it holds."
-    from medft.core.run import assets
+    from medft.core.files import assets
     from medft.model.families import shape_config
 
     import json
@@ -366,7 +367,7 @@ def test_a_measured_speed_is_used():
 
 
 def test_a_measurement_of_ones_own_is_used_first(tmp_path, monkeypatch):
-    from medft.core.run import write_json
+    from medft.core.files import write_json
 
     monkeypatch.setenv("MEDFT_RUNS", str(tmp_path))
     own = dict(

@@ -69,7 +69,7 @@ def metadata(wheel, names):
 
 
 def test_wheel_carries_notebooks_recipes_and_assets(names):
-    from medft.core.run import STAGES
+    from medft.core.sections import STAGES
 
     pages = [p for p in (TOP / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
     files = [p for p in (TOP / "medft").rglob("*") if p.is_file() and "__pycache__" not in p.parts]

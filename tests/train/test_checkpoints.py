@@ -1,6 +1,6 @@
 "A checkpoint is complete or it is not used: every kind of damage is seen and named."
 
-from medft.core.run import MedftError
+from medft.core.files import MedftError
 from medft.train.checkpoints import (
     SEAL,
     STATE,

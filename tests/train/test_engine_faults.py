@@ -2,9 +2,11 @@
 one chat template throughout, and no foreign code."""
 
 from medft.core import files as places
-from medft.core.run import MedftError, Run, assets, load_recipe, read_json, write_json
+from medft.core.files import MedftError, assets, read_json, write_json
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
-from medft.data.pipeline import load_tokenizer
+from medft.data.chat_templates import load_tokenizer
 from medft.evaluate import metrics as evaluate
 from medft.evaluate.scoring import external_models as further
 from medft.export import artefacts as export

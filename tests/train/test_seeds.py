@@ -2,7 +2,9 @@
 and the verdict is about the recipe."""
 
 from medft.cli import resume
-from medft.core.run import MedftError, Run, load_recipe, write_json
+from medft.core.files import MedftError, write_json
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data.pipeline import prepare
 from medft.evaluate import metrics as ev
 from medft.evaluate.measures import comparisons

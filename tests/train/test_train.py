@@ -1,7 +1,9 @@
 """Training: what stops it, what resumes it, what it must never do.
 One process, because imports are slow."""
 
-from medft.core.run import MedftError, Run, load_recipe, sha256
+from medft.core.files import MedftError, sha256
+from medft.core.recipe import load_recipe
+from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.model import families
 from medft.model import load as model

@@ -10,8 +10,9 @@ __all__ = ['STEPS', 'WORDS_IN_RUN', 'LONGEST', 'CHARACTERS_PER_TASK', 'ROWS_PER_
            'units_of', 'tasks_of']
 
 # %% ../../../nbs/data/prepare/cleaning.ipynb #c003
+from ...core.files import MedftError
 from ...core.identity import identities, identity_columns, text_key
-from ...core.run import MedftError, Model, Recipe
+from ...core.sections import Model, Recipe
 from ..quality.near_duplicates import PERMUTATIONS, mix
 from ..reading.articles import files_of, read_xml
 from ..reading.formats import rows as source_rows

@@ -12,7 +12,8 @@ __all__ = ['STEP', 'new_counts', 'Builder', 'shard_name', 'differences', 'check_
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c003
 from ... import __version__
-from ...core.run import MedftError, locate, peak_rss, read_json, write_json
+from ...core.files import MedftError, locate, read_json, write_json
+from ...core.run import peak_rss
 from .cleaning import tasks_of, tokens_of, units_of
 from medft.data.prepare.packing import (
     SPLITS,

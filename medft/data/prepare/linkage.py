@@ -10,10 +10,11 @@ __all__ = ['NICKNAMES', 'CHANGES', 'MINIMUM', 'SHARES', 'KINDS', 'RULES', 'MADE_
            'prepare_pairs']
 
 # %% ../../../nbs/data/prepare/linkage.ipynb #imports
-from ...core.run import MedftError, atomic_write, read_json
+from ...core.files import MedftError, atomic_write, read_json
 from ..quality.near_duplicates import label_groups
+from ..reading.formats import rows
 from ..reading.patients import pair_text, record
-from ..reading.sources import digest, parts, rows
+from ..reading.sources import digest, parts
 
 import hashlib
 import json

@@ -9,7 +9,8 @@ __all__ = ['PICKLE_PROTOCOL', 'SCHEMA', 'OPEN', 'SPLITS', 'serve', 'Worker', 'Cr
            'copy_of', 'Packer', 'split_of', 'shard_of', 'write_shard']
 
 # %% ../../../nbs/data/prepare/packing.ipynb #c003
-from ...core.run import MedftError, peak_rss
+from ...core.files import MedftError
+from ...core.run import peak_rss
 from .cleaning import Work, tokens_of
 from ..quality.near_duplicates import bands
 

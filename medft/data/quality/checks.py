@@ -12,8 +12,8 @@ __all__ = ['ROWS_PER_SCAN', 'CHECKS', 'NEED_TOKENS', 'REMEDIES', 'Rows', 'text_k
            'check_untrainable', 'check_truncated', 'run_checks', 'in_kinds', 'refuse_findings']
 
 # %% ../../../nbs/data/quality/checks.ipynb #c002
+from ...core.files import MedftError
 from ...core.identity import text_key
-from ...core.run import MedftError
 from . import identifiers as privacy
 from . import near_duplicates as neighbours
 from .broken_text import DAMAGE

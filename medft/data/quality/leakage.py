@@ -10,8 +10,9 @@ __all__ = ['QUESTION_SEED', 'PROMPT_SEED', 'TOKENS_SEED', 'LIST', 'READ', 'UNKNO
            'same_items', 'refuse_leaks', 'check']
 
 # %% ../../../nbs/data/quality/leakage.ipynb #c002
+from ...core.files import MedftError, atomic_write, locate, sha256
 from ...core.identity import text_key
-from ...core.run import MedftError, Run, atomic_write, locate, sha256
+from ...core.run import Run
 from .checks import letters_and_digits
 
 import io

@@ -12,8 +12,8 @@ __all__ = ['BLANK', 'TEXT_CHANGES', 'SHORT', 'LONG', 'BOUND', 'PERMUTATIONS', 'W
            'contaminated', 'planted_recall']
 
 # %% ../../../nbs/data/quality/near_duplicates.ipynb #imports
+from ...core.files import MedftError
 from ...core.identity import text_key
-from ...core.run import MedftError
 
 import math
 import os

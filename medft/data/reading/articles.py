@@ -9,7 +9,7 @@ __all__ = ['LIMIT', 'DIALECTS', 'read_document', 'parse_xml', 'medquad_rows', 'r
            'from_cnxml', 'files_of', 'read_xml']
 
 # %% ../../../nbs/data/reading/articles.ipynb #c003
-from ...core.run import MedftError
+from ...core.files import MedftError
 from .formats import READERS, Part, open_part
 
 import re

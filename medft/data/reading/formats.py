@@ -10,7 +10,7 @@ __all__ = ['READERS', 'ENDINGS', 'TEXT_KINDS', 'MAX_GROWTH', 'FREE_BYTES', 'TURN
            'read_arrow', 'check_arrow_end', 'read_txt', 'features', 'explain_errors', 'error_reason', 'rows']
 
 # %% ../../../nbs/data/reading/formats.ipynb #c002
-from ...core.run import MedftError
+from ...core.files import MedftError
 from .split_names import split_of_value
 
 import codecs

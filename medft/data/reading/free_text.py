@@ -12,8 +12,8 @@ __all__ = ['ROLE_NAMES', 'TOOL_ROLES', 'TOOL_REASON', 'WEIGHT_KEYS', 'REASONING_
            'from_entity_pair', 'from_patient']
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c002
+from ...core.files import MedftError
 from ...core.identity import text_key
-from ...core.run import MedftError
 from .answer_options import looks_printed, missing_kind
 from .chat_formats import FORMATS, cut_turns, family_of
 from medft.data.reading.multiple_choice import (

@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/data/reading/hub.html.md"""
 __all__ = ['READERS', 'HUB_ERRORS', 'read_dataset', 'hub', 'check_split', 'cache', 'causes', 'hub_error']
 
 # %% ../../../nbs/data/reading/hub.ipynb #c002
-from ...core.run import MedftError, atomic_write, nearest
+from ...core.files import MedftError, atomic_write, nearest
 from .formats import READERS, Part, batch_rows, printable, read_error
 
 import os

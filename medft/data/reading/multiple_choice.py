@@ -12,8 +12,8 @@ __all__ = ['OPTIONS', 'MORE_OPTIONS', 'LETTERS', 'DECISIONS', 'Reject', 'cell', 
            'from_medqa', 'from_medqa_hf', 'from_pubmedqa']
 
 # %% ../../../nbs/data/reading/multiple_choice.ipynb #c002
+from ...core.files import MedftError
 from ...core.identity import text_key
-from ...core.run import MedftError
 from medft.data.reading.answer_options import (
     UnreadableCell,
     looks_printed,

@@ -9,7 +9,7 @@ __all__ = ['PERSON', 'KINDS', 'ALIGNED', 'read_fhir', 'read_synthea', 'record', 
            'plain', 'side_by_side', 'aligned_field', 'aligned_text']
 
 # %% ../../../nbs/data/reading/patients.ipynb #c002
-from ...core.run import MedftError, nearest
+from ...core.files import MedftError, nearest
 from .articles import files_of, read_document
 from .formats import READERS, Part
 from .formats import rows as source_rows

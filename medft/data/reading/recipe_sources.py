@@ -9,7 +9,8 @@ __all__ = ['SPLIT_COLUMNS', 'split_column', 'row_splits', 'Sources', 'open_sourc
            'files_in_words']
 
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r002
-from ...core.run import Dataset, MedftError, locate
+from ...core.files import MedftError, locate
+from ...core.sections import Dataset
 from .formats import SPLIT_KEY, Part, features, read_error, rows
 from .hub import hub
 from .sources import digest, find_source, source_name, wanted_splits

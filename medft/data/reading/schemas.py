@@ -10,8 +10,9 @@ __all__ = ['SCHEMAS', 'COMMON_COLUMNS', 'CONTEXT_COLUMNS', 'REASONING_COLUMNS', 
            'no_schema', 'recognise', 'mapping_for', 'Reading', 'not_read_line', 'check_encodable', 'read_examples']
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c002
+from ...core.files import MedftError, nearest
 from ...core.identity import identities, identity, identity_columns
-from ...core.run import Dataset, MedftError, nearest
+from ...core.sections import Dataset
 from ..quality.broken_text import repaired_rows
 from .answer_options import missing_kind
 from .chat_formats import FORMATS, PLAIN_FORMATS, family_of, unknown_turns

@@ -9,7 +9,7 @@ __all__ = ['FOLDER_MARKERS', 'MAX_UNPACKED', 'ARCHIVE_ENDINGS', 'STATE_KEYS', 'L
            'find_source', 'source_name', 'wanted_splits', 'parts', 'digest']
 
 # %% ../../../nbs/data/reading/sources.ipynb #c002
-from ...core.run import MedftError, assets, locate, nearest, runs_root, sha256
+from ...core.files import MedftError, assets, locate, nearest, runs_root, sha256
 from ...core.secrets import full_url, redact
 from medft.data.reading.formats import (
     ENDINGS,

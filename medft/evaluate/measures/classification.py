@@ -10,7 +10,7 @@ __all__ = ['BASELINES', 'best_threshold', 'threshold_of', 'mcc', 'choice_statist
            'baseline', 'constant', 'baseline_frames']
 
 # %% ../../../nbs/evaluate/measures/classification.ipynb #c002
-from ...core.run import MedftError, nearest
+from ...core.files import MedftError, nearest
 from ...data.pipeline import load_split, scored_sets
 from medft.evaluate.measures.calibration import (
     calibration_p,

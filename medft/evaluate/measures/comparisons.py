@@ -10,7 +10,7 @@ __all__ = ['FIXED', 'PAIR_BASELINES', 'FROM_SUMS', 'read_pairs', 'pairs_of', 'fi
            'compare_seeds', 'family_over', 'each_figure', 'several']
 
 # %% ../../../nbs/evaluate/measures/comparisons.ipynb #imports
-from ...core.run import MedftError
+from ...core.files import MedftError
 from ...data import pipeline as data
 from ...data.prepare.linkage import RULES
 from ...data.reading import recipe_sources, schemas, sources

@@ -9,7 +9,7 @@ __all__ = ['JUDGED', 'WORLDS', 'decline', 'judge', 'budget_in', 'retained', 'ret
            'errors', 'remake', 'evidence']
 
 # %% ../../../nbs/evaluate/measures/forgetting.ipynb #c002
-from ...core.run import MedftError, assets, read_json, write_json
+from ...core.files import MedftError, assets, read_json, write_json
 from ..statistics.simulation import accuracy_world, draw_groups, loss_world
 from ..statistics.verdicts import LABEL_WORDS, LOWER_IS_BETTER, UNITS
 

@@ -10,7 +10,7 @@ __all__ = ['OPTIONS_PER_ROW', 'FOUND_BY', 'MIN_ITEMS', 'exposure', 'read_out', '
            'unchecked_in_words', 'without_doubles']
 
 # %% ../../../nbs/evaluate/measures/memorisation.ipynb #imports
-from ...core.run import read_json
+from ...core.files import read_json
 from ...data.quality.canaries import CANDIDATES, DIGITS, questions
 from ..scoring.log_likelihood import check_frame, refuse_non_finite
 from ..scoring.predict import score_choices

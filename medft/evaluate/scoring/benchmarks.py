@@ -10,7 +10,8 @@ __all__ = ['FILES', 'truth', 'rows_of_task', 'with_content', 'open_tasks', 'refu
            'about_benchmarks', 'evaluated', 'compare_with_harness', 'remake']
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c002
-from ...core.run import Dataset, MedftError, assets, read_json, write_json
+from ...core.files import MedftError, assets, read_json, write_json
+from ...core.sections import Dataset
 from ...data import staging
 from ...data.quality import leakage as leaks
 from ...data.reading.multiple_choice import group_key
@@ -347,7 +348,8 @@ def remake(
     most: int | None = None,  # rows of each; None: all
 ) -> dict:
     "The table of agreement with the harness, made anew and written down."
-    from medft.core.run import cpu_name, model_path
+    from medft.core.files import model_path
+    from medft.core.run import cpu_name
 
     import torch
     import transformers

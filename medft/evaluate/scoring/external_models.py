@@ -11,21 +11,12 @@ __all__ = ['GENERIC_FOLDERS', 'named', 'small_file', 'described', 'fingerprint',
            'with_files', 'of_run', 'parts_of', 'reloaded', 'scoring_recipe', 'check_scored']
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #imports
+from ...core.files import MedftError, locate, model_path, nearest, read_json, runs_root, sha256
 from ...core.recipe import load_recipe
-from medft.core.run import (
-    MedftError,
-    Model,
-    Recipe,
-    Run,
-    locate,
-    model_path,
-    nearest,
-    read_json,
-    runs_root,
-    sha256,
-)
-from ...data.chat_templates import template, why
-from ...data.pipeline import load_tokenizer, prepare
+from ...core.run import Run
+from ...core.sections import Model, Recipe
+from ...data.chat_templates import load_tokenizer, template, why
+from ...data.pipeline import prepare
 from ...data.prepare.cleaning import tokenizer_hash
 from ...model.families import config_of
 from ...model.load import load_base, ready, refuse_pickles

@@ -10,7 +10,7 @@ __all__ = ['REFUSALS', 'Encoder', 'mean_nearest_cosine', 'overlap', 'embed', 'be
            'NonFiniteSteps', 'write_batch', 'write_answers', 'answered']
 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #imports
-from ...core.run import MedftError, locate
+from ...core.files import MedftError, locate
 from ...data.chat_templates import template
 from ...data.tokens import encode
 from .log_likelihood import NonFiniteScores, in_batches, pad, token_budget

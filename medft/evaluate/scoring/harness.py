@@ -11,12 +11,14 @@ __all__ = ['TASK_FOLDERS', 'GROUPS', 'COLUMNS', 'ABOUT', 'STAND_INS', 'harness',
            'splits_of', 'naming_benchmark', 'build_task', 'task_hash', 'referee', 'log_likelihoods']
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c002
-from ...core.run import Dataset, MedftError, assets, nearest, read_json
+from ...core.files import MedftError, assets, nearest, read_json
+from ...core.sections import Dataset
 from ...data.quality.near_duplicates import MMLU_MEDICAL
+from ...data.reading.formats import features, rows
 from ...data.reading.hub import hub
 from ...data.reading.multiple_choice import OPTIONS, nested
 from ...data.reading.schemas import read_examples
-from ...data.reading.sources import digest, features, parts, rows
+from ...data.reading.sources import digest, parts
 
 import contextlib
 import functools

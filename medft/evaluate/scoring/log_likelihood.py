@@ -10,7 +10,7 @@ __all__ = ['NUMBERS', 'MAX_LOGITS', 'NonFiniteScores', 'comparable', 'refuse_non
            'option_rows', 'token_budget', 'split_into_batches', 'in_batches', 'by_rows']
 
 # %% ../../../nbs/evaluate/scoring/log_likelihood.ipynb #imports
-from ...core.run import MedftError
+from ...core.files import MedftError
 
 import time
 import weakref

@@ -10,7 +10,7 @@ __all__ = ['SCORED_FORMS', 'code_choices', 'code_pair', 'code_jointly', 'score_c
            'predict_forms', 'score_labels', 'choose', 'predict_labels', 'windows', 'predict_text', 'predict']
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c002
-from ...core.run import MedftError
+from ...core.files import MedftError
 from ...data.chat_templates import template
 from ...data.prompts import LETTERS, MARKS
 from ...data.reading.answer_options import keeps_its_order

@@ -12,7 +12,7 @@ __all__ = ['PREVALENCE', 'EQUAL_F1_CUT', 'BLOCKS', 'LARGE_BLOCKS', 'FURTHER_POWE
            'accuracy_family', 'loss_family', 'families', 'nulls', 'covers', 'seeded', 'gaps', 'remake', 'evidence']
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c002
-from ...core.run import assets, read_json, write_json
+from ...core.files import assets, read_json, write_json
 from medft.evaluate.statistics.intervals import (
     bootstrap_intervals,
     detectable,

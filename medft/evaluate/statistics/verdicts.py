@@ -12,7 +12,8 @@ __all__ = ['DISCORDANCE', 'UNKNOWN_LOSS', 'LOWER_IS_BETTER', 'LABEL_WORDS', 'UNI
            'over_seeds', 'p_in_words', 'rows_in_words', 'few_groups_in_words', 'sentence']
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #imports
-from ...core.run import Recipe, Run
+from ...core.run import Run
+from ...core.sections import Recipe
 from ...data.pipeline import load_split, scored_sets
 from medft.evaluate.statistics.intervals import (
     ASSUMED_CORRELATION,
