@@ -11,7 +11,7 @@ __all__ = ['STARTER', 'UNSUPPORTED_TRAINING_KEYS', 'HANDED_ON', 'UNSUPPORTED_LOR
 
 # %% ../../nbs/core/recipe.ipynb #imports
 from .files import MedftError, find_recipe, nearest, shipped_recipes
-from .secrets import public_url, redacted, remember_url, urls_in
+from .secrets import public_url, redacted, remember_url, _urls_in
 from medft.core.sections import (
     ENGINES,
     SECTIONS,
@@ -85,7 +85,7 @@ def remember_urls(
     recipe: Recipe,
 ) -> list[str]:  # the addresses without credentials, sorted
     "Keep the credentials in a recipe's addresses for this process and those that it starts."
-    found = urls_in(recipe.model_dump())
+    found = _urls_in(recipe.model_dump())
     for url in found:
         remember_url(url)
     return sorted({public_url(url) for url in found})

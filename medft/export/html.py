@@ -7,7 +7,7 @@ Docs: https://medft.github.io/medft/export/html.html.md"""
 # %% auto #0
 __all__ = ['paragraph', 'figure_html', 'details', 'side_by_side', 'is_number', 'html_table', 'difference_text',
            'comparison_table', 'figures_within', 'sentences_in', 'severity', 'worst', 'changed', 'shortened', 'option',
-           'answer_of', 'cards']
+           'cards']
 
 # %% ../../nbs/export/html.ipynb #imports
 from ..evaluate.diagrams import chance, letter
@@ -259,7 +259,7 @@ def _label(number, labels) -> str:
     return f"label {labels[number] if labels else number}"
 
 # %% ../../nbs/export/html.ipynb #said1
-def answer_of(
+def _answer_of(
     prediction: pd.Series,  # a row of one model's predictions
     row: dict,  # of the data
     labels: list[str] | None = None,
@@ -313,7 +313,7 @@ def cards(
         completion = (row.get("completion") or "") if is_text else ""
         answers = []
         for model in models:
-            answer = answer_of(frames[model, name].iloc[i], row, labels)
+            answer = _answer_of(frames[model, name].iloc[i], row, labels)
             answers.append(dict(who=short(model), **answer))
         card = dict(
             prompt=shortened(row["prompt"] + completion),

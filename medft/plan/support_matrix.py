@@ -14,7 +14,7 @@ from ..core.recipe import load_recipe
 from ..core.run import Run, environment
 from ..core.sections import ENGINES
 from ..model import families
-from .rehearsal import LENGTH, few_rows
+from .rehearsal import _LENGTH, few_rows
 
 import gc
 import importlib
@@ -134,7 +134,7 @@ def overrides(
         *_TASK_LINES[c.task],
         "training.max_steps=2",
         "training.per_device_train_batch_size=2",
-        f"training.max_length={LENGTH[c.task]}",
+        f"training.max_length={_LENGTH[c.task]}",
         "training.warmup_steps=0",
         "training.logging_steps=1",
         *_ADAPTER_LINES[c.adapter],

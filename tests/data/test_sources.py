@@ -731,7 +731,7 @@ def test_a_damaged_file_is_refused_or_read_but_never_breaks_anything_else(name, 
     rows=st.lists(
         st.dictionaries(
             st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(
-                lambda k: k not in formats.TURN_KEYS
+                lambda k: k not in formats._TURN_KEYS
             ),
             st.none()
             | st.booleans()
