@@ -11,7 +11,7 @@ __all__ = ['STARTER', 'UNSUPPORTED_TRAINING_KEYS', 'HANDED_ON', 'UNSUPPORTED_LOR
 
 # %% ../../nbs/core/recipe.ipynb #imports
 from .files import MedftError, find_recipe, nearest, shipped_recipes
-from .secrets import public_url, redacted, remember_url, _urls_in
+from .secrets import _urls_in, public_url, redacted, remember_url
 from medft.core.sections import (
     ENGINES,
     SECTIONS,

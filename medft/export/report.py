@@ -50,7 +50,7 @@ from medft.export.html import (
     sentences_in,
     side_by_side,
 )
-from .model_card import _class_tables, parity_table, skipped, _training_table
+from .model_card import _class_tables, _training_table, parity_table, skipped
 from .parity import in_words
 from ..train.baseline import read_log, trained, training_summary
 

@@ -12,7 +12,7 @@ __all__ = ['LLAMA3', 'PUBLISHED', 'NAMES', 'ADAPTERS', 'published', 'family_of',
 # %% ../../nbs/model/families.ipynb #imports
 from ..core.files import MedftError, assets, model_path, nearest, read_json, runs_root
 from ..core.sections import Recipe
-from ..data.chat_templates import load_tokenizer, _why
+from ..data.chat_templates import _why, load_tokenizer
 
 import copy
 import hashlib

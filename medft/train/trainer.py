@@ -14,7 +14,7 @@ __all__ = ['windows', 'WindowCollator', 'document_leak', 'isolating_collator', '
 from ..core.files import MedftError, atomic_write, read_json, write_json
 from ..core.run import Run, forget_peak
 from ..data.pipeline import load_split
-from ..model.preflight import belongs_to, changed, _rows_hash
+from ..model.preflight import _rows_hash, belongs_to, changed
 from medft.train.checkpoints import (
     SEAL,
     cut_log,

@@ -12,7 +12,7 @@ from ...core.files import MedftError, locate
 from ...core.sections import Dataset
 from .formats import _SPLIT_KEY, Part, features, read_error, rows
 from .hub import hub
-from .sources import digest, _find_source, _source_name, _wanted_splits
+from .sources import _find_source, _source_name, _wanted_splits, digest
 from .split_names import split_of_value, splits_in
 
 import os

@@ -14,7 +14,7 @@ from ...core.files import MedftError, locate, model_path, nearest, read_json, ru
 from ...core.recipe import load_recipe
 from ...core.run import Run
 from ...core.sections import Model, Recipe
-from ...data.chat_templates import load_tokenizer, template, _why
+from ...data.chat_templates import _why, load_tokenizer, template
 from ...data.pipeline import prepare
 from ...data.prepare.cleaning import _tokenizer_hash
 from ...model.families import _config_of
