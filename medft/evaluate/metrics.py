@@ -42,7 +42,7 @@ from medft.evaluate.plots import (
     table,
     written,  # noqa: F401  the model card imports it from here
 )
-from .predictions import _read_predictions, score_run
+from .predictions import read_predictions, score_run
 from .scoring.benchmarks import about_benchmarks
 from .scoring.log_likelihood import check_frame
 from .scoring.predict import score_choices  # noqa: F401  starter imports it from here
@@ -292,8 +292,8 @@ def all_figures(
 
 def figures(run) -> dict:
     "metrics.json of a run from its prediction files, with and without near-duplicates."
-    frames = check_complete(_read_predictions(run))
-    rules = _read_predictions(run, "baselines")
+    frames = check_complete(read_predictions(run))
+    rules = read_predictions(run, "baselines")
     metrics = all_figures(run, frames, rules)
 
     def figures_of(kept):
@@ -312,7 +312,7 @@ def with_thresholds(
     models: dict,  # model -> set -> figures
 ) -> dict:  # thresholds and models, as in metrics.json
     "Each model's threshold and its source, also as one of its figures."
-    validation = _read_predictions(run, "validation")
+    validation = read_predictions(run, "validation")
     thresholds = {
         who: threshold_of(run.recipe, validation.get((who, "validation"))) for who in models
     }

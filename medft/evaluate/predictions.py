@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/evaluate/predictions.html.md"""
 
 # %% auto #0
 __all__ = ['SCORING_CODE', 'BENCHMARK_CODE', 'CANARY_CODE', 'Contender', 'record_of', 'is_made', 'keep', 'forget',
-           'prediction_path', 'score_model', 'score_run']
+           'read_predictions', 'prediction_path', 'score_model', 'score_run']
 
 # %% ../../nbs/evaluate/predictions.ipynb #c002
 from ..core.files import PACKAGE, MedftError, atomic_write, read_json, sha256, write_json
@@ -200,7 +200,7 @@ def forget(folder: Path, wanted: set):
             record_of(path).unlink(missing_ok=True)
 
 # %% ../../nbs/evaluate/predictions.ipynb #c011a
-def _read_predictions(
+def read_predictions(
     run,
     part="",  # "validation" or "baselines"; "": those of the scored sets
 ) -> dict:  # (model, set) -> frame
@@ -429,7 +429,7 @@ def score_run(run) -> dict:  # (model, set) -> frame
         del model
     for (rule, name), frame in baseline_frames(run, sets).items():
         keep(folder / "baselines" / f"{rule}.{name}.parquet", frame)
-    return _read_predictions(run)
+    return read_predictions(run)
 
 
 def _not_made(run, who, keys) -> dict:

@@ -12,7 +12,7 @@ __all__ = ['aligned_to', 'prompts_differ', 'finished', 'pairs_of', 'compared', '
 from ..core.files import MedftError, Refused, read_json, sha256
 from ..core.run import Run
 from ..evaluate.metrics import family, figures, items, kind
-from ..evaluate.predictions import _read_predictions
+from ..evaluate.predictions import read_predictions
 from .model_card import model_card
 from .publish import write
 from .report import report
@@ -133,7 +133,7 @@ def _matched_predictions(
     common = [name for name in sets_a if name in sets_b]
     if not common:
         raise Refused(f"no set in common: A has {', '.join(sets_a)}, B {', '.join(sets_b)}")
-    frames_a, frames_b = _read_predictions(a), _read_predictions(b)
+    frames_a, frames_b = read_predictions(a), read_predictions(b)
     found = {}
     for name in common:
         base = frames_a["base", name]

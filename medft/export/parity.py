@@ -15,7 +15,7 @@ from ..core.run import Run, device
 from ..data.chat_templates import load_tokenizer, rendering
 from ..data.pipeline import load_split
 from ..data.tokens import encode
-from ..evaluate.predictions import _read_predictions
+from ..evaluate.predictions import read_predictions
 from ..evaluate.scoring.generation import stop_ids
 from ..evaluate.scoring.log_likelihood import in_batches, pad
 from ..evaluate.scoring.predict import code_choices, predict
@@ -544,7 +544,7 @@ def _logit_differences(before, after) -> dict:
 def check_artefacts(run: Run) -> dict:  # engine -> artefact -> parity
     "Score every artefact of a run in a fresh process and judge it."
     in_fresh_process(run)
-    frames = _read_predictions(run)
+    frames = read_predictions(run)
     main = read_json(run.path / "metrics.json")["main"]
     lengths = lengths_of(run, load_tokenizer(run.recipe), _main_rows(run))
     found = {}

@@ -36,7 +36,7 @@ from medft.evaluate.plots import (
     plot_subjects,
     written,
 )
-from ..evaluate.predictions import _read_predictions
+from ..evaluate.predictions import read_predictions
 from ..evaluate.statistics.intervals import detectable
 from . import html
 from medft.export.html import (
@@ -287,7 +287,7 @@ def _scores_section(
     )
     labels_plot = ""
     if "thresholds" in metrics:
-        validation = _read_predictions(run, "validation")
+        validation = read_predictions(run, "validation")
         labels_plot = figure_html(plot_labels(frames, validation, metrics), _LABELS_CAPTION)
     every_figure = [
         html_table(all_figures(metrics, split), f"figures on {split}")
@@ -738,7 +738,7 @@ def sections(
     parities: dict,  # engine -> artefact -> parity, as in export.json
 ) -> list[dict]:  # each with `id`, `title` and `body`
     "The sections that this run has, in order."
-    frames = _read_predictions(run)
+    frames = read_predictions(run)
     items_title = _ITEMS_TITLE.get(run.recipe.task, "Answers, worst and changed")
     memorisation = metrics.get("memorisation") or {}
     found = [

@@ -192,8 +192,13 @@ def plain_loss(
 ):
     "The loss as TRL (generative) and transformers' Trainer (all else) compute it."
     if task == "pretraining":
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        return model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
+        # the positions have no name here, or they would still be counted in the loss
+        return model(
+            input_ids=ids,
+            labels=ids,
+            position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape),
+            use_cache=False,
+        ).loss
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     if task == "generative":
         return model(**inputs, labels=ids, fused_lm_head=True).loss

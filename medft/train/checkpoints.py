@@ -170,7 +170,7 @@ _DISK_PROBLEMS = {
 _FULL_BELOW = 64 << 20  # bytes free
 
 
-def _disk_problem(error: Exception, folder: Path = Path(".")) -> str | None:
+def _disk_problem(error: Exception, folder: Path | None = None) -> str | None:
     "What is wrong with the disk, if that is what an error means."
     text = str(error)
     if isinstance(error, OSError):
@@ -178,7 +178,7 @@ def _disk_problem(error: Exception, folder: Path = Path(".")) -> str | None:
     if "PytorchStreamWriter" in text or "unexpected pos" in text:
         if _disk_problem_in(text):
             return _disk_problem_in(text)
-        is_full = shutil.disk_usage(folder).free < _FULL_BELOW
+        is_full = shutil.disk_usage(folder or ".").free < _FULL_BELOW
         return "the disk is full" if is_full else "a file could not be written"
     if type(error).__name__ in ("SafetensorError", "RuntimeError"):
         return _disk_problem_in(text)
@@ -206,7 +206,7 @@ def writing(
         if not problem:
             raise
         name = getattr(e, "filename", None) or what
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder or ".").free
         raise MedftError(
             f"cannot write {name} in {folder}: {problem} ({free / 1e9:.2f} GB free);"
             f" make room or allow writing, then go on where it stopped: medft resume {folder}"

@@ -771,7 +771,7 @@ def test_a_local_store_gets_everything_unless_its_artifacts_are_elsewhere(tmp_pa
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_the_report_shows_items_or_says_why_not(tmp_path, shown):
-    from medft.evaluate.predictions import _read_predictions
+    from medft.evaluate.predictions import read_predictions
     from medft.export.report import items_section, report
 
     from test_report import made_run
@@ -785,7 +785,7 @@ def test_the_report_shows_items_or_says_why_not(tmp_path, shown):
     assert ("Anna Muster" in page) is shown and ('<article class="card">' in page) is shown
     if not shown:
         assert "Single items are not shown: what may identify somebody was found in 2 rows" in page
-    assert items_section(run, metrics, _read_predictions(run) if shown else None)
+    assert items_section(run, metrics, read_predictions(run) if shown else None)
 
 
 @pytest.mark.parametrize("stage, cell", [("01_data", "c040"), ("02_model", "c029")])
