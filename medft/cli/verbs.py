@@ -199,7 +199,7 @@ def _resume(
 # %% ../../nbs/11_cli.ipynb #v001
 def _compare(first, others, as_json):
     "Print the comparison of two finished runs."
-    from medft.core.run import MedftError
+    from medft.core.files import MedftError
 
     if len(others) != 1:
         raise MedftError("--compare takes two runs: medft evaluate --compare A B")
@@ -217,7 +217,7 @@ def _compare(first, others, as_json):
 
 def _refuse_other_options(compare, as_json, options):
     "Refuse options that do not go with --compare, and --json without it; `options`: name -> value."
-    from medft.core.run import MedftError
+    from medft.core.files import MedftError
 
     given = [name for name, value in options.items() if value]
     if compare and given:
@@ -381,7 +381,8 @@ def _corpus(
 @app.command(name="list")
 def _list():
     "Show all runs, newest first."
-    from medft.core.run import list_runs, read_json, runs_root
+    from medft.core.files import read_json, runs_root
+    from medft.core.run import list_runs
 
     rows = [["recipe", "run", "status", "day", "verdict"]]
     for run in list_runs():
@@ -408,7 +409,7 @@ def _track(
     "Upload a run's record to MLflow: what has not arrived yet."
     found = find_run(run)
     from medft.cli.tracking import error_line, tracking_uri, upload
-    from medft.core.run import MedftError
+    from medft.core.files import MedftError
     from medft.core.secrets import redact
 
     _say(f"uploading to {redact(tracking_uri(found.recipe))}")
@@ -426,7 +427,7 @@ def _track(
 def _ui(port: int = typer.Option(5000, help="port on this machine")):
     "Open MLflow on the local store (this machine only)."
     from medft.cli.tracking import CLIENT_SETTINGS, tracking_uri
-    from medft.core.run import MedftError, runs_root
+    from medft.core.files import MedftError, runs_root
     from medft.core.secrets import redact
 
     import socket
@@ -469,7 +470,7 @@ def _plan(
     "What a run will need: memory by part, changes to make it fit, steps, time, cost, disk."
     # Rows are read in moments; progress bars would only interrupt the lines.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from medft.core.run import load_recipe
+    from medft.core.recipe import load_recipe
     from medft.plan import estimate
 
     loaded = load_recipe(recipe, overrides or ())

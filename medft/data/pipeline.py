@@ -12,23 +12,12 @@ __all__ = ['log_sources', 'with_unread_files', 'benchmark_sections', 'open_bench
            'windows_to_rows', 'add_further_sets', 'load_split', 'scored_sets', 'ensure_data']
 
 # %% ../../nbs/data/pipeline.ipynb #c003
-from medft.core.run import (
-    MedftError,
-    atomic_write,
-    peak_rss,
-    read_json,
-    sha256,
-    write_json,
-)
+from ..core.files import MedftError, atomic_write, read_json, sha256, write_json
+from ..core.run import peak_rss
 from . import prompts, staging
 from . import splits as storage
 from .chat_templates import load_tokenizer, rendering
-<<<<<<< HEAD
 from .prepare.cleaning import _tokenizer_hash
-from .prompts import _LETTERS
-=======
-from .prepare.cleaning import tokenizer_hash
->>>>>>> h4-front1
 from .quality import canaries, checks
 from .quality import leakage as leaks
 from .quality import near_duplicates as neighbours

@@ -11,28 +11,18 @@ __all__ = ['PICKLED', 'HEADS', 'QUANTISED_LAYERS', 'MAX_NF4_CHANGE', 'keep_4bit_
            'load_tuned']
 
 # %% ../../nbs/model/load.ipynb #c003
-from medft.core.run import (
-    MedftError,
-    Recipe,
-    device,
-    model_path,
-    read_json,
-    seed_everything,
-)
-from ..data.pipeline import load_tokenizer
+from ..core.files import MedftError, model_path, read_json
+from ..core.run import device, seed_everything
+from ..core.sections import Recipe
+from ..data.chat_templates import load_tokenizer
 from medft.model.adapters import (
     lora_config,  # noqa: F401  tests of other wings find it in this module
     quantization_config,
     torch_dtype,
 )
-<<<<<<< HEAD
 from .families import _config_of, freeze_vision, load_config, model_class
-from .preflight import check_attention, check_stored, inspect, refuse_stale
-=======
-from .families import config_of, freeze_vision, load_config, model_class
-from .fingerprints import refuse_stale
+from .preflight import refuse_stale
 from .preflight import check_attention, check_stored
->>>>>>> h4-front1
 
 from contextlib import contextmanager
 from functools import partial

@@ -23,8 +23,8 @@ except Exception as e:
     UNSLOTH = f"unsloth does not start on this machine: {str(e).splitlines()[0]}"
 
 # %% ../../nbs/train/unsloth_engine.ipynb #c005
-from ..core.run import MedftError, model_path
-from ..data.pipeline import load_tokenizer
+from ..core.files import MedftError, model_path
+from ..data.chat_templates import load_tokenizer
 from medft.model.adapters import (
     adapted_modules,
     lora_config,

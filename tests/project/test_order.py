@@ -21,8 +21,7 @@ def module_of(page):
 SECTIONS = yaml.safe_load((TOP / "nbs/sidebar.yml").read_text())["website"]["sidebar"]["contents"]
 REFERENCE = next(s for s in SECTIONS if s["section"] == "Reference")["contents"]
 PAGES = [page for wing in REFERENCE for page in wing["contents"]]
-MODULES = {module_of(page): page for page in PAGES}
-MODULES.pop(None, None)  # of front pages, whose code is in rooms
+MODULES = {module_of(page): page for page in PAGES if module_of(page)}
 ORDER = list(MODULES)
 WINGS = [wing["section"] for wing in REFERENCE]
 
