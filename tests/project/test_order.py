@@ -21,7 +21,7 @@ def module_of(page):
 SECTIONS = yaml.safe_load((TOP / "nbs/sidebar.yml").read_text())["website"]["sidebar"]["contents"]
 REFERENCE = next(s for s in SECTIONS if s["section"] == "Reference")["contents"]
 PAGES = [page for wing in REFERENCE for page in wing["contents"]]
-MODULES = {module_of(page): page for page in PAGES if module_of(page)}
+MODULES = {module: page for page in PAGES if (module := module_of(page))}
 ORDER = list(MODULES)
 WINGS = [wing["section"] for wing in REFERENCE]
 
@@ -55,8 +55,7 @@ def test_a_path_is_the_name_of_its_module():
             assert page == f"{module.replace('.', '/')}.ipynb"
     for wing in REFERENCE:
         modules = filter(None, map(module_of, wing["contents"]))
-        wings = {module.split(".")[0] for module in modules}
-        assert wings == {wing["section"]}
+        assert {module.split(".")[0] for module in modules} == {wing["section"]}
 
 
 def test_front_pages_are_numbered_in_the_order_of_the_wings():
