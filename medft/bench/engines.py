@@ -8,10 +8,7 @@ Docs: https://medft.github.io/medft/bench/engines.html.md"""
 __all__ = ['PAIRS', 'engine_figures', 'compared', 'checked', 'choices', 'result', 'place', 'settings_of', 'bench', 'record']
 
 # %% ../../nbs/bench/engines.ipynb #c002
-from .page import agreement
-from .worker import keep_earlier, machine, matmul_ceiling, useful_flops
-from ..core.run import device
-from .page import in_text, write_page
+from .page import agreement, in_text, write_page
 from medft.bench.rounds import (
     VARIANTS,
     EngineFailed,
@@ -22,10 +19,11 @@ from medft.bench.rounds import (
     rounds_of,
     speed,
 )
+from .worker import keep_earlier, machine, matmul_ceiling, useful_flops
 from ..core.files import MedftError, read_json, runs_root, write_json
 from ..core.recipe import load_recipe
-from ..model.families import load_config, model_class
-from ..model.families import shape_config
+from ..core.run import device
+from ..model.families import load_config, model_class, shape_config
 
 import shutil
 import statistics

@@ -10,8 +10,6 @@ __all__ = ['PACKAGES', 'REHEARSED', 'cpu_name', 'environment', 'device', 'settle
 
 # %% ../../nbs/core/run.ipynb #k001
 # The stars hand on what other pages import from here.
-from .recipe import *  # noqa: F403
-from .recipe import settled
 from .files import *  # noqa: F403
 from medft.core.files import (
     MedftError,
@@ -22,8 +20,8 @@ from medft.core.files import (
     runs_root,
     write_json,
 )
-from .recipe import *  # noqa: F403
-from .recipe import load_recipe, remember_urls
+from .recipe import *  # noqa: F403  # noqa: F403
+from .recipe import load_recipe, remember_urls, settled
 from .secrets import redact
 from .sections import *  # noqa: F403
 from .sections import Recipe

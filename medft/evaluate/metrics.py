@@ -13,8 +13,14 @@ __all__ = ['KINDS', 'PARTS', 'compare_texts', 'compare_options', 'kind', 'measur
 from ..core.files import MedftError, write_json
 from ..core.sections import STAGES, TRAINING_STAGES
 from ..data.pipeline import ensure_data
-from .plots import subject_gaps
 from .measures import comparisons as pair_baselines  # noqa: F401  registers rules
+from medft.evaluate.measures.answers import (
+    compare_answers,
+    measure_choices,
+    measure_text,
+    positions,
+    types,
+)
 from .measures.calibration import calibrated
 from medft.evaluate.measures.classification import (
     accuracy,
@@ -23,13 +29,9 @@ from medft.evaluate.measures.classification import (
     measure_labels,
     threshold_of,
 )
-from .measures.comparisons import compared
-from .measures.memorisation import without_doubles
+from .measures.comparisons import compared, several
 from .measures.forgetting import judged
-from .measures.memorisation import memorised
-from .measures.answers import measure_choices, positions, types
-from .measures.comparisons import several
-from .measures.answers import compare_answers, measure_text
+from .measures.memorisation import memorised, without_doubles
 
 # the model card and the report import these from here
 from medft.evaluate.plots import (
@@ -38,6 +40,7 @@ from medft.evaluate.plots import (
     plot_labels,  # noqa: F401
     plot_scores,  # noqa: F401
     plot_subjects,  # noqa: F401
+    subject_gaps,
     table,  # noqa: F401
     written,  # noqa: F401
 )
@@ -54,8 +57,8 @@ from medft.evaluate.statistics.verdicts import (
     sentence,
 )
 from ..model.families import load_config
-from ..model.preflight import refuse_stale
 from ..model.load import labels_of
+from ..model.preflight import refuse_stale
 from ..train.baseline import train, trained
 
 import itertools

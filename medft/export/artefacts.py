@@ -11,13 +11,11 @@ __all__ = ['training_env', 'make_artefacts', 'artefacts', 'check_all', 'write_pa
 from ..core.files import Refused, atomic_write, read_json, sha256, write_json
 from ..core.run import Run
 from ..evaluate.metrics import evaluate
-from .merging import how_merged, merge, write_adapter
+from .merging import export_onnx, how_merged, merge, serve_lines, write_adapter
 from .model_card import model_card, notice
-from .merging import export_onnx
 from .parity import TOLERANCE, check_artefacts, in_words
 from .publish import _check_target, publish, refuse_secrets, write
 from .report import report
-from .merging import serve_lines
 from ..model.preflight import refuse_stale
 from ..train.baseline import trained
 

@@ -10,8 +10,8 @@ __all__ = ['TOLERANCE', 'LOGIT_SCALES', 'TRAINS_MORE', 'FRESH_INITS', 'UnpaddedB
            'trains_only_adapters', 'narrowed', 'fast_trainer', 'wants_bf16', 'trainer_of', 'train_fast']
 
 # %% ../../nbs/fast/engine.ipynb #c003
-from ..core.recipe import kept_plain
 from ..core.files import MedftError
+from ..core.recipe import kept_plain
 from ..core.run import forget_peak
 from ..data.chat_templates import load_tokenizer
 from .loss import supervised_loss

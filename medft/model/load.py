@@ -21,8 +21,7 @@ from medft.model.adapters import (
     torch_dtype,
 )
 from .families import _config_of, freeze_vision, load_config, model_class
-from .preflight import refuse_stale
-from .preflight import check_attention, check_stored
+from .preflight import check_attention, check_stored, refuse_stale
 
 from contextlib import contextmanager
 from functools import partial

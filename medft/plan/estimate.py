@@ -11,8 +11,8 @@ __all__ = ['CHECKPOINT', 'FOUR_BITS', 'ADAPTER', 'FAMILY_OF', 'of_rows', 'is_her
 
 # %% ../../nbs/plan/estimate.ipynb #c002
 from ..core import recipe as recipes
-from ..core.recipe import settled
 from ..core.files import MedftError, read_json, runs_root, write_json
+from ..core.recipe import settled
 from ..core.run import Run, settle
 from ..core.sections import Recipe
 from ..data.pipeline import load_split, prepare

@@ -16,22 +16,21 @@ from ..core.files import MedftError, model_path, read_json, write_json
 from ..core.recipe import moves_base
 from ..core.run import device, peak_rss, seed_everything
 from ..core.sections import ENGINES
-from ..data.chat_templates import rendering
-from ..data.chat_templates import load_tokenizer
+from ..data.chat_templates import load_tokenizer, rendering
 from ..data.pipeline import load_split
 from ..data.tokens import encode
 from ..model.adapters import lora_config
-from ..model.preflight import belongs_to, changed, set_aside
 from ..model.load import labels_of, load_base
+from ..model.preflight import belongs_to, changed, set_aside
 from .checkpoints import log_lines, newest_whole, seal_notes, writing
 from medft.train.trainer import (
     ClassifierCollator,
     WeightedLoss,
+    careful,
     class_weights,
     isolating_collator,
     windows,
 )
-from .trainer import careful
 
 import json
 import math
