@@ -9,7 +9,7 @@ __all__ = ['log_sources', 'with_unread_files', 'benchmark_sections', 'open_bench
            'all_hashes', 'prepare_anew', 'split_and_check', 'split_names', 'refuse_empty', 'recipe_key', 'write_splits',
            'refuse_cut_canaries', 'check_labels', 'write_report', 'flagged_lines', 'learned', 'finish', 'summary_lines',
            'warning_lines', 'refuse_inherited', 'adopt_corpus', 'refuse_other_corpus', 'document_sources',
-           'windows_to_rows', 'add_further_sets', 'load_split', 'scored_sets', 'ensure_data']
+           'windows_to_rows', 'add_further_sets', 'load_split', 'scored_sets', 'first_rows', 'ensure_data']
 
 # %% ../../nbs/data/pipeline.ipynb #c003
 from ..core.files import MedftError, atomic_write, read_json, sha256, write_json
@@ -37,6 +37,7 @@ import json
 import shutil
 import time
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -702,6 +703,31 @@ def scored_sets(run) -> list[str]:
     splits = read_json(run.path / "data" / "split.json", {})
     scored = [name for name in splits if name not in ("train", "validation")]
     return sorted(scored, key=lambda name: name != "test")
+
+# %% ../../nbs/data/pipeline.ipynb #f001
+_READ_ROW_BY_ROW = ("jsonl", "csv", "tsv", "parquet", "arrow", "txt")  # kinds of sources
+
+
+def first_rows(
+    run,  # after its data stage
+    most: int = 3,  # rows
+) -> list[dict]:  # empty where reading them again would be costly
+    "The first rows of what a run trains on, as the file holds them, in the columns that are read."
+    dataset = run.recipe.dataset
+    if dataset.path is None or "://" in str(dataset.path):
+        return []
+    report = read_json(run.path / "data" / "report.json")
+    unread = report.get("not_read", {}).get("columns", {}).get("train", [])
+    left_out = {*unread, *report.get("grouped_by", [])}
+    try:
+        parts = sources.parts(dataset.path, dataset.split, task=run.recipe.task, role="train")
+        if parts[0].kind not in _READ_ROW_BY_ROW:
+            return []
+        rows = [row for _, row in islice(sources.rows(parts[0]), most)]
+    except MedftError:  # a source that only the whole recipe can divide
+        return []
+    rows = [row for row in rows if isinstance(row, dict)]
+    return [{key: value for key, value in row.items() if key not in left_out} for row in rows]
 
 # %% ../../nbs/data/pipeline.ipynb #c025s1
 def ensure_data(run):
