@@ -7,22 +7,15 @@ Docs: https://medft.github.io/medft/core/recipe.html.md"""
 # %% auto #0
 __all__ = ['STARTER', 'UNSUPPORTED_TRAINING_KEYS', 'HANDED_ON', 'UNSUPPORTED_LORA_KEYS', 'BASELINES', 'set_values', 'to_yaml',
            'flat', 'remember_urls', 'read_yaml', 'non_finite', 'moves_base', 'contradictions', 'unsloth_fits',
-           'load_recipe', 'kept_plain', 'auto_engine', 'settled']
+           'load_recipe']
 
-# %% ../../nbs/core/recipe.ipynb #imports
+# %% ../../nbs/core/recipe.ipynb #r002
 from .files import MedftError, find_recipe, nearest, shipped_recipes
-from .secrets import _urls_in, public_url, redacted, remember_url
-from medft.core.sections import (
-    ENGINES,
-    SECTIONS,
-    Checks,
-    Recipe,
-    Section,
-    as_name,
-    library_default,
-    library_enums,
-)
+from .ranges import as_name
+from .secrets import public_url, redacted, remember_url, urls_in
+from .sections import ENGINES, SECTIONS, Checks, Recipe, library_default, library_enums
 
+# %% ../../nbs/core/recipe.ipynb #r003
 import copy
 import hashlib
 import io
@@ -85,7 +78,7 @@ def remember_urls(
     recipe: Recipe,
 ) -> list[str]:  # the addresses without credentials, sorted
     "Keep the credentials in a recipe's addresses for this process and those that it starts."
-    found = _urls_in(recipe.model_dump())
+    found = urls_in(recipe.model_dump())
     for url in found:
         remember_url(url)
     return sorted({public_url(url) for url in found})
@@ -871,62 +864,3 @@ def load_recipe(
         raise MedftError(f"{place}: {_key_text(loc)}: {reason}")
     remember_urls(recipe)
     return recipe
-
-# %% ../../nbs/core/recipe.ipynb #c008
-# training key -> why our step does not support it
-_UNSUPPORTED_STEP_KEYS = dict(
-    neftune_noise_alpha="noise on the embeddings depends on how rows are padded",
-    label_smoothing_factor="smoothed labels need all logits",
-    loss_type="another loss",
-    fp16="float16 is scaled by the trainer",
-    torch_compile="a compiled model is not rewritten",
-    use_liger_kernel="Liger rewrites the same layers",
-    activation_offloading="activations are moved by hooks on the plain layers",
-    deepspeed="DeepSpeed owns the model",
-    fsdp="FSDP owns the model",
-)
-
-
-def kept_plain(
-    training: Section,  # `recipe.training`
-) -> str | None:  # the first reason; None where our step replaces it
-    "Why engine `fast` keeps the library's training step under these keys."
-    for key, value in training.given().items():
-        is_default = not value or value in ("nll", "no")
-        if key in _UNSUPPORTED_STEP_KEYS and not is_default:
-            return f"training.{key}: {_UNSUPPORTED_STEP_KEYS[key]}"
-    return None
-
-# %% ../../nbs/core/recipe.ipynb #c011
-def auto_engine(
-    recipe: Recipe,
-    device: str,  # cuda, mps or cpu
-    has_unsloth: bool,  # whether Unsloth is installed
-) -> tuple[str, str]:  # the engine, and the reason
-    "The engine for a recipe on a machine."
-    if device == "cuda" and has_unsloth and unsloth_fits(recipe):
-        return "unsloth", "on a GPU, installed, and it trains this task and adapter"
-    library_step = kept_plain(recipe.training)
-    if library_step:
-        return "trl", f"engine fast would leave the whole step to it ({library_step})"
-    if device == "cpu":
-        return "fast", "on a CPU the fastest at the same loss, by medft bench"
-    if device == "cuda":
-        problem = "cannot train this recipe" if has_unsloth else "is not installed"
-        return "fast", (
-            f"Unsloth {problem}, and padding and logits are saved on a GPU too"
-            " (never measured there by medft)"
-        )
-    return "trl", f"no other engine was tried on {device}"
-
-# %% ../../nbs/core/recipe.ipynb #c015
-def settled(
-    recipe: Recipe,
-    device: str,  # cuda, mps or cpu
-    has_unsloth: bool,  # whether Unsloth is installed
-) -> Recipe:  # the same object where nothing is to choose
-    "The recipe with its engine chosen, where it says `auto`."
-    if recipe.engine != ["auto"]:
-        return recipe
-    engine, reason = auto_engine(recipe, device, has_unsloth)
-    return recipe.model_copy(update=dict(engine=[engine], engine_chosen=f"{engine}: {reason}"))
