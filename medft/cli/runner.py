@@ -27,6 +27,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 sys.modules.setdefault("rfc3987_syntax", None)
+from .terminal import LineProgress
 from .tracking import tracking_uri
 from ..core import run as core
 from ..core.files import MedftError, atomic_write, notebooks, read_json, write_json
@@ -584,17 +585,25 @@ def _start_plan(run, stages) -> subprocess.Popen | None:
     return _start_process(run, "plan.log", "medft.plan.estimate")
 
 
-def _run_each(run, stages, show):
+def _run_shown(run, stage, progress):
+    "Run one stage; `progress` hears how it begins, what it logs, and how it ends."
+    try:
+        progress.begin(stage)
+        run_stage(run, stage, progress.line)
+    finally:
+        progress.end(stage, run.manifest["stages"].get(stage, {}))
+
+
+def _run_each(run, stages, progress):
     "Run one stage after the other, and the plan in parallel once there are data."
     planner = None
     try:
         for stage in stages:
-            show(f"{stage} ...")
-            run_stage(run, stage, lambda line: show(f"  {line}"))
-            show(f"{stage} done in {run.manifest['stages'][stage]['seconds']:.1f} s")
+            _run_shown(run, stage, progress)
             if stage == "data":
                 planner = _start_plan(run, stages)
     finally:
+        progress.close()
         if planner:
             planner.kill()
             planner.wait()
@@ -613,6 +622,7 @@ def go(
     show=print,  # called with every line of progress
     warn=print,  # called with a line when tracking has failed
     started: float | None = None,  # time at which the command began; None: now
+    progress=None,  # as `terminal.LineProgress`; None: lines, to `show`
 ):
     "Run the stages, and record how the run ended. Raises `StageFailed` or `Interrupted`."
     start = started or time.time()
@@ -626,7 +636,7 @@ def go(
             run.update(dict(status="running", wanted=stages, ended=None))
             note_left_out(run)
             tracker = _start_tracking(run)
-            _run_each(run, pending, show)
+            _run_each(run, pending, progress or LineProgress(show))
             status = "finished"
         except KeyboardInterrupt:
             status = "interrupted"

@@ -164,6 +164,7 @@ def _result_table(metrics) -> list[str]:
 
 def run_summary(
     run,  # a Run
+    brief: bool = False,  # only the verdict and the folder
 ) -> list[str]:
     "A run's result in a few lines."
     from medft.cli.runner import shorter
@@ -174,6 +175,9 @@ def run_summary(
     manifest = run.manifest
     is_rehearsal = manifest.get("rehearsal")
     lines = [] if is_rehearsal else _verdict_sentences(metrics)
+    status_line = f"{run.status}: {shorter(run.path)}"
+    if brief:
+        return [*lines, *([REHEARSED] if is_rehearsal else []), status_line]
     if metrics.get("models"):
         if lines:
             lines.append("")
@@ -187,4 +191,4 @@ def run_summary(
     lines += ["", *_plan_summary(run), times]
     if is_rehearsal:
         lines.append(REHEARSED)
-    return [*lines, f"{run.status}: {shorter(run.path)}"]
+    return [*lines, status_line]

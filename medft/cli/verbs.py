@@ -10,6 +10,7 @@ __all__ = ['app', 'explain', 'main']
 # %% ../../nbs/cli/verbs.ipynb #c002
 # These modules import nothing heavy at their top.
 from .arguments import chosen_stages, find_run, planned, planned_evaluation
+from .completion import keep_cursor_after_equals, recipe_keys, recipe_names, run_names
 from .summary import run_summary, score_table, short_verdicts
 from ..core.files import aligned
 
@@ -48,7 +49,6 @@ def explain(
 
 # %% ../../nbs/cli/verbs.ipynb #c009
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=False,
@@ -60,6 +60,13 @@ app = typer.Typer(
 def _say(line=""):
     "Print at once, so that a log shows it when it happens."
     print(line, flush=True)
+
+
+def _keep_silent(line=""):
+    "Takes the place of `_say` where only the result is wanted."
+
+
+_QUIET = typer.Option(False, "--quiet", "-q", help="print only the result and errors")
 
 
 def _warn(line):
@@ -74,10 +81,14 @@ def main(
     args = list(sys.argv[1:] if args is None else args) or ["--help"]
     from medft.core.secrets import load_env, redact
 
-    load_env(warn=_warn)
+    is_completing = "_MEDFT_COMPLETE" in os.environ
+    load_env(warn=_keep_silent if is_completing else _warn)
+    keep_cursor_after_equals()
     verb = [arg for arg in args if arg != "--debug"]
     try:
         return app(verb, prog_name="medft", standalone_mode=False) or 0
+    except SystemExit as e:  # the shell's completion has been answered, or installed
+        return e.code or 0
     except BaseException as e:
         if "--debug" in args:
             raise
@@ -87,14 +98,24 @@ def main(
         return code
 
 # %% ../../nbs/cli/verbs.ipynb #c014
-def _finish(run, stages, started):
+def _progress(run, quiet):
+    "What shows a run's progress: nothing, a live line in a terminal, or plain lines."
+    from medft.cli.terminal import LineProgress, LiveProgress, shows_live
+
+    if quiet:
+        return LineProgress(_keep_silent)
+    return LiveProgress(run) if shows_live() else LineProgress(_say)
+
+
+def _finish(run, stages, started, quiet):
     "Run the stages that are left, and print the result."
     from medft.cli import runner
 
     folder = runner.shorter(run.path)
-    _say(f"{run.recipe.name}: {', '.join(stages)} -> {folder}")
+    if not quiet:
+        _say(f"{run.recipe.name}: {', '.join(stages)} -> {folder}")
     try:
-        runner.go(run, stages, _say, _warn, started)
+        runner.go(run, stages, warn=_warn, started=started, progress=_progress(run, quiet))
     except (runner.Interrupted, runner.StageFailed) as e:
         message = str(e) or "interrupted"
         if e.code not in (2, 3):
@@ -104,11 +125,11 @@ def _finish(run, stages, started):
         from medft.export import compare_runs
 
         compare_runs.write_page(run)  # without training there is no export stage to write it
-    for line in run_summary(run):
+    for line in run_summary(run, brief=quiet):
         _say(line)
 
 # %% ../../nbs/cli/verbs.ipynb #c015
-def _create(recipe, root, place, command, replaced):
+def _create(recipe, root, place, command, replaced, say=_say):
     "Make a run's folder; `replaced`: what a rehearsal replaced, as lines."
     from medft.core import run as core
     from medft.core.secrets import redact
@@ -121,15 +142,20 @@ def _create(recipe, root, place, command, replaced):
     if recipe.engine_chosen:
         line = f"engine {recipe.engine_chosen}"
         run.log(line, show=False)
-        _say(line)
+        say(line)
     return run
 
 # %% ../../nbs/cli/verbs.ipynb #c017
 @app.command(name="run")
 def _run(
-    recipe: str = typer.Argument(..., help="a recipe's name, or a .yaml file"),
+    recipe: str = typer.Argument(
+        ..., help="a recipe's name, or a .yaml file", autocompletion=recipe_names
+    ),
     overrides: list[str] = typer.Argument(
-        None, metavar="KEY=VALUE", help="e.g. training.learning_rate=1e-4"
+        None,
+        metavar="KEY=VALUE",
+        help="e.g. training.learning_rate=1e-4",
+        autocompletion=recipe_keys,
     ),
     run_dir: Path = typer.Option(
         None, help="write the run to this folder instead of runs/<recipe>/<time>"
@@ -144,14 +170,19 @@ def _run(
         help="the whole way in minutes: a random tiny model of the same architecture,"
         " few rows, few steps",
     ),
+    quiet: bool = _QUIET,
 ):
     "Run a recipe: a notebook for every stage, one folder, a verdict."
     started = time.time()
+    say = _keep_silent if quiet else _say
     loaded, names, root, place, replaced = planned(
         recipe, overrides, run_dir, stages, rehearse, build=not dry_run
     )
     for line in replaced:
-        _say(f"# {line}" if dry_run else line)
+        if dry_run:
+            _say(f"# {line}")
+        else:
+            say(line)
     if dry_run:
         _say(f"{loaded.to_yaml()}# stages: {', '.join(names)}")
         _say(f"# folder: {place or root / loaded.name}")
@@ -160,16 +191,19 @@ def _run(
     command = ["medft run", recipe, *(overrides or [])]
     if rehearse:
         command.append("--rehearse")
-    run = _create(loaded, root, place, " ".join(command), replaced)
-    _finish(run, names, started)
+    run = _create(loaded, root, place, " ".join(command), replaced, say)
+    _finish(run, names, started, quiet)
 
 # %% ../../nbs/cli/verbs.ipynb #c019
 @app.command(name="resume")
 def _resume(
-    run: str = typer.Argument(..., help="a run folder, recipe/id, or id; see medft list"),
+    run: str = typer.Argument(
+        ..., help="a run folder, recipe/id, or id; see medft list", autocompletion=run_names
+    ),
     overrides: list[str] = typer.Argument(
         None,
         metavar="KEY=VALUE",
+        autocompletion=recipe_keys,
         help="go on with this changed;"
         " refused unless it is allowed and cannot change what is trained",
     ),
@@ -180,6 +214,7 @@ def _resume(
         help="a key that may differ from the recipe this run began with;"
         " several: again, or with commas",
     ),
+    quiet: bool = _QUIET,
 ):
     "Finish an interrupted or failed run; what is done stays done."
     started = time.time()
@@ -194,7 +229,7 @@ def _resume(
     if is_done and found.status == "finished":
         _say(f"nothing left to do: {runner.shorter(found.path)} is finished")
         return
-    _finish(found, names, started)
+    _finish(found, names, started, quiet)
 
 # %% ../../nbs/cli/verbs.ipynb #v001
 def _compare(first, others, as_json):
@@ -232,13 +267,18 @@ def _refuse_other_options(compare, as_json, options):
 @app.command(name="evaluate")
 def _evaluate(
     what: str = typer.Argument(
-        ..., metavar="RUN|MODEL", help="a run, or a model or adapter: a folder, or a hub id"
+        ...,
+        metavar="RUN|MODEL",
+        help="a run, or a model or adapter: a folder, or a hub id",
+        autocompletion=run_names,
     ),
     overrides: list[str] = typer.Argument(
-        None, metavar="KEY=VALUE", help="e.g. evaluation.max_items=100"
+        None, metavar="KEY=VALUE", help="e.g. evaluation.max_items=100", autocompletion=recipe_keys
     ),
     recipe: str = typer.Option(
-        None, help="the recipe whose test sets are answered; a run's own if not given"
+        None,
+        help="the recipe whose test sets are answered; a run's own if not given",
+        autocompletion=recipe_names,
     ),
     further: list[str] = typer.Option(
         None,
@@ -259,6 +299,7 @@ def _evaluate(
         help="two finished runs instead, from their files: medft evaluate --compare A B",
     ),
     as_json: bool = typer.Option(False, "--json", help="with --compare: as JSON"),
+    quiet: bool = _QUIET,
 ):
     "Score models on test sets without training; or compare two finished runs."
     options = {"recipe": recipe, "benchmarks": benchmarks, "merged": merged, "run-dir": run_dir}
@@ -274,13 +315,15 @@ def _evaluate(
     command += [f"--with {name}" for name in further or []]
     command += [f"--benchmarks {benchmarks}"] if benchmarks else []
     command += ["--merged"] if merged else []
-    run = _create(loaded, root, place, " ".join(command), [])
+    run = _create(loaded, root, place, " ".join(command), [], _keep_silent if quiet else _say)
     run.update(dict(scored=what, called=base_name))
-    _finish(run, ["data", "evaluate"], started)
+    _finish(run, ["data", "evaluate"], started, quiet)
 
 # %% ../../nbs/cli/verbs.ipynb #v003
 @app.command(name="report")
-def _report(run: str = typer.Argument(..., help="a run folder, recipe/id, or id")):
+def _report(
+    run: str = typer.Argument(..., help="a run folder, recipe/id, or id", autocompletion=run_names),
+):
     "Make a run's figures, report and card again from its predictions; no model is loaded."
     found = find_run(run)
     from medft.export import compare_runs
@@ -355,6 +398,7 @@ def _corpus(
     seed: int = typer.Option(42, help="of the split"),
     column: str = typer.Option("text", help="the column that holds the text"),
     workers: int = typer.Option(None, help="processes; one a core if not given"),
+    quiet: bool = _QUIET,
 ):
     "Articles to packed windows: cleaned, deduplicated, tokenised, document boundaries kept."
     from medft.data.prepare.corpus import corpus_summary, prepare_corpus
@@ -363,6 +407,7 @@ def _corpus(
         paths,
         out,
         workers,
+        _keep_silent if quiet else None,
         model=model,
         revision=revision,
         max_length=max_length,
@@ -403,8 +448,9 @@ def _list():
 # %% ../../nbs/cli/verbs.ipynb #c028
 @app.command(name="track")
 def _track(
-    run: str = typer.Argument(..., help="a run folder, recipe/id, or id"),
+    run: str = typer.Argument(..., help="a run folder, recipe/id, or id", autocompletion=run_names),
     adapters: bool = typer.Option(False, "--adapters", help="upload the adapters too"),
+    quiet: bool = _QUIET,
 ):
     "Upload a run's record to MLflow: what has not arrived yet."
     found = find_run(run)
@@ -412,7 +458,8 @@ def _track(
     from medft.core.files import MedftError
     from medft.core.secrets import redact
 
-    _say(f"uploading to {redact(tracking_uri(found.recipe))}")
+    say = _keep_silent if quiet else _say
+    say(f"uploading to {redact(tracking_uri(found.recipe))}")
     try:
         upload(found.path, adapters)
     except MedftError:
@@ -420,7 +467,7 @@ def _track(
     except Exception as e:
         _warn(f"tracking: {error_line(e)}; the record is kept in {found.path}")
         return 1
-    _say("all there; look at it with: medft ui")
+    say("all there; look at it with: medft ui")
 
 # %% ../../nbs/cli/verbs.ipynb #c030
 @app.command(name="ui")
@@ -457,8 +504,12 @@ def _ui(port: int = typer.Option(5000, help="port on this machine")):
 # %% ../../nbs/cli/verbs.ipynb #cplan1
 @app.command(name="plan")
 def _plan(
-    recipe: str = typer.Argument(..., help="a recipe's name, or a .yaml file"),
-    overrides: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="as for run"),
+    recipe: str = typer.Argument(
+        ..., help="a recipe's name, or a .yaml file", autocompletion=recipe_names
+    ),
+    overrides: list[str] = typer.Argument(
+        None, metavar="KEY=VALUE", help="as for run", autocompletion=recipe_keys
+    ),
     gpu: str = typer.Option(
         None, help="plan for this GPU, e.g. 'H100 80GB', instead of this machine"
     ),
@@ -492,22 +543,48 @@ def _matrix(
     ),
     engine: str = typer.Option(None, help="only this engine"),
     out: Path = typer.Option(None, help="with --try: also write what was found to this JSON file"),
+    quiet: bool = _QUIET,
 ):
     "Family, task, adapter, engine: what works, and what is refused with what reason."
     from medft.plan import support_matrix
 
     chosen = support_matrix.chosen(families, engine)
     if trying:
-        return support_matrix.tried(chosen, _say, out)
+        lines = []
+        code = support_matrix.tried(chosen, lines.append if quiet else _say, out)
+        for line in lines:
+            if line.startswith("differs: ") or line == lines[-1]:
+                _say(line)
+        return code
     for line in support_matrix.in_text(support_matrix.rules(chosen)):
         _say(line)
 
 # %% ../../nbs/cli/verbs.ipynb #bench1
+def _bench_result(found, kind) -> list[str]:
+    "A benchmark's figures, as lines."
+    if kind == "scoring":
+        from medft.bench.scoring import scoring_table
+
+        return [scoring_table(found).to_string(index=False)]
+    if kind == "data":
+        from medft.bench.data import data_table
+
+        return [data_table(found).to_string()]
+    from medft.bench.page import in_text
+
+    return in_text(found)
+
+
 @app.command(name="bench")
 def _bench(
-    recipe: str = typer.Argument(..., help="a recipe's name, or a .yaml file"),
+    recipe: str = typer.Argument(
+        ..., help="a recipe's name, or a .yaml file", autocompletion=recipe_names
+    ),
     overrides: list[str] = typer.Argument(
-        None, metavar="KEY=VALUE", help="e.g. training.per_device_train_batch_size=8"
+        None,
+        metavar="KEY=VALUE",
+        help="e.g. training.per_device_train_batch_size=8",
+        autocompletion=recipe_keys,
     ),
     engines: str = typer.Option(
         None, help="only these, e.g. trl,fast (trl runs twice: its defaults, its best settings)"
@@ -531,28 +608,32 @@ def _bench(
     ),
     out: Path = typer.Option(None, help="folder; runs/.bench/<recipe>-<shape> if not given"),
     into: Path = typer.Option(None, help="also put the result into this file of results"),
+    quiet: bool = _QUIET,
 ):
     "Which engine is fastest here: speed, memory and losses, engines in turns."
     from medft.bench import engines as bench_engines
     from medft.cli.runner import signals
 
     overrides = overrides or ()
+    say = _keep_silent if quiet else _say
     with signals():
         if scoring:
             from medft.bench import scoring as bench_scoring
 
             kind = "scoring"
-            found = bench_scoring.bench(recipe, out, _say, overrides, shape)
+            found = bench_scoring.bench(recipe, out, say, overrides, shape)
         elif data:
             from medft.bench import data as bench_data
 
             kind = "data"
-            found = bench_data.bench(recipe, overrides, out, rounds, _say)
+            found = bench_data.bench(recipe, overrides, out, rounds, say)
         else:
             kind = "runs"
             found = bench_engines.bench(
-                recipe, overrides, engines, shape, warm, steps, rounds, out, fresh, _say
+                recipe, overrides, engines, shape, warm, steps, rounds, out, fresh, say
             )
+    for line in _bench_result(found, kind) if quiet else ():
+        _say(line)
     if into:
         bench_engines.record(found, into, kind)
 
