@@ -244,7 +244,7 @@ def changed(
     lines: list[str],  # key=value
 ) -> Recipe:
     "The recipe with overrides applied."
-    raw = recipes._dump(recipe)
+    raw = recipes.set_values(recipe)
     for line in lines:
         recipes._override(raw, line)
     return Recipe(**raw)
