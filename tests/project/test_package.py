@@ -213,3 +213,17 @@ def test_installed_medft_writes_into_the_current_folder(installed, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list((tmp_path / "runs/quickstart").glob("*/data/report.json"))) == 1
+
+
+def test_contributing_names_what_exists():
+    text = (TOP / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:nbs|tests|runs|medft|\.ci)/[\w./-]*)`", text)
+    assert len(paths) > 20
+    named = [path for path in paths if "NAME" not in path]
+    assert not [path for path in named if not (TOP / path).exists()]
+    names = re.findall(r"`(\w+)`\s+in\s+`(nbs/[\w/]+\.ipynb)`", text)
+    assert len(names) > 10
+    missing = [(n, page) for n, page in names if n not in (TOP / page).read_text(encoding="utf-8")]
+    assert not missing
+    modules = re.findall(r"`(medft(?:\.\w+)+)`", text)
+    assert all((TOP / f"{module.replace('.', '/')}.py").exists() for module in modules)
