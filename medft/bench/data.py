@@ -14,7 +14,7 @@ from ..core.recipe import load_recipe
 from ..core.run import Run
 from ..data.chat_templates import load_tokenizer
 from ..data.pipeline import load_split, prepare
-from ..data.prepare.corpus import _available_cores, prepare_corpus
+from ..data.prepare.corpus import available_cores, prepare_corpus
 
 import importlib
 import json
@@ -234,7 +234,7 @@ def bench(
     result = dict(
         machine=machine(),
         recipe=r.name,
-        cores=_available_cores(),
+        cores=available_cores(),
         rounds=rounds,
         measured=time.strftime("%Y-%m-%d"),
         jobs=found,

@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/bench/scoring.html.md"""
 __all__ = ['Scorer', 'lead', 'agreement', 'serve', 'Worker', 'spread', 'race', 'compare', 'bench', 'scoring_table']
 
 # %% ../../nbs/bench/scoring.ipynb #c002
-from .rounds import _QUIET, questions
+from .rounds import QUIET, questions
 from .worker import high_water, keep_earlier, lower_mark, machine
 from ..core.files import MedftError, assets, model_path, read_json, runs_root, write_json
 from ..core.recipe import load_recipe
@@ -17,7 +17,7 @@ from ..data.chat_templates import load_tokenizer
 from ..data.pipeline import prepare
 from ..evaluate.scoring.harness import harness, log_likelihoods, referee
 from ..evaluate.scoring.predict import chosen, rendered, score_choices
-from ..model.families import _config_of, model_class, shape_model
+from ..model.families import config_of, model_class, shape_model
 
 import json
 import os
@@ -119,7 +119,7 @@ def serve(
     settings = read_json(Path(spec))
     forms = read_json(Path(settings["rows"]))
     folder, dtype = settings["model"], getattr(torch, settings["dtype"])
-    config = _config_of(folder)
+    config = config_of(folder)
     tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = model_class(config).from_pretrained(
         folder, config=config, trust_remote_code=False, dtype=dtype
@@ -296,7 +296,7 @@ def bench(
     "Compare scoring with lm-evaluation-harness. Raises `MedftError` when it is not installed."
     version = harness()
     if isinstance(recipe, (str, Path)):
-        recipe = load_recipe(recipe, [*overrides, *_QUIET])
+        recipe = load_recipe(recipe, [*overrides, *QUIET])
     out = Path(out) if out else runs_root() / ".bench" / f"{recipe.name}-scoring"
     out.mkdir(parents=True, exist_ok=True)
     keep_earlier(out / "bench_scoring.json", say)

@@ -11,8 +11,17 @@ __all__ = ['run_recipe', 'ReportPage', 'load_model', 'Choice', 'Shown', 'plan_re
 # %% ../../nbs/cli/face.ipynb #f002
 from .arguments import chosen_stages, find_run, planned, planned_evaluation
 from .summary import run_summary, score_table
-from ..core.files import aligned, nearest, shipped_recipes
-from ..core.run import REHEARSED, MedftError, Refused, Run, load_recipe, read_json, runs_root
+from medft.core.files import (
+    MedftError,
+    Refused,
+    aligned,
+    nearest,
+    read_json,
+    runs_root,
+    shipped_recipes,
+)
+from ..core.recipe import load_recipe
+from ..core.run import REHEARSED, Run
 
 import html
 import json
@@ -109,7 +118,7 @@ def run_recipe(
         str(recipe), overrides, place, _with_commas(stages), rehearse
     )
     command = ["medft", "run", str(recipe), *overrides, *(["--rehearse"] if rehearse else [])]
-    run = verbs._create(loaded, root, place, shlex.join(command), replaced)
+    run = verbs.create(loaded, root, place, shlex.join(command), replaced)
     return _go(run, names, started, quiet)
 
 # %% ../../nbs/cli/face.ipynb #f019
@@ -232,7 +241,7 @@ def load_model(
     _read_env()
     run = _as_run(run)
     if engine == "base":
-        from medft.data.pipeline import load_tokenizer
+        from medft.data.chat_templates import load_tokenizer
         from medft.model.load import labels_of, load_base
 
         return load_base(run.recipe, labels_of(run)), load_tokenizer(run.recipe)
@@ -296,7 +305,8 @@ def _chosen_option(model, tok, recipe, question, options) -> Choice:
 # %% ../../nbs/cli/face.ipynb #f032
 def _classified(run, model, tok, text, engine) -> Choice:
     "The label of a text, or of a pair of records."
-    from medft.data.reading.free_text import Reject, from_entity_pair
+    from medft.data.reading.free_text import from_entity_pair
+    from medft.data.reading.multiple_choice import Reject
     from medft.data.tokens import encode
     from medft.evaluate.scoring.predict import predict_labels
 
@@ -414,7 +424,7 @@ def evaluate_models(
     command = ["medft", "evaluate", what, *overrides, *(["--merged"] if merged else [])]
     for name, value in [*options.items(), *(("--with", model) for model in further)]:
         command += [name, value] if value else []
-    run = verbs._create(loaded, root, place, shlex.join(command), [])
+    run = verbs.create(loaded, root, place, shlex.join(command), [])
     run.update(dict(scored=what, called=base_name))
     return _go(run, ["data", "evaluate"], started, quiet)
 

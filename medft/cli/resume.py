@@ -11,9 +11,9 @@ __all__ = ['HARMLESS', 'freeze', 'as_begun', 'differences', 'is_harmless', 'refu
 from ..core.files import MedftError, atomic_write
 from ..core.recipe import load_recipe
 from ..core.run import Run
-from ..core.secrets import _full_url
+from ..core.secrets import full_url
 from ..core.sections import TRAINING_STAGES
-from ..model.preflight import _WITHOUT_EFFECT
+from ..model.preflight import WITHOUT_EFFECT
 
 import hashlib
 import re
@@ -75,7 +75,7 @@ HARMLESS = (
     "output.keep_best",
     "output.hub_model_id",
     "dataset.cache",
-    *(f"training.{k}" for k in _WITHOUT_EFFECT),
+    *(f"training.{k}" for k in WITHOUT_EFFECT),
 )
 # these matter where the best checkpoint is chosen
 _BEST_CHECKPOINT_KEYS = (
@@ -186,7 +186,7 @@ def _refuse_without_credentials(run, recipe):
         return
     dataset = str(recipe.dataset.model_dump())
     for url in run.manifest.get("without_credentials") or []:
-        if url in dataset and _full_url(url) == url:
+        if url in dataset and full_url(url) == url:
             raise MedftError(
                 f"{url}: it was given with a password or signature, which no file of a run holds;"
                 f" give it again: medft resume {run.path} dataset.path=URL"

@@ -11,7 +11,7 @@ __all__ = ['CLIENT_SETTINGS', 'tracking_uri', 'connect', 'recipe_parameters', 'M
 from ..core.disclosure import holds_rows, host_of, is_remote, why_hidden, without_rows
 from ..core.files import read_json, runs_root, write_json
 from ..core.run import Run
-from ..core.secrets import _full_url, is_secret_name, load_env, redact, redacted_json
+from ..core.secrets import full_url, is_secret_name, load_env, redact, redacted_json
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def tracking_uri(
     from_environment = os.environ.get("MLFLOW_TRACKING_URI")
     if from_environment:
         return from_environment
-    from_recipe = _full_url(recipe.tracking.uri) if recipe else None
+    from_recipe = full_url(recipe.tracking.uri) if recipe else None
     return from_recipe or f"sqlite:///{runs_root() / 'mlflow.db'}"
 
 # %% ../../nbs/cli/tracking.ipynb #c012

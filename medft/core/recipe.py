@@ -6,16 +6,23 @@ Docs: https://medft.github.io/medft/core/recipe.html.md"""
 
 # %% auto #0
 __all__ = ['STARTER', 'UNSUPPORTED_TRAINING_KEYS', 'HANDED_ON', 'UNSUPPORTED_LORA_KEYS', 'BASELINES', 'set_values', 'to_yaml',
-           'flat', 'remember_urls', 'read_yaml', 'non_finite', 'moves_base', 'contradictions', 'unsloth_fits',
-           'load_recipe']
+           'flat', 'remember_urls', 'read_yaml', 'override', 'non_finite', 'moves_base', 'contradictions',
+           'unsloth_fits', 'load_recipe', 'kept_plain', 'auto_engine', 'settled']
 
-# %% ../../nbs/core/recipe.ipynb #r002
+# %% ../../nbs/core/recipe.ipynb #imports
 from .files import MedftError, find_recipe, nearest, shipped_recipes
-from .ranges import as_name
 from .secrets import public_url, redacted, remember_url, urls_in
-from .sections import ENGINES, SECTIONS, Checks, Recipe, library_default, library_enums
+from medft.core.sections import (
+    ENGINES,
+    SECTIONS,
+    Checks,
+    Recipe,
+    Section,
+    as_name,
+    library_default,
+    library_enums,
+)
 
-# %% ../../nbs/core/recipe.ipynb #r003
 import copy
 import hashlib
 import io
@@ -156,7 +163,7 @@ def _modern(raw):
     return raw
 
 # %% ../../nbs/core/recipe.ipynb #c040s1
-def _override(raw, text):
+def override(raw, text):
     "Apply one `section.key=value` to a recipe's dict, in place."
     key, equals, value = text.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")):
@@ -829,10 +836,10 @@ def _completed(raw, overrides, written, name) -> dict:
     "A recipe's dict with the sections that it leaves out and the overrides of the command line."
     asked = copy.deepcopy(raw)
     for text in overrides:
-        _override(asked, text)
+        override(asked, text)
     complete = {"name": name} | _default_sections(raw, written, asked.get("model")) | raw
     for text in overrides:
-        _override(complete, text)
+        override(complete, text)
     _keep_one_source(complete, overrides)
     complete = _modern(complete)
     _save_at_evaluations(complete, written)
@@ -864,3 +871,62 @@ def load_recipe(
         raise MedftError(f"{place}: {_key_text(loc)}: {reason}")
     remember_urls(recipe)
     return recipe
+
+# %% ../../nbs/core/recipe.ipynb #c008
+# training key -> why our step does not support it
+_UNSUPPORTED_STEP_KEYS = dict(
+    neftune_noise_alpha="noise on the embeddings depends on how rows are padded",
+    label_smoothing_factor="smoothed labels need all logits",
+    loss_type="another loss",
+    fp16="float16 is scaled by the trainer",
+    torch_compile="a compiled model is not rewritten",
+    use_liger_kernel="Liger rewrites the same layers",
+    activation_offloading="activations are moved by hooks on the plain layers",
+    deepspeed="DeepSpeed owns the model",
+    fsdp="FSDP owns the model",
+)
+
+
+def kept_plain(
+    training: Section,  # `recipe.training`
+) -> str | None:  # the first reason; None where our step replaces it
+    "Why engine `fast` keeps the library's training step under these keys."
+    for key, value in training.given().items():
+        is_default = not value or value in ("nll", "no")
+        if key in _UNSUPPORTED_STEP_KEYS and not is_default:
+            return f"training.{key}: {_UNSUPPORTED_STEP_KEYS[key]}"
+    return None
+
+# %% ../../nbs/core/recipe.ipynb #c011
+def auto_engine(
+    recipe: Recipe,
+    device: str,  # cuda, mps or cpu
+    has_unsloth: bool,  # whether Unsloth is installed
+) -> tuple[str, str]:  # the engine, and the reason
+    "The engine for a recipe on a machine."
+    if device == "cuda" and has_unsloth and unsloth_fits(recipe):
+        return "unsloth", "on a GPU, installed, and it trains this task and adapter"
+    library_step = kept_plain(recipe.training)
+    if library_step:
+        return "trl", f"engine fast would leave the whole step to it ({library_step})"
+    if device == "cpu":
+        return "fast", "on a CPU the fastest at the same loss, by medft bench"
+    if device == "cuda":
+        problem = "cannot train this recipe" if has_unsloth else "is not installed"
+        return "fast", (
+            f"Unsloth {problem}, and padding and logits are saved on a GPU too"
+            " (never measured there by medft)"
+        )
+    return "trl", f"no other engine was tried on {device}"
+
+# %% ../../nbs/core/recipe.ipynb #c015
+def settled(
+    recipe: Recipe,
+    device: str,  # cuda, mps or cpu
+    has_unsloth: bool,  # whether Unsloth is installed
+) -> Recipe:  # the same object where nothing is to choose
+    "The recipe with its engine chosen, where it says `auto`."
+    if recipe.engine != ["auto"]:
+        return recipe
+    engine, reason = auto_engine(recipe, device, has_unsloth)
+    return recipe.model_copy(update=dict(engine=[engine], engine_chosen=f"{engine}: {reason}"))

@@ -17,7 +17,7 @@ from ..core.run import peak_rss
 from . import prompts, staging
 from . import splits as storage
 from .chat_templates import load_tokenizer, rendering
-from .prepare.cleaning import _tokenizer_hash
+from .prepare.cleaning import tokenizer_hash
 from .quality import canaries, checks
 from .quality import leakage as leaks
 from .quality import near_duplicates as neighbours
@@ -246,7 +246,7 @@ def split_and_check(
     actions = recipe.dataset.actions
     if recipe.task == "classification":
         actions = actions | dict(untrainable="off")
-    if staging._needs_near_duplicates(recipe):
+    if staging.needs_near_duplicates(recipe):
         with times.step("near_duplicates"):
             rows.clusters  # noqa: B018 (searched here, so that its time is this step's)
     left_out = staging.hold_out(rows, recipe)
@@ -457,7 +457,7 @@ def finish(
     tok = load_tokenizer(run.recipe)
     report |= dict(
         learned=learned(report),
-        tokenizer=_tokenizer_hash(tok),
+        tokenizer=tokenizer_hash(tok),
         rendering=rendering(tok),
         seconds=times.seconds,
         peak_memory_bytes=peak_rss(),
@@ -518,7 +518,7 @@ def warning_lines(
         if found["count"] and found["action"] == "warn":
             yield (
                 f"check {name}: {found['count']:,} rows,"
-                f" {checks._in_kinds(found)}e.g. {', '.join(found['ids'][:3])}"
+                f" {checks.in_kinds(found)}e.g. {', '.join(found['ids'][:3])}"
             )
 
 # %% ../../nbs/data/pipeline.ipynb #g003
@@ -529,7 +529,7 @@ def refuse_inherited(run):
         return
     for name in scored_sets(run):
         ds = load_split(run, name)
-        columns = [c for c in ("id", *leaks._READ) if c in ds.column_names]
+        columns = [c for c in ("id", *leaks.READ) if c in ds.column_names]
         rows = ds.select_columns(columns).to_list()
         not_checked = leaks.check(earlier[0].path, rows, name)
         if not_checked:
@@ -582,7 +582,7 @@ def refuse_other_corpus(run, part, made, tok):
             f"dataset.canaries: {part.name} is packed already, and nothing can be planted in its"
             " windows; leave the key out, or train on the texts themselves"
         )
-    if made["tokenizer"] != _tokenizer_hash(tok):
+    if made["tokenizer"] != tokenizer_hash(tok):
         raise MedftError(
             f"{part.name}: this corpus was tokenised for another model; make it again:"
             f" medft prepare corpus ... --model {recipe.model.name}"
@@ -737,7 +737,7 @@ def ensure_data(run):
         with run.stage("data"):
             prepare(run)
     tokenizer = read_json(folder / "report.json", {}).get("tokenizer")
-    if tokenizer and tokenizer != _tokenizer_hash(load_tokenizer(run.recipe)):
+    if tokenizer and tokenizer != tokenizer_hash(load_tokenizer(run.recipe)):
         raise MedftError(
             f"{run.path.name}: its data were tokenised for another model than"
             f" {run.recipe.model.name!r} is now; start a new run, or delete"

@@ -12,8 +12,8 @@ __all__ = ['ROOMS', 'LIBRARIES', 'CACHED', 'KEY', 'count_tokens', 'tokenise_spli
 from ..core.files import PACKAGE, read_json, sha256
 from .quality import checks
 from .quality import leakage as leaks
-from .staging import _ROWS_PER_CHUNK, _STAGED
-from .tokens import _token_rows
+from .staging import ROWS_PER_CHUNK, STAGED
+from .tokens import token_rows
 
 import hashlib
 import importlib.metadata
@@ -43,10 +43,10 @@ def _with_tokens(
         order = np.argsort(lacks_tokens, kind="stable")  # rows in the order: ready, rest
         return pa.concat_tables([ready, rest]).take(pa.array(np.argsort(order)))
     prompts, completions = table["prompt"].to_pylist(), table["completion"].to_pylist()
-    ids, starts, mask = _token_rows(tok, prompts, completions)
+    ids, starts, mask = token_rows(tok, prompts, completions)
     for name, values in (("input_ids", ids), ("completion_mask", mask)):
         column = pa.LargeListArray.from_arrays(pa.array(starts), pa.array(values))
-        table = table.set_column(table.column_names.index(name), _STAGED.field(name), column)
+        table = table.set_column(table.column_names.index(name), STAGED.field(name), column)
     return table
 
 # %% ../../nbs/data/splits.ipynb #c007
@@ -69,7 +69,7 @@ def count_tokens(
 
 # %% ../../nbs/data/splits.ipynb #c010
 _ONLY_FOR_CHECKS = "groups owners user_text reply question_key ready entry file row".split()
-_KEPT_COLUMNS = [name for name in _STAGED.names if name not in _ONLY_FOR_CHECKS]
+_KEPT_COLUMNS = [name for name in STAGED.names if name not in _ONLY_FOR_CHECKS]
 
 
 def _prepared_columns(
@@ -84,9 +84,9 @@ def _prepared_columns(
         table = table.rename_columns(dict(answer="label"))
     small_types = {
         pa.large_string(): pa.string(),
-        _STAGED.field("options").type: pa.list_(pa.string()),
-        _STAGED.field("input_ids").type: pa.list_(pa.int32()),
-        _STAGED.field("completion_mask").type: pa.list_(pa.int8()),
+        STAGED.field("options").type: pa.list_(pa.string()),
+        STAGED.field("input_ids").type: pa.list_(pa.int32()),
+        STAGED.field("completion_mask").type: pa.list_(pa.int8()),
     }
     fields = [(f.name, small_types.get(f.type, f.type)) for f in table.schema]
     return table.cast(pa.schema(fields))
@@ -104,7 +104,7 @@ def tokenise_split(
     numbers = rows.where(rows.split == split)
     writer = None
     with pa.OSFile(str(path), "wb") as f:
-        for some in np.array_split(numbers, range(_ROWS_PER_CHUNK, len(numbers), _ROWS_PER_CHUNK)):
+        for some in np.array_split(numbers, range(ROWS_PER_CHUNK, len(numbers), ROWS_PER_CHUNK)):
             # A slice first: `take` from the whole mapped table would visit all of its chunks.
             near = rows.table.slice(some[0], some[-1] - some[0] + 1)
             chunk = near.take(pa.array(some - some[0])).combine_chunks()

@@ -32,7 +32,7 @@ from .scoring.log_likelihood import NonFiniteScores, check_frame
 from .scoring.predict import predict
 from ..model.load import labels_of, load_base, load_tuned
 from ..train.baseline import trained
-from ..train.trainer import _let_go, repeats
+from ..train.trainer import let_go, repeats
 
 import hashlib
 import json
@@ -122,14 +122,14 @@ def _each_model(
             continue
         if not contender.on_base:
             base = None
-            _let_go()
+            let_go()
         elif base is None:
             base = load_base(run.recipe, labels_of(run))
         model = contender.load(base)
         yield name, model
         base = _base_below(model) if contender.on_base else None
         model = None
-        _let_go()
+        let_go()
 
 # %% ../../nbs/evaluate/predictions.ipynb #c010
 SCORING_CODE = (

@@ -14,7 +14,7 @@ from ..evaluate.metrics import evaluate
 from .merging import export_onnx, how_merged, merge, serve_lines, write_adapter
 from .model_card import model_card, notice
 from .parity import TOLERANCE, check_artefacts, in_words
-from .publish import _check_target, publish, refuse_secrets, write
+from .publish import check_target, publish, refuse_secrets, write
 from .report import report
 from ..model.preflight import refuse_stale
 from ..train.baseline import trained
@@ -136,7 +136,7 @@ def export(run: Run) -> dict:  # the content of export.json
     for engine in trained(run):
         refuse_stale(run, engine)
     if run.recipe.export.push_to_hub:
-        _check_target(run.recipe)
+        check_target(run.recipe)
     if not (run.path / "metrics.json").exists():
         run.log("export: nothing is scored yet; evaluating first")
         evaluate(run)

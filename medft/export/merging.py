@@ -13,7 +13,7 @@ __all__ = ['bits', 'how_merged', 'base_to_merge', 'sixteen_bit', 'vision_name', 
 from ..core.files import MedftError, model_path, read_json, write_json
 from ..core.run import Run
 from ..evaluate.scoring.generation import stop_ids
-from .parity import _load_its_tokenizer
+from .parity import load_its_tokenizer
 from ..model.adapters import quantization_config
 from ..model.families import load_config
 from ..model.load import labels_of, load_base, load_tuned, read_back
@@ -237,7 +237,7 @@ def merge(run: Run, engine: str) -> Path:
     unfinished = out.with_name(".merged.new")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        tok = _load_its_tokenizer(run, engine, "adapter")
+        tok = load_its_tokenizer(run, engine, "adapter")
         _write_merged(run, _merged_model(run, engine), tok, unfinished)
     except OSError as e:
         raise MedftError(f"{engine}/merged could not be written: {e.strerror or e}") from None
@@ -464,7 +464,7 @@ def export_onnx(run: Run, engine: str) -> Path:
     write_onnx(model, unfinished / "model.onnx")
     model.config.save_pretrained(unfinished)
     trained_as = "adapter" if (run.path / engine / "adapters").is_dir() else "model"
-    _load_its_tokenizer(run, engine, trained_as).save_pretrained(unfinished)
+    load_its_tokenizer(run, engine, trained_as).save_pretrained(unfinished)
     del model
     gc.collect()
     shutil.rmtree(out, ignore_errors=True)

@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/export/parity.html.md"""
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'moves', 'parity', 'in_words', 'KeepLogits', 'greedy', 'compare_written', 'head', 'kept', 'compare_kept',
-           'compare_rendering', 'compare_heads', 'present', 'Onnx', 'load_artefact', 'score_all', 'fresh_process',
-           'in_fresh_process', 'lengths_of', 'check_artefacts']
+           'compare_rendering', 'compare_heads', 'present', 'Onnx', 'load_artefact', 'load_its_tokenizer', 'score_all',
+           'fresh_process', 'in_fresh_process', 'lengths_of', 'check_artefacts']
 
 # %% ../../nbs/export/parity.ipynb #c002
 from ..core.files import MedftError, read_json, write_json
@@ -20,7 +20,7 @@ from ..evaluate.scoring.generation import stop_ids
 from ..evaluate.scoring.log_likelihood import in_batches, pad
 from ..evaluate.scoring.predict import code_choices, predict
 from ..model.adapters import torch_dtype
-from ..model.families import _config_of
+from ..model.families import config_of
 from ..model.load import load_tuned, read_back
 from ..train.baseline import trained
 
@@ -330,7 +330,7 @@ class Onnx(torch.nn.Module):
         self.session = onnxruntime.InferenceSession(
             str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
         )
-        self.config = _config_of(folder)
+        self.config = config_of(folder)
         self.device = torch.device("cpu")
 
     def forward(self, input_ids, attention_mask, **_):
@@ -353,7 +353,7 @@ def load_artefact(
     return read_back(folder, run.recipe.task, dtype=torch_dtype(run.recipe)).to(device()).eval()
 
 # %% ../../nbs/export/parity.ipynb #load1
-def _load_its_tokenizer(
+def load_its_tokenizer(
     run: Run,
     engine: str,
     what: str,  # a key of FOLDERS
@@ -386,7 +386,7 @@ def _score_artefact(
 ):
     "Score one artefact, and write its predictions, tensors and facts."
     model = load_artefact(run, engine, what)
-    tok = _load_its_tokenizer(run, engine, what)
+    tok = load_its_tokenizer(run, engine, what)
     task = run.recipe.task
     message = f"export: {engine}/{_FOLDERS[what]}: read back"
     run.log(message)

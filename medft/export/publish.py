@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/export/publish.html.md"""
 
 # %% auto #0
 __all__ = ['UPLOADED', 'refuse_secrets', 'write', 'problems_in', 'stretches', 'quoted', 'binary_problems', 'scan', 'link',
-           'hub_problem', 'send', 'publish']
+           'hub_problem', 'check_target', 'send', 'publish']
 
 # %% ../../nbs/export/publish.ipynb #c002
 from ..core.files import MedftError, Refused, atomic_write, read_json, write_json
@@ -15,7 +15,7 @@ from ..core.secrets import known_secrets, secrets_in
 from ..data.chat_templates import load_tokenizer
 from ..data.pipeline import load_split
 from ..data.quality import identifiers as privacy
-from .model_card import _base_name, model_card, notice
+from .model_card import base_name, model_card, notice
 
 import json
 import os
@@ -69,7 +69,7 @@ def _identifies(finding) -> bool:
     "Whether a finding may identify a person in a card."
     if finding.kind not in privacy.KINDS:
         return False
-    return finding.kind != "url" or bool(privacy._PERSONAL.search(finding.text))
+    return finding.kind != "url" or bool(privacy.PERSONAL.search(finding.text))
 
 
 def problems_in(
@@ -226,7 +226,7 @@ def _first_engine(run, metrics) -> str:
 def _hide_base_path(path, recipe):
     "Replace the base's path on this machine in a config by its name."
     config = read_json(path)
-    public = _base_name(recipe)
+    public = base_name(recipe)
     keys = [key for key in ("base_model_name_or_path", "_name_or_path") if config.get(key)]
     if any(config[key] != public for key in keys):
         path.unlink()  # it may be a link to the run's own file
@@ -297,7 +297,7 @@ def hub_problem(
     )
 
 # %% ../../nbs/export/publish.ipynb #c023s1
-def _check_target(recipe) -> bool:
+def check_target(recipe) -> bool:
     """Whether the repository exists. Creates nothing.
 
     Raises `MedftError` without a token or connection, `Refused` for an unexpected public one."""
@@ -324,7 +324,7 @@ def send(recipe, folder: Path) -> str:
     "Upload a folder as one commit and return its address. Raises `MedftError` and `Refused`."
     name = recipe.output.hub_model_id
     try:
-        if not _check_target(recipe):
+        if not check_target(recipe):
             HfApi().create_repo(name, private=recipe.export.private, exist_ok=True)
         commit = HfApi().upload_folder(
             repo_id=name,

@@ -50,7 +50,7 @@ from medft.export.html import (
     sentences_in,
     side_by_side,
 )
-from .model_card import _class_tables, _training_table, parity_table, skipped
+from .model_card import class_tables, parity_table, skipped, training_table
 from .parity import in_words
 from ..train.baseline import read_log, trained, training_summary
 
@@ -297,7 +297,7 @@ def _scores_section(
         side_by_side(scores + intervals, plot),
         *(
             html_table(table, "figures of a classifier")
-            for table in _class_tables(metrics, metrics.get("labels"))
+            for table in class_tables(metrics, metrics.get("labels"))
         ),
         labels_plot,
         *_engine_comparisons(metrics),
@@ -702,7 +702,7 @@ def _training_section(run) -> list:
     if plan:
         text = "What the plan predicted before training began, and what was measured."
         plan = paragraph(text) + plan
-    return [side_by_side(losses, plan), html_table(_training_table(run), "training")]
+    return [side_by_side(losses, plan), html_table(training_table(run), "training")]
 
 
 def _run_sections(

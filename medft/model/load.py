@@ -20,7 +20,7 @@ from medft.model.adapters import (
     quantization_config,
     torch_dtype,
 )
-from .families import _config_of, freeze_vision, load_config, model_class
+from .families import config_of, freeze_vision, load_config, model_class
 from .preflight import check_attention, check_stored, refuse_stale
 
 from contextlib import contextmanager
@@ -340,7 +340,7 @@ def read_back(
     **kwargs,  # from_pretrained's: dtype, attn_implementation, ...
 ) -> torch.nn.Module:
     "A model from a run's own files; code that may have been put there is not run."
-    config = _config_of(folder)
+    config = config_of(folder)
     return model_class(config, task).from_pretrained(
         folder, config=config, trust_remote_code=False, **kwargs
     )

@@ -248,7 +248,7 @@ def changed(
     "The recipe with overrides applied."
     raw = recipes.set_values(recipe)
     for line in lines:
-        recipes._override(raw, line)
+        recipes.override(raw, line)
     return Recipe(**raw)
 
 

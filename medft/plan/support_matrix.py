@@ -14,7 +14,7 @@ from ..core.recipe import load_recipe
 from ..core.run import Run, environment
 from ..core.sections import ENGINES
 from ..model import families
-from .rehearsal import _LENGTH, few_rows
+from .rehearsal import LENGTH, few_rows
 
 import gc
 import importlib
@@ -134,7 +134,7 @@ def overrides(
         *_TASK_LINES[c.task],
         "training.max_steps=2",
         "training.per_device_train_batch_size=2",
-        f"training.max_length={_LENGTH[c.task]}",
+        f"training.max_length={LENGTH[c.task]}",
         "training.warmup_steps=0",
         "training.logging_steps=1",
         *_ADAPTER_LINES[c.adapter],
@@ -174,11 +174,11 @@ def go_through(run: Run, engine: str):
     "The stages of a run, without notebooks. Raises what they raise."
     from medft.data import pipeline as data
     from medft.evaluate.scoring import predict as scoring
-    from medft.model import load as model
+    from medft.model import load, preflight
     from medft.train import baseline as train
 
     data.prepare(run)
-    model.inspect(run)
+    preflight.inspect(run)
     module, function = _TRAINING[engine]
     getattr(importlib.import_module(module), function)(run)
     summary = train.training_summary(run, engine)
@@ -192,7 +192,7 @@ def go_through(run: Run, engine: str):
         raise ValueError("what was saved is not what the recipe asks for")
     tok = data.load_tokenizer(run.recipe)
     rows = data.load_split(run, "test").to_list()[:4]
-    predictions = scoring.predict(model.load_tuned(run, engine), tok, rows, run.recipe)
+    predictions = scoring.predict(load.load_tuned(run, engine), tok, rows, run.recipe)
     if not _all_finite(predictions):
         raise ValueError("the reloaded model's scores are not finite")
 

@@ -13,7 +13,7 @@ __all__ = ['here', 'Fact', 'history', 'changes', 'short', 'relations', 'facts', 
 # %% ../../nbs/starter/records.ipynb #imports
 import medft
 from ..data.prepare.linkage import spoil as err
-from ..data.reading.patients import _aligned_field, side_by_side
+from ..data.reading.patients import aligned_field, side_by_side
 
 import csv
 import json
@@ -470,7 +470,7 @@ def exercise(
     left, right, same = practice_pair(rng)
     parts, text = [], ""
     for field in side_by_side(left, right):
-        text += _aligned_field(*field)
+        text += aligned_field(*field)
         if rng.random() < 0.5:
             parts += [[text, 0], [f" {verdict(*field)}", 1]]
             text = ""

@@ -8,13 +8,13 @@ Docs: https://medft.github.io/medft/train/trainer.html.md"""
 __all__ = ['windows', 'WindowCollator', 'document_leak', 'isolating_collator', 'ClassifierCollator', 'class_weights',
            'WeightedLoss', 'tokens_as_text', 'overlaps', 'preserved_random_state', 'EpochLengthGroupedSampler',
            'StopRequested', 'TrainingComplete', 'Careful', 'RestoreNotes', 'careful', 'seeds_of', 'with_seed', 'Repeat',
-           'repeats', 'training_record', 'train_once', 'each_seed']
+           'repeats', 'let_go', 'training_record', 'train_once', 'each_seed']
 
 # %% ../../nbs/train/trainer.ipynb #imports
 from ..core.files import MedftError, atomic_write, read_json, write_json
 from ..core.run import Run, forget_peak
 from ..data.pipeline import load_split
-from ..model.preflight import _rows_hash, belongs_to, changed
+from ..model.preflight import belongs_to, changed, rows_hash
 from medft.train.checkpoints import (
     SEAL,
     cut_log,
@@ -751,7 +751,7 @@ class Repeat(Run):
         if data.is_symlink() and data.exists():
             return
         if data.is_dir() and not data.is_symlink():
-            if _rows_hash(self) == _rows_hash(self.whole):
+            if rows_hash(self) == rows_hash(self.whole):
                 return
             shutil.rmtree(data)  # a copy of rows that the run no longer has
         data.unlink(missing_ok=True)
@@ -766,7 +766,7 @@ def repeats(run: Run) -> list[Repeat]:
     return [Repeat(run, seed) for seed in seeds_of(run.recipe)[1:]]
 
 # %% ../../nbs/train/trainer.ipynb #c011b
-def _let_go():
+def let_go():
     "Free what an earlier training of this process held, and count peak memory anew."
     gc.collect()
     forget_peak()
@@ -796,7 +796,7 @@ def train_once(
             run.log(f"{engine}: trained already")
             return
     if whole:
-        _let_go()
+        let_go()
     try:
         train(run)
     except MedftError as e:

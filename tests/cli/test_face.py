@@ -1,7 +1,7 @@
 "`import medft`: what it loads, its names, and one small run from nothing to an answer."
 
 import medft
-from medft.core.run import MedftError, Refused
+from medft.core.files import MedftError, Refused
 
 import inspect
 import json
@@ -217,7 +217,7 @@ def test_recipes_is_a_table_of_all(place):
 
 def test_values_reach_the_recipe_as_they_are():
     from medft.cli.face import _overrides
-    from medft.core.run import load_recipe
+    from medft.core.recipe import load_recipe
 
     import numpy as np
 
@@ -260,7 +260,7 @@ def test_errors_say_what_is_wrong(run, message):
 
 
 def test_a_run_without_a_tuned_model(place):
-    from medft.core.run import load_recipe
+    from medft.core.recipe import load_recipe
 
     run = medft.Run.create(load_recipe("quickstart", ["engine=trl"]))
     with pytest.raises(MedftError, match="no tuned model, only engine='base' answers"):
@@ -280,8 +280,8 @@ def test_an_adapter_that_is_gone(run):
 
 
 def test_a_classifier_gives_a_label_and_its_probability(place):
-    from medft.core.files import assets
-    from medft.core.run import load_recipe, write_json
+    from medft.core.files import assets, write_json
+    from medft.core.recipe import load_recipe
 
     run = medft.Run.create(load_recipe("starter_pairs"))
     write_json(run.path / "data/report.json", dict(labels=["no", "yes"]))

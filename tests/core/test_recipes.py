@@ -188,14 +188,14 @@ def walk(run):
     from medft.evaluate import metrics as evaluate
     from medft.export import artefacts as export
     from medft.export import parity
-    from medft.model import load as model
+    from medft.model import preflight
     from medft.train import baseline as train
 
     # A process for each run's artefacts costs ten seconds of imports; the command starts them.
     with pytest.MonkeyPatch.context() as m:
         m.setattr(parity, "in_fresh_process", parity.score_all)
         data.prepare(run)
-        model.inspect(run)
+        preflight.inspect(run)
         train.train(run)
         evaluate.evaluate(run)
         export.export(run)

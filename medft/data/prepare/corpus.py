@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/data/prepare/corpus.html.md"""
 
 # %% auto #0
 __all__ = ['STEP', 'Builder', 'differences', 'check_place', 'Options', 'tokenizer', 'build', 'finish', 'prepare_corpus',
-           'load_corpus', 'corpus_summary']
+           'available_cores', 'load_corpus', 'corpus_summary']
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c003
 from ... import __version__
@@ -478,12 +478,12 @@ def prepare_corpus(
     if made:
         _check_same(out, made["made_from"], now)
     else:
-        made = _make_corpus(out, now, parts, tokens, workers or _available_cores(), tell)
+        made = _make_corpus(out, now, parts, tokens, workers or available_cores(), tell)
     shutil.rmtree(out / ".work", ignore_errors=True)
     return made
 
 # %% ../../../nbs/data/prepare/corpus.ipynb #c030
-def _available_cores() -> int:
+def available_cores() -> int:
     "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 

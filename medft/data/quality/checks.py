@@ -9,14 +9,14 @@ __all__ = ['CHECKS', 'NEED_TOKENS', 'Rows', 'text_keys', 'letters_and_digits', '
            'check_group_overlap', 'check_duplicates', 'check_contradictions', 'check_same_options', 'check_encoding',
            'check_control_characters', 'check_markup', 'check_chat_markers', 'check_label_balance',
            'check_near_duplicates', 'check_near_overlap', 'check_contamination', 'check_identifiers',
-           'check_untrainable', 'check_truncated', 'run_checks', 'refuse_findings']
+           'check_untrainable', 'check_truncated', 'run_checks', 'in_kinds', 'refuse_findings']
 
 # %% ../../../nbs/data/quality/checks.ipynb #c002
 from ...core.files import MedftError
 from ...core.identity import text_key
 from . import identifiers as privacy
 from . import near_duplicates as neighbours
-from .broken_text import _DAMAGE
+from .broken_text import DAMAGE
 
 import re
 from collections import Counter
@@ -219,7 +219,7 @@ def _damaged(r, check):
     "Rows with broken text, whose kinds are counted in `r.damage_kinds`."
     damaged = np.zeros(len(r.numbers), bool)
     counts = {}
-    for kind, (hint, is_damaged) in _DAMAGE[check].items():
+    for kind, (hint, is_damaged) in DAMAGE[check].items():
         candidates = _matching(r, hint)
         some = pa.array(candidates)
         user_texts = r.column("user_text").take(some).to_pylist()
@@ -432,11 +432,11 @@ _REMEDIES = dict(
 _REMEDIES |= {
     check: " or repair them with dataset.repair=true,"
     f" or leave them out with dataset.drop=[{check}]"
-    for check in _DAMAGE
+    for check in DAMAGE
 }
 
 
-def _in_kinds(
+def in_kinds(
     found: dict,  # of one check, as in data/report.json
 ) -> str:
     "The kinds of broken text that a check found, for a message; empty for another check."
@@ -455,7 +455,7 @@ def refuse_findings(
         examples = ", ".join(found["ids"][:3]) + (", …" if found["count"] > 3 else "")
         remedy = _REMEDIES.get(name, f" or leave them out with dataset.drop=[{name}]")
         raise MedftError(
-            f"data check {name!r}: {found['count']} rows ({_in_kinds(found)}{examples}), with"
+            f"data check {name!r}: {found['count']} rows ({in_kinds(found)}{examples}), with"
             f" {n_train} training rows in all; correct them{remedy}, or set"
             f" dataset.checks.{name}=warn (all of them: data/flagged.jsonl)"
         )

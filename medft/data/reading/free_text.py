@@ -6,14 +6,14 @@ Docs: https://medft.github.io/medft/data/reading/free_text.html.md"""
 
 # %% auto #0
 __all__ = ['TOOL_REASON', 'with_reasoning', 'from_medquad', 'from_question_answer', 'from_alpaca', 'from_formatted', 'read_turn',
-           'from_messages', 'from_completion', 'from_text', 'from_label', 'fold_labels', 'from_entity_pair',
+           'from_messages', 'from_completion', 'from_text', 'from_label', 'fold_labels', 'among', 'from_entity_pair',
            'from_patient']
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c002
 from ...core.files import MedftError
 from ...core.identity import text_key
 from .answer_options import looks_printed, missing_kind
-from .chat_formats import _FORMATS, cut_turns, family_of
+from .chat_formats import FORMATS, cut_turns, family_of
 from medft.data.reading.multiple_choice import (
     Reject,
     cell,
@@ -146,7 +146,7 @@ def from_formatted(
             raise Reject("empty answer")
         if missing_kind(reply) == "missing":
             raise Reject(f"without an answer: {reply} stands for a missing value")
-    if family not in _FORMATS:
+    if family not in FORMATS:
         return from_messages(dict(messages=messages))
     return dict(formatted=text, subject="", group=group_key(cell(row.get("input")) or question))
 
@@ -538,7 +538,7 @@ def _refuse_joined(spellings_by_key):
             )
 
 # %% ../../../nbs/data/reading/free_text.ipynb #c032d
-def _among(
+def among(
     label: str,
     labels: list[str],
 ) -> str | None:

@@ -9,7 +9,7 @@ __all__ = ['hub', 'check_split', 'cache', 'causes', 'hub_error']
 
 # %% ../../../nbs/data/reading/hub.ipynb #c002
 from ...core.files import MedftError, atomic_write, nearest
-from .formats import READERS, Part, _batch_rows, printable, read_error
+from .formats import READERS, Part, batch_rows, printable, read_error
 
 import os
 import re
@@ -24,7 +24,7 @@ def _read_dataset(
     if not hasattr(part.data, "__len__"):
         return enumerate(part.data, 1)
     batches = part.data.with_format("arrow").iter(1000)
-    return _batch_rows(part.name, batches, part.data.data.schema)
+    return batch_rows(part.name, batches, part.data.data.schema)
 
 
 READERS.update(folder=_read_dataset, hub=_read_dataset)

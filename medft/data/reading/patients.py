@@ -6,11 +6,11 @@ Docs: https://medft.github.io/medft/data/reading/patients.html.md"""
 
 # %% auto #0
 __all__ = ['PERSON', 'KINDS', 'ALIGNED', 'read_fhir', 'read_synthea', 'record', 'record_text', 'patient_summary', 'pair_text',
-           'plain', 'side_by_side', 'aligned_text']
+           'plain', 'side_by_side', 'aligned_field', 'aligned_text']
 
 # %% ../../../nbs/data/reading/patients.ipynb #c002
 from ...core.files import MedftError, nearest
-from .articles import _files_of, read_document
+from .articles import files_of, read_document
 from .formats import READERS, Part
 from .formats import rows as source_rows
 
@@ -199,7 +199,7 @@ def read_fhir(
 
     Raises `MedftError` for a broken or other file."""
     number = 0
-    for one, file in _files_of(part, ".json"):
+    for one, file in files_of(part, ".json"):
         try:
             bundle = orjson.loads(read_document(one))
         except orjson.JSONDecodeError as e:
@@ -412,7 +412,7 @@ def side_by_side(
     return [(k, plain(k, left.get(k)), plain(k, right.get(k))) for k in compared]
 
 # %% ../../../nbs/data/reading/patients.ipynb #c031
-def _aligned_field(
+def aligned_field(
     field: str,
     left: str,  # as `plain` writes it
     right: str,
@@ -427,4 +427,4 @@ def aligned_text(
     right: dict,
 ) -> str:
     "Two records side by side, a line a field, and the question in one word."
-    return "\n".join([*(_aligned_field(*values) for values in side_by_side(left, right)), "same:"])
+    return "\n".join([*(aligned_field(*values) for values in side_by_side(left, right)), "same:"])

@@ -10,9 +10,9 @@ __all__ = ['row_splits', 'Sources', 'open_sources', 'training_sources', 'open_en
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r002
 from ...core.files import MedftError, locate
 from ...core.sections import Dataset
-from .formats import _SPLIT_KEY, Part, features, read_error, rows
+from .formats import SPLIT_KEY, Part, features, read_error, rows
 from .hub import hub
-from .sources import _find_source, _source_name, _wanted_splits, digest
+from .sources import digest, find_source, source_name, wanted_splits
 from .split_names import split_of_value, splits_in
 
 import os
@@ -43,8 +43,8 @@ def _split_column(
         return None
     first = [row for _, row in islice(rows(part), 1000) if isinstance(row, dict)]
     columns = dict.fromkeys(str(c) for row in first for c in row if c not in taken)
-    if _SPLIT_KEY in columns:
-        return _SPLIT_KEY
+    if SPLIT_KEY in columns:
+        return SPLIT_KEY
     plain = {_plain(c): c for c in reversed(columns)}
     certain = [column for name, column in plain.items() if name in _SPLIT_COLUMNS]
     if certain:
@@ -62,7 +62,7 @@ def _plain(column):
 
 def _is_certain(column):
     "Whether a column of this name holds the split, whatever its values are."
-    return column == _SPLIT_KEY or _plain(column) in _SPLIT_COLUMNS
+    return column == SPLIT_KEY or _plain(column) in _SPLIT_COLUMNS
 
 
 def _cell_value(cell, names):
@@ -139,7 +139,7 @@ class _Opening:
         "The splits of a path: split -> parts."
         key = str(path)
         if key not in self.offers:
-            listing = _find_source(path, self.d.streaming, self.task, without)
+            listing = find_source(path, self.d.streaming, self.task, without)
             self.offers[key] = self.divide_by_rows(listing.splits, role)
             self.found.not_read += listing.not_read
             self.found.notes += listing.notes
@@ -189,7 +189,7 @@ class _Opening:
 
     def set_aside(self, entry, path):
         "Remember that a key names a split of a source that has none."
-        self.unused_keys.setdefault(_source_name(path), []).append(_SPLIT_KEYS[entry])
+        self.unused_keys.setdefault(source_name(path), []).append(_SPLIT_KEYS[entry])
 
     def note_unused_keys(self):
         for path, keys in self.unused_keys.items():
@@ -216,7 +216,7 @@ def _read_named(opening):
         if split and set(offer) == {""}:
             opening.set_aside(entry, path)
         key = _SPLIT_KEYS.get(entry, f"dataset.sets.{entry}")
-        wanted = _wanted_splits(_source_name(path), offer, split, role, key)
+        wanted = wanted_splits(source_name(path), offer, split, role, key)
         parts = opening.take(entry, offer, wanted)
         files |= {p.path.resolve() for p in parts if p.path and p.path.is_file()}
     benchmarks = [locate(p) for p in d.benchmarks.values() if p and "://" not in p]
@@ -237,10 +237,10 @@ def _read_hub(opening):
 def _read_path(opening, elsewhere):
     "Read what is trained on, and the validation and test rows that come with it."
     d = opening.d
-    name = _source_name(d.path)
+    name = source_name(d.path)
     offer = opening.offer(d.path, "train", elsewhere)
     is_undivided = set(offer) == {""}
-    training = _wanted_splits(name, offer, d.split, "train")
+    training = wanted_splits(name, offer, d.split, "train")
     if d.split and is_undivided:
         opening.set_aside("train", d.path)
     opening.take("train", offer, training)
@@ -251,7 +251,7 @@ def _read_path(opening, elsewhere):
         if split and is_undivided:
             opening.set_aside(entry, d.path)
         elif split:
-            wanted = _wanted_splits(name, offer, split, entry, _SPLIT_KEYS[entry])
+            wanted = wanted_splits(name, offer, split, entry, _SPLIT_KEYS[entry])
             opening.take(entry, offer, wanted)
         else:
             wanted = [s for s in others if split_of_value(s) == entry]
@@ -357,7 +357,7 @@ def open_entry(
         raise MedftError(_NO_SOURCE)
     opening = _Opening(d, None)
     offer = opening.offer(path, role)
-    opening.take(role, offer, _wanted_splits(_source_name(path), offer, split, role))
+    opening.take(role, offer, wanted_splits(source_name(path), offer, split, role))
     return opening.found.entries[role]
 
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r012d

@@ -14,7 +14,7 @@ from ...core.identity import identities, identity, identity_columns
 from ...core.sections import Dataset
 from ..quality.broken_text import repaired_rows
 from .answer_options import missing_kind
-from .chat_formats import _FORMATS, _PLAIN_FORMATS, family_of, unknown_turns
+from .chat_formats import FORMATS, PLAIN_FORMATS, family_of, unknown_turns
 from medft.data.reading.free_text import (
     TOOL_REASON,
     from_alpaca,
@@ -451,9 +451,9 @@ def mapped_columns(
 
 # %% ../../../nbs/data/reading/schemas.ipynb #c018
 _MAX_MIXED = 0.1  # share of texts with turns, up to which a file is running text
-_TOKEN_FORMATS = {name: _FORMATS[name] for name in ("Llama 3", "ChatML", "Gemma", "Mistral")}
+_TOKEN_FORMATS = {name: FORMATS[name] for name in ("Llama 3", "ChatML", "Gemma", "Mistral")}
 _STRICT_FORMATS = {
-    name: format for name, format in (_FORMATS | _PLAIN_FORMATS).items() if not format.at_start
+    name: format for name, format in (FORMATS | PLAIN_FORMATS).items() if not format.at_start
 }
 
 

@@ -11,7 +11,7 @@ __all__ = ['JUDGED', 'WORLDS', 'decline', 'judge', 'budget_in', 'retained', 'ret
 # %% ../../../nbs/evaluate/measures/forgetting.ipynb #c002
 from ...core.files import MedftError, assets, read_json, write_json
 from ..statistics.simulation import accuracy_world, draw_groups, loss_world
-from ..statistics.verdicts import _LABEL_WORDS, _LOWER_IS_BETTER, _UNITS
+from ..statistics.verdicts import LABEL_WORDS, LOWER_IS_BETTER, UNITS
 
 import math
 
@@ -23,7 +23,7 @@ def decline(
 ) -> tuple:  # decline, low, high
     "How much worse, with its interval; positive is worse for every figure."
     low, high = comparison["ci95"]
-    if comparison["metric"] in _LOWER_IS_BETTER:
+    if comparison["metric"] in LOWER_IS_BETTER:
         return comparison["effect"], low, high
     return tuple(x if x is None else -x for x in (comparison["effect"], high, low))
 
@@ -89,7 +89,7 @@ def retention_in_words(
     retention,  # what was retained of it, judged
 ) -> str:
     "One retention set in words."
-    unit, factor, number_format = _UNITS[retention["metric"]]
+    unit, factor, number_format = UNITS[retention["metric"]]
 
     def number(x):
         # Adding 0 turns -0.0 into 0.0.
@@ -119,7 +119,7 @@ def with_retention(
     reasons = "; ".join(retention_in_words(name, retention[name]) for name in worst_first)
     sentence = f"{verdict['sentence']}; {reasons}"
     if label != verdict["label"]:
-        changed = _LABEL_WORDS[label].format(a=who, b=than)
+        changed = LABEL_WORDS[label].format(a=who, b=than)
         sentence = f"{changed}: {reasons}; but for that, {verdict['sentence']}"
     return verdict | dict(
         label=label, label_before=verdict["label"], retention=retention, sentence=sentence

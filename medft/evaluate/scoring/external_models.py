@@ -14,10 +14,10 @@ from ...core.files import MedftError, locate, model_path, nearest, read_json, ru
 from ...core.recipe import load_recipe
 from ...core.run import Run
 from ...core.sections import Model, Recipe
-from ...data.chat_templates import _why, load_tokenizer, template
+from ...data.chat_templates import load_tokenizer, template, why
 from ...data.pipeline import prepare
-from ...data.prepare.cleaning import _tokenizer_hash
-from ...model.families import _config_of
+from ...data.prepare.cleaning import tokenizer_hash
+from ...model.families import config_of
 from ...model.load import load_base, ready, refuse_pickles
 from ...train.baseline import trained
 
@@ -58,7 +58,7 @@ def _small_file(
         )
     except Exception as e:
         raise MedftError(
-            f"no model {what!r}, neither a folder here nor on the hub: {_why(e)}"
+            f"no model {what!r}, neither a folder here nor on the hub: {why(e)}"
         ) from None
     return found and Path(found)
 
@@ -166,7 +166,7 @@ def writes(tok) -> tuple:
     "What decides how a model's rows are written and cut: equal for models that read the same."
     chat_template = template(tok)
     with_system = chat_template.frame("S") if chat_template.system else None
-    return _tokenizer_hash(tok), chat_template.frame(), with_system
+    return tokenizer_hash(tok), chat_template.frame(), with_system
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c015
 def own_run(run, who: str, what):
@@ -260,7 +260,7 @@ def _refuse_foreign_files(what, is_adapter: bool):
     refuse_pickles(Recipe(name="further", model=Model(name=str(path))))
     # Not of transformers' making, or not readable: loading it says so.
     with contextlib.suppress(ValueError, KeyError):
-        _config_of(path, what, revision=commit)
+        config_of(path, what, revision=commit)
 
 
 def with_base(what) -> dict:  # see `described`

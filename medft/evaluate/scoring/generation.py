@@ -13,7 +13,7 @@ from ...core.files import MedftError, locate
 from ...data.chat_templates import template
 from ...data.tokens import encode
 from .log_likelihood import NonFiniteScores, in_batches, pad, token_budget
-from ...model.families import _config_of
+from ...model.families import config_of
 
 import re
 import string
@@ -41,7 +41,7 @@ class Encoder:
             )
         options = dict(local_files_only=True, trust_remote_code=False)
         try:
-            config = _config_of(folder, path, local_files_only=True)
+            config = config_of(folder, path, local_files_only=True)
             self.tok = AutoTokenizer.from_pretrained(folder, **options)
             model = AutoModel.from_pretrained(
                 folder, config=config, use_safetensors=True, **options

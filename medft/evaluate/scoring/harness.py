@@ -11,7 +11,7 @@ __all__ = ['GROUPS', 'ABOUT', 'harness', 'members', 'refused', 'definition', 'fr
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c002
 from ...core.files import MedftError, assets, nearest, read_json
 from ...core.sections import Dataset
-from ...data.quality.near_duplicates import _MMLU_MEDICAL
+from ...data.quality.near_duplicates import MMLU_MEDICAL
 from ...data.reading.formats import features, rows
 from ...data.reading.hub import hub
 from ...data.reading.multiple_choice import OPTIONS, nested
@@ -47,7 +47,7 @@ def harness() -> str:
 
 # %% ../../../nbs/evaluate/scoring/harness.ipynb #c008
 _TASK_FOLDERS = ("medmcqa", "medqa", "pubmedqa", "mmlu/default")
-GROUPS = {"mmlu_medical": [f"mmlu_{subject}" for subject in _MMLU_MEDICAL]}
+GROUPS = {"mmlu_medical": [f"mmlu_{subject}" for subject in MMLU_MEDICAL]}
 
 
 @functools.cache

@@ -12,7 +12,7 @@ __all__ = ['code_choices', 'code_pair', 'code_jointly', 'score_choices', 'identi
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c002
 from ...core.files import MedftError
 from ...data.chat_templates import template
-from ...data.prompts import _LETTERS, _MARKS
+from ...data.prompts import LETTERS, MARKS
 from ...data.reading.answer_options import keeps_its_order
 from ...data.tokens import encode
 from .generation import answered
@@ -200,7 +200,7 @@ def listed(
         return None
     text = row["prompt"].removesuffix(after)
     options = []
-    for mark in reversed(_MARKS[: len(row["options"])]):
+    for mark in reversed(MARKS[: len(row["options"])]):
         text, separator, option = text.rpartition("\n" + mark)
         if not separator:
             return None
@@ -227,7 +227,7 @@ def rendered(
         texts = listed(row, after_question)
         if not texts:
             return row
-        answers = _LETTERS[: len(texts)] if form == "letters" else texts
+        answers = LETTERS[: len(texts)] if form == "letters" else texts
         options = [
             (before_answer + answer + after_answer).removesuffix(chat_template.after)
             for answer in answers
@@ -332,7 +332,7 @@ def _reordered(row, texts, after, order, by_letter) -> dict:
 
 def _mark_options(texts) -> list[str]:
     "The lines in which a prompt lists options, each with the line break before it."
-    return [f"\n{mark}{text}" for mark, text in zip(_MARKS, texts, strict=False)]
+    return [f"\n{mark}{text}" for mark, text in zip(MARKS, texts, strict=False)]
 
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c026b2
 def in_fixed_order(tok, rows: list[dict]) -> list[bool]:
