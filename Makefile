@@ -47,8 +47,8 @@ test-long: install  ## simulations, kill matrices, parity runs: nightly, and bef
 docs: quarto install  ## the site, into _docs/
 	@nbdev-docs
 
-readme: quarto install  ## README.md from nbs/index.ipynb
-	@nbdev-readme
+readme: install  ## README.md from nbs/index.ipynb
+	@.ci/readme
 
 # nbdev would fetch and install Quarto with sudo; that is not for a build to decide.
 quarto:
