@@ -10,8 +10,8 @@ __all__ = ['app', 'explain', 'main', 'create']
 # %% ../../nbs/cli/verbs.ipynb #c002
 # These modules import nothing heavy at their top.
 from .arguments import chosen_stages, find_run, planned, planned_evaluation
-from .completion import keep_cursor_after_equals, recipe_keys, recipe_names, run_names
 from .summary import run_summary, score_table, short_verdicts
+from .terminal import keep_cursor_after_equals, recipe_keys, recipe_names, run_names
 from ..core.files import aligned
 
 import os
