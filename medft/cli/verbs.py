@@ -220,10 +220,10 @@ def _resume(
     started = time.time()
     found = find_run(run)
     names = chosen_stages(stages)
-    from medft.cli import resume, runner
+    from medft.cli import arguments, runner
 
     allowed = [key.strip() for option in allow or [] for key in option.split(",")]
-    found = resume.resumed(found, overrides or (), allowed)
+    found = arguments.resumed(found, overrides or (), allowed)
     names = runner.stages_of(found.recipe, names) if names else runner.stages_begun(found)
     is_done = all(runner.is_complete(found, name) for name in names)
     if is_done and found.status == "finished":

@@ -1,6 +1,6 @@
 """No secret in any file, no patient's row where it must not go, no default of this machine."""
 
-from medft.cli import resume, runner
+from medft.cli import arguments, runner
 from medft.cli import tracking as track
 from medft.core import disclosure
 from medft.core import secrets as redaction
@@ -655,24 +655,24 @@ def test_a_resumed_run_takes_the_address_again_or_says_what_it_needs(
     for k in kept:
         monkeypatch.delenv(k)
     with pytest.raises(MedftError, match="password or signature.*dataset.path=URL.*MEDFT_URL") as e:
-        resume.resumed(Run.open(run.path))
+        arguments.resumed(Run.open(run.path))
     assert (
         "\n" not in str(e.value) and planted.public in str(e.value) and PASSWORD not in str(e.value)
     )
     with pytest.raises(MedftError, match="access refused.*MEDFT_URL") as e:
         sources.parts(planted.public)
     monkeypatch.setenv("MEDFT_URL", planted.url)
-    again = resume.resumed(Run.open(run.path))
+    again = arguments.resumed(Run.open(run.path))
     assert again.recipe.dataset.path == planted.public and sources.parts(again.recipe.dataset.path)
     monkeypatch.delenv("MEDFT_URL")
-    again = resume.resumed(Run.open(run.path), [f"dataset.path={planted.url}"])
+    again = arguments.resumed(Run.open(run.path), [f"dataset.path={planted.url}"])
     assert "changes" not in again.manifest and sources.parts(again.recipe.dataset.path), (
         "the same address is no change of the recipe"
     )
     for k in [k for k in os.environ if k.startswith("MEDFT_URL_")]:
         monkeypatch.delenv(k)
     run.update(dict(stages=dict(data=dict(status="finished"))))
-    assert resume.resumed(Run.open(run.path)), "rows that are there need no password"
+    assert arguments.resumed(Run.open(run.path)), "rows that are there need no password"
 
 
 # ---- rows of patients ----
