@@ -8,7 +8,8 @@ Docs: https://medft.github.io/medft/evaluate/plots.html.md"""
 __all__ = ['COLORS', 'SPARE', 'STYLE', 'WIDTH', 'main_metric', 'called', 'first_model', 'written', 'table', 'subject_table',
            'class_table', 'colors', 'short', 'plot_text', 'legend', 'whiskers', 'thin', 'inline', 'plot_scores',
            'plot_rules', 'plot_subjects', 'plot_labels', 'of_subject', 'subject_gaps', 'forest_rows', 'plot_forest',
-           'forest_table']
+           'forest_table', 'plot_reliability', 'chance', 'calibration_table', 'letter', 'plot_positions',
+           'positions_table']
 
 # %% ../../nbs/evaluate/plots.ipynb #imports
 from .measures.classification import confusion
@@ -555,3 +556,152 @@ def forest_table(metrics: dict) -> pd.DataFrame:
         n = next(iter(by_engine.values()))["n"]
         rows[subject] = dict(n=n) | {engine: cell(gap) for engine, gap in by_engine.items()}
     return pd.DataFrame(rows).T.rename_axis(f"on {main}, minus {_base_name(metrics)}")
+
+# %% ../../nbs/evaluate/plots.ipynb #c006b
+def _of_main_set(
+    metrics: dict,
+    key: str,  # of metrics.json, for example "calibration"
+) -> dict:  # model -> what the key holds of the main set
+    "A part of metrics.json for every model on the main set, further seeds left out."
+    found = {}
+    for model, sets in metrics.get(key, {}).items():
+        part = sets.get(metrics["main"])
+        if part and "@" not in model:
+            found[model] = part
+    return found
+
+
+def plot_reliability(
+    metrics: dict,
+    most=4,  # models
+) -> Figure | None:
+    "How often answers of a confidence are right, as stated and with a temperature."
+    models = dict(list(_of_main_set(metrics, "calibration").items())[:most])
+    ink = colors(metrics.get("models", {}))
+    names = metrics.get("names", {})
+    panels = []
+    for key, title in (("bins", "as stated"), ("bins_scaled", "with temperature")):
+        bins = {
+            model: [b for b in found.get(key) or [] if b["n"]] for model, found in models.items()
+        }
+        bins = {model: found for model, found in bins.items() if found}
+        if bins:
+            panels.append((bins, title))
+    if not panels:
+        return None
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, 0.7 + 2.3 * len(panels)), layout="constrained")
+        axes = np.atleast_1d(fig.subplots(len(panels), 1, sharex=True))
+        for ax, (bins, title) in zip(axes, panels, strict=True):
+            ax.plot([0, 100], [0, 100], color="#999999", lw=1, ls="--")
+            for model, found in bins.items():
+                _draw_bins(ax, found, ink.get(model), names.get(model, model))
+            ax.set(ylabel=f"came true, %\n{title}", xlim=(0, 101), ylim=(0, 102))
+        axes[-1].set(xlabel="stated, %")
+        legend(fig)
+    return fig
+
+
+def _draw_bins(ax, bins, ink, name):
+    "How often answers of each confidence are right, with intervals."
+    stated = [100 * b["confidence"] for b in bins]
+    right, reach = whiskers([dict(value=b["accuracy"], ci95=b["ci95"]) for b in bins], 100)
+    least, most = min(b["n"] for b in bins), max(b["n"] for b in bins)
+    n_items = str(least) if least == most else f"{least}–{most}"
+    label = f"{plot_text(name, 14)} ({n_items} a dot)"
+    style = dict(fmt="o-", ms=4, lw=1.2, capsize=2)
+    ax.errorbar(stated, right, yerr=reach, color=ink, label=label, **style)
+
+# %% ../../nbs/evaluate/plots.ipynb #c008b
+def chance(
+    p: float | None,  # a p-value
+) -> str:
+    "A p-value as tables show it."
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def calibration_table(metrics: dict) -> pd.DataFrame:
+    "Each model's calibration on the main set, before and after its temperature."
+
+    def cell(figure):
+        if figure is None:
+            return "–"
+        if isinstance(figure, dict):
+            return written(figure, False)
+        return f"{figure:.3f}"
+
+    rows = {}
+    for model, found in _of_main_set(metrics, "calibration").items():
+        ece = found.get("ece")
+        p = chance(ece["p"]) if isinstance(ece, dict) and "p" in ece else "–"
+        rows[metrics.get("names", {}).get(model, model)] = {
+            "ECE": cell(ece),
+            "p": p,
+            "Brier": cell(found.get("brier")),
+            "temperature": cell(found.get("temperature")),
+            "ECE with it": cell(found.get("ece_scaled")),
+            "Brier with it": cell(found.get("brier_scaled")),
+        }
+    return pd.DataFrame(rows).T.rename_axis(f"on {metrics['main']}")
+
+# %% ../../nbs/evaluate/plots.ipynb #c011b
+def letter(i: int) -> str:
+    "The place of an option, as exams write it."
+    return chr(65 + i) if i < 26 else str(i + 1)
+
+
+def plot_positions(
+    metrics: dict,
+    most=4,  # models
+) -> Figure | None:
+    "How often models choose each place; the line is how often the truth stands there."
+    models = dict(list(_of_main_set(metrics, "positions").items())[:most])
+    if not models:
+        return None
+    truth = next(iter(models.values()))["truth"]
+    places = range(len(truth))
+    ink = colors(metrics["models"])
+    names = metrics.get("names", {})
+    step = 0.6 / len(models)
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, 0.9 + 0.42 * len(truth)), layout="constrained")
+        ax = fig.subplots()
+        ax.vlines(
+            [100 * t for t in truth],
+            [i - 0.38 for i in places],
+            [i + 0.38 for i in places],
+            color="#333333",
+            lw=1.2,
+            ls="--",
+            label="truth",
+        )
+        for j, (model, found) in enumerate(models.items()):
+            shares = [100 * share for share in found["chosen"]]
+            y = [i - 0.3 + (j + 0.5) * step for i in range(len(shares))]
+            label = plot_text(names.get(model, model))
+            ax.plot(shares, y, "o", ms=5, color=ink.get(model), label=label)
+        ax.set(
+            yticks=places,
+            yticklabels=[letter(i) for i in places],
+            ylim=(len(truth) - 0.5, -0.5),
+            xlim=(0, None),
+            xlabel="chosen, % of the items",
+        )
+        legend(fig)
+    return fig
+
+# %% ../../nbs/evaluate/plots.ipynb #c013b
+def positions_table(metrics: dict) -> pd.DataFrame:
+    "Right answers in % by the place of the truth, their spread, and p of an uneven choice."
+
+    def percent(share):
+        return "–" if share is None else f"{100 * share:.1f}"
+
+    rows = {}
+    for model, found in _of_main_set(metrics, "positions").items():
+        row = {letter(i): percent(recall) for i, recall in enumerate(found["recall"])}
+        row |= {"spread": percent(found.get("recall_spread")), "p": chance(found.get("p"))}
+        rows[metrics.get("names", {}).get(model, model)] = row
+    return pd.DataFrame(rows).T.rename_axis(f"% right on {metrics['main']}")

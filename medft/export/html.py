@@ -10,8 +10,7 @@ __all__ = ['paragraph', 'figure_html', 'details', 'side_by_side', 'is_number', '
            'cards']
 
 # %% ../../nbs/export/html.ipynb #imports
-from ..evaluate.diagrams import chance, letter
-from ..evaluate.plots import called, inline, short, written
+from ..evaluate.plots import called, chance, inline, letter, short, written
 
 import re
 

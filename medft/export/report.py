@@ -15,15 +15,10 @@ from ..core.disclosure import why_hidden
 from ..core.files import assets, read_json
 from ..core.run import REHEARSED, Run
 from ..data.pipeline import load_split
-from medft.evaluate.diagrams import (
-    calibration_table,
-    plot_positions,
-    plot_reliability,
-    positions_table,
-)
 from medft.evaluate.plots import (
     STYLE,
     WIDTH,
+    calibration_table,
     called,
     colors,
     first_model,
@@ -32,8 +27,11 @@ from medft.evaluate.plots import (
     main_metric,
     plot_forest,
     plot_labels,
+    plot_positions,
+    plot_reliability,
     plot_scores,
     plot_subjects,
+    positions_table,
     written,
 )
 from ..evaluate.predictions import read_predictions

@@ -20,8 +20,8 @@ from medft.core.files import MedftError, assets
 from medft.core.recipe import load_recipe
 from medft.core.sections import Recipe
 from medft.data import staging
-from medft.evaluate import diagrams
 from medft.evaluate import metrics as evaluate
+from medft.evaluate import plots
 from medft.evaluate import plots as forest
 from medft.evaluate import plots as pictures
 from medft.evaluate import predictions as scored
@@ -494,8 +494,8 @@ def test_every_plot_takes_any_name(name):
         pictures.plot_rules(ruled),
         pictures.plot_subjects(metrics),
         forest.plot_forest(metrics),
-        diagrams.plot_reliability(metrics),
-        diagrams.plot_positions(metrics),
+        plots.plot_reliability(metrics),
+        plots.plot_positions(metrics),
     ]
     for plot in plots:
         svg = pictures.inline(plot, name if name.isprintable() else "")
