@@ -11,8 +11,7 @@ __all__ = ['aligned_to', 'prompts_differ', 'finished', 'pairs_of', 'compared', '
 # %% ../../nbs/export/compare_runs.ipynb #c002
 from ..core.files import MedftError, Refused, read_json, sha256
 from ..core.run import Run
-from ..evaluate.metrics import family, figures, items, kind
-from ..evaluate.predictions import read_predictions
+from ..evaluate.metrics import family, figures, items, kind, read_predictions
 from .model_card import model_card
 from .publish import write
 from .report import report

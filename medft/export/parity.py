@@ -15,7 +15,7 @@ from ..core.run import Run, device
 from ..data.chat_templates import load_tokenizer, rendering
 from ..data.pipeline import load_split
 from ..data.tokens import encode
-from ..evaluate.predictions import read_predictions
+from ..evaluate.metrics import read_predictions
 from ..evaluate.scoring.generation import stop_ids
 from ..evaluate.scoring.log_likelihood import in_batches, pad
 from ..evaluate.scoring.predict import code_choices, predict

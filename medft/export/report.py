@@ -15,6 +15,7 @@ from ..core.disclosure import why_hidden
 from ..core.files import assets, read_json
 from ..core.run import REHEARSED, Run
 from ..data.pipeline import load_split
+from ..evaluate.metrics import read_predictions
 from medft.evaluate.plots import (
     STYLE,
     WIDTH,
@@ -34,7 +35,6 @@ from medft.evaluate.plots import (
     positions_table,
     written,
 )
-from ..evaluate.predictions import read_predictions
 from ..evaluate.statistics.intervals import detectable
 from . import html
 from medft.export.html import (

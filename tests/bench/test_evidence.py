@@ -21,10 +21,10 @@ from medft.core.recipe import load_recipe
 from medft.core.sections import Recipe
 from medft.data import staging
 from medft.evaluate import metrics as evaluate
+from medft.evaluate import metrics as scored
 from medft.evaluate import plots
 from medft.evaluate import plots as forest
 from medft.evaluate import plots as pictures
-from medft.evaluate import predictions as scored
 from medft.evaluate.measures import calibration
 from medft.evaluate.measures import classification as classes
 from medft.evaluate.measures import forgetting as retention

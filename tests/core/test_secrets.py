@@ -772,7 +772,7 @@ def test_a_local_store_gets_everything_unless_its_artifacts_are_elsewhere(tmp_pa
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_the_report_shows_items_or_says_why_not(tmp_path, shown):
-    from medft.evaluate.predictions import read_predictions
+    from medft.evaluate.metrics import read_predictions
     from medft.export.report import items_section, report
 
     from test_report import made_run

@@ -7,7 +7,7 @@ from medft.core.recipe import load_recipe
 from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.evaluate import metrics as ev
-from medft.evaluate import predictions as scored
+from medft.evaluate import metrics as scored
 from medft.evaluate.scoring import external_models as further
 from medft.export import compare_runs as again
 
