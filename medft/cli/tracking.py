@@ -8,9 +8,8 @@ Docs: https://medft.github.io/medft/cli/tracking.html.md"""
 __all__ = ['CLIENT_SETTINGS', 'tracking_uri', 'connect', 'recipe_parameters', 'Mirror', 'error_line', 'upload', 'follow', 'main']
 
 # %% ../../nbs/cli/tracking.ipynb #c002
-from ..core.disclosure import holds_rows, host_of, is_remote, why_hidden, without_rows
 from ..core.files import read_json, runs_root, write_json
-from ..core.run import Run
+from ..core.run import Run, holds_rows, host_of, is_remote, why_hidden, without_rows
 from ..core.secrets import full_url, is_secret_name, load_env, redact, redacted_json
 
 import hashlib

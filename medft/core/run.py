@@ -6,9 +6,9 @@ Docs: https://medft.github.io/medft/core/run.html.md"""
 
 # %% auto #0
 __all__ = ['PACKAGES', 'REHEARSED', 'cpu_name', 'environment', 'device', 'settle', 'peak_rss', 'forget_peak', 'seed_everything',
-           'Run', 'open_run', 'list_runs']
+           'Run', 'open_run', 'list_runs', 'why_hidden', 'is_remote', 'host_of', 'holds_rows', 'without_rows']
 
-# %% ../../nbs/core/run.ipynb #k001
+# %% ../../nbs/core/run.ipynb #imports
 # The stars hand on what other pages import from here.
 from .files import *  # noqa: F403
 from medft.core.files import (
@@ -26,18 +26,20 @@ from .secrets import redact
 from .sections import *  # noqa: F403
 from .sections import Recipe
 
-# %% ../../nbs/core/run.ipynb #c002
 import ast
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 import psutil
 from fastcore.basics import patch
@@ -381,3 +383,103 @@ def list_runs(
         with suppress(MedftError):
             runs.append(Run.open(manifest.parent))
     return sorted(runs, key=lambda run: run.manifest.get("created") or "", reverse=True)
+
+# %% ../../nbs/core/run.ipynb #d005
+# schemas whose rows are people: pairs of records, FHIR and Synthea patients
+_PATIENT_SCHEMAS = {"entity-pairs", "patient"}
+# kinds of findings that identify no person
+_HARMLESS_FINDINGS = ("public ", "synthetic ")
+
+
+def _identified_rows(report) -> int:
+    "How many of the remaining rows may identify a person."
+    check = report.get("checks", {}).get("identifiers")
+    if check:
+        return check.get("count", 0) - check.get("dropped", 0)
+    counts = report.get("identifiers", {}).items()
+    return sum(n for kind, n in counts if not kind.startswith(_HARMLESS_FINDINGS))
+
+
+def why_hidden(
+    run: Run,  # after its data stage; before it, nothing may be shown
+) -> str:  # "" where single items may be shown
+    "Why single items of a run are not shown."
+    show_items = run.recipe.evaluation.show_items
+    if show_items is not None:
+        return "" if show_items else "evaluation.show_items is false"
+    report = read_json(run.path / "data" / "report.json")
+    if report is None:
+        return "the data have not been looked at yet"
+    names = ",".join(str(schema) for schema in report.get("shapes", {}).values())
+    schemas = {name.strip() for name in names.split(",")}
+    patient_schemas = sorted(schemas & _PATIENT_SCHEMAS)
+    if patient_schemas:
+        return f"the data are records of patients ({', '.join(patient_schemas)})"
+    n_rows = _identified_rows(report)
+    if n_rows:
+        return f"what may identify somebody was found in {n_rows:,} rows"
+    is_off = run.recipe.dataset.checks.identifiers == "off"
+    if is_off and "identifiers" not in report.get("checks", {}):
+        return "identifiers were not looked for (dataset.checks.identifiers: off)"
+    return ""
+
+# %% ../../nbs/core/run.ipynb #d008
+def is_remote(
+    uri: str,  # of a tracking store, or of its artifacts
+) -> bool:
+    "Whether data sent to this address leave the machine."
+    parts = urlsplit(str(uri))
+    if str(uri) in ("databricks", "databricks-uc", "uc"):  # MLflow's names for a server
+        return True
+    if parts.scheme in ("", "sqlite") or len(parts.scheme) == 1:  # a path; C: is one too
+        return False
+    return parts.scheme != "file" or parts.netloc not in ("", "localhost")
+
+
+def host_of(
+    uri: str,
+) -> str:  # with the port; the whole text where it names no machine
+    "The machine that an address names, without credentials."
+    parts = urlsplit(str(uri))
+    return parts.netloc.rpartition("@")[2] or str(uri)
+
+# %% ../../nbs/core/run.ipynb #d008s1
+_ROW_FILES = (
+    "notebooks/*",
+    "predictions/**",
+    "data/*.jsonl",
+    "data/split.json",
+    "data/*/*",
+    "*/generated*",
+    "*.parquet",
+    "*.jsonl",
+    "*.arrow",
+)
+_ITEM_CARD = '<article class="card">'
+
+
+def holds_rows(
+    name: str | PurePosixPath,  # a file's path below the run's folder
+    text: str = "",  # its content, where it is HTML
+) -> bool:
+    "Whether a file of a run holds single rows, or could quote them."
+    path = PurePosixPath(str(name))
+    if path.parts[0] == "predictions" or any(path.match(pattern) for pattern in _ROW_FILES):
+        return True
+    return path.suffix == ".html" and _ITEM_CARD in text
+
+
+def without_rows(
+    name: str | PurePosixPath,  # a file's path below the run's folder
+    text: str,  # its content
+) -> str:  # unchanged for every other file
+    "A log without its example row, or the data report without ids."
+    if PurePosixPath(str(name)).suffix == ".log":
+        kept = [line for line in text.splitlines(keepends=True) if "first row: " not in line]
+        return re.sub(r"(data: check [^\n]*? rows), e\.g\. [^\n]*", r"\1", "".join(kept))
+    if str(name) == "data/report.json":
+        report = json.loads(text)
+        for check in report.get("checks", {}).values():
+            check.pop("ids", None)
+        return json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    return text

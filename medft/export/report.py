@@ -11,9 +11,8 @@ __all__ = ['score_table', 'all_figures', 'no_verdict', 'verdicts', 'predicted_ta
            'rows_of', 'items_section', 'sections', 'report']
 
 # %% ../../nbs/export/report.ipynb #c002
-from ..core.disclosure import why_hidden
 from ..core.files import assets, read_json
-from ..core.run import REHEARSED, Run
+from ..core.run import REHEARSED, Run, why_hidden
 from ..data.pipeline import load_split
 from ..evaluate.metrics import read_predictions
 from medft.evaluate.plots import (

@@ -2,7 +2,6 @@
 
 from medft.cli import arguments, runner
 from medft.cli import tracking as track
-from medft.core import disclosure
 from medft.core import secrets as redaction
 from medft.core.files import MedftError, atomic_write, read_json, write_json
 from medft.core.recipe import load_recipe
@@ -725,11 +724,9 @@ PAIRS = CLEAN | dict(shapes=dict(train="entity-pairs"))
 )
 def test_single_items_are_shown_by_one_rule(tmp_path, report, overrides, shown):
     run = Run.create(load_recipe("quickstart", overrides), root=tmp_path, run_id="made")
-    assert disclosure.why_hidden(run) or "evaluation.show_items=true" in overrides, (
-        "no report, no rows"
-    )
+    assert run.why_hidden(run) or "evaluation.show_items=true" in overrides, "no report, no rows"
     write_json(run.path / "data/report.json", report)
-    assert (not disclosure.why_hidden(run)) is shown
+    assert (not run.why_hidden(run)) is shown
 
 
 ROW_FILES = {"notebooks/01_data.ipynb", "data/split.json", "report.html"}
@@ -747,7 +744,7 @@ def test_rows_stay_here_where_they_are_hidden(tmp_path, uri):
     assert not [f for f, text in client.files.items() if "Anna" in text or "patient-77" in text]
     log = (run.path / "logs/finetune.log").read_text().splitlines()
     (line,) = [line for line in log if "tracking: sent to" in line]
-    assert disclosure.host_of(uri) in line and "README.md" in line
+    assert run.host_of(uri) in line and "README.md" in line
     assert "pw123456" not in line
     assert "notebooks/01_data.ipynb" in line.partition("stay here")[2]
     mirrored(run, uri)
