@@ -160,7 +160,7 @@ def truncation(
 
 # %% ../../nbs/data/splits.ipynb #c017
 ROOMS = (
-    "core/identity core/identity data/reading/split_names"
+    "core/identity core/identity data/reading/formats"
     " data/quality/broken_text data/reading/formats data/reading/hub data/reading/sources"
     " data/reading/recipe_sources data/reading/articles data/reading/patients"
     " data/reading/chat_formats data/reading/answer_options data/reading/answer_options"

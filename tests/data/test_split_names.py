@@ -5,7 +5,7 @@ from medft.core.recipe import load_recipe
 from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.data.reading import recipe_sources, sources
-from medft.data.reading.split_names import UNCLEAR, split_of_path, splits_in
+from medft.data.reading.formats import UNCLEAR, split_of_path, splits_in
 
 import gzip
 import io

@@ -10,10 +10,17 @@ __all__ = ['row_splits', 'Sources', 'open_sources', 'training_sources', 'open_en
 # %% ../../../nbs/data/reading/recipe_sources.ipynb #r002
 from ...core.files import MedftError, locate
 from ...core.sections import Dataset
-from .formats import SPLIT_KEY, Part, features, read_error, rows
+from medft.data.reading.formats import (
+    SPLIT_KEY,
+    Part,
+    features,
+    read_error,
+    rows,
+    split_of_value,
+    splits_in,
+)
 from .hub import hub
 from .sources import digest, find_source, source_name, wanted_splits
-from .split_names import split_of_value, splits_in
 
 import os
 import re

@@ -15,25 +15,23 @@ from medft.data.reading.formats import (
     FREE_BYTES,
     MAX_GROWTH,
     TEXT_KINDS,
+    UNCLEAR,
     Part,
     check_arrow_end,
     explain_errors,
     features,  # noqa: F401 -- data.staging and others call sources.features
     file_kind,
+    matching_splits,
+    numbered_alike,
     open_part,
     printable,
     read_error,
     rows,
-)
-from .hub import cache, causes
-from medft.data.reading.split_names import (
-    UNCLEAR,
-    matching_splits,
-    numbered_alike,
     split_of_path,
     split_of_value,
     splits_in,
 )
+from .hub import cache, causes
 
 import glob
 import hashlib
