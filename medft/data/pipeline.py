@@ -21,12 +21,7 @@ from .prepare.cleaning import tokenizer_hash
 from .quality import canaries, checks
 from .quality import leakage as leaks
 from .quality import near_duplicates as neighbours
-from medft.data.reading import (
-    patients,  # noqa: F401 (adds its readers of patient records)
-    recipe_sources,
-    schemas,
-    sources,
-)
+from .reading import recipe_sources, schemas, sources
 from .reading.recipe_sources import open_entry
 from medft.data.tokens import (
     encode,  # noqa: F401 (other modules import it from here)

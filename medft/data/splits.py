@@ -162,7 +162,7 @@ def truncation(
 ROOMS = (
     "core/identity core/identity data/reading/formats"
     " data/quality/broken_text data/reading/formats data/reading/hub data/reading/sources"
-    " data/reading/recipe_sources data/reading/articles data/reading/patients"
+    " data/reading/recipe_sources data/reading/documents data/reading/documents"
     " data/reading/chat_formats data/reading/answer_options data/reading/answer_options"
     " data/reading/multiple_choice core/identity data/reading/free_text data/reading/schemas"
     " data/chat_templates data/tokens data/prompts data/quality/identifiers"

@@ -13,7 +13,7 @@ __all__ = ['here', 'Fact', 'history', 'changes', 'short', 'relations', 'facts', 
 # %% ../../nbs/starter/records.ipynb #imports
 import medft
 from ..data.prepare.linkage import spoil as err
-from ..data.reading.patients import aligned_field, side_by_side
+from ..data.reading.documents import aligned_field, side_by_side
 
 import csv
 import json

@@ -1,8 +1,8 @@
 """Articles, question pages and patients: real folders, made-up ones, broken and hostile files."""
 
 from medft.core.files import MedftError
-from medft.data.reading import articles
-from medft.data.reading import patients as docs
+from medft.data.reading import documents
+from medft.data.reading import documents as docs
 from medft.data.reading.formats import READERS, Part
 
 import csv
@@ -175,7 +175,7 @@ def test_no_document_and_too_large_a_one(tmp_path, monkeypatch):
         assert "no ." in error(kind, folder)
     (tmp_path / "big.xml.gz").write_bytes(gzip.compress(b"<a>" + b" " * 3_000_000 + b"</a>"))
     with pytest.raises(MedftError, match="big.xml.gz: larger than 1,000,000 bytes"):
-        articles.read_document(Part("big.xml.gz", tmp_path / "big.xml.gz", "xml"), limit=1_000_000)
+        documents.read_document(Part("big.xml.gz", tmp_path / "big.xml.gz", "xml"), limit=1_000_000)
 
 
 def test_empty_question_pages_give_no_row_and_empty_answers_do(tmp_path):
@@ -241,7 +241,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_running_text(name):
     body, expected = CASES[name]
-    [row] = articles.from_jats(articles.parse_xml(ARTICLE.format(body).encode(), "x"))
+    [row] = documents.from_jats(documents.parse_xml(ARTICLE.format(body).encode(), "x"))
     assert row["text"] == f"T\n\n{expected}"
 
 
@@ -255,7 +255,7 @@ def test_an_article_with_everything_at_another_place():
     <abstract abstract-type="graphical"><p>picture</p></abstract>
     <abstract><title>Summary</title><p>Short.</p></abstract></article-meta></front>
     <body><p>Long.</p></body><back><ack><p>Thanks</p></ack></back><sub-article><body><p>Review</p></body></sub-article></article>"""
-    [row] = articles.from_jats(articles.parse_xml(raw.encode(), "x"))
+    [row] = documents.from_jats(documents.parse_xml(raw.encode(), "x"))
     assert row["text"] == "On E. coli\n\nSummary\n\nShort.\n\nLong." and (
         row["id"],
         row["journal"],
@@ -490,7 +490,7 @@ def test_memory_does_not_grow_with_the_tables(tmp_path):
             + "".join(f"2020-01-01,,p{i % (n // 50)},e{i},{'x' * 80}{i % 40}\n" for i in range(n)),
         )
         code = (
-            rf"import re; from pathlib import Path; from medft.data.reading.patients import *;"
+            rf"import re; from pathlib import Path; from medft.data.reading.documents import *;"
             rf" from medft.data.reading.formats import Part; print(sum(1 for _ in"
             rf" read_synthea(Part('s', Path({str(folder)!r}), 'synthea'))),"
             rf" re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])"

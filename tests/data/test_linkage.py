@@ -3,7 +3,7 @@
 from medft.core.files import MedftError
 from medft.data.prepare import linkage
 from medft.data.prepare.linkage import CHANGES, KINDS, baselines, prepare_pairs
-from medft.data.reading.patients import pair_text
+from medft.data.reading.documents import pair_text
 
 import csv
 import json

@@ -6,8 +6,8 @@ from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.data import prompts
 from medft.data.prepare import linkage
+from medft.data.reading.documents import ALIGNED, aligned_text, plain, side_by_side
 from medft.data.reading.free_text import from_entity_pair
-from medft.data.reading.patients import ALIGNED, aligned_text, plain, side_by_side
 from medft.evaluate.measures import comparisons as pair_baselines
 from medft.starter.records import here
 

@@ -243,7 +243,7 @@ def test_exercises_are_an_eighth_to_a_sixth_of_the_text():
 
 
 def test_nobody_of_the_shipped_pairs_is_practised_on():
-    from medft.data.reading.patients import aligned_text
+    from medft.data.reading.documents import aligned_text
 
     practised = {
         "".join(text for text, own in r["segments"][:-1] if not own).replace("\n", "")

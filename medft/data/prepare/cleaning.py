@@ -13,7 +13,7 @@ from ...core.files import MedftError
 from ...core.identity import identities, identity_columns, text_key
 from ...core.sections import Model, Recipe
 from ..quality.near_duplicates import PERMUTATIONS, mix
-from ..reading.articles import files_of, read_xml
+from ..reading.documents import files_of, read_xml
 from ..reading.formats import rows as source_rows
 from ..reading.free_text import from_patient, from_text
 from ..reading.multiple_choice import Reject, cell

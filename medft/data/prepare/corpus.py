@@ -24,11 +24,7 @@ from medft.data.prepare.packing import (
     split_of,
     write_shard,
 )
-from medft.data.reading import (
-    patients,  # noqa: F401 (adds its readers of patient records)
-    recipe_sources,
-    sources,
-)
+from ..reading import documents, recipe_sources, sources
 
 import errno
 import hashlib

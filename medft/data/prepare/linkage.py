@@ -11,8 +11,8 @@ __all__ = ['CHANGES', 'KINDS', 'RULES', 'typo', 'spoil', 'read_patients', 'split
 # %% ../../../nbs/data/prepare/linkage.ipynb #imports
 from ...core.files import MedftError, atomic_write, read_json
 from ..quality.near_duplicates import label_groups
+from ..reading.documents import pair_text, record
 from ..reading.formats import rows
-from ..reading.patients import pair_text, record
 from ..reading.sources import digest, parts
 
 import hashlib

@@ -558,7 +558,7 @@ _NO_MATCH = {"0", "false", "no", "non-match", "different"}
 
 def _record_as_text(value):
     "A record as text, out of an object or a text. Raises `Reject`."
-    from medft.data.reading.patients import record_text
+    from medft.data.reading.documents import record_text
 
     try:
         record = nested(value, "a record")
@@ -574,7 +574,7 @@ def _record_as_text(value):
 # %% ../../../nbs/data/reading/free_text.ipynb #c037
 def _aligned_records(row):
     "Both records of a pair side by side. Raises `Reject` for one that is no object."
-    from medft.data.reading.patients import aligned_text
+    from medft.data.reading.documents import aligned_text
 
     left = nested(row.get("left"), "left")
     right = nested(row.get("right"), "right")
@@ -618,7 +618,7 @@ def from_patient(
     row: dict,  # as `read_fhir` and `read_synthea` give it
 ) -> dict:
     "A patient as running text. Raises `Reject`."
-    from medft.data.reading.patients import patient_summary
+    from medft.data.reading.documents import patient_summary
 
     if not any(cell(row.get(k)) for k in ("first", "last", "birth_date")):
         raise Reject("a patient without name and birth date")

@@ -13,8 +13,8 @@ from ...core.files import MedftError
 from ...data import pipeline as data
 from ...data.prepare.linkage import RULES
 from ...data.reading import recipe_sources, schemas, sources
+from ...data.reading.documents import ALIGNED, side_by_side
 from ...data.reading.multiple_choice import nested
-from ...data.reading.patients import ALIGNED, side_by_side
 from .calibration import probabilities, proper_scores
 from .classification import best_threshold, probability_statistics, register
 from medft.evaluate.statistics.intervals import (
