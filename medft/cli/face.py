@@ -305,9 +305,9 @@ def _chosen_option(model, tok, recipe, question, options) -> Choice:
 # %% ../../nbs/cli/face.ipynb #f032
 def _classified(run, model, tok, text, engine) -> Choice:
     "The label of a text, or of a pair of records."
+    from medft.data.prompts import encode
     from medft.data.reading.free_text import from_entity_pair
     from medft.data.reading.multiple_choice import Reject
-    from medft.data.tokens import encode
     from medft.evaluate.scoring.predict import predict_labels
 
     recipe = run.recipe

@@ -23,9 +23,6 @@ from .quality import leakage as leaks
 from .quality import near_duplicates as neighbours
 from .reading import recipe_sources, schemas, sources
 from .reading.recipe_sources import open_entry
-from medft.data.tokens import (
-    encode,  # noqa: F401 (other modules import it from here)
-)
 
 import gc
 import json

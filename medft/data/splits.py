@@ -10,10 +10,10 @@ __all__ = ['ROOMS', 'LIBRARIES', 'CACHED', 'KEY', 'count_tokens', 'tokenise_spli
 
 # %% ../../nbs/data/splits.ipynb #c002
 from ..core.files import PACKAGE, read_json, sha256
+from .prompts import token_rows
 from .quality import checks
 from .quality import leakage as leaks
 from .staging import ROWS_PER_CHUNK, STAGED
-from .tokens import token_rows
 
 import hashlib
 import importlib.metadata
@@ -165,7 +165,7 @@ ROOMS = (
     " data/reading/recipe_sources data/reading/documents data/reading/documents"
     " data/reading/chat_formats data/reading/answer_options data/reading/answer_options"
     " data/reading/multiple_choice core/identity data/reading/free_text data/reading/schemas"
-    " data/chat_templates data/tokens data/prompts data/quality/identifiers"
+    " data/chat_templates data/prompts data/prompts data/quality/identifiers"
     " data/quality/near_duplicates data/quality/near_duplicates data/quality/checks"
     " data/quality/leakage data/quality/canaries data/staging data/splits"
     " data/prepare/cleaning data/pipeline"

@@ -187,7 +187,7 @@ SCORING_CODE = (
     "evaluate/scoring/predict data/reading/answer_options evaluate/scoring/log_likelihood"
     " evaluate/scoring/shared_prefix evaluate/scoring/log_likelihood"
     " evaluate/scoring/generation evaluate/scoring/generation data/chat_templates"
-    " data/tokens evaluate/scoring/external_models"
+    " data/prompts evaluate/scoring/external_models"
 ).split()
 BENCHMARK_CODE = ["evaluate/scoring/harness", "evaluate/scoring/benchmarks"]
 CANARY_CODE = ["data/quality/canaries", "evaluate/measures/memorisation"]

@@ -14,7 +14,7 @@ from ..core.files import MedftError, read_json, write_json
 from ..core.run import Run, device
 from ..data.chat_templates import load_tokenizer, rendering
 from ..data.pipeline import load_split
-from ..data.tokens import encode
+from ..data.prompts import encode
 from ..evaluate.metrics import read_predictions
 from ..evaluate.scoring.generation import stop_ids
 from ..evaluate.scoring.log_likelihood import in_batches, pad

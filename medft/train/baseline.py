@@ -18,7 +18,7 @@ from ..core.run import device, peak_rss, seed_everything
 from ..core.sections import ENGINES
 from ..data.chat_templates import load_tokenizer, rendering
 from ..data.pipeline import load_split
-from ..data.tokens import encode
+from ..data.prompts import encode
 from ..model.adapters import lora_config
 from ..model.load import labels_of, load_base
 from ..model.preflight import belongs_to, changed, set_aside

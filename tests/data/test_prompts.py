@@ -3,8 +3,8 @@
 from medft.core.files import MedftError, assets
 from medft.core.recipe import load_recipe
 from medft.data import chat_templates as T
+from medft.data import prompts as K
 from medft.data import prompts as P
-from medft.data import tokens as K
 
 import gzip
 import http.server

@@ -4,10 +4,9 @@ from medft.core.recipe import load_recipe
 from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.data.chat_templates import load_tokenizer
-from medft.data.prompts import prompts
+from medft.data.prompts import prompts, sample_text
 from medft.data.reading.free_text import from_text
 from medft.data.reading.multiple_choice import Reject
-from medft.data.tokens import sample_text
 
 import json
 

@@ -11,7 +11,7 @@ __all__ = ['Encoder', 'overlap', 'bert_scores', 'exact', 'token_f1', 'rouge_l', 
 # %% ../../../nbs/evaluate/scoring/generation.ipynb #imports
 from ...core.files import MedftError, locate
 from ...data.chat_templates import template
-from ...data.tokens import encode
+from ...data.prompts import encode
 from .log_likelihood import NonFiniteScores, in_batches, pad, token_budget
 from ...model.families import config_of
 

@@ -12,9 +12,8 @@ __all__ = ['code_choices', 'code_pair', 'code_jointly', 'score_choices', 'identi
 # %% ../../../nbs/evaluate/scoring/predict.ipynb #c002
 from ...core.files import MedftError
 from ...data.chat_templates import template
-from ...data.prompts import LETTERS, MARKS
+from ...data.prompts import LETTERS, MARKS, encode
 from ...data.reading.answer_options import keeps_its_order
-from ...data.tokens import encode
 from .generation import answered
 from medft.evaluate.scoring.log_likelihood import (
     by_rows,
