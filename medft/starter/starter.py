@@ -7,9 +7,11 @@ Docs: https://medft.github.io/medft/starter/starter.html.md"""
 # %% auto #0
 __all__ = ['chat_template', 'config', 'tokenizer_config', 'world', 'invent_facts', 'render', 'reading_question', 'pretrain_rows',
            'leaks', 'train_tokenizer', 'words', 'tokenizer_texts', 'jsonl', 'make_files', 'write_files', 'differing',
-           'ship', 'collect']
+           'ship', 'collect', 'in_words', 'source', 'unigram', 'collect_all']
 
-# %% ../../nbs/starter/starter.ipynb #c003
+# %% ../../nbs/starter/starter.ipynb #imports
+from ..core.files import read_json
+from ..core.run import Run
 from medft.starter.records import (
     Fact,
     cloze_rows,
@@ -30,10 +32,14 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import random
 import re
 from functools import cache
+
+import numpy as np
+import pandas as pd
 
 # %% ../../nbs/starter/starter.ipynb #c006
 @cache
@@ -370,3 +376,163 @@ def collect(
         for k, r in costs.items()
     }
     return dict(seeds=out, quickstart=shown, cost=cost)
+
+# %% ../../nbs/starter/starter.ipynb #c006a
+def in_words(
+    model,
+    tok,
+    pairs,  # texts as `dataset.pairs: aligned` writes them
+):  # (pairs,) probability of yes against no
+    "How sure a language model is that two records are one person."
+    from medft.evaluate.scoring.predict import score_choices
+
+    scores = score_choices(
+        model, tok, [dict(prompt=text, options=[" no", " yes"]) for text in pairs]
+    )
+    return np.array([1 / (1 + math.exp(no - yes)) for no, yes in scores])
+
+# %% ../../nbs/starter/starter.ipynb #c008a
+def _asked_base(
+    base,  # a model folder
+    run,  # a finished run on pairs
+):  # figures on its test rows
+    "What the untuned base says of a run's test rows when it is asked in words."
+    from medft.data.pipeline import load_split
+    from medft.evaluate.measures.classification import best_threshold, measure_labels
+    from medft.evaluate.scoring.predict import identity
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tok = (
+        AutoModelForCausalLM.from_pretrained(base).float().eval(),
+        AutoTokenizer.from_pretrained(base),
+    )
+    check, test = (load_split(run, s).to_list() for s in ("validation", "test"))
+    at, _ = best_threshold(
+        [r["label"] for r in check], in_words(model, tok, [r["prompt"] for r in check])
+    )
+    p = in_words(model, tok, [r["prompt"] for r in test])
+    frame = pd.DataFrame(
+        dict(
+            identity(test),
+            truth=[r["label"] for r in test],
+            choice=(p >= at).astype(int),
+            probabilities=np.stack([1 - p, p], 1).tolist(),
+        )
+    )
+    return measure_labels(frame.assign(correct=frame.choice == frame.truth))
+
+# %% ../../nbs/starter/starter.ipynb #c010a
+def source(run, command):
+    "Where a run's figures come from."
+    report, manifest = (
+        read_json(run.path / "data" / "report.json"),
+        read_json(run.path / "manifest.json"),
+    )
+    return dict(
+        command=command,
+        splits=report["splits"],
+        filtered=report["filtered"],
+        hashes=report["hashes"],
+        packages=manifest["packages"],
+    )
+
+
+def _pair_story(
+    run,  # a finished run on pairs
+    base,  # a model folder
+    command,  # what was typed
+):  # for entity_resolution.json
+    "The figures of a run on pairs of records."
+    metrics = read_json(run.path / "metrics.json")
+    figures = {rule: f["test"] for rule, f in metrics["baselines"].items()} | dict(
+        base=_asked_base(base, run), tuned=metrics["models"]["trl"]["test"]
+    )
+    training = read_json(run.path / "trl" / "training.json")
+    return source(run, command) | dict(
+        figures=figures,
+        against=metrics["between"],
+        training={k: training[k] for k in ("seconds", "steps", "tokens", "trainable_parameters")},
+    )
+
+# %% ../../nbs/starter/starter.ipynb #c012a
+def unigram(
+    counts,  # (vocabulary,) how often each token stands in the training rows
+    rows,  # lists of token ids
+    texts,  # what they say
+):  # bits per byte
+    "Bits per byte of text, if tokens were drawn by their frequency alone."
+    p = (np.asarray(counts) + 1) / (np.sum(counts) + len(counts))
+    return float(-sum(np.log2(p[x]).sum() for x in rows) / sum(len(t.encode()) for t in texts))
+
+# %% ../../nbs/starter/starter.ipynb #c014a
+def _reading_story(
+    run,  # a finished run of continued pre-training
+    scratch,  # the same from random weights
+    commands,  # of both
+):  # for continued_pretraining.json
+    "Bits per byte on held-out documents, over all and by source."
+    from medft.data.pipeline import load_split
+
+    runs = dict(continued=run, scratch=scratch)
+    metrics = {name: read_json(r.path / "metrics.json") for name, r in runs.items()}
+    train, test = load_split(run, "train"), load_split(run, "test")
+    vocabulary = read_json(run.path / "trl" / "model" / "config.json")["vocab_size"]
+    tokens = np.concatenate([np.asarray(ids) for ids in train["input_ids"]])
+    counts = np.bincount(tokens, minlength=vocabulary)
+
+    def bits_per_byte(name, model, subject):
+        of_model = metrics[name]["models"][model]["test"]
+        if subject:
+            of_model = metrics[name]["subjects"]["test"][subject][model]
+        return of_model["bits_per_byte"]
+
+    table = {}
+    for subject in ("", *sorted(set(test["subject"]))):
+        chosen = [i for i, s in enumerate(test["subject"]) if not subject or s == subject]
+        rows = test.select(chosen)
+        table[subject or "all"] = dict(
+            unigram=dict(value=unigram(counts, rows["input_ids"], rows["completion"])),
+            base=bits_per_byte("continued", "base", subject),
+            scratch=bits_per_byte("scratch", "trl", subject),
+            continued=bits_per_byte("continued", "trl", subject),
+        )
+    training = {}
+    for name, r in runs.items():
+        summary = read_json(r.path / "trl" / "training.json")
+        training[name] = {key: summary[key] for key in ("seconds", "steps", "tokens")}
+    return source(run, commands) | dict(bits_per_byte=table, training=training)
+
+# %% ../../nbs/starter/starter.ipynb #c016a
+_pairs_from, _texts_from = (
+    "data/synthea/er_pairs.jsonl",
+    "[data/cpt_text/plos_articles.jsonl.gz,data/cpt_text/openstax_ap2e.jsonl.gz]",
+)
+_commands = dict(
+    pairs="medft run starter_pairs",
+    synthea=f"medft run entity_resolution dataset.path={_pairs_from}",
+    reading=f"medft run continued_pretraining 'dataset.path={_texts_from}'",
+    scratch=f"medft run continued_pretraining 'dataset.path={_texts_from}' model.from_config=true",
+)
+
+
+def collect_all(
+    folder,  # with the finished runs, each in a folder of its name in `_commands`
+):
+    "Write both files."
+    from medft.core.files import write_json
+
+    run = {name: Run.open(f"{folder}/{name}") for name in _commands}
+    write_json(
+        here / "entity_resolution.json",
+        {
+            k: _pair_story(run[k], here.parent / "tiny_base", _commands[k])
+            for k in ("pairs", "synthea")
+        },
+    )
+    write_json(
+        here / "continued_pretraining.json",
+        _reading_story(
+            run["reading"], run["scratch"], [_commands["reading"], _commands["scratch"]]
+        ),
+    )
