@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/bench/scoring.html.md"""
 __all__ = ['Scorer', 'lead', 'agreement', 'serve', 'Worker', 'spread', 'race', 'compare', 'bench', 'scoring_table']
 
 # %% ../../nbs/bench/scoring.ipynb #c002
-from .rounds import QUIET, questions
+from .engines import QUIET, questions
 from .worker import high_water, keep_earlier, lower_mark, machine
 from ..core.files import MedftError, assets, model_path, read_json, runs_root, write_json
 from ..core.recipe import load_recipe

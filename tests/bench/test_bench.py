@@ -5,12 +5,10 @@ A speed without agreement does not count."""
 from medft.bench import (
     engines as bench,
 )
+from medft.bench import engines as turns
 from medft.bench import page
 from medft.bench import (
     page as bench_page,
-)
-from medft.bench import (
-    rounds as turns,
 )
 from medft.bench import worker as measures
 from medft.core.files import MedftError, read_json
