@@ -14,7 +14,7 @@ from ..core.files import MedftError
 from ..core.recipe import kept_plain
 from ..core.run import forget_peak
 from ..data.chat_templates import load_tokenizer
-from .loss import supervised_loss
+from .fused_layers import supervised_loss
 from .patching import quicken
 from ..model.adapters import lora_config
 from ..model.load import labels_of, load_base

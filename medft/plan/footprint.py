@@ -11,7 +11,7 @@ __all__ = ['Live', 'Unpacked', 'pack', 'packed', 'as_on', 'plain_loss', 'watch',
 from ..core.sections import Recipe
 from ..fast import fused_layers as joined
 from ..fast import patching as blocks
-from ..fast.loss import supervised_loss
+from ..fast.fused_layers import supervised_loss
 from ..fast.patching import Rows
 from ..model.adapters import adapted, quantization_config
 from ..model.families import freeze_vision, meta_model

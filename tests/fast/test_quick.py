@@ -2,9 +2,9 @@
 and logits that are never all in memory."""
 
 from medft.core.files import MedftError
-from medft.fast import loss as heads
+from medft.fast import fused_layers as heads
 from medft.fast import patching
-from medft.fast.loss import supervised_loss
+from medft.fast.fused_layers import supervised_loss
 from medft.fast.patching import quicken
 from medft.model.families import NAMES, lora_targets, model_class, tiny_config
 
