@@ -270,7 +270,7 @@ class Choice(NamedTuple):
 
 def _asked_row(tok, recipe, example) -> dict:
     "A question as the rows of training were written. Raises `MedftError`."
-    from medft.data.staging import render_examples
+    from medft.data.splits import render_examples
 
     row = render_examples(tok, [dict(id="question", group="", subject="") | example], recipe)[0]
     if row.get("error"):

@@ -14,7 +14,7 @@ __all__ = ['log_sources', 'with_unread_files', 'benchmark_sections', 'open_bench
 # %% ../../nbs/data/pipeline.ipynb #c003
 from ..core.files import MedftError, atomic_write, read_json, sha256, write_json
 from ..core.run import peak_rss
-from . import prompts, staging
+from . import prompts, splits
 from . import splits as storage
 from .chat_templates import load_tokenizer, rendering
 from .prepare.cleaning import tokenizer_hash
@@ -100,7 +100,7 @@ def item_texts(
         features = sources.features(part)
         for _, _, ex, _ in schemas.read_examples(sources.rows(part), part.name, dataset, features):
             if ex:
-                texts.append("\n".join(staging.said(ex)))
+                texts.append("\n".join(splits.said(ex)))
     return texts
 
 # %% ../../nbs/data/pipeline.ipynb #c013
@@ -197,7 +197,7 @@ def prepare_anew(
     gc.disable()  # millions of objects and no cycles: the collector would search them in vain
     try:
         with times.step("read"):
-            table, report = staging.stage_all(work, recipe, tok, found.entries, times.tell)
+            table, report = splits.stage_all(work, recipe, tok, found.entries, times.tell)
         with_unread_files(report, found)
         shutil.copyfile(work / "rejected.jsonl", folder / "rejected.jsonl")
         for note in prompts.check_template(tok, recipe)["notes"]:
@@ -206,7 +206,7 @@ def prepare_anew(
         for name, several in benchmarks.items():
             for section, parts, _ in several:
                 texts[name] += item_texts(section, parts)
-        rows = staging.rows_to_check(table, recipe, tok, texts)
+        rows = splits.rows_to_check(table, recipe, tok, texts)
         for entry in found.entries:
             refuse_empty(folder, rows, report, entry)
         findings, files = split_and_check(rows, recipe, tok, work, report, times)
@@ -238,10 +238,10 @@ def split_and_check(
     actions = recipe.dataset.actions
     if recipe.task == "classification":
         actions = actions | dict(untrainable="off")
-    if staging.needs_near_duplicates(recipe):
+    if splits.needs_near_duplicates(recipe):
         with times.step("near_duplicates"):
             rows.clusters  # noqa: B018 (searched here, so that its time is this step's)
-    left_out = staging.hold_out(rows, recipe)
+    left_out = splits.hold_out(rows, recipe)
     filtered = {reason: len(numbers) for reason, numbers in left_out.items()}
     refuse_empty(work.parent, rows, report | dict(filtered=filtered), "train")
     with times.step("check"):
@@ -651,8 +651,8 @@ def add_further_sets(
     work = folder / ".work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    table, further = staging.stage_all(work, recipe, tok, wanted, times.tell)
-    rows = staging.rows_to_check(table, recipe, tok, {})
+    table, further = splits.stage_all(work, recipe, tok, wanted, times.tell)
+    rows = splits.rows_to_check(table, recipe, tok, {})
     shutil.copyfile(work / "rejected.jsonl", folder / "rejected.jsonl")
     for name in wanted:
         refuse_empty(folder, rows, further, name)

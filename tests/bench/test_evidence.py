@@ -19,7 +19,7 @@ from medft.core import identity
 from medft.core.files import MedftError, assets
 from medft.core.recipe import load_recipe
 from medft.core.sections import Recipe
-from medft.data import staging
+from medft.data import splits
 from medft.evaluate import metrics as evaluate
 from medft.evaluate import metrics as scored
 from medft.evaluate import plots
@@ -85,7 +85,7 @@ def test_rows_that_share_any_group_are_one_cluster(groups, clusters):
 
 
 def test_a_name_that_holds_the_separator_stays_one_name():
-    row = staging.staged(
+    row = splits.staged(
         dict(group=["document Smith & Sons", "focus A&B"], question="q", answer="a"),
         dict(id="1", prompt="q", completion="a"),
         1,
@@ -97,7 +97,7 @@ def test_a_name_that_holds_the_separator_stays_one_name():
 def test_both_patients_of_a_pair_part_train_and_test():
     rng = np.random.default_rng(0)
     keys = [[f"patient {a}", f"patient {b}"] for a, b in rng.integers(0, 900, (600, 2))]
-    sides = staging.sides_of(pa.array(keys, pa.list_(pa.string())), (), 1, 0.2)
+    sides = splits.sides_of(pa.array(keys, pa.list_(pa.string())), (), 1, 0.2)
     whose = {
         side: {name for names, s in zip(keys, sides, strict=True) if s == side for name in names}
         for side in ("train", "validation", "test")

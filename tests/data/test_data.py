@@ -4,8 +4,8 @@ from medft.core.files import MedftError, read_json
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
 from medft.data import pipeline as data
+from medft.data import splits
 from medft.data import splits as storing
-from medft.data import staging
 
 import json
 
@@ -299,7 +299,7 @@ def test_near_copies_stay_on_one_side(tmp_path):
 
 def test_more_rows_move_no_row_to_another_side():
     few, many = (
-        dict(zip(keys, staging.split_by_hash(keys, 1, 0.1), strict=False))
+        dict(zip(keys, splits.split_by_hash(keys, 1, 0.1), strict=False))
         for keys in (list(map(str, range(n))) for n in (100, 1000))
     )
     assert few.items() <= many.items() and set(many.values()) == {"train", "validation", "test"}

@@ -11,7 +11,7 @@ __all__ = ['FILES', 'truth', 'open_tasks', 'refuse_trained', 'check_benchmarks',
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c002
 from ...core.files import MedftError, assets, read_json, write_json
 from ...core.sections import Dataset
-from ...data import staging
+from ...data import splits
 from ...data.quality import leakage as leaks
 from ...data.reading.multiple_choice import group_key
 from ...data.reading.schemas import read_examples
@@ -94,7 +94,7 @@ def _with_content(asked: list[dict]) -> list[dict]:
         examples = [example for _, _, example, _ in read]
     except MedftError:
         return asked
-    texts = [staging.asks(ex, staging.said(ex)[0]) if ex else "" for ex in examples]
+    texts = [splits.asks(ex, splits.said(ex)[0]) if ex else "" for ex in examples]
     numbers = leaks.contents(pa.array(texts, pa.large_string()))
     return [row | dict(content=int(n)) for row, n in zip(asked, numbers, strict=True)]
 
