@@ -15,7 +15,6 @@ __all__ = ['log_sources', 'with_unread_files', 'benchmark_sections', 'open_bench
 from ..core.files import MedftError, atomic_write, read_json, sha256, write_json
 from ..core.run import peak_rss
 from . import prompts, splits
-from . import splits as storage
 from .chat_templates import load_tokenizer, rendering
 from .prepare.cleaning import tokenizer_hash
 from .quality import canaries, checks
@@ -148,12 +147,12 @@ def prepare(
         report = adopt_corpus(run, first, tok)
         report = add_further_sets(run, tok, found.entries, report, times)
         return finish(run, with_unread_files(report, found), times)
-    key = storage.cache_key(recipe, all_hashes(found.entries, benchmarks), tok)
-    kept = storage.cache_folder(run) / key
+    key = splits.cache_key(recipe, all_hashes(found.entries, benchmarks), tok)
+    kept = splits.cache_folder(run) / key
     report = None
     with times.step("link"):
         if recipe.dataset.cache:
-            report = storage.from_cache(kept, folder)
+            report = splits.from_cache(kept, folder)
     if report:
         run.log(
             "data: prepared before from the same files and recipe;"
@@ -162,7 +161,7 @@ def prepare(
         return finish(run, with_unread_files(report | dict(cached=True), found), times)
     report = prepare_anew(run, tok, found, benchmarks, times)
     if recipe.dataset.cache:
-        reason = storage.keep_in_cache(folder, kept)
+        reason = splits.keep_in_cache(folder, kept)
         if reason:
             run.log(f"data: not kept for the next run: {reason}")
     return finish(run, report, times)
@@ -252,7 +251,7 @@ def split_and_check(
     with times.step("tokenise"):
         for split in split_names(rows):
             path = work / f"{split}.arrow"
-            numbers = storage.tokenise_split(rows, split, tok, recipe.task, path, times.tell)
+            numbers = splits.tokenise_split(rows, split, tok, recipe.task, path, times.tell)
             files[split] = path, numbers
     refuse_cut_canaries(rows)
     findings |= checks.run_checks(rows, actions, drop, checks.NEED_TOKENS)
@@ -319,7 +318,7 @@ def write_splits(
     ids = {}
     for split, (arrow, numbers) in files.items():
         keep = rows.split[numbers] == split
-        storage.save_split(arrow, keep, folder / split)
+        splits.save_split(arrow, keep, folder / split)
         ids[split] = row_ids.take(pa.array(numbers[keep])).to_pylist()
     atomic_write(folder / "split.json", json.dumps(ids, ensure_ascii=False))
 
@@ -382,7 +381,7 @@ def write_report(
 ):
     "Write report.json, and to flagged.jsonl every row that a check found or a split left out."
     left_out = report.pop("left")
-    cut = storage.truncation(rows)
+    cut = splits.truncation(rows)
     n_truncated = cut.pop("rows")
     counts = {split: int((rows.split == split).sum()) for split in split_names(rows)}
     tokens = rows.prompt_tokens + rows.completion_tokens
@@ -537,14 +536,14 @@ def adopt_corpus(
     made = read_json(part.path / "corpus.json")
     folder = run.path / "data"
     refuse_other_corpus(run, part, made, tok)
-    splits = [name for name in ("train", "validation", "test") if (part.path / name).is_dir()]
-    for name in splits:
+    names = [name for name in ("train", "validation", "test") if (part.path / name).is_dir()]
+    for name in names:
         shutil.rmtree(folder / name, ignore_errors=True)
-        storage.link(part.path / name, folder / name)
-    if "test" in splits:
+        splits.link(part.path / name, folder / name)
+    if "test" in names:
         windows_to_rows(folder / "test", tok, document_sources(part.path, "test"))
     leaks.write_list(folder)
-    counts = {name: len(load_from_disk(str(folder / name))) for name in splits}
+    counts = {name: len(load_from_disk(str(folder / name))) for name in names}
     ids = {name: [f"{name}:{i}" for i in range(count)] for name, count in counts.items()}
     write_json(folder / "split.json", ids)
     n_rows = sum(counts.values())
@@ -659,17 +658,17 @@ def add_further_sets(
     files = {}
     for name in wanted:
         path = work / f"{name}.arrow"
-        numbers = storage.tokenise_split(rows, name, tok, recipe.task, path, times.tell)
+        numbers = splits.tokenise_split(rows, name, tok, recipe.task, path, times.tell)
         files[name] = path, numbers
     write_splits(folder, rows, files)
     write_json(folder / "split.json", ids_before | read_json(folder / "split.json"))
     shutil.rmtree(work)
     counts = {name: int((rows.split == name).sum()) for name in wanted}
-    splits = report["splits"] | counts
+    n_of_split = report["splits"] | counts
     return report | dict(
-        splits=splits,
+        splits=n_of_split,
         rows_in=report["rows_in"] + further["rows_in"],
-        rows_out=sum(splits.values()),
+        rows_out=sum(n_of_split.values()),
         rejected=dict(further["rejected"]),
         hashes=report["hashes"] | further["hashes"],
         shapes=report["shapes"] | further["shapes"],

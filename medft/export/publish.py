@@ -1,4 +1,4 @@
-"""Nothing is uploaded unless the recipe asks for it. What a push would send is first searched for secrets, paths, identifiers and prompts; an interrupted upload continues where it stopped.
+"""Every artefact is written, read back and scanned; nothing is uploaded unasked.
 
 Docs: https://medft.github.io/medft/export/publish.html.md"""
 
@@ -6,20 +6,28 @@ Docs: https://medft.github.io/medft/export/publish.html.md"""
 
 # %% auto #0
 __all__ = ['UPLOADED', 'refuse_secrets', 'write', 'problems_in', 'stretches', 'quoted', 'binary_problems', 'scan', 'link',
-           'hub_problem', 'check_target', 'send', 'publish']
+           'hub_problem', 'check_target', 'send', 'publish', 'training_env', 'make_artefacts', 'artefacts', 'check_all',
+           'write_pages', 'export']
 
-# %% ../../nbs/export/publish.ipynb #c002
-from ..core.files import MedftError, Refused, atomic_write, read_json, write_json
+# %% ../../nbs/export/publish.ipynb #imports
+from ..core.files import MedftError, Refused, atomic_write, read_json, sha256, write_json
 from ..core.run import Run
 from ..core.secrets import known_secrets, secrets_in
 from ..data.chat_templates import load_tokenizer
 from ..data.pipeline import load_split
 from ..data.quality import identifiers as privacy
+from ..evaluate.metrics import evaluate
+from .merging import export_onnx, how_merged, merge, serve_lines, write_adapter
 from .model_card import base_name, model_card, notice
+from .parity import TOLERANCE, check_artefacts, in_words
+from .report import report
+from ..model.preflight import refuse_stale
+from ..train.baseline import trained
 
 import json
 import os
 import re
+import shlex
 import shutil
 from bisect import bisect
 from collections import Counter
@@ -358,3 +366,135 @@ def publish(
     visibility = "private" if export.private else "public"
     run.log(f"export: {len(files)} files pushed to {name} ({visibility})")
     return dict(repository=name, commit=url, files=files)
+
+# %% ../../nbs/export/publish.ipynb #c010a
+def training_env(recipe) -> str:
+    "The resolved recipe as KEY=value lines that a shell can source."
+    lines = []
+    for key, value in recipe.flat().items():
+        if value in (None, "", [], {}):
+            continue
+        text = json.dumps(value) if isinstance(value, (list, dict, bool)) else str(value)
+        lines.append(f"{key.replace('.', '_').upper()}={shlex.quote(text)}\n")
+    return "".join(lines)
+
+# %% ../../nbs/export/publish.ipynb #c014a
+_HANDED_OVER = ("adapters", "model", "merged", "onnx")  # what an engine hands over
+
+
+def make_artefacts(run: Run, engine: str):
+    "Write the artefacts of an engine that the recipe asks for."
+    folder = run.path / engine
+    wanted = run.recipe.export
+    for name in ("merged", "onnx"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    if (folder / "adapters").is_dir():
+        write_adapter(folder / "adapters", wanted.adapter_save_format)
+        if wanted.merge:
+            run.log(f"export: {engine}: {how_merged(run.recipe)}")
+            merge(run, engine)
+    if wanted.onnx:
+        run.log(f"export: {engine}: ONNX")
+        export_onnx(run, engine)
+    architecture = read_json(run.path / "model.json", {}).get("architecture", "")
+    text = notice(run.recipe.model.name, architecture)
+    for name in _HANDED_OVER:
+        if text and (folder / name).is_dir():
+            atomic_write(folder / name / "NOTICE", text + "\n")
+
+# %% ../../nbs/export/publish.ipynb #c014s1a
+def _n_bytes(path: Path) -> int:
+    "The size of a file, or of all files of a folder."
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def artefacts(run: Run) -> dict:  # path below the run's folder -> bytes and sha256
+    "What is handed over, with sizes and hashes."
+    paths = [run.path / engine / name for engine in trained(run) for name in _HANDED_OVER]
+    paths = [path for path in paths if path.is_dir()]
+    for name in ("README.md", "report.html", "training.env", "metrics.json"):
+        if (run.path / name).exists():
+            paths.append(run.path / name)
+    return {
+        str(path.relative_to(run.path)): dict(bytes=_n_bytes(path), sha256=sha256(path))
+        for path in paths
+    }
+
+# %% ../../nbs/export/publish.ipynb #c016a
+def check_all(run: Run) -> dict:  # engine -> artefact -> parity
+    "Every artefact's parity, and into what it was merged."
+    found = check_artefacts(run)
+    for parities in found.values():
+        if "merged" in parities:
+            parities["merged"]["how"] = how_merged(run.recipe)
+    return found
+
+
+def write_pages(
+    run: Run,
+    metrics: dict,  # as in metrics.json
+    parities: dict,  # from `check_all`
+) -> dict:  # the content of export.json
+    "Write training.env, card, report and export.json. Raises `Refused` when one holds a secret."
+    pages = {
+        "README.md": model_card(run, metrics, parities),
+        "report.html": report(run, metrics, parities),
+        "training.env": training_env(run.recipe),
+    }
+    for name, text in pages.items():
+        refuse_secrets(text, name)  # all of them, before the first is written
+    for name, text in pages.items():
+        write(run.path / name, text)
+    summary = dict(
+        artefacts=artefacts(run),
+        parity=parities,
+        tolerance=TOLERANCE,
+        serve={engine: serve_lines(run, engine) for engine in parities},
+    )
+    write_json(run.path / "export.json", summary)
+    return summary
+
+# %% ../../nbs/export/publish.ipynb #c017a
+def _refuse_different(run, parities):
+    "Raise `Refused` when an artefact is not the model that was scored."
+    wrong = [
+        f"{engine}/{what}: {in_words(p)}"
+        for engine, found in parities.items()
+        for what, p in found.items()
+        if p["label"] == "different"
+    ]
+    if wrong:
+        raise Refused(
+            f"not the model that was scored: {'; '.join(wrong)}"
+            f" (all are listed in {run.path.name}/export.json)"
+        )
+
+
+def export(run: Run) -> dict:  # the content of export.json
+    """Make every artefact, check it, write card, report and export.json, and push if asked.
+
+    Raises `Refused` when an artefact answers otherwise than the model that was scored."""
+    for engine in trained(run):
+        refuse_stale(run, engine)
+    if run.recipe.export.push_to_hub:
+        check_target(run.recipe)
+    if not (run.path / "metrics.json").exists():
+        run.log("export: nothing is scored yet; evaluating first")
+        evaluate(run)
+    metrics = read_json(run.path / "metrics.json")
+    for engine in trained(run):  # models from elsewhere are scored, and not ours to hand over
+        make_artefacts(run, engine)
+    parities = check_all(run)
+    summary = write_pages(run, metrics, parities)
+    _refuse_different(run, parities)
+    for engine, lines in summary["serve"].items():
+        for what, line in lines.items():
+            run.log(f"export: {engine}: {what.replace('not_', 'no vLLM line for ')}: {line}")
+    if run.recipe.export.push_to_hub:
+        summary["hub"] = publish(run, metrics, parities)
+        write_json(run.path / "export.json", summary)
+    n_artefacts = len(summary["artefacts"])
+    run.log(f"export: {n_artefacts} artefacts, report in {run.path.name}/report.html")
+    return summary

@@ -186,8 +186,8 @@ def walk(run):
     "A run's stages, one after the other, in this process."
     from medft.data import pipeline as data
     from medft.evaluate import metrics as evaluate
-    from medft.export import artefacts as export
     from medft.export import parity
+    from medft.export import publish as export
     from medft.model import preflight
     from medft.train import baseline as train
 

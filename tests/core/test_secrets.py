@@ -576,7 +576,7 @@ def planted(tmp_path_factory, server):
         page.parent.mkdir()
         page.write_text(json.dumps(executed([*secrets, url]), indent=1))
         runner.take_out_secrets(run, page)
-        from medft.export.artefacts import training_env
+        from medft.export.publish import training_env
 
         atomic_write(run.path / "training.env", training_env(frozen.recipe))
         yield SimpleNamespace(

@@ -7,6 +7,7 @@ from medft.core.files import MedftError, assets, read_json, write_json
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
 from medft.data import pipeline as data
+from medft.data.prompts import encode
 from medft.evaluate import metrics as ev
 from medft.evaluate import plots as pictures
 from medft.evaluate.measures import calibration
@@ -326,7 +327,7 @@ def test_running_text_is_scored_token_for_token(tmp_path, base):
             id=str(i),
             group=str(i),
             prompt="",
-            **{k: v[0] for k, v in data.encode(tok, [""], [t]).items()},
+            **{k: v[0] for k, v in encode(tok, [""], [t]).items()},
         )
         for i, t in enumerate(["Zinc heals wounds. " * 9, "Iron."])
     ]

@@ -6,8 +6,8 @@ from medft.core.files import MedftError, Refused, read_json, sha256, write_json
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
 from medft.evaluate import metrics as ev
-from medft.export import artefacts as ex
 from medft.export import merging, parity, publish
+from medft.export import publish as ex
 from medft.model import families
 from medft.model import load as model
 

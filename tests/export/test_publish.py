@@ -5,8 +5,8 @@ A broken upload continues where it stopped."""
 from medft.core.files import MedftError, Refused, read_json
 from medft.data.chat_templates import load_tokenizer
 from medft.evaluate import metrics as ev
-from medft.export import artefacts as ex
 from medft.export import parity, publish
+from medft.export import publish as ex
 
 import json
 

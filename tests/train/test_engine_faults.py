@@ -9,8 +9,8 @@ from medft.data import pipeline as data
 from medft.data.chat_templates import load_tokenizer
 from medft.evaluate import metrics as evaluate
 from medft.evaluate.scoring import external_models as further
-from medft.export import artefacts as export
 from medft.export import parity
+from medft.export import publish as export
 from medft.fast import patching as blocks
 from medft.model import families, preflight
 from medft.model import load as model

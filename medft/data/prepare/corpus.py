@@ -24,7 +24,7 @@ from medft.data.prepare.packing import (
     split_of,
     write_shard,
 )
-from ..reading import documents, recipe_sources, sources
+from ..reading import recipe_sources, sources
 
 import errno
 import hashlib
