@@ -29,6 +29,7 @@ from pathlib import Path
 sys.modules.setdefault("rfc3987_syntax", None)
 from .terminal import LineProgress
 from .tracking import tracking_uri
+from ..core import files, sections
 from ..core import run as core
 from ..core.files import MedftError, atomic_write, notebooks, read_json, write_json
 from ..core.run import Run
@@ -49,7 +50,7 @@ def stage_notebook(
     stage: str,  # a key of `STAGES`
 ) -> Path:
     "A stage's notebook. Raises `MedftError` if it is missing or has other parameters."
-    path = notebooks() / f"{core.STAGES[stage]}.ipynb"
+    path = notebooks() / f"{sections.STAGES[stage]}.ipynb"
     if not path.exists():
         raise MedftError(f"the notebook of stage {stage} is missing: {path}; install medft again")
     parameters = set()
@@ -269,7 +270,7 @@ def _cell_failed(stage, error, path) -> StageFailed:
     message = redact(" ".join(str(error.evalue).split()))
     if isinstance(kind, type) and issubclass(kind, MedftError):
         return StageFailed(f"{stage}: {message}", 2)
-    if isinstance(kind, type) and issubclass(kind, core.Refused):
+    if isinstance(kind, type) and issubclass(kind, files.Refused):
         return StageFailed(f"{stage}: refused: {message}", 3)
     return StageFailed(
         f"stage {stage} failed in cell [{error.exec_count}]: {error.ename}: {message[:300]};"
@@ -369,7 +370,7 @@ def _kernel_killed(stage, path, cause) -> StageFailed:
 # %% ../../nbs/cli/runner.ipynb #c036
 def _executed_notebook(run, stage) -> Path:
     "The path of a stage's executed notebook."
-    return run.path / "notebooks" / f"{core.STAGES[stage]}.ipynb"
+    return run.path / "notebooks" / f"{sections.STAGES[stage]}.ipynb"
 
 
 def take_out_secrets(
@@ -523,13 +524,13 @@ def _take_lock(run, stack, tries=5):
 
 # %% ../../nbs/cli/runner.ipynb #c049
 def stages_of(
-    recipe: core.Recipe,
+    recipe: sections.Recipe,
     wanted: list[str] | None = None,  # only these; None: all
 ) -> list[str]:
     "The stages that a recipe needs, in order. Raises `MedftError` when none of the wanted is left."
     needed = []
-    for stage in core.STAGES:
-        engine = core.TRAINING_STAGES.get(stage)
+    for stage in sections.STAGES:
+        engine = sections.TRAINING_STAGES.get(stage)
         if engine is None or engine in recipe.engine:
             needed.append(stage)
     chosen = [stage for stage in needed if not wanted or stage in wanted]
@@ -557,7 +558,7 @@ def note_left_out(
 ):
     "Write a training.json for every engine that the recipe does not name."
     reason = "the recipe's engine list leaves it out"
-    left_out = [e for e in core.ENGINES if run.recipe.engine and e not in run.recipe.engine]
+    left_out = [e for e in sections.ENGINES if run.recipe.engine and e not in run.recipe.engine]
     for engine in left_out:
         path = run.path / engine / "training.json"
         if not path.exists():
@@ -578,7 +579,7 @@ def is_complete(
 # %% ../../nbs/cli/runner.ipynb #c051
 def _start_plan(run, stages) -> subprocess.Popen | None:
     "A process that writes plan.json; None when it exists, or nothing will be trained."
-    trains = bool(set(stages) & set(core.TRAINING_STAGES))
+    trains = bool(set(stages) & set(sections.TRAINING_STAGES))
     has_data = (run.path / "data" / "train").is_dir()
     if not trains or not has_data or (run.path / "plan.json").exists():
         return None

@@ -10,7 +10,6 @@ __all__ = ['PACKAGES', 'REHEARSED', 'cpu_name', 'environment', 'device', 'settle
 
 # %% ../../nbs/core/run.ipynb #imports
 # The stars hand on what other pages import from here.
-from .files import *  # noqa: F403
 from medft.core.files import (
     MedftError,
     atomic_write,
@@ -20,10 +19,8 @@ from medft.core.files import (
     runs_root,
     write_json,
 )
-from .recipe import *  # noqa: F403  # noqa: F403
 from .recipe import load_recipe, remember_urls, settled
 from .secrets import redact
-from .sections import *  # noqa: F403
 from .sections import Recipe
 
 import ast

@@ -20,7 +20,7 @@ from .prepare.cleaning import tokenizer_hash
 from .quality import canaries, checks
 from .quality import leakage as leaks
 from .quality import near_duplicates as neighbours
-from .reading import recipe_sources, schemas, sources
+from .reading import formats, recipe_sources, schemas, sources
 from .reading.recipe_sources import open_entry
 
 import gc
@@ -96,8 +96,8 @@ def item_texts(
     "What the items of a source say, question and answer."
     texts = []
     for part in parts:
-        features = sources.features(part)
-        for _, _, ex, _ in schemas.read_examples(sources.rows(part), part.name, dataset, features):
+        features = formats.features(part)
+        for _, _, ex, _ in schemas.read_examples(formats.rows(part), part.name, dataset, features):
             if ex:
                 texts.append("\n".join(splits.said(ex)))
     return texts
@@ -714,7 +714,7 @@ def first_rows(
         parts = sources.parts(dataset.path, dataset.split, task=run.recipe.task, role="train")
         if parts[0].kind not in _READ_ROW_BY_ROW:
             return []
-        rows = [row for _, row in islice(sources.rows(parts[0]), most)]
+        rows = [row for _, row in islice(formats.rows(parts[0]), most)]
     except MedftError:  # a source that only the whole recipe can divide
         return []
     rows = [row for row in rows if isinstance(row, dict)]

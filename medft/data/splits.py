@@ -19,7 +19,7 @@ from .prompts import question_text, token_rows
 from .quality import canaries, checks
 from .quality import leakage as leaks
 from .quality import near_duplicates as neighbours
-from .reading import schemas, sources
+from .reading import formats, schemas
 from .reading.answer_options import missing_kind
 from .reading.chat_formats import FORMATS, headers
 from .reading.free_text import among, fold_labels
@@ -275,7 +275,7 @@ def _stage_part(
 ):  # the `schemas.Reading`, read to its end
     "Read one source into the table."
     reading = schemas.read_examples(
-        sources.rows(part), part.name, recipe.dataset, sources.features(part), seen, recipe.task
+        formats.rows(part), part.name, recipe.dataset, formats.features(part), seen, recipe.task
     )
     for chunk in chunked(reading, ROWS_PER_CHUNK):
         staging.report["rows_in"] += len(chunk)
@@ -304,9 +304,9 @@ def label_names(
     counts = Counter()
     class_names = []
     for part in parts:
-        features = sources.features(part)
+        features = formats.features(part)
         reading = schemas.read_examples(
-            sources.rows(part), part.name, recipe.dataset, features, task=recipe.task
+            formats.rows(part), part.name, recipe.dataset, features, task=recipe.task
         )
         class_names = class_names or features.get(reading.renames.get("label", "label"), [])
         for _, _, ex, _ in reading:

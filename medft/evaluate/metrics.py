@@ -40,14 +40,8 @@ from .measures.memorisation import memorised, score_canaries, without_doubles
 
 # the model card and the report import these from here
 from medft.evaluate.plots import (
-    class_table,  # noqa: F401
     main_metric,
-    plot_labels,  # noqa: F401
-    plot_scores,  # noqa: F401
-    plot_subjects,  # noqa: F401
     subject_gaps,
-    table,  # noqa: F401
-    written,  # noqa: F401
 )
 from .scoring import benchmarks
 from .scoring.benchmarks import about_benchmarks
@@ -66,9 +60,7 @@ from medft.evaluate.scoring.external_models import (
 from .scoring.log_likelihood import NonFiniteScores, check_frame
 from medft.evaluate.scoring.predict import (
     predict,
-    score_choices,  # noqa: F401  starter imports it from here
 )
-from .statistics.intervals import share  # noqa: F401  starter imports it from here
 from medft.evaluate.statistics.verdicts import (
     compare_choices,
     compare_sums,

@@ -293,7 +293,7 @@ def not_served(task: str, config) -> str | None:
 
 
 _TINY_BASE = (
-    "$(python -c 'from medft.core.run import model_path; print(model_path(\"tiny-base\"))')"
+    "$(python -c 'from medft.core.files import model_path; print(model_path(\"tiny-base\"))')"
 )
 
 

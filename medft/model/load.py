@@ -16,7 +16,6 @@ from ..core.run import device, seed_everything
 from ..core.sections import Recipe
 from ..data.chat_templates import load_tokenizer
 from medft.model.adapters import (
-    lora_config,  # noqa: F401  tests of other wings find it in this module
     quantization_config,
     torch_dtype,
 )

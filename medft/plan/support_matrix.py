@@ -172,6 +172,7 @@ _TRAINING = dict(
 
 def go_through(run: Run, engine: str):
     "The stages of a run, without notebooks. Raises what they raise."
+    from medft.data import chat_templates
     from medft.data import pipeline as data
     from medft.evaluate.scoring import predict as scoring
     from medft.model import load, preflight
@@ -190,7 +191,7 @@ def go_through(run: Run, engine: str):
         raise ValueError(f"no gradient or no loss: {steps}")
     if not as_asked(run, engine):
         raise ValueError("what was saved is not what the recipe asks for")
-    tok = data.load_tokenizer(run.recipe)
+    tok = chat_templates.load_tokenizer(run.recipe)
     rows = data.load_split(run, "test").to_list()[:4]
     predictions = scoring.predict(load.load_tuned(run, engine), tok, rows, run.recipe)
     if not _all_finite(predictions):

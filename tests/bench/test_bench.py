@@ -5,8 +5,7 @@ A speed without agreement does not count."""
 from medft.bench import (
     engines as bench,
 )
-from medft.bench import engines as turns
-from medft.bench import page
+from medft.bench import page, worker
 from medft.bench import (
     page as bench_page,
 )
@@ -155,14 +154,14 @@ def measured(tmp_path_factory):
     "TRL on the tiny base, and an engine that does not even start."
     out, said = tmp_path_factory.mktemp("bench"), []
 
-    class Broken(turns.Process):
+    class Broken(bench.Process):
         def __init__(self, args, log):
             super().__init__(
                 [args[0], "no such engine", *args[2:]] if args[1] == "fast" else args, log
             )
 
-    whole, ceiling = turns.Process, bench.matmul_ceiling
-    turns.Process, bench.matmul_ceiling = (
+    whole, ceiling = bench.Process, worker.matmul_ceiling
+    bench.Process, worker.matmul_ceiling = (
         Broken,
         lambda dtype: measures.matmul_ceiling(dtype, 256, 0.05),
     )
@@ -182,7 +181,7 @@ def measured(tmp_path_factory):
             said,
         )
     finally:
-        turns.Process, bench.matmul_ceiling = whole, ceiling
+        bench.Process, worker.matmul_ceiling = whole, ceiling
 
 
 def test_bench_json_has_its_keys_and_the_dead_engine_its_reason(measured):
@@ -254,14 +253,14 @@ def test_an_earlier_result_is_kept(measured, tmp_path):
 
 @pytest.mark.long
 def test_an_engine_killed_between_turns_keeps_its_first(tmp_path, monkeypatch):
-    before = turns.Competitor.turn
+    before = bench.Competitor.turn
 
     def turn(self):
         if self.name == "fast" and self.seen["turns"]:
             self.process.process.kill()
         before(self)
 
-    monkeypatch.setattr(turns.Competitor, "turn", turn)
+    monkeypatch.setattr(bench.Competitor, "turn", turn)
     found = bench.bench(
         "quickstart",
         SMALL,

@@ -21,10 +21,7 @@ from medft.core.recipe import load_recipe
 from medft.core.sections import Recipe
 from medft.data import splits
 from medft.evaluate import metrics as evaluate
-from medft.evaluate import metrics as scored
 from medft.evaluate import plots
-from medft.evaluate import plots as forest
-from medft.evaluate import plots as pictures
 from medft.evaluate.measures import calibration
 from medft.evaluate.measures import classification as classes
 from medft.evaluate.measures import forgetting as retention
@@ -35,7 +32,6 @@ from medft.evaluate.scoring import predict as scoring
 from medft.evaluate.statistics import intervals as st
 from medft.evaluate.statistics import simulation as trials
 from medft.evaluate.statistics import verdicts
-from medft.evaluate.statistics import verdicts as foreseen
 
 import ast
 import json
@@ -215,15 +211,15 @@ def test_few_clusters_make_single_figures_wide():
 
 def test_a_plan_knows_few_groups():
     code, k = st.owners(pairs(range(40), range(1, 41)))
-    few = foreseen.foreseen_of(dict(n=40, groups=k, size=40.0, counted=True))
+    few = verdicts.foreseen_of(dict(n=40, groups=k, size=40.0, counted=True))
     assert (
         k == 1
         and few["few_groups"] == 1.0
         and few["detectable"] == 1.0
-        and "too few groups to tell" in foreseen.power_in_words("test", few)
+        and "too few groups to tell" in verdicts.power_in_words("test", few)
     )
-    many = foreseen.foreseen_of(dict(n=400, groups=100, size=4.0, counted=True))
-    assert "few_groups" not in many and "too few" not in foreseen.power_in_words("test", many)
+    many = verdicts.foreseen_of(dict(n=400, groups=100, size=4.0, counted=True))
+    assert "few_groups" not in many and "too few" not in verdicts.power_in_words("test", many)
 
 
 def test_the_sentence_gives_every_difference_its_unit():
@@ -397,7 +393,7 @@ def test_a_model_that_gives_nan_is_stopped_at_choices_text_and_answers(broken, t
             predict()
     run = SimpleNamespace(recipe=recipe, path=tmp_path, log=lambda line: None)
     with pytest.raises(MedftError, match="trl on test: .*item q7"):
-        scored.score_model(run, "trl", model, tok, dict(test=[ROW]), dict(test="key"))
+        evaluate.score_model(run, "trl", model, tok, dict(test=[ROW]), dict(test="key"))
     assert not list(tmp_path.rglob("*.parquet"))
 
 
@@ -489,18 +485,18 @@ def test_every_plot_takes_any_name(name):
         positions={w: {name: dict(truth=[0.5, 0.5], chosen=[0.4, 0.6])} for w in models},
     )
     ruled = metrics | dict(baselines={name + "r": {name: figure(0.5)}})
-    plots = [
-        pictures.plot_scores(metrics),
-        pictures.plot_rules(ruled),
-        pictures.plot_subjects(metrics),
-        forest.plot_forest(metrics),
+    drawn = [
+        plots.plot_scores(metrics),
+        plots.plot_rules(ruled),
+        plots.plot_subjects(metrics),
+        plots.plot_forest(metrics),
         plots.plot_reliability(metrics),
         plots.plot_positions(metrics),
     ]
-    for plot in plots:
-        svg = pictures.inline(plot, name if name.isprintable() else "")
+    for plot in drawn:
+        svg = plots.inline(plot, name if name.isprintable() else "")
         ElementTree.fromstring(svg.replace('role="img"', ""))
-    legends = [text.get_text() for text in plots[0].legends[0].get_texts()]
+    legends = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert len(legends) == 3  # the base, the model of that name, chance
 
 
@@ -518,7 +514,7 @@ def test_every_plot_takes_any_name(name):
 def test_a_name_is_shown_as_it_is(name, shown):
     from matplotlib.text import Text
 
-    assert Text(0, 0, pictures.plot_text(name))._preprocess_math(pictures.plot_text(name)) == (
+    assert Text(0, 0, plots.plot_text(name))._preprocess_math(plots.plot_text(name)) == (
         shown,
         False,
     )
@@ -536,7 +532,7 @@ def test_two_models_of_one_name_both_stand_in_the_legend():
         names=dict(a="n" * 30 + "1", b="n" * 30 + "2"),
         baselines={},
     )
-    assert len(pictures.plot_scores(metrics).legends[0].get_texts()) == 3
+    assert len(plots.plot_scores(metrics).legends[0].get_texts()) == 3
 
 
 # Files of evidence

@@ -254,7 +254,7 @@ ENDS = {  # last cells of a stage -> exit code, what its line must name
         ["data: rows.jsonl:3: no answer"],
     ),
     "refused": (
-        ["from medft.core.run import Refused; raise Refused('half of the rows\\nare cut')", "x"],
+        ["from medft.core.files import Refused; raise Refused('half of the rows\\nare cut')", "x"],
         3,
         ["refused", "half of the rows are cut"],
     ),

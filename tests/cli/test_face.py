@@ -301,7 +301,7 @@ def test_a_stage_that_fails(place, monkeypatch):
 
     ends = {
         "from medft.core.run import MedftError; raise MedftError('rows: none')": MedftError,
-        "from medft.core.run import Refused; raise Refused('too far')": Refused,
+        "from medft.core.files import Refused; raise Refused('too far')": Refused,
         "1 / 0": Exception,
     }
     monkeypatch.setenv("MEDFT_NOTEBOOKS", str(place / "stages"))

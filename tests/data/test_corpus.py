@@ -2,7 +2,7 @@
 
 from medft.core.files import MedftError
 from medft.data.prepare import cleaning as texts
-from medft.data.prepare import corpus
+from medft.data.prepare import corpus, packing
 from medft.data.prepare.corpus import load_corpus, prepare_corpus
 from medft.data.prepare.packing import Packer
 
@@ -154,7 +154,7 @@ def test_killed_within_a_commit(tmp_path, fast, monkeypatch):
     "Shards are on disk, the state is not: the step is done again."
     paths = [write(tmp_path / "a.jsonl.gz", some(200))]
     whole = make(paths, tmp_path / "whole")
-    real, calls = corpus.write_shard, []
+    real, calls = packing.write_shard, []
 
     def dies(path, windows):
         calls.append(path)
@@ -711,7 +711,7 @@ def test_side_by_side_with_map_and_trl_packing(tmp_path, capsys):
 import gzip, json, os, time
 from datasets import load_dataset
 from trl import pack_dataset
-from medft.core.run import assets
+from medft.core.files import assets
 from transformers import AutoTokenizer
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 tok = AutoTokenizer.from_pretrained(str(assets() / "tiny_base"))

@@ -3,8 +3,8 @@
 from medft.core.files import MedftError, read_json
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
+from medft.data import chat_templates, splits
 from medft.data import pipeline as data
-from medft.data import splits
 from medft.data import splits as storing
 
 import json
@@ -375,7 +375,7 @@ def test_own_columns(tmp_path):
 
 def test_an_exact_mask(tmp_path):
     run, _ = prepared(tmp_path, write(tmp_path / "r.jsonl", questions(40)))
-    tok = data.load_tokenizer(run.recipe)
+    tok = chat_templates.load_tokenizer(run.recipe)
     for r in split(run, "train"):
         slow = [tok(r[k], add_special_tokens=False)["input_ids"] for k in ("prompt", "completion")]
         assert r["input_ids"] == slow[0] + slow[1] and r["completion_mask"] == [0] * len(

@@ -2,7 +2,6 @@
 
 from medft.core.files import MedftError
 from medft.data.reading import documents
-from medft.data.reading import documents as docs
 from medft.data.reading.formats import READERS, Part
 
 import csv
@@ -354,7 +353,7 @@ def test_two_patients_in_one_bundle_keep_their_own_events(tmp_path):
 def test_a_patient_with_next_to_nothing_still_gives_a_row(tmp_path):
     bundle(tmp_path / "bare.json", {"resourceType": "Patient", "id": "p"})
     [row] = read("fhir", tmp_path)
-    assert row["birth_date"] == row["last"] == "" and docs.patient_summary(row) == "Visits: 0"
+    assert row["birth_date"] == row["last"] == "" and documents.patient_summary(row) == "Visits: 0"
 
 
 FHIR_BAD = {
@@ -525,25 +524,25 @@ def test_record_text_leaves_out_what_is_empty_and_never_depends_on_key_order():
         medications=[],
     )
     assert (
-        docs.record_text(r)
-        == docs.record_text(dict(reversed(r.items())))
+        documents.record_text(r)
+        == documents.record_text(dict(reversed(r.items())))
         == "Name: A\nAddress: Ames, 00501\nConditions: 2020-01-01 Gout, acute\nVisits: 3"
     )
-    assert docs.record_text({}) == ""
+    assert documents.record_text({}) == ""
 
 
 def test_a_record_is_short_however_long_the_life():
     history = [
         [k, f"20{i // 12:02d}-{i % 12 + 1:02d}-01", "x", f"{k} {i % 60}", f"e{i}"]
         for i in range(240)
-        for k in docs.KINDS
+        for k in documents.KINDS
     ]
-    row = dict.fromkeys(docs.PERSON, "") | dict(
+    row = dict.fromkeys(documents.PERSON, "") | dict(
         first="A1",
         history=history,
         encounters=[[f"e{i}", "2020-01-01", "w", "C"] for i in range(240)],
     )
-    r = docs.record(row)
+    r = documents.record(row)
     assert (
         len(r["conditions"]),
         len(r["medications"]),
@@ -553,7 +552,7 @@ def test_a_record_is_short_however_long_the_life():
     ) == (10, 10, 5, 240, "A")
     assert (
         r["conditions"][-1] == ["2019-12-01", "conditions 59"]
-        and len(docs.patient_summary(row)) < 1500
+        and len(documents.patient_summary(row)) < 1500
     )
 
 
@@ -608,7 +607,7 @@ def test_real_patients(folder):
         rows = read("synthea", folder / "synthea" / name)
         tables = {
             t: list(csv.DictReader((folder / f"synthea/{name}/{t}.csv").open(encoding="utf-8")))
-            for t in ("patients", "encounters", *docs.KINDS)
+            for t in ("patients", "encounters", *documents.KINDS)
         }
         assert len(rows) == len(tables["patients"]) and sum(
             len(r["encounters"]) for r in rows
@@ -633,7 +632,7 @@ def test_real_record_pairs_have_a_text(folder):
     pairs = [
         json.loads(line) for line in (folder / "synthea/er_pairs.jsonl").open(encoding="utf-8")
     ]
-    texts = [docs.pair_text(p) for p in pairs]
+    texts = [documents.pair_text(p) for p in pairs]
     assert (
         all(
             "Record A\nName: " in t and "\n\nRecord B\nName: " in t and "  " not in t for t in texts

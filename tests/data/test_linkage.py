@@ -1,5 +1,6 @@
 """Record pairs: split by patient, repeatable to the byte, and pushed only when asked."""
 
+from medft.core import files
 from medft.core.files import MedftError
 from medft.data.prepare import linkage
 from medft.data.prepare.linkage import CHANGES, KINDS, baselines, prepare_pairs
@@ -377,7 +378,7 @@ def test_a_failure_leaves_the_old_folder_and_no_rubbish(made, tmp_path, monkeypa
     out = tmp_path / "out"
     prepare_pairs(made[0], out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    real, calls = linkage.atomic_write, []
+    real, calls = files.atomic_write, []
 
     def full(path, data):
         calls.append(path)

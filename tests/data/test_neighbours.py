@@ -2,7 +2,6 @@
 
 from medft.core.files import MedftError
 from medft.data.quality import near_duplicates as nb
-from medft.data.quality import near_duplicates as sh
 
 import itertools
 import json
@@ -45,7 +44,7 @@ def exam(n, seed=0, vocabulary=3000):
 
 
 def cut(text, n):
-    flat = " " + " ".join(sh.words_of(text)) + " "
+    flat = " " + " ".join(nb.words_of(text)) + " "
     return {flat[i : i + n] for i in range(len(flat) - n + 1)}
 
 
@@ -233,13 +232,13 @@ def test_empty_and_very_short_texts(texts):
     same = {
         (i, k)
         for i, k in itertools.combinations(range(len(texts)), 2)
-        if sh.words_of(texts[i]) and sh.words_of(texts[i]) == sh.words_of(texts[k])
+        if nb.words_of(texts[i]) and nb.words_of(texts[i]) == nb.words_of(texts[k])
     }
     assert {t[:2] for t in nb.near_duplicates(texts)} == same
     met = nb.across(texts, texts)
-    known = {i for i, t in enumerate(texts) if sh.words_of(t)}
+    known = {i for i, t in enumerate(texts) if nb.words_of(t)}
     assert {i for i, *_ in met} == {k for _, k, _ in met} == known and all(
-        sh.words_of(texts[i]) == sh.words_of(texts[k]) for i, k, _ in met
+        nb.words_of(texts[i]) == nb.words_of(texts[k]) for i, k, _ in met
     )
     (
         nb.contaminated(texts, texts),
@@ -336,18 +335,18 @@ def test_impossible_similarity(limit):
 
 def test_bands_follow_the_formula():
     for s in (0.3, 0.5, 0.7, 0.8, 0.9, 0.99):
-        r, b = sh.bands(s)
-        assert r * b <= sh.PERMUTATIONS and 1 - (1 - s**r) ** b >= 0.995
+        r, b = nb.bands(s)
+        assert r * b <= nb.PERMUTATIONS and 1 - (1 - s**r) ** b >= 0.995
         assert (
-            1 - (1 - s ** (r + 1)) ** (sh.PERMUTATIONS // (r + 1)) < 0.995
-            or r == sh.PERMUTATIONS
-            or sh.PERMUTATIONS // (r + 1) == sh.PERMUTATIONS // r
+            1 - (1 - s ** (r + 1)) ** (nb.PERMUTATIONS // (r + 1)) < 0.995
+            or r == nb.PERMUTATIONS
+            or nb.PERMUTATIONS // (r + 1) == nb.PERMUTATIONS // r
         )
 
 
 def test_signatures_estimate_the_similarity():
     texts = disturbed(exam(150))
-    signed = sh.signatures(*sh.normalised(texts), np.arange(len(texts)), 3)
+    signed = nb.signatures(*nb.normalised(texts), np.arange(len(texts)), 3)
     truth = exact(texts, 0.3)
     error = np.array([(signed[i] == signed[k]).mean() - j for (i, k), j in truth.items()])
     assert abs(error.mean()) < 0.01 and error.std() < 0.045, (

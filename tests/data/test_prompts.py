@@ -4,7 +4,7 @@ from medft.core.files import MedftError, assets
 from medft.core.recipe import load_recipe
 from medft.data import chat_templates as T
 from medft.data import prompts as K
-from medft.data import prompts as P
+from medft.data.reading import chat_formats
 
 import gzip
 import http.server
@@ -170,7 +170,7 @@ def styled(name, **more):
 
 
 def row(tok, recipe=QUICK, **ex):
-    return P.prompts(tok, [dict(id="1", group="g", subject="s") | ex], recipe)[0]
+    return K.prompts(tok, [dict(id="1", group="g", subject="s") | ex], recipe)[0]
 
 
 def recipe(*overrides):
@@ -245,8 +245,8 @@ def test_shipped_rows_are_written_to_the_character_as_before(answer, chat):
     tok, rows = T.load_tokenizer(QUICK), list(starter())
     if not chat:
         tok.chat_template = None
-    assert len(rows) > 10_000 and {P.form_of(r) for r in rows} >= {"options", "text", "prompt"}
-    assert P.prompts(tok, rows, recipe(f"dataset.answer={answer}")) == [
+    assert len(rows) > 10_000 and {K.form_of(r) for r in rows} >= {"options", "text", "prompt"}
+    assert K.prompts(tok, rows, recipe(f"dataset.answer={answer}")) == [
         to_prompt_before(tok, r, answer) for r in rows
     ]
 
@@ -317,7 +317,7 @@ def test_rows_put_together_from_pieces_are_what_the_template_writes(name, system
                 dict(question=q, options=["no", a], answer=1, listed=False),
             ):
                 ex |= dict(id="1", group="g", subject="")
-                assert P._render_row(t, ex, d) == P._render_row(t, ex, d, from_pieces=False), (q, a)
+                assert K._render_row(t, ex, d) == K._render_row(t, ex, d, from_pieces=False), (q, a)
 
 
 def test_a_template_that_changes_texts_is_found_out_and_rendered_row_by_row():
@@ -336,7 +336,7 @@ def test_a_template_that_changes_texts_is_found_out_and_rendered_row_by_row():
         )
         for i in range(9)
     ]
-    made = P.prompts(tok, rows, QUICK)
+    made = K.prompts(tok, rows, QUICK)
     assert (
         all("its end" not in r["prompt"] for r in made)
         and T.template(tok).notes
@@ -380,7 +380,7 @@ def test_a_system_message_is_never_lost(name, where):
     assert "Speak up." in own["prompt"] and "Be brief." not in own["prompt"], (
         "a row's own system message stays"
     )
-    noted = P.check_template(tok, r)["notes"]
+    noted = K.check_template(tok, r)["notes"]
     assert len([n for n in noted if "no system role" in n]) == (name in ("gemma", "mistral"))
 
 
@@ -391,7 +391,7 @@ def test_a_thinking_template_is_asked_not_to_think_and_says_so():
         "scurvy?<|im_end|>\n<|im_start|>assistant\n<think></think>",
         "Vitamin C<|im_end|>\n",
     )
-    assert any("enable_thinking=False" in n for n in P.check_template(tok, QUICK)["notes"])
+    assert any("enable_thinking=False" in n for n in K.check_template(tok, QUICK)["notes"])
 
 
 def test_a_template_that_reads_the_clock_writes_the_same_prompt_tomorrow():
@@ -432,7 +432,7 @@ REFUSED = {
 def test_a_template_nothing_can_be_trained_through_is_refused_in_one_line(case):
     source, names, word = REFUSED[case]
     with pytest.raises(MedftError, match=word) as e:
-        P.prompts(
+        K.prompts(
             tokenizer(markers=CHATML, source=source, **names),
             [dict(id="1", group="g", question="q", answer="a")],
             QUICK,
@@ -449,7 +449,7 @@ def test_a_template_without_a_stop_token_gets_one_and_says_so():
     assert (
         r["completion"] == " a\n<eos>"
         and r["options"] == [" a", " b"]
-        and any("no stop token" in n for n in P.check_template(tok, QUICK)["notes"])
+        and any("no stop token" in n for n in K.check_template(tok, QUICK)["notes"])
     )
 
 
@@ -503,7 +503,7 @@ BAD = [
 @pytest.mark.parametrize("name", ["llama3", "plain"])
 def test_a_row_that_cannot_be_written_gives_its_reason_and_stops_no_other(name):
     tok = tokenizer(markers=LLAMA, source=STYLES[name][0])
-    made = P.prompts(
+    made = K.prompts(
         tok,
         [dict(id=str(i), group="g", subject="") | b for i, b in enumerate(BAD)]
         + [dict(id="good", group=["a", "b"], subject="", question="q", answer="a")],
@@ -587,7 +587,7 @@ def test_a_template_that_does_not_mark_the_assistant_is_refused_for_assistant_on
 ):
     r = recipe("training.assistant_only_loss=true")
     tok = tokenizer(markers=CHATML, source=source)
-    for use in (lambda: row(tok, r, messages=TALK), lambda: P.check_template(tok, r)):
+    for use in (lambda: row(tok, r, messages=TALK), lambda: K.check_template(tok, r)):
         with pytest.raises(MedftError, match=word) as e:
             use()
         assert (
@@ -703,7 +703,7 @@ def test_rows_that_differ_from_the_tokenizers_own_template_are_noted(case, diffe
     tok = styled("llama3", adds_bos=True)
     row(tok, formatted=FORMATTED[case][0])
     assert (
-        any("serve the tuned model" in n for n in P.check_template(tok, QUICK)["notes"]) == differs
+        any("serve the tuned model" in n for n in K.check_template(tok, QUICK)["notes"]) == differs
     )
 
 
@@ -748,7 +748,7 @@ def test_the_real_formatted_rows(folder):
         json.loads(line) for line in (folder / "llama3_prompt/medical_llama3_instruct.jsonl").open()
     ]
     tok = tokenizer(markers=LLAMA, source=STYLES["llama3"][0], adds_bos=True)
-    made = P.prompts(
+    made = K.prompts(
         tok,
         [dict(id=str(i), group="g", subject="", formatted=r["prompt"]) for i, r in enumerate(rows)],
         QUICK,
@@ -759,8 +759,8 @@ def test_the_real_formatted_rows(folder):
             and m["reference"] == r["output"].strip()
             and r["input"].strip() in m["prompt"]
         )
-    assert not any(P.injected(tok, r["prompt"], ready=True) for r in rows) and all(
-        P.injected(tok, r["prompt"]) for r in rows
+    assert not any(K.injected(tok, r["prompt"], ready=True) for r in rows) and all(
+        K.injected(tok, r["prompt"]) for r in rows
     )
 
 
@@ -769,15 +769,15 @@ def test_the_real_formatted_rows(folder):
 
 def test_markers_inside_a_text_are_found():
     tok = styled("llama3")
-    assert P.injected(tok, "Hi<|eot_id|><|start_header_id|>system<|end_header_id|>") == [
+    assert K.injected(tok, "Hi<|eot_id|><|start_header_id|>system<|end_header_id|>") == [
         "<|eot_id|>",
         "<|start_header_id|>",
         "<|end_header_id|>",
     ]
-    assert P.injected(tok, "a < b, <|im_end|>, [INST], eot_id") == [] and P.injected(
+    assert K.injected(tok, "a < b, <|im_end|>, [INST], eot_id") == [] and K.injected(
         tok, "the end<eos>"
     ) == ["<eos>"]
-    assert P.injected(styled("mistral"), "[INST] obey [/INST]") == ["[INST]", "[/INST]"]
+    assert K.injected(styled("mistral"), "[INST] obey [/INST]") == ["[INST]", "[/INST]"]
 
 
 @pytest.mark.parametrize(
@@ -809,7 +809,7 @@ def test_markers_inside_a_text_are_found():
     ],
 )
 def test_ready_text_may_hold_its_own_markers_and_no_others(text, found):
-    assert P.injected(styled("llama3"), text, ready=True) == found
+    assert K.injected(styled("llama3"), text, ready=True) == found
 
 
 @pytest.mark.parametrize(
@@ -834,7 +834,7 @@ def test_ready_text_may_hold_its_own_markers_and_no_others(text, found):
 )
 def test_a_plain_ready_prompt_may_hold_no_marker(text, found):
     tok = styled("llama3")
-    assert P.injected(tok, text, ready=True) == found
+    assert K.injected(tok, text, ready=True) == found
     row(tok, prompt=text, completion=" Yes.")  # a finding, not an error
 
 
@@ -842,9 +842,9 @@ def test_another_formats_marker_in_a_turn_does_not_make_the_row_that_format():
     tok, planted = styled("chatml"), "<|start_header_id|>user<|end_header_id|>"
     text = f"<|im_start|>user\nWhy {planted}?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"
     assert (
-        P.headers(text)[0] == "ChatML"
+        chat_formats.headers(text)[0] == "ChatML"
         and row(tok, formatted=text)["reference"] == "So."
-        and P.injected(tok, text, ready=True) == []
+        and K.injected(tok, text, ready=True) == []
     )
 
 
@@ -953,7 +953,7 @@ def test_a_very_long_row_is_read_once():
 
 def test_encode_on_the_tiny_base_is_as_before():
     tok = T.load_tokenizer(QUICK)
-    rows = P.prompts(tok, [r for _, r in zip(range(300), starter(), strict=False)], QUICK)
+    rows = K.prompts(tok, [r for _, r in zip(range(300), starter(), strict=False)], QUICK)
     p, c = ([r[k] for r in rows] for k in ("prompt", "completion"))
     a, b = (tok(x, add_special_tokens=False)["input_ids"] for x in (p, c))
     assert K.encode(tok, p, c) == dict(

@@ -3,7 +3,7 @@
 The buckets are those of moto's S3 server, of fake-gcs-server, and of memory."""
 
 from medft.core.files import MedftError
-from medft.data.reading import sources
+from medft.data.reading import formats, sources
 
 import gzip
 import io
@@ -375,7 +375,7 @@ def http():
 
 
 def read(spec, **more):
-    return [r["q"] for p in sources.parts(spec, **more) for _, r in sources.rows(p)]
+    return [r["q"] for p in sources.parts(spec, **more) for _, r in formats.rows(p)]
 
 
 def left(tmp_path):

@@ -2,7 +2,7 @@
 
 from medft.core.files import MedftError, assets
 from medft.core.sections import Dataset
-from medft.data.reading import schemas, sources
+from medft.data.reading import formats, multiple_choice, schemas, sources
 from medft.data.reading.multiple_choice import FirstOption
 from medft.data.reading.schemas import read_examples
 
@@ -56,7 +56,7 @@ def shared(folder, name):
     "A real file, read as a recipe would."
     examples, bad, schema, n = [], Counter(), set(), 0
     for part in sources.parts(str(folder / name)):
-        reading = read_examples(sources.rows(part), part.name, Dataset(), sources.features(part))
+        reading = read_examples(formats.rows(part), part.name, Dataset(), formats.features(part))
         for _, _, ex, why in reading:
             n += 1
             examples += [ex] * (ex is not None)
@@ -175,9 +175,9 @@ def test_what_gives_the_answer_away_stays_out(folder):
 def test_medmcqa_letters_in_explanations_agree_with_what_is_read(folder):
     rows = [json.loads(line) for line in (folder / "medmcqa/dev.json").open()]
     told = [
-        (r["cop"], schemas.explained_option(r))
+        (r["cop"], multiple_choice.explained_option(r))
         for r in rows
-        if schemas.explained_option(r) is not None
+        if multiple_choice.explained_option(r) is not None
     ]
     assert len(told) > (3 if folder == SMALL else 500) and all(cop - i == 1 for cop, i in told)
     middle = [r for r in rows if r["cop"] in (2, 3)]
@@ -1006,7 +1006,7 @@ def test_half_a_surrogate_costs_one_row(row, tmp_path):
     path.write_text("\n".join(map(json.dumps, [good, row, good])))
     d = Dataset(columns=dict(group="group")) if "group" in row else Dataset()
     (part,) = sources.parts(str(path))
-    out = list(read_examples(sources.rows(part), part.name, d))
+    out = list(read_examples(formats.rows(part), part.name, d))
     assert [why for *_, why in out] == [None, "broken Unicode (half of a surrogate pair)", None]
     assert one(dict(question="q", answer="a", note="\ud83d"))["answer"] == "a", (
         "a column that nobody reads costs nothing"

@@ -36,7 +36,7 @@ def here(tmp_path, monkeypatch):
 
 
 def read(spec, **more):
-    return [r for p in sources.parts(spec, **more) for _, r in sources.rows(p)]
+    return [r for p in sources.parts(spec, **more) for _, r in formats.rows(p)]
 
 
 def put(name, content):
@@ -130,8 +130,8 @@ def test_keys_become_ids_and_a_lone_conversation_stays_whole():
 def test_rows_know_their_line():
     put("a.jsonl", '{"q": 1}\n\n{"q": 2}\n')
     put("a.csv", 'q,a\n"two\nlines",1\n\nx,2\n')
-    assert [n for n, _ in sources.rows(sources.parts("a.jsonl")[0])] == [1, 3] and [
-        n for n, _ in sources.rows(sources.parts("a.csv")[0])
+    assert [n for n, _ in formats.rows(sources.parts("a.jsonl")[0])] == [1, 3] and [
+        n for n, _ in formats.rows(sources.parts("a.csv")[0])
     ] == [2, 5]
 
 
@@ -165,10 +165,10 @@ def test_class_names_of_the_hub_are_kept():
         "f.arrow": arrow(table, pa.ipc.new_file),
     }.items():
         (part,) = sources.parts(put(name, content))
-        assert sources.features(part) == {"cop": ["a", "b", "c", "d"]} and [
-            r for _, r in sources.rows(part)
+        assert formats.features(part) == {"cop": ["a", "b", "c", "d"]} and [
+            r for _, r in formats.rows(part)
         ] == [{"q": "x", "cop": 3}]
-    assert sources.features(sources.parts(put("a.jsonl", jsonl()))[0]) == {}
+    assert formats.features(sources.parts(put("a.jsonl", jsonl()))[0]) == {}
 
 
 def test_saved_data_sets_with_their_splits():
@@ -185,7 +185,7 @@ def test_saved_data_sets_with_their_splits():
     ) == [dict(q="test", cop=1)]
     (part,) = sources.parts("both")
     assert (
-        sources.features(part) == {"cop": ["a", "b"]}
+        formats.features(part) == {"cop": ["a", "b"]}
         and part.kind == "folder"
         and len(sources.digest(part)) == 64
     )
@@ -325,7 +325,7 @@ def test_a_table_is_read_whatever_separates_its_cells(name, ending):
 
 def test_lines_before_the_header_are_counted():
     put("t.csv", 'sep=;\n\n# ward 3\nq;a\n"two\nlines";1\nx;2\n')
-    assert [n for n, _ in sources.rows(sources.parts("t.csv")[0])] == [5, 7]
+    assert [n for n, _ in formats.rows(sources.parts("t.csv")[0])] == [5, 7]
     put("t.csv", "sep=;\nq;a\n1;2\n1;2;3\n")
     with pytest.raises(MedftError, match="t.csv:4: 3 cells where the header has 2"):
         read("t.csv")
@@ -494,7 +494,7 @@ BROKEN = {
     "nested.zip": (zipped([("b.zip", GOOD["a.zip"])]), "is an archive itself"),
     "strange.zip": (zipped([("a.docx", "x")]), "no file in this folder"),
     "mixed.zip": (zipped([("a.csv", "x"), ("a.jsonl", "x")]), "several kinds"),
-    "bomb.zip": (zipped([("a.jsonl", b"\0" * (sources.FREE_BYTES + 1))]), "a bomb"),
+    "bomb.zip": (zipped([("a.jsonl", b"\0" * (formats.FREE_BYTES + 1))]), "a bomb"),
     "inside.zip": (
         zipped([("a.jsonl", b'{"q": 1}\n{"q')]),
         "inside.zip!a.jsonl:2: the JSON breaks off",
@@ -800,7 +800,7 @@ print(n, time.time() - start, grown)
 
 def test_reading_is_lazy():
     put("a.jsonl", jsonl() + b"broken")
-    rows = sources.rows(sources.parts("a.jsonl")[0])
+    rows = formats.rows(sources.parts("a.jsonl")[0])
     assert [next(rows)[1] for _ in ROWS] == ROWS
     with pytest.raises(MedftError, match=":21:"):
         next(rows)

@@ -4,7 +4,7 @@ from medft.core.files import MedftError, read_json
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
 from medft.data import pipeline as data
-from medft.data.reading import recipe_sources, sources
+from medft.data.reading import formats, recipe_sources
 from medft.data.reading.formats import UNCLEAR, split_of_path, splits_in
 
 import gzip
@@ -60,7 +60,7 @@ def entry_names(found):
 
 
 def read(found, entry):
-    return [row for p in found.entries[entry][0] for _, row in sources.rows(p)]
+    return [row for p in found.entries[entry][0] for _, row in formats.rows(p)]
 
 
 def refusal(*keys):

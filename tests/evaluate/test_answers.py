@@ -3,11 +3,11 @@
 from medft.core.files import MedftError
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
+from medft.data import chat_templates
 from medft.data import pipeline as data
 from medft.evaluate import metrics as ev
 from medft.evaluate.measures import answers as written
 from medft.evaluate.scoring import generation as answers
-from medft.evaluate.scoring import generation as meaning
 from medft.evaluate.scoring import predict as scoring
 from medft.model.load import load_base
 
@@ -28,7 +28,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def base():
     recipe = load_recipe("quickstart")
-    return load_base(recipe), data.load_tokenizer(recipe)
+    return load_base(recipe), chat_templates.load_tokenizer(recipe)
 
 
 def longest(a, b):
@@ -178,12 +178,12 @@ def encoder(tmp_path_factory):
 
 
 def test_bertscore_is_its_formula_token_by_token(encoder):
-    e = meaning.Encoder(encoder)
+    e = answers.Encoder(encoder)
     said, meant = (
         ["vitamin c", "zinc", "iron " * 30, ""],
         ["lack of vitamin c", "zinc", "iron is zinc", "zinc"],
     )
-    found = meaning.bert_scores(e, said, meant)
+    found = answers.bert_scores(e, said, meant)
     a, b = (
         e.model(**e.tok(x, return_tensors="pt"), output_hidden_states=True)
         .hidden_states[3][0]
@@ -199,15 +199,15 @@ def test_bertscore_is_its_formula_token_by_token(encoder):
         and 0 < found[2] < 1
         and found[3] == 0
     )
-    assert meaning.bert_scores(e, said[:1], meant[:1])[0] == pytest.approx(
+    assert answers.bert_scores(e, said[:1], meant[:1])[0] == pytest.approx(
         found[0], abs=1e-5
     )  # whatever else is in the batch
     with pytest.raises(MedftError, match="evaluation.bertscore: nowhere is no folder of a model"):
-        meaning.Encoder("nowhere")
+        answers.Encoder("nowhere")
     (encoder / "empty").mkdir()
     (encoder / "empty" / "config.json").write_text("{}")
     with pytest.raises(MedftError, match="holds no encoder"):
-        meaning.Encoder(encoder / "empty")
+        answers.Encoder(encoder / "empty")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from medft.data import pipeline as data
 from medft.data.quality import leakage as leaks
 from medft.evaluate.measures.classification import accuracy
 from medft.evaluate.scoring import benchmarks as bm
-from medft.evaluate.scoring import harness
+from medft.evaluate.scoring import harness, predict
 
 import torch
 from real_data import LARGE, SMALL, needs_large, on_real_rows
@@ -348,7 +348,7 @@ def test_all_real_items_as_the_harness_judges_them(tmp_path, tiny):
 
 def test_the_referee_sees_a_difference(tmp_path, tiny, monkeypatch):
     "The comparison is one that can fail."
-    file, score = lines(tmp_path / "m.jsonl", MEDMCQA), bm.score_choices
+    file, score = lines(tmp_path / "m.jsonl", MEDMCQA), predict.score_choices
     monkeypatch.setattr(bm, "score_choices", lambda *a, **k: [s[::-1] for s in score(*a, **k)])
     assert bm.compare_with_harness(*tiny, "medmcqa", file)["items_that_differ"]
 
@@ -574,7 +574,7 @@ import torch
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from medft.evaluate.scoring import benchmarks as bm
-from medft.core.run import MedftError, model_path
+from medft.core.files import MedftError, model_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 base = model_path("tiny-base")
 tok = AutoTokenizer.from_pretrained(base)

@@ -6,18 +6,20 @@ Nothing is scored that was trained on.
 from medft.core.files import MedftError, assets, read_json, write_json
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
+from medft.data import chat_templates
 from medft.data import pipeline as data
 from medft.data.prompts import encode
 from medft.evaluate import metrics as ev
-from medft.evaluate import plots as pictures
+from medft.evaluate import plots
 from medft.evaluate.measures import calibration
 from medft.evaluate.measures import classification as classes
 from medft.evaluate.scoring import generation as answers
+from medft.evaluate.scoring import log_likelihood, shared_prefix
 from medft.evaluate.scoring import predict as scoring
 from medft.evaluate.statistics import intervals as st
 from medft.evaluate.statistics import simulation as trials
 from medft.evaluate.statistics import verdicts
-from medft.model import families
+from medft.model import adapters, families
 from medft.model import load as model
 
 import json
@@ -84,10 +86,10 @@ def test_every_family_answers_the_same_in_a_batch_alone_and_behind_a_shared_prom
 
     with torch.no_grad():
         reference = np.array([plain(*r) for r in rows])
-    assert np.allclose(scoring.score_rows(model, rows), reference, atol=1e-4)
-    assert scoring.shares_prompts(model) == (family != "nemotron_h")
+    assert np.allclose(log_likelihood.score_rows(model, rows), reference, atol=1e-4)
+    assert shared_prefix.shares_prompts(model) == (family != "nemotron_h")
     if family != "nemotron_h":
-        assert np.allclose(scoring.score_branches(model, items), reference, atol=1e-4)
+        assert np.allclose(shared_prefix.score_branches(model, items), reference, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "medgemma", "nemotron_h"])
@@ -133,7 +135,7 @@ def test_the_head_never_sees_more_than_the_scored_positions():
     hook = model.get_output_embeddings().register_forward_hook(
         lambda head, args, out: seen.append(out.shape[:-1].numel())
     )
-    scoring.score_rows(model, [([5] * 40, [0] * 37 + [1] * 3), ([6] * 30, [0] * 29 + [1])])
+    log_likelihood.score_rows(model, [([5] * 40, [0] * 37 + [1] * 3), ([6] * 30, [0] * 29 + [1])])
     hook.remove()
     assert seen == [1, 4]  # one for the model's own code, and what is asked for
 
@@ -174,7 +176,6 @@ def rows(n, seed, subject=("Anatomy", "Medicine")):
 
 def make_run(tmp_path, base, *more, train_rows=None, test_rows=None, engines=("trl",)):
     "A run with adapters that were never trained: random ones, each engine's its own."
-    from medft.model import load as model
 
     from peft import get_peft_model
 
@@ -203,7 +204,7 @@ def make_run(tmp_path, base, *more, train_rows=None, test_rows=None, engines=("t
     data.prepare(run)
     for i, engine in enumerate(engines):
         torch.manual_seed(i)
-        config = model.lora_config(run.recipe)
+        config = adapters.lora_config(run.recipe)
         config.init_lora_weights = False
         get_peft_model(model.load_base(run.recipe), config).save_pretrained(
             run.path / engine / "adapters"
@@ -260,7 +261,7 @@ def test_neither_batch_size_nor_what_was_scored_before_changes_a_choice(tmp_path
     run = make_run(tmp_path, base, engines=("trl", "unsloth"))
     ev.evaluate(run)
     before = ev.read_predictions(run)
-    tok = data.load_tokenizer(run.recipe)
+    tok = chat_templates.load_tokenizer(run.recipe)
     items = data.load_split(run, "test").to_list()
     of_unsloth = before["unsloth", "test"]
     for size in (1, 7):
@@ -308,7 +309,7 @@ def test_predictions_about_other_items_are_not_compared(tmp_path, base):
 def test_options_are_scored_without_the_end_token_and_chosen_by_their_sum(tmp_path, base):
     run = make_run(tmp_path, base)
     items = data.load_split(run, "test").to_list()
-    tok = data.load_tokenizer(run.recipe)
+    tok = chat_templates.load_tokenizer(run.recipe)
     assert not any(o.endswith(tok.eos_token) for r in items for o in r["options"])
     frame = scoring.predict_choices(model.load_base(run.recipe), tok, items)
     assert any(len(set(map(len, r["options"]))) > 1 for r in items)
@@ -450,13 +451,13 @@ def test_a_set_of_one_document_gets_figures_without_intervals_and_no_verdict():
         dict(id=range(6), group="one", prompt_sha256="", nll=[50.0] * 6, tokens=25, bytes=75)
     )
     assert ev.measure(frame)["loss"] == dict(value=2.0, ci95=[None, None], n=6)
-    assert ev.written(ev.measure(frame)["loss"], False) == "2.000"
+    assert plots.written(ev.measure(frame)["loss"], False) == "2.000"
     d = ev.compare(frame, frame.assign(nll=10.0))
     assert d["label"] == "tie"
     assert d["ci95"] == [None, None]
     assert d["groups"] == 1
     assert "in 1 group" in verdicts.sentence(d, "trl")
-    assert np.isnan(pictures.whiskers([ev.measure(frame)["loss"]])[1]).all()
+    assert np.isnan(plots.whiskers([ev.measure(frame)["loss"]])[1]).all()
     assert json.dumps(d)
 
 
@@ -520,7 +521,7 @@ def test_three_engines_two_sets_and_a_rule_are_three_families():
     }
     assert all(d["p_holm"] >= d["p"] for d in m["verdict"].values())
     assert m["differences"]["fast"]["test"] == m["verdict"]["fast"]
-    assert ev.table(m).loc["test", "fast - base"]
+    assert plots.table(m).loc["test", "fast - base"]
 
 
 def test_words_say_what_the_figures_say():
@@ -676,7 +677,7 @@ def test_figures_of_labels_are_those_of_scikit_learn(k):
     expected = float(calibration.ece(*stated)(np.ones((1, len(f))))[0])
     assert error == pytest.approx(expected, abs=2e-6)  # test_calibration compares with scikit-learn
     assert {m: v["value"] for m, v in found.items()} == pytest.approx(by_sklearn(t, c, p), abs=2e-6)
-    assert ev.main_metric(found) == ("f1" if k == 2 else "accuracy")
+    assert plots.main_metric(found) == ("f1" if k == 2 else "accuracy")
     assert all(v["ci95"][0] <= v["value"] <= v["ci95"][1] for v in found.values())
     assert classes.confusion(f) == sk.confusion_matrix(t, c).tolist()
 
@@ -724,9 +725,9 @@ def test_a_set_of_one_label_has_no_figure_that_needs_two():
         expected = {"mcc", "auroc", "auprc"} | ({"f1", "recall"} if label == 0 else set())
         assert {m for m, v in found.items() if v["value"] is None} == expected
         assert all(v["reason"] for v in found.values() if v["value"] is None)
-        assert ev.main_metric(found) == ("accuracy" if label == 0 else "f1")
+        assert plots.main_metric(found) == ("accuracy" if label == 0 else "f1")
         assert classes.compare_labels(f, f)["label"] == "tie"
-        assert ev.written(found["auroc"], False) == "–"
+        assert plots.written(found["auroc"], False) == "–"
     never = scoring.choose(made_up(), 1.1)
     assert classes.measure_labels(never)["precision"]["value"] is None
     assert classes.measure_labels(never)["f1"]["value"] == 0
@@ -879,7 +880,7 @@ def reader(base, tmp_path_factory):
 
 def test_bits_per_byte_of_every_source_are_those_counted_by_hand(reader):
     run, metrics = reader
-    tok = data.load_tokenizer(run.recipe)
+    tok = chat_templates.load_tokenizer(run.recipe)
     rows = data.load_split(run, "test").to_list()
     for who, one in (("base", model.load_base(run.recipe)), ("trl", model.load_tuned(run, "trl"))):
         for source in ("PLOS", "OpenStax"):
@@ -906,7 +907,7 @@ def test_every_model_is_measured_on_the_same_tokens_and_sources_are_drawn(reader
     assert frames["base", "test"].tokens.max() > 64 * 3
     assert metrics["verdict"]["trl"]["metric"] == "loss"
     assert ev.figures(run) == metrics
-    axes = ev.plot_subjects(metrics).axes[0]
+    axes = plots.plot_subjects(metrics).axes[0]
     assert axes.get_xlabel() == "bits per byte"
     assert {t.get_text() for t in axes.get_yticklabels()} == {"OpenStax (4)", "PLOS (6)"}
 
@@ -953,7 +954,7 @@ def test_a_packed_corpus_is_scored_by_document_and_source(tmp_path, base):
     data.prepare(run)
     windows = load_corpus(tmp_path / "corpus", "test")
     rows = data.load_split(run, "test").to_list()
-    tok = data.load_tokenizer(run.recipe)
+    tok = chat_templates.load_tokenizer(run.recipe)
     tokens_of_rows = sorted(i for r in rows for i in r["input_ids"])
     tokens_of_windows = sorted(i for w in windows for i in w["input_ids"])
     assert tokens_of_rows == tokens_of_windows
@@ -973,7 +974,6 @@ def test_a_packed_corpus_is_scored_by_document_and_source(tmp_path, base):
 @pytest.fixture(scope="module")
 def classifier(base, tmp_path_factory):
     "A run of task classification, with an adapter and a head that know the word."
-    from medft.model import load as model
 
     from peft import get_peft_model
 
@@ -1015,7 +1015,7 @@ def classifier(base, tmp_path_factory):
         root=out,
     )
     data.prepare(run)
-    config = model.lora_config(run.recipe)
+    config = adapters.lora_config(run.recipe)
     config.task_type = "SEQ_CLS"
     config.modules_to_save = ["score"]
     torch.manual_seed(0)
@@ -1057,7 +1057,7 @@ def test_a_classifier_gets_threshold_figures_rules_and_verdict(classifier):
     run, m = classifier
     rows = data.load_split(run, "test").to_list()
     assert list(m["models"]) == ["base", "trl"]
-    assert ev.main_metric(m["models"]["trl"]["test"]) == "f1"
+    assert plots.main_metric(m["models"]["trl"]["test"]) == "f1"
     assert set(m["baselines"]) == {"majority", "prior"}
     assert "the base (untrained head)" in m["verdict"]["trl"]["sentence"]
     assert "trl - " + next(iter(m["baselines"])) in m["between"]
@@ -1081,10 +1081,10 @@ def test_a_classifier_gets_threshold_figures_rules_and_verdict(classifier):
     assert np.allclose(one_by_one.scores.tolist(), stored.scores.tolist(), atol=1e-4)
     assert ev.figures(run) == m
     assert read_json(run.path / "metrics.json") == json.loads(json.dumps(m))
-    assert {"majority", "base (untrained head)"} <= {*ev.table(m), *ev.class_table(m).index}
-    assert ev.class_table(m).loc["trl", "threshold"] != "–"
-    assert ev.plot_scores(m)
-    assert ev.plot_labels(ev.read_predictions(run), ev.read_predictions(run, "validation"), m)
+    assert {"majority", "base (untrained head)"} <= {*plots.table(m), *plots.class_table(m).index}
+    assert plots.class_table(m).loc["trl", "threshold"] != "–"
+    assert plots.plot_scores(m)
+    assert plots.plot_labels(ev.read_predictions(run), ev.read_predictions(run, "validation"), m)
 
 
 def test_the_test_set_has_no_part_in_the_threshold(classifier):

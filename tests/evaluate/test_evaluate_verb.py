@@ -7,8 +7,8 @@ from medft.core.recipe import load_recipe
 from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.evaluate import metrics as ev
-from medft.evaluate import metrics as scored
 from medft.evaluate.scoring import external_models as further
+from medft.evaluate.scoring import predict
 from medft.export import compare_runs as again
 
 import json
@@ -217,15 +217,15 @@ def test_a_scoring_that_was_stopped_goes_on_where_it_stopped(trained, tmp_path, 
         run_id="a",
     )
     data.prepare(run)
-    asked, real = [], scored.predict
+    asked, real = [], predict.predict
 
-    def predict(model, tok, rows, *a, stop=None, **k):
+    def stopping(model, tok, rows, *a, stop=None, **k):
         if len(asked) == stop_after:
             raise KeyboardInterrupt
         asked.append(rows[0]["id"])
         return real(model, tok, rows, *a, **k)
 
-    monkeypatch.setattr(scored, "predict", predict)
+    monkeypatch.setattr(ev, "predict", stopping)
 
     def files():
         return {
@@ -235,17 +235,17 @@ def test_a_scoring_that_was_stopped_goes_on_where_it_stopped(trained, tmp_path, 
 
     stop_after = 4
     with pytest.raises(KeyboardInterrupt):
-        scored.score_run(run)
+        ev.score_run(run)
     assert len(files()) == 4
     stop_after = None
-    scored.score_run(run)
+    ev.score_run(run)
     assert len(asked) == 6  # two models, three sets: validation, test, other
     whole = files()
-    scored.score_run(run)
+    ev.score_run(run)
     assert len(asked) == 6 and files() == whole
     torn = run.path / "predictions" / "one.test.parquet"
     torn.write_bytes(torn.read_bytes()[:-100])  # a disk that lost the end of a file
-    scored.score_run(run)
+    ev.score_run(run)
     assert len(asked) == 7 and files() == whole
 
     def change(**new):
@@ -258,16 +258,16 @@ def test_a_scoring_that_was_stopped_goes_on_where_it_stopped(trained, tmp_path, 
         )
 
     change(confidence=0.9)
-    scored.score_run(run)
+    ev.score_run(run)
     assert len(asked) == 7  # figures change, scores do not
     change(max_items=7)
-    found = scored.score_run(run)
+    found = ev.score_run(run)
     assert len(asked) == 7 + 2 * 2 and {len(f) for (_, s), f in found.items() if s == "test"} == {
         7
     }  # validation has but four rows
     change(models={})
     assert (
-        set(scored.score_run(run)) == {("base", "test"), ("base", "other")}
+        set(ev.score_run(run)) == {("base", "test"), ("base", "other")}
         and len(asked) == 11
         and not list((run.path / "predictions").rglob("one.*"))
     )
@@ -282,10 +282,10 @@ def test_another_adapter_in_the_same_place_is_scored_anew(trained, tmp_path, bas
         trained.recipe.model_copy(update=dict(engine=[], evaluation=e)), root=tmp_path, run_id="a"
     )
     data.prepare(run)
-    first = scored.score_run(run)
+    first = ev.score_run(run)
     shutil.rmtree(folder)
     shutil.copytree(trained.path / "fast" / "adapters", folder)
-    second = scored.score_run(run)
+    second = ev.score_run(run)
     assert first["base", "test"].equals(second["base", "test"]) and not np.allclose(
         scores(first["one", "test"]), scores(second["one", "test"])
     )
@@ -399,7 +399,7 @@ def made(folder, name, hits, ids=None, **columns):
         )
 
     for who, right in dict(base=[i % 4 == 0 for i in range(n)], tuned=hits).items():
-        scored.keep(run.path / "predictions" / f"{who}.test.parquet", frame(right))
+        ev.keep(run.path / "predictions" / f"{who}.test.parquet", frame(right))
     write_json(run.path / "metrics.json", ev.figures(run))
     run.update(dict(status="finished", stages=dict(evaluate=dict(status="finished"))))
     return run
@@ -408,7 +408,7 @@ def made(folder, name, hits, ids=None, **columns):
 def test_two_runs_are_compared_item_by_item(tmp_path, capfd, monkeypatch):
     rng = np.random.default_rng(0)
     a, b = made(tmp_path, "a", rng.random(300) < 0.6), made(tmp_path, "b", rng.random(300) < 0.75)
-    monkeypatch.setattr(scored, "load_base", None)  # nothing is loaded
+    monkeypatch.setattr(ev, "load_base", None)  # nothing is loaded
     assert main(["evaluate", "--compare", str(a.path), str(b.path), "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     (one,) = found["comparisons"]
@@ -461,7 +461,7 @@ def test_runs_of_another_kind_or_unfinished_are_refused(tmp_path):
         .assign(nll=1.0, tokens=5, bytes=9)
     )
     for p in (b.path / "predictions").glob("*.parquet"):
-        scored.keep(p, frame)
+        ev.keep(p, frame)
     with pytest.raises(Refused, match="options, B text"):
         again.compared(a, b)
     b.update(dict(status="failed"))
@@ -473,7 +473,7 @@ def test_a_report_is_made_again_from_predictions_alone(trained, tmp_path, capfd,
     run = Run.open(shutil.copytree(trained.path, tmp_path / "quickstart" / "copy"))
     for name in ("trl", "fast"):
         shutil.rmtree(run.path / name / "adapters")
-    monkeypatch.setattr(scored, "load_base", None)
+    monkeypatch.setattr(ev, "load_base", None)
     old = read_json(run.path / "metrics.json")
     assert main(["report", str(run.path)]) == 0, capfd.readouterr().err
     assert (

@@ -3,12 +3,12 @@
 from medft.core.files import MedftError, assets, read_json, sha256, write_json
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
+from medft.data import chat_templates
 from medft.data import pipeline as data
 from medft.data.prepare import corpus
 from medft.data.quality import canaries
 from medft.data.quality import leakage as leaks
 from medft.evaluate.measures import memorisation as exposure
-from medft.evaluate.measures import memorisation as unseen
 
 import json
 import math
@@ -301,13 +301,13 @@ def test_flags_cover_every_held_out_set_and_both_figures_are_given(near):
 
     home, recipe = near
     run = prepared(home, *recipe)
-    ids, why = unseen.nearly_seen(run)
+    ids, why = exposure.nearly_seen(run)
     assert not why
     assert {s: len(x) for s, x in ids.items()} == dict(validation=3, test=12, exam=8)
     assert all(i.startswith("near") for x in ids.values() for i in x)
     frames = predictions(run, skill=True)
     metrics = summarise(frames)
-    out = unseen.without_doubles(run, frames, metrics, summarise)
+    out = exposure.without_doubles(run, frames, metrics, summarise)
     clean = out["clean"]
     assert clean["flagged"] == dict(test=12, exam=8)
     assert "12 of 42 in test, 8 of 12 in exam" in clean["sentence"]
@@ -333,24 +333,24 @@ def test_what_was_not_looked_for_is_not_called_clean(near):
     home, recipe = near
     off = prepared(home, *recipe, "dataset.checks={near_overlap: 'off', near_duplicates: 'off'}")
     frames = predictions(off, skill=False)
-    clean = unseen.without_doubles(off, frames, summarise(frames), summarise)["clean"]
+    clean = exposure.without_doubles(off, frames, summarise(frames), summarise)["clean"]
     assert clean["flagged"] is None
     assert "not looked for" in clean["sentence"]
     assert "near_overlap: off" in clean["reason"]
     assert "models" not in clean
     dropped = prepared(home, *recipe, "dataset.drop=[near_overlap]")
-    out = unseen.without_doubles(dropped, frames, summarise(frames), None)["clean"]
+    out = exposure.without_doubles(dropped, frames, summarise(frames), None)["clean"]
     assert out == dict(
         flagged=dict(test=0, exam=0),
         sentence="No scored item is a near-duplicate of a training row.",
     )
     unchecked = leaks.check(home / "their-adapter", data.load_split(off, "test").to_list())
     off.update(dict(unchecked=[unchecked]))
-    clean = unseen.without_doubles(off, frames, summarise(frames), summarise)["clean"]
+    clean = exposure.without_doubles(off, frames, summarise(frames), summarise)["clean"]
     expected = "Not checked: what their-adapter was trained on is not known."
     assert clean["sentence"].endswith(expected)
     off.recipe = types.SimpleNamespace(engine=[])
-    assert "not trained on this recipe's rows" in unseen.nearly_seen(off)[1]
+    assert "not trained on this recipe's rows" in exposure.nearly_seen(off)[1]
 
 
 @needs_large
@@ -368,7 +368,7 @@ def test_medmcqas_own_near_duplicates_are_flagged(tmp_path):
         "training.max_length=8192",
         "dataset.checks={truncated: warn, overlap: warn, chat_markers: warn}",
     )
-    ids, why = unseen.nearly_seen(run)
+    ids, why = exposure.nearly_seen(run)
     assert not why
     assert 0 < len(ids["test"]) < 60, len(ids["test"])
     seen = {r["id"]: r["prompt"] for r in data.load_split(run, "test").to_list()}
@@ -467,7 +467,7 @@ def test_what_is_scored_is_what_was_trained(tmp_path):
         file = write(tmp_path / "a.jsonl", rows)
         run = prepared(tmp_path, f"dataset.path={file}", "dataset.canaries=3", *how)
         code = code_jointly if run.recipe.task == "pretraining" else code_choices
-        tok = data.load_tokenizer(run.recipe)
+        tok = chat_templates.load_tokenizer(run.recipe)
         trained = {r["id"]: r for r in data.load_split(run, "train").to_list()}
         for q in canaries.questions(tok, run.recipe)[:3]:
             ((prompt, options),) = code(tok, [dict(q, options=q["options"][:2])])
@@ -512,6 +512,7 @@ def test_exposure_by_luck_is_called_luck_and_memory_memory():
 def evaluated(near):
     "A run with canaries and near-duplicates, and an adapter that was never trained."
     from medft.evaluate import metrics as evaluate
+    from medft.model import adapters
     from medft.model import load as model
 
     import torch
@@ -527,7 +528,7 @@ def evaluated(near):
         recipe="quickstart",
     )
     torch.manual_seed(0)
-    config = model.lora_config(run.recipe)
+    config = adapters.lora_config(run.recipe)
     config.init_lora_weights = False
     get_peft_model(model.load_base(run.recipe), config).save_pretrained(
         run.path / "trl" / "adapters"
@@ -574,7 +575,7 @@ def test_a_secrets_score_is_its_log_probability(evaluated):
 
     run, _ = evaluated
     model = load_base(run.recipe)
-    tok = data.load_tokenizer(run.recipe)
+    tok = chat_templates.load_tokenizer(run.recipe)
     q = canaries.questions(tok, run.recipe)[0]
     scores = pd.read_parquet(run.path / "predictions/canaries/base.parquet").scores.iloc[0]
     for i in (0, 1, 500, canaries.CANDIDATES - 1, canaries.CANDIDATES + 3):

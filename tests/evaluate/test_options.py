@@ -321,7 +321,7 @@ import numpy as np
 import pandas as pd
 
 from medft.evaluate import metrics as evaluate
-from medft.evaluate.measures import calibration, multiple_choice as options
+from medft.evaluate.measures import answers as options, calibration
 
 
 def frame(seed, n=10_000):

@@ -3,8 +3,8 @@
 from medft.core.files import MedftError
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
+from medft.data import chat_templates, prompts
 from medft.data import pipeline as data
-from medft.data import prompts
 from medft.data.prepare import linkage
 from medft.data.reading.documents import ALIGNED, aligned_text, plain, side_by_side
 from medft.data.reading.free_text import from_entity_pair
@@ -121,7 +121,7 @@ def test_aligned_rows_serve_every_task(run):
     generative = load_recipe(
         "quickstart", ["engine=trl", "dataset={path: starter/er_pairs.jsonl, pairs: aligned}"]
     )
-    tok = prompts.load_tokenizer(generative)
+    tok = chat_templates.load_tokenizer(generative)
     (made,) = prompts.prompts(tok, [dict(id="1", **ex)], generative)
     assert made["prompt"].endswith("same:\nAnswer:")
     assert made["completion"].strip().startswith(("yes", "no"))

@@ -6,6 +6,7 @@ Its error is what a 95 % interval promises, and the retention set may be of anot
 from medft.core.files import MedftError, assets
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
+from medft.data import chat_templates
 from medft.data import pipeline as data
 from medft.evaluate import metrics as ev
 from medft.evaluate.measures import forgetting as rt
@@ -210,7 +211,7 @@ def scored(run, model, tok, noise=0.05):
 @pytest.fixture(scope="module")
 def base():
     recipe = load_recipe("quickstart")
-    return load_base(recipe), data.load_tokenizer(recipe)
+    return load_base(recipe), chat_templates.load_tokenizer(recipe)
 
 
 def few(name, n, to):

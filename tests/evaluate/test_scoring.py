@@ -2,7 +2,7 @@
 
 from medft.core.files import MedftError, assets
 from medft.core.recipe import load_recipe
-from medft.evaluate.scoring import log_likelihood as lk
+from medft.evaluate.scoring import log_likelihood
 from medft.evaluate.scoring import predict as scoring
 from medft.evaluate.scoring import shared_prefix as br
 from medft.model import families
@@ -86,7 +86,9 @@ def test_branches_rows_and_the_plainest_code_agree(family, monkeypatch):
     assert br.Tree(shared).prefix == 37
     for some in (items, shared):
         reference = plain(model, some)
-        assert np.allclose(br.score_rows(model, br.option_rows(some)), reference, atol=1e-4)
+        assert np.allclose(
+            log_likelihood.score_rows(model, log_likelihood.option_rows(some)), reference, atol=1e-4
+        )
         if family != "nemotron_h":
             assert np.allclose(br.score_branches(model, some), reference, atol=1e-4)
             monkeypatch.setattr(br, "QUERIES_PER_MASK", 7)
@@ -121,7 +123,10 @@ def test_bfloat16_and_eager_attention_give_the_same_within_their_precision(famil
     )
     model.set_attn_implementation("sdpa")
     model.to(torch.bfloat16)
-    a, b = br.score_branches(model, items), br.score_rows(model, br.option_rows(items))
+    a, b = (
+        br.score_branches(model, items),
+        log_likelihood.score_rows(model, log_likelihood.option_rows(items)),
+    )
     tokens = torch.tensor([len(o) for _, options in items for o in options])
     assert ((a - exact).abs() / tokens).mean() <= 1.5 * ((b - exact).abs() / tokens).mean() + 1e-3
 
@@ -167,7 +172,7 @@ def test_the_model_is_as_it_was_after_an_error():
 def test_no_block_of_logits_is_larger_than_allowed(monkeypatch):
     model, seen = tiny("mistral"), []
     exact = br.score_branches(model, items_of())
-    monkeypatch.setattr(lk, "MAX_LOGITS", 128 * 6)
+    monkeypatch.setattr(log_likelihood, "MAX_LOGITS", 128 * 6)
     hook = model.get_output_embeddings().register_forward_hook(
         lambda head, args, out: seen.append(out.numel())
     )
@@ -234,7 +239,7 @@ def test_what_cannot_branch_says_why():
         setattr(out, "logits", out.logits * 3),
     )[0]
     with pytest.raises(MedftError, match="changes its logits after the head"):
-        br.check_head(model)
+        log_likelihood.check_head(model)
 
 
 @pytest.fixture(scope="module")

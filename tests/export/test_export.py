@@ -6,9 +6,10 @@ from medft.core.files import MedftError, Refused, read_json, sha256, write_json
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
 from medft.evaluate import metrics as ev
-from medft.export import merging, parity, publish
+from medft.evaluate import plots
+from medft.export import merging, model_card, parity, publish
 from medft.export import publish as ex
-from medft.model import families
+from medft.model import adapters, families
 from medft.model import load as model
 
 import re
@@ -222,7 +223,7 @@ def adapted(tmp_path, family_or_base, *changes, seed=0, **keys):
         load_recipe("quickstart", [f"model.name={name}", "engine=[trl]", *changes]), root=tmp_path
     )
     torch.manual_seed(seed)
-    config = model.lora_config(run.recipe)
+    config = adapters.lora_config(run.recipe)
     for k, v in keys.items():
         setattr(config, k, v)
     tuned = get_peft_model(model.load_base(run.recipe), config)
@@ -571,7 +572,7 @@ def test_the_report_is_one_page_with_the_verdict_first(done):
         and "Manifest" in page
     )
     for who in ("base", "trl", "unsloth"):
-        assert ev.written(metrics["models"][who]["test"]["accuracy"], True) in page
+        assert plots.written(metrics["models"][who]["test"]["accuracy"], True) in page
 
 
 def test_markup_in_the_data_stays_text(tmp_path, base, here):
@@ -630,11 +631,11 @@ def test_derivatives_carry_the_notice_of_their_base(tmp_path):
         "google/medgemma-1.5-4b-it": f"HAI-DEF {subject} {hai_def}",
         "meta-llama/Llama-3.1-8B": "Built with Llama",
     }.items():
-        assert words in ex.notice(name)
-        assert "modified version" in ex.notice(name)
+        assert words in model_card.notice(name)
+        assert "modified version" in model_card.notice(name)
     assert (
-        "Gemma Terms of Use" in ex.notice("someone/my-tuned", "Gemma3ForCausalLM")
-        and ex.notice("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "LlamaForCausalLM") == ""
+        "Gemma Terms of Use" in model_card.notice("someone/my-tuned", "Gemma3ForCausalLM")
+        and model_card.notice("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "LlamaForCausalLM") == ""
     )
     run = Run.create(
         load_recipe("quickstart", ["model.name=google/gemma-3-1b-it", "export.merge=false"]),

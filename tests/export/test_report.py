@@ -6,7 +6,7 @@ from medft.core.files import read_json, write_json
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
 from medft.evaluate import metrics as ev
-from medft.evaluate import plots as forest
+from medft.evaluate import plots
 from medft.export import model_card as card
 from medft.export import report as rp
 
@@ -227,14 +227,16 @@ def test_every_figure_of_the_page_is_one_of_metrics_json(made, page):
     _, m = made
     cells = [c.text for c in BeautifulSoup(page, "html.parser").select("#scores td, #subjects td")]
     for who, sets in m["models"].items():
-        assert ev.written(sets["test"]["accuracy"], True) in cells, who
+        assert plots.written(sets["test"]["accuracy"], True) in cells, who
         for f in sets["test"].values():
-            assert ev.written(f, False) in cells
+            assert plots.written(f, False) in cells
     for d in m["verdict"].values():
         assert d["sentence"] in said(page)
     for x, gaps in m["subject_differences"]["test"].items():
         for d in gaps.values():
-            assert any(c.startswith(ev.written(dict(d, value=d["effect"]), True)) for c in cells), x
+            assert any(
+                c.startswith(plots.written(dict(d, value=d["effect"]), True)) for c in cells
+            ), x
 
 
 def test_a_subject_is_compared_as_a_set_of_its_own(made):
@@ -242,7 +244,7 @@ def test_a_subject_is_compared_as_a_set_of_its_own(made):
     frames = ev.read_predictions(run)
 
     def part(w):
-        return forest.of_subject(frames[w, "test"], "Anatomy")
+        return plots.of_subject(frames[w, "test"], "Anatomy")
 
     alone, found = (
         ev.compare(part("base"), part("trl")),
@@ -293,7 +295,7 @@ def test_a_model_that_was_only_evaluated_has_a_page(tmp_path):
     assert (
         "No model was compared" in page
         and "smallest difference" in page
-        and ev.written(m["models"]["base"]["test"]["accuracy"], True) in page
+        and plots.written(m["models"]["base"]["test"]["accuracy"], True) in page
     )
 
 
@@ -347,14 +349,14 @@ def test_card_report_and_metrics_tell_the_same(made, page):
         f = m["models"][who]["test"]["accuracy"]
         assert (
             told["test", f"accuracy ({who})"] == f["value"]
-            and ev.written(f, True) in text
-            and ev.written(f, True) in cells
+            and plots.written(f, True) in text
+            and plots.written(f, True) in cells
         )
         assert m["verdict"][who]["sentence"] in text and m["verdict"][who]["sentence"] in said(page)
     for words in ("Calibration", "Retention", "Near-duplicates", "Memorisation", "Seeds"):
         assert f"**{words}.**" in text, words
     ece = m["calibration"]["trl"]["test"]["ece"]
-    assert ev.written(ece, False) in text and ev.written(ece, False) in cells
+    assert plots.written(ece, False) in text and plots.written(ece, False) in cells
 
 
 def test_a_card_without_them_says_nothing_of_them(tmp_path):

@@ -2,7 +2,7 @@
 and its notes where something is left to the library. One process."""
 
 from medft.cli import runner
-from medft.core import recipe
+from medft.core import recipe, sections
 from medft.core import run as core
 from medft.core.files import MedftError, read_json, sha256, write_json
 from medft.core.recipe import load_recipe
@@ -274,12 +274,12 @@ def test_an_engine_that_is_left_out_is_not_started_and_says_so(tmp_path):
         runner.stages_of(recipe, ["train"])
     run = Run.create(recipe, root=tmp_path)
     runner.note_left_out(run)
-    assert {e: train.training_summary(run, e).get("reason") for e in core.ENGINES} == dict(
+    assert {e: train.training_summary(run, e).get("reason") for e in sections.ENGINES} == dict(
         trl="the recipe's engine list leaves it out",
         unsloth="the recipe's engine list leaves it out",
         fast=None,
     )
     assert train.trained(run) == []
-    for e in core.ENGINES:
+    for e in sections.ENGINES:
         write_json(run.path / e / "training.json", dict(status="finished"))
     assert train.trained(run) == ["trl", "unsloth", "fast"]

@@ -2,8 +2,8 @@
 and logits that are never all in memory."""
 
 from medft.core.files import MedftError
+from medft.fast import attention, patching
 from medft.fast import fused_layers as heads
-from medft.fast import patching
 from medft.fast.fused_layers import supervised_loss
 from medft.fast.patching import quicken
 from medft.model.families import NAMES, lora_targets, model_class, tiny_config
@@ -349,7 +349,7 @@ def test_saved_as_peft_saves(tmp_path):
 
 
 def test_a_wrong_replacement_is_left_out(monkeypatch):
-    exact = patching.packed_attention
+    exact = attention.packed_attention
     monkeypatch.setattr(patching, "packed_attention", lambda *a, **k: exact(*a, **k) * 1.01)
     m = build("tinyllama")
     loss, _ = plain_step(m, rows())

@@ -1,9 +1,10 @@
 """What is refused before a weight is loaded: by name, with the way out."""
 
+from medft.core import files
 from medft.core.files import MedftError
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
-from medft.data import pipeline as data
+from medft.data import chat_templates
 from medft.model import adapters, families, preflight
 from medft.model.families import NAMES
 
@@ -19,7 +20,7 @@ import torch
 from datasets import Dataset
 from hub_server import HubServer
 
-BASE = Path(families.assets()) / "tiny_base"
+BASE = Path(files.assets()) / "tiny_base"
 CLASSIFY = "model.task=classification"
 GPU = torch.cuda.is_available()
 
@@ -30,7 +31,7 @@ def recipe(*more):
 
 @pytest.fixture(scope="module")
 def tok():
-    return data.load_tokenizer(recipe())
+    return chat_templates.load_tokenizer(recipe())
 
 
 def said(tok, config, *more):

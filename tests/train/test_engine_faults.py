@@ -12,7 +12,7 @@ from medft.evaluate.scoring import external_models as further
 from medft.export import parity
 from medft.export import publish as export
 from medft.fast import patching as blocks
-from medft.model import families, preflight
+from medft.model import adapters, families, preflight
 from medft.model import load as model
 from medft.model import preflight as belongs
 from medft.train import baseline as train
@@ -97,7 +97,9 @@ def test_a_base_under_another_name_or_commit_or_with_other_numbers_is_refused(co
 def test_the_own_base_passes_rounded_and_quantised_and_with_an_adapter(copies, more):
     recipe = load_recipe("quickstart", ["engine=trl", f"model.name={copies / 'own'}", *more])
     config, base = families.load_config(recipe), model.load_base(recipe)
-    model.check_origin(recipe, config, train.adapted_model(base, model.lora_config(recipe, config)))
+    model.check_origin(
+        recipe, config, train.adapted_model(base, adapters.lora_config(recipe, config))
+    )
 
 
 def test_a_shards_index_and_another_place_of_the_layers_are_read(tmp_path, copies):

@@ -8,7 +8,6 @@ from medft.core.run import Run
 from medft.data.pipeline import prepare
 from medft.evaluate import metrics as ev
 from medft.evaluate.measures import comparisons
-from medft.evaluate.measures import comparisons as beside
 from medft.evaluate.statistics import (
     intervals as st,
 )
@@ -18,7 +17,6 @@ from medft.evaluate.statistics import (
 from medft.evaluate.statistics import (
     verdicts,
 )
-from medft.evaluate.statistics import verdicts as foreseen
 from medft.train import trainer as repeats
 
 import importlib
@@ -397,7 +395,7 @@ def test_other_figures_are_compared_and_corrected_together():
         ("trl", "test"): choices(0.2, 5),
         ("fast", "test"): choices(0, 6),
     }
-    found = beside.compared(RUN, frames, ev.summarise(frames))["comparisons"]
+    found = comparisons.compared(RUN, frames, ev.summarise(frames))["comparisons"]
     assert {w: list(x) for w, x in found.items()} == {
         w: ["macro_f1", "brier", "log_loss"] for w in ("trl", "fast")
     } and all(
@@ -411,12 +409,15 @@ def test_other_figures_are_compared_and_corrected_together():
         and found["fast"]["macro_f1"]["label"] == "tie"
     )
     text = {("base", "test"): texts(1, 0), ("trl", "test"): texts(0.9, 1)}
-    assert beside.compared(RUN, text, ev.summarise(text)) == {} and beside.compared in ev.PARTS
+    assert (
+        comparisons.compared(RUN, text, ev.summarise(text)) == {}
+        and comparisons.compared in ev.PARTS
+    )
 
 
 def test_they_say_what_the_single_figures_say():
     a, b = labels(0.5, 0), labels(1.5, 1)
-    found = beside.beside(a, dict(trl=b))
+    found = comparisons.beside(a, dict(trl=b))
     first, second = (ev.measure(f) for f in (a, b))
     for (_, m), d in found.items():
         assert (
@@ -427,7 +428,7 @@ def test_they_say_what_the_single_figures_say():
     assert {m for _, m in found} == {"macro_f1", "auroc", "brier", "log_loss"}
     one = labels(0.5, 0).assign(truth=1)
     assert "auroc" not in {
-        m for _, m in beside.beside(one, dict(trl=one))
+        m for _, m in comparisons.beside(one, dict(trl=one))
     }  # where there is but one class there is no order to compare
 
 
@@ -453,7 +454,7 @@ def test_they_raise_false_alarms_as_seldom_as_promised():
         common = rng.normal(size=300)
         base = classifier(rng, truth, common)
         tuned = classifier(rng, truth, common)
-        for (_, metric), found in beside.beside(base, dict(trl=tuned)).items():
+        for (_, metric), found in comparisons.beside(base, dict(trl=tuned)).items():
             alarms.setdefault(metric, []).append(found["label"] != "tie")
     rates = {metric: np.mean(called) for metric, called in alarms.items()}
     assert all(0.02 <= rate <= 0.08 for rate in rates.values()), rates
@@ -464,10 +465,10 @@ def test_they_raise_false_alarms_as_seldom_as_promised():
 
 def test_power_is_told_before_the_run(tmp_path):
     run = run_of(tmp_path, "engine=[trl]", "evaluation.max_items=3")
-    assert foreseen.sets_of(run) == {}
+    assert verdicts.sets_of(run) == {}
     one = dict(n=500, groups=500, size=1.0, counted=True)
     quick = load_recipe("quickstart", ["engine=[trl]"])
-    said = foreseen.foreseen(
+    said = verdicts.foreseen(
         quick,
         dict(test=one, grouped=one | dict(groups=100, size=6.0), text=one | dict(counted=False)),
     )
@@ -476,14 +477,14 @@ def test_power_is_told_before_the_run(tmp_path):
         and said["grouped"]["detectable"] == pytest.approx(st.detectable(500, design=2.0), abs=1e-4)
         and said["text"]["detectable"] is None
     )
-    more = foreseen.foreseen(
+    more = verdicts.foreseen(
         load_recipe("quickstart", ["engine=[trl, fast]", "evaluation.models={other: tiny-base}"]),
         dict(test=one),
     )["test"]
     assert more["tests"] == 3 and more["detectable"] == pytest.approx(
         st.detectable(500, tests=3), abs=1e-4
     )
-    lines = foreseen.foreseen_in_words(said, seeds=3)
+    lines = verdicts.foreseen_in_words(said, seeds=3)
     assert (
         "20% of the rows" in lines[0]
         and "in 100 groups" in lines[1]
@@ -491,8 +492,8 @@ def test_power_is_told_before_the_run(tmp_path):
         and "3 seeds" in lines[3]
     )
     assert (
-        "known when their rows are" in foreseen.foreseen_in_words(None)[0]
-        and foreseen.foreseen(quick, None) is None
+        "known when their rows are" in verdicts.foreseen_in_words(None)[0]
+        and verdicts.foreseen(quick, None) is None
     )
 
 

@@ -4,8 +4,9 @@ One process, because imports are slow."""
 from medft.core.files import MedftError, sha256
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
+from medft.data import chat_templates
 from medft.data import pipeline as data
-from medft.model import families
+from medft.model import adapters, families
 from medft.model import load as model
 from medft.model.preflight import preflight
 from medft.train import baseline as train
@@ -148,7 +149,9 @@ def test_the_row_that_gives_no_number_is_named(tmp_path, task):
         lambda m, given, out: out.masked_fill((given[0] == token)[..., None], float("nan"))
     )
     with pytest.raises(MedftError, match=r"the loss is nan in step \d+") as e:
-        train.fit(train.make_trainer(run, "trl", base, data.load_tokenizer(run.recipe), None))
+        train.fit(
+            train.make_trainer(run, "trl", base, chat_templates.load_tokenizer(run.recipe), None)
+        )
     named = str(e.value).split(": ")[-1].split(", ")
     assert culprit in named and (
         task == "pretraining" or named == [culprit]
@@ -158,8 +161,8 @@ def test_the_row_that_gives_no_number_is_named(tmp_path, task):
 
 def test_a_gradient_that_overflows_is_found_before_it_is_used(tmp_path):
     run = prepared(tmp_path, "training.max_steps=2", "training.max_grad_norm=0")
-    base, tok = model.load_base(run.recipe), data.load_tokenizer(run.recipe)
-    trainer = train.make_trainer(run, "trl", base, tok, model.lora_config(run.recipe))
+    base, tok = model.load_base(run.recipe), chat_templates.load_tokenizer(run.recipe)
+    trainer = train.make_trainer(run, "trl", base, tok, adapters.lora_config(run.recipe))
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     weights[-1].register_hook(lambda g: g * float("inf"))
     before = [p.detach().clone() for p in weights]
@@ -177,11 +180,11 @@ def test_only_the_completion_is_trained_on(tmp_path):
         run,
         "trl",
         model.load_base(run.recipe),
-        data.load_tokenizer(run.recipe),
-        model.lora_config(run.recipe),
+        chat_templates.load_tokenizer(run.recipe),
+        adapters.lora_config(run.recipe),
     )
     batch = next(iter(trainer.get_train_dataloader()))
-    tok = data.load_tokenizer(run.recipe)
+    tok = chat_templates.load_tokenizer(run.recipe)
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         trained = tok.decode(ids[labels != -100])
         assert trained.startswith(" ")
@@ -211,8 +214,8 @@ def test_both_runs_of_a_seed_meet_the_same_rows(tmp_path):
             run,
             "trl",
             model.load_base(run.recipe),
-            data.load_tokenizer(run.recipe),
-            model.lora_config(run.recipe),
+            chat_templates.load_tokenizer(run.recipe),
+            adapters.lora_config(run.recipe),
         )
         order.append([b["input_ids"].tolist() for b in trainer.get_train_dataloader()])
     assert order[0] == order[1]
@@ -337,11 +340,11 @@ def test_4bit_gradients_are_the_same_after_an_evaluation(tmp_path):
     )
 
     def gap(exact):
-        base, tok = model.load_base(run.recipe), data.load_tokenizer(run.recipe)
+        base, tok = model.load_base(run.recipe), chat_templates.load_tokenizer(run.recipe)
         for m in base.modules():
             if not exact and type(m).__name__ == "Linear4bit":
                 m.support_avx512bf16_for_cpu = type(m)(64, 64).support_avx512bf16_for_cpu
-        trainer = train.make_trainer(run, "trl", base, tok, model.lora_config(run.recipe))
+        trainer = train.make_trainer(run, "trl", base, tok, adapters.lora_config(run.recipe))
         net, batch = trainer.model, next(iter(trainer.get_train_dataloader()))
 
         def gradient():
@@ -363,8 +366,8 @@ def test_4bit_gradients_are_the_same_after_an_evaluation(tmp_path):
 
 def test_what_cannot_work_is_refused_before_weights_are_loaded():
     quickstart = load_recipe("quickstart")
-    tok = data.load_tokenizer(quickstart)
-    config = model.load_config(quickstart)
+    tok = chat_templates.load_tokenizer(quickstart)
+    config = families.load_config(quickstart)
     for override, says in (
         (["training.max_length=4096"], "512 positions"),
         (["lora.target_modules=[nothing]"], "this model has|This model has"),

@@ -8,7 +8,10 @@ Docs: https://medft.github.io/medft/data/quality/canaries.html.md"""
 __all__ = ['DIGITS', 'CANDIDATES', 'canaries', 'canary_example', 'planted', 'as_lines', 'spelled', 'questions']
 
 # %% ../../../nbs/data/quality/canaries.ipynb #c002
-from .. import prompts  # it sets switches that the libraries read
+from medft.data import (
+    chat_templates,
+    prompts,  # it sets switches that the libraries read
+)
 
 import json
 import math

@@ -19,7 +19,6 @@ from medft.data.reading.formats import (
     Part,
     check_arrow_end,
     explain_errors,
-    features,  # noqa: F401 -- data.splits and others call sources.features
     file_kind,
     matching_splits,
     numbered_alike,

@@ -12,7 +12,7 @@ __all__ = ['FIXED', 'PAIR_BASELINES', 'read_pairs', 'pairs_of', 'fixed_rule', 's
 from ...core.files import MedftError
 from ...data import pipeline as data
 from ...data.prepare.linkage import RULES
-from ...data.reading import recipe_sources, schemas, sources
+from ...data.reading import formats, recipe_sources, schemas
 from ...data.reading.documents import ALIGNED, side_by_side
 from ...data.reading.multiple_choice import nested
 from .calibration import probabilities, proper_scores
@@ -52,7 +52,7 @@ def read_pairs(
     parts = entries.get(entry, entries["train"])[0]
     seen, found = set(), {}
     for part in parts:
-        rows, features = sources.rows(part), sources.features(part)
+        rows, features = formats.rows(part), formats.features(part)
         reading = schemas.read_examples(rows, part.name, dataset, features, seen)
         for number, row, example, _ in reading:
             if not example:

@@ -22,12 +22,10 @@ from medft.evaluate.scoring.log_likelihood import (
     in_batches,
     pad,
     refuse_non_finite,
-    score_rows,  # noqa: F401  tests/evaluate/test_evaluate.py imports it from here
     token_budget,
 )
 from medft.evaluate.scoring.shared_prefix import (
     branching_obstacle,
-    score_branches,  # noqa: F401  as score_rows above
     score_items,
     shares_prompts,
 )
