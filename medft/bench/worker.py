@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/bench/worker.html.md"""
 
 # %% auto #0
 __all__ = ['high_water', 'lower_mark', 'matmul_ceiling', 'products', 'useful_flops', 'rapl_joules', 'gpu_joules', 'joules',
-           'machine', 'keep_earlier', 'tally', 'counting', 'same_start', 'settled', 'turn_taker', 'work', 'judge',
-           'serve']
+           'machine', 'keep_earlier', 'tally', 'counting', 'same_start', 'finished_time', 'turn_taker', 'work',
+           'judge_held_out', 'serve_turns']
 
 # %% ../../nbs/bench/worker.ipynb #imports
 # neither of the two imports a library that an engine may have to change first
@@ -231,7 +231,7 @@ def same_start(model, seed: int = 7) -> str:
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/bench/worker.ipynb #c011a
-def settled() -> float:
+def finished_time() -> float:
     "The time in seconds, once the device has finished all its work."
     import torch
 
@@ -258,10 +258,10 @@ def turn_taker(
             self.before = 0.0
 
         def on_train_begin(self, *args, **kwargs):
-            self.before = settled()
+            self.before = finished_time()
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.times.append(settled() - self.before)
+            self.times.append(finished_time() - self.before)
             done = state.global_step
             if os.getppid() != parent:
                 os._exit(1)  # the parent has ended
@@ -271,7 +271,7 @@ def turn_taker(
                     lower_mark()
                 if hear() != "go":
                     control.should_training_stop = True
-            self.before = settled()
+            self.before = finished_time()
 
         def report(self, done):
             last = slice(0, warm) if done == warm else slice(done - steps, done)
@@ -322,7 +322,7 @@ def work(
     say(event="saved")
 
 # %% ../../nbs/bench/worker.ipynb #c015a
-def judge(
+def judge_held_out(
     paths: dict,  # run folder -> engine
     say,  # gets each message as keywords
 ):
@@ -345,7 +345,7 @@ def judge(
             base = model.unload()
 
 # %% ../../nbs/bench/worker.ipynb #c016a
-def serve(
+def serve_turns(
     args: list[str],  # RUN ENGINE WARM STEPS, or judge RUN=ENGINE ...
 ):
     "The process."
@@ -361,7 +361,7 @@ def serve(
 
     try:
         if args[0] == "judge":
-            judge(dict(pair.rsplit("=", 1) for pair in args[1:]), say)
+            judge_held_out(dict(pair.rsplit("=", 1) for pair in args[1:]), say)
         else:
             path, engine, warm, steps = args
             work(path, engine, int(warm), int(steps), say, hear)
@@ -372,4 +372,4 @@ def serve(
 
 
 if __name__ == "__main__" and "__file__" in globals():
-    serve(sys.argv[1:])
+    serve_turns(sys.argv[1:])

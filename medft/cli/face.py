@@ -10,7 +10,7 @@ __all__ = ['run_recipe', 'ReportPage', 'load_model', 'Choice', 'Shown', 'plan_re
 
 # %% ../../nbs/cli/face.ipynb #f002
 from .arguments import chosen_stages, find_run, planned, planned_evaluation
-from .summary import run_summary, score_table
+from .summary import run_summary, summary_table
 from medft.core.files import (
     MedftError,
     Refused,
@@ -87,7 +87,9 @@ def _go(run, stages, started, quiet) -> Run:
     if not run.recipe.engine:
         from medft.export import compare_runs
 
-        compare_runs.write_page(run)  # without training there is no export stage to write it
+        compare_runs.write_comparison_report(
+            run
+        )  # without training there is no export stage to write it
     return Run.open(run.path)
 
 # %% ../../nbs/cli/face.ipynb #f017
@@ -144,7 +146,7 @@ def _score_html(metrics) -> str:
     "The table of scores, models under the names that a reader knows."
     names = metrics.get("names", {})
     models = {names.get(model, model): sets for model, sets in metrics["models"].items()}
-    head, *rows = score_table(models)
+    head, *rows = summary_table(models)
     lines = [[f"<th>{html.escape(str(cell))}</th>" for cell in head]]
     lines += [[f"<td>{html.escape(str(cell))}</td>" for cell in row] for row in rows]
     return f"<table>{''.join(f'<tr>{chr(10).join(line)}</tr>' for line in lines)}</table>"
@@ -388,7 +390,7 @@ def plan_recipe(
     _read_env()
     loaded = load_recipe(recipe, _overrides(changes))
     found = estimate.plan(loaded, gpu, gpus, price, tokens_per_second)
-    return Shown(found, estimate.in_words(found))
+    return Shown(found, estimate.plan_in_words(found))
 
 # %% ../../nbs/cli/face.ipynb #f040
 def _options_with_values(given) -> list[str]:
@@ -436,8 +438,10 @@ def compare_two_runs(
     "`medft.compare`: B against A on their common items. Raises `MedftError` and `Refused`."
     from medft.export import compare_runs
 
-    found = compare_runs.compared(_as_run(a), _as_run(b))
-    return Shown(found, compare_runs.in_words(found, aligned(score_table(found["models"]))))
+    found = compare_runs.compare_finished_runs(_as_run(a), _as_run(b))
+    return Shown(
+        found, compare_runs.comparison_in_words(found, aligned(summary_table(found["models"])))
+    )
 
 # %% ../../nbs/cli/face.ipynb #f045
 def resume_run(

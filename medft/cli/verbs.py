@@ -10,7 +10,7 @@ __all__ = ['app', 'explain', 'main', 'create']
 # %% ../../nbs/cli/verbs.ipynb #c002
 # These modules import nothing heavy at their top.
 from .arguments import chosen_stages, find_run, planned, planned_evaluation
-from .summary import run_summary, score_table, short_verdicts
+from .summary import run_summary, short_verdicts, summary_table
 from .terminal import keep_cursor_after_equals, recipe_keys, recipe_names, run_names
 from ..core.files import aligned
 
@@ -124,7 +124,9 @@ def _finish(run, stages, started, quiet):
     if not run.recipe.engine:
         from medft.export import compare_runs
 
-        compare_runs.write_page(run)  # without training there is no export stage to write it
+        compare_runs.write_comparison_report(
+            run
+        )  # without training there is no export stage to write it
     for line in run_summary(run, brief=quiet):
         _say(line)
 
@@ -240,13 +242,13 @@ def _compare(first, others, as_json):
         raise MedftError("--compare takes two runs: medft evaluate --compare A B")
     from medft.export import compare_runs
 
-    found = compare_runs.compared(find_run(first), find_run(others[0]))
+    found = compare_runs.compare_finished_runs(find_run(first), find_run(others[0]))
     if as_json:
         import json
 
         _say(json.dumps(found, indent=1, default=str))
         return
-    for line in compare_runs.in_words(found, aligned(score_table(found["models"]))):
+    for line in compare_runs.comparison_in_words(found, aligned(summary_table(found["models"]))):
         _say(line)
 
 
@@ -328,7 +330,7 @@ def _report(
     found = find_run(run)
     from medft.export import compare_runs
 
-    _say(compare_runs.told(compare_runs.rebuilt(found)))
+    _say(compare_runs.remake_note(compare_runs.rebuilt(found)))
     _say(f"{found.status}: {found.path}")
 
 # %% ../../nbs/cli/verbs.ipynb #c023
@@ -531,7 +533,7 @@ def _plan(
 
         _say(json.dumps(found, indent=1, default=str))
         return
-    for line in estimate.in_words(found):
+    for line in estimate.plan_in_words(found):
         _say(line)
 
 # %% ../../nbs/cli/verbs.ipynb #c032
@@ -548,15 +550,15 @@ def _matrix(
     "Family, task, adapter, engine: what works, and what is refused with what reason."
     from medft.plan import support_matrix
 
-    chosen = support_matrix.chosen(families, engine)
+    chosen = support_matrix.chosen_combinations(families, engine)
     if trying:
         lines = []
-        code = support_matrix.tried(chosen, lines.append if quiet else _say, out)
+        code = support_matrix.try_combinations(chosen, lines.append if quiet else _say, out)
         for line in lines:
             if line.startswith("differs: ") or line == lines[-1]:
                 _say(line)
         return code
-    for line in support_matrix.in_text(support_matrix.rules(chosen)):
+    for line in support_matrix.matrix_text(support_matrix.rules(chosen)):
         _say(line)
 
 # %% ../../nbs/cli/verbs.ipynb #bench1
@@ -567,12 +569,12 @@ def _bench_result(found, kind) -> list[str]:
 
         return [scoring_table(found).to_string(index=False)]
     if kind == "data":
-        from medft.bench.data import data_table
+        from medft.bench.data import jobs_table
 
-        return [data_table(found).to_string()]
-    from medft.bench.page import in_text
+        return [jobs_table(found).to_string()]
+    from medft.bench.page import bench_text
 
-    return in_text(found)
+    return bench_text(found)
 
 
 @app.command(name="bench")
@@ -621,21 +623,21 @@ def _bench(
             from medft.bench import scoring as bench_scoring
 
             kind = "scoring"
-            found = bench_scoring.bench(recipe, out, say, overrides, shape)
+            found = bench_scoring.run_scoring_bench(recipe, out, say, overrides, shape)
         elif data:
             from medft.bench import data as bench_data
 
             kind = "data"
-            found = bench_data.bench(recipe, overrides, out, rounds, say)
+            found = bench_data.run_data_bench(recipe, overrides, out, rounds, say)
         else:
             kind = "runs"
-            found = bench_engines.bench(
+            found = bench_engines.run_engine_bench(
                 recipe, overrides, engines, shape, warm, steps, rounds, out, fresh, say
             )
     for line in _bench_result(found, kind) if quiet else ():
         _say(line)
     if into:
-        bench_engines.record(found, into, kind)
+        bench_engines.record_result(found, into, kind)
 
 # %% ../../nbs/cli/verbs.ipynb #c034
 @app.command(name="doctor")

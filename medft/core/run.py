@@ -19,7 +19,7 @@ from medft.core.files import (
     runs_root,
     write_json,
 )
-from .recipe import load_recipe, remember_urls, settled
+from .recipe import choose_engine, load_recipe, remember_urls
 from .secrets import redact
 from .sections import Recipe
 
@@ -112,7 +112,7 @@ def settle(
     if "auto" not in recipe.engine:
         return recipe  # without importing torch
     has_unsloth = importlib.util.find_spec("unsloth") is not None
-    return settled(recipe, device(), has_unsloth)
+    return choose_engine(recipe, device(), has_unsloth)
 
 # %% ../../nbs/core/run.ipynb #cx05
 def peak_rss() -> int:  # bytes

@@ -7,15 +7,16 @@ Docs: https://medft.github.io/medft/data/pipeline.html.md"""
 # %% auto #0
 __all__ = ['log_sources', 'with_unread_files', 'benchmark_sections', 'open_benchmarks', 'item_texts', 'StepTimes', 'prepare',
            'all_hashes', 'prepare_anew', 'split_and_check', 'split_names', 'refuse_empty', 'recipe_key', 'write_splits',
-           'refuse_cut_canaries', 'check_labels', 'write_report', 'flagged_lines', 'learned', 'finish', 'summary_lines',
-           'warning_lines', 'refuse_inherited', 'adopt_corpus', 'refuse_other_corpus', 'document_sources',
-           'windows_to_rows', 'add_further_sets', 'load_split', 'scored_sets', 'first_rows', 'ensure_data']
+           'refuse_cut_canaries', 'check_label_variety', 'write_report', 'flagged_lines', 'learned', 'finish_data',
+           'summary_lines', 'warning_lines', 'refuse_inherited', 'adopt_corpus', 'refuse_other_corpus',
+           'document_sources', 'windows_to_rows', 'add_further_sets', 'load_split', 'scored_sets', 'first_rows',
+           'ensure_data']
 
 # %% ../../nbs/data/pipeline.ipynb #c003
 from ..core.files import MedftError, atomic_write, read_json, sha256, write_json
 from ..core.run import peak_rss
 from . import prompts, splits
-from .chat_templates import load_tokenizer, rendering
+from .chat_templates import load_tokenizer, template_hash
 from .prepare.cleaning import tokenizer_hash
 from .quality import canaries, checks
 from .quality import leakage as leaks
@@ -99,7 +100,7 @@ def item_texts(
         features = formats.features(part)
         for _, _, ex, _ in schemas.read_examples(formats.rows(part), part.name, dataset, features):
             if ex:
-                texts.append("\n".join(splits.said(ex)))
+                texts.append("\n".join(splits.user_and_reply(ex)))
     return texts
 
 # %% ../../nbs/data/pipeline.ipynb #c013
@@ -146,7 +147,7 @@ def prepare(
     if first.kind == "corpus":
         report = adopt_corpus(run, first, tok)
         report = add_further_sets(run, tok, found.entries, report, times)
-        return finish(run, with_unread_files(report, found), times)
+        return finish_data(run, with_unread_files(report, found), times)
     key = splits.cache_key(recipe, all_hashes(found.entries, benchmarks), tok)
     kept = splits.cache_folder(run) / key
     report = None
@@ -158,13 +159,13 @@ def prepare(
             "data: prepared before from the same files and recipe;"
             f" linked from {kept.parent.name}/{kept.name[:8]}…"
         )
-        return finish(run, with_unread_files(report | dict(cached=True), found), times)
+        return finish_data(run, with_unread_files(report | dict(cached=True), found), times)
     report = prepare_anew(run, tok, found, benchmarks, times)
     if recipe.dataset.cache:
         reason = splits.keep_in_cache(folder, kept)
         if reason:
             run.log(f"data: not kept for the next run: {reason}")
-    return finish(run, report, times)
+    return finish_data(run, report, times)
 
 # %% ../../nbs/data/pipeline.ipynb #c015b
 def all_hashes(
@@ -213,7 +214,7 @@ def prepare_anew(
         gc.enable()
     write_report(folder, rows, report, findings, recipe)
     refuse_empty(folder, rows, report, "train")
-    check_labels(rows, report, recipe)
+    check_label_variety(rows, report, recipe)
     checks.refuse_findings(findings, int(rows.is_train.sum()))
     with times.step("write"):
         write_splits(folder, rows, files)
@@ -225,7 +226,7 @@ def prepare_anew(
 
 # %% ../../nbs/data/pipeline.ipynb #c017b
 def split_and_check(
-    rows: checks.Rows,  # `split` is changed
+    rows: checks.CheckedRows,  # `split` is changed
     recipe,
     tok,  # the tokenizer
     work: Path,  # a folder for the Arrow files, in the run's data folder
@@ -264,7 +265,7 @@ def split_and_check(
 
 # %% ../../nbs/data/pipeline.ipynb #c017c
 def split_names(
-    rows: checks.Rows,
+    rows: checks.CheckedRows,
 ) -> list[str]:
     "The splits that have rows, in the order in which they first appear."
     return [name for name in dict.fromkeys(rows.split.tolist()) if name]
@@ -272,7 +273,7 @@ def split_names(
 # %% ../../nbs/data/pipeline.ipynb #c018
 def refuse_empty(
     folder: Path,  # the run's data folder; the report is written there first, to explain the error
-    rows: checks.Rows,
+    rows: checks.CheckedRows,
     report: dict,
     entry: str,  # train, validation, test, or the name of a further set
 ):
@@ -310,7 +311,7 @@ def recipe_key(entry) -> str:
 # %% ../../nbs/data/pipeline.ipynb #c018a
 def write_splits(
     folder: Path,  # the run's data folder
-    rows: checks.Rows,
+    rows: checks.CheckedRows,
     files: dict,  # split -> (Arrow file, its row numbers)
 ):
     "Write every split as a folder, and the ids of its rows to split.json."
@@ -323,7 +324,7 @@ def write_splits(
     atomic_write(folder / "split.json", json.dumps(ids, ensure_ascii=False))
 
 # %% ../../nbs/data/pipeline.ipynb #g001
-def refuse_cut_canaries(rows: checks.Rows):
+def refuse_cut_canaries(rows: checks.CheckedRows):
     "Raise `MedftError` when a canary would lose its end, which is its secret."
     lengths = (rows.prompt_tokens + rows.completion_tokens)[rows.is_canary]
     if lengths.max(initial=0) > (rows.max_length or np.inf):
@@ -334,8 +335,8 @@ def refuse_cut_canaries(rows: checks.Rows):
         )
 
 # %% ../../nbs/data/pipeline.ipynb #s001
-def check_labels(
-    rows: checks.Rows,
+def check_label_variety(
+    rows: checks.CheckedRows,
     report: dict,  # receives notes
     recipe,
 ):
@@ -374,7 +375,7 @@ def check_labels(
 # %% ../../nbs/data/pipeline.ipynb #c020
 def write_report(
     folder: Path,  # the run's data folder
-    rows: checks.Rows,  # tokenised and checked
+    rows: checks.CheckedRows,  # tokenised and checked
     report: dict,  # receives the figures
     findings: dict,  # what `checks.run_checks` returned
     recipe,
@@ -408,7 +409,7 @@ def write_report(
 
 # %% ../../nbs/data/pipeline.ipynb #c020a
 def flagged_lines(
-    rows: checks.Rows,
+    rows: checks.CheckedRows,
     flagged: dict,  # check or reason -> (numbers of rows found, numbers of rows left out)
 ):
     "A JSON line per finding and row."
@@ -438,7 +439,7 @@ def learned(
     return f"{report['trainable_tokens']:,} of {report['tokens']:,} training tokens are trained on"
 
 # %% ../../nbs/data/pipeline.ipynb #c021a
-def finish(
+def finish_data(
     run,
     report: dict,
     times: StepTimes,
@@ -449,7 +450,7 @@ def finish(
     report |= dict(
         learned=learned(report),
         tokenizer=tokenizer_hash(tok),
-        rendering=rendering(tok),
+        rendering=template_hash(tok),
         seconds=times.seconds,
         peak_memory_bytes=peak_rss(),
     )
@@ -457,7 +458,7 @@ def finish(
     hashes = dict(
         data=report["hashes"],
         split=sha256(folder / "split.json"),
-        trained_on=sha256(run.path / leaks.LIST),
+        trained_on=sha256(run.path / leaks.TRAINED_ON_FILE),
     )
     run.update(dict(hashes=hashes))
     for line in summary_lines(report):
@@ -522,7 +523,7 @@ def refuse_inherited(run):
         ds = load_split(run, name)
         columns = [c for c in ("id", *leaks.READ) if c in ds.column_names]
         rows = ds.select_columns(columns).to_list()
-        not_checked = leaks.check(earlier[0].path, rows, name)
+        not_checked = leaks.check_leaks(earlier[0].path, rows, name)
         if not_checked:
             run.log(f"data: {name}: {not_checked}")
 
@@ -539,7 +540,7 @@ def adopt_corpus(
     names = [name for name in ("train", "validation", "test") if (part.path / name).is_dir()]
     for name in names:
         shutil.rmtree(folder / name, ignore_errors=True)
-        splits.link(part.path / name, folder / name)
+        splits.link_folder(part.path / name, folder / name)
     if "test" in names:
         windows_to_rows(folder / "test", tok, document_sources(part.path, "test"))
     leaks.write_list(folder)
@@ -711,7 +712,9 @@ def first_rows(
     unread = report.get("not_read", {}).get("columns", {}).get("train", [])
     left_out = {*unread, *report.get("grouped_by", [])}
     try:
-        parts = sources.parts(dataset.path, dataset.split, task=run.recipe.task, role="train")
+        parts = sources.source_parts(
+            dataset.path, dataset.split, task=run.recipe.task, role="train"
+        )
         if parts[0].kind not in _READ_ROW_BY_ROW:
             return []
         rows = [row for _, row in islice(formats.rows(parts[0]), most)]

@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/data/prompts.html.md"""
 
 # %% auto #0
 __all__ = ['TEXTS_PER_CALL', 'LETTERS', 'MARKS', 'token_arrays', 'marks_starts', 'token_parts', 'token_rows', 'encode',
-           'show_sample', 'sample_text', 'question_text', 'form_of', 'prompts', 'check_template', 'specials',
+           'show_sample', 'sample_text', 'question_text', 'form_of', 'render_prompts', 'check_template', 'specials',
            'injected']
 
 # %% ../../nbs/data/prompts.ipynb #imports
@@ -474,7 +474,7 @@ def _template_for(tok, recipe):
     return marked_template(tok) if recipe.training.assistant_only_loss else template(tok)
 
 
-def prompts(
+def render_prompts(
     tok,  # the tokenizer
     examples: list[dict],  # id, group, subject and one of the forms
     recipe,  # its dataset and training sections are used

@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/evaluate/plots.html.md"""
 
 # %% auto #0
 __all__ = ['COLORS', 'SPARE', 'STYLE', 'WIDTH', 'main_metric', 'called', 'first_model', 'written', 'table', 'subject_table',
-           'class_table', 'colors', 'short', 'plot_text', 'legend', 'whiskers', 'thin', 'inline', 'plot_scores',
+           'class_table', 'colors', 'short_label', 'plot_text', 'legend', 'whiskers', 'thin', 'inline', 'plot_scores',
            'plot_rules', 'plot_subjects', 'plot_labels', 'of_subject', 'subject_gaps', 'forest_rows', 'plot_forest',
            'forest_table', 'plot_reliability', 'chance', 'calibration_table', 'letter', 'plot_positions',
            'positions_table']
@@ -166,7 +166,7 @@ def colors(names) -> dict:  # model -> colour
     return {name: COLORS.get(name.split("@")[0]) or next(spare) for name in names}
 
 
-def short(
+def short_label(
     text: str,
     most=26,  # characters
 ) -> str:
@@ -181,7 +181,7 @@ def plot_text(
     "A name that matplotlib shows as it is: one line, shortened, never a formula or hidden."
     printable = "".join(c if c.isprintable() else " " for c in str(text))
     one_line = " ".join(printable.split())
-    shown = short(one_line, most) or "(no name)"
+    shown = short_label(one_line, most) or "(no name)"
     shown = shown.replace("$", r"\$")  # two dollar signs would begin a formula
     if shown.startswith("_"):  # matplotlib leaves such labels out of legends
         return f" {shown}"

@@ -6,11 +6,11 @@ Docs: https://medft.github.io/medft/export/html.html.md"""
 
 # %% auto #0
 __all__ = ['paragraph', 'figure_html', 'details', 'side_by_side', 'is_number', 'html_table', 'difference_text',
-           'comparison_table', 'figures_within', 'sentences_in', 'severity', 'worst', 'changed', 'shortened', 'option',
-           'cards']
+           'comparison_table', 'figures_within', 'sentences_in', 'severity', 'worst', 'changed_items', 'shortened',
+           'option', 'cards']
 
 # %% ../../nbs/export/html.ipynb #imports
-from ..evaluate.plots import called, chance, inline, letter, short, written
+from ..evaluate.plots import called, chance, inline, letter, short_label, written
 
 import re
 
@@ -220,7 +220,7 @@ def worst(
     return [int(i) for i in order if wrong[i]][:most]
 
 # %% ../../nbs/export/html.ipynb #c007a
-def changed(
+def changed_items(
     base: pd.DataFrame,  # predictions on a set
     tuned: pd.DataFrame,  # predictions on the same items
     most: int = 10,
@@ -313,7 +313,7 @@ def cards(
         answers = []
         for model in models:
             answer = _answer_of(frames[model, name].iloc[i], row, labels)
-            answers.append(dict(who=short(model), **answer))
+            answers.append(dict(who=short_label(model), **answer))
         card = dict(
             prompt=shortened(row["prompt"] + completion),
             options=[shortened(text, 200) for text in _unlisted_options(row)],

@@ -6,13 +6,14 @@ Docs: https://medft.github.io/medft/plan/estimate.html.md"""
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'FOUR_BITS', 'ADAPTER', 'FAMILY_OF', 'of_rows', 'is_here', 'known_before', 'at_hand', 'batch_of',
-           'schedule', 'shape', 'engine_memory', 'peaks', 'changed', 'changes', 'config_of', 'speed', 'timing',
-           'both_checkpointings', 'plan', 'gb', 'duration', 'memory_in_words', 'time_in_words', 'in_words', 'plan_run']
+           'schedule', 'shape', 'engine_memory', 'peaks', 'with_overrides', 'ways_to_fit', 'planned_config',
+           'device_speed', 'timing', 'both_checkpointings', 'plan', 'gb', 'duration', 'memory_in_words',
+           'time_in_words', 'plan_in_words', 'plan_run']
 
 # %% ../../nbs/plan/estimate.ipynb #c002
 from ..core import recipe as recipes
 from ..core.files import MedftError, read_json, runs_root, write_json
-from ..core.recipe import settled
+from ..core.recipe import choose_engine
 from ..core.run import Run, settle
 from ..core.sections import Recipe
 from ..data.pipeline import load_split, prepare
@@ -21,7 +22,7 @@ from ..data.splits import cache_folder
 from ..evaluate.statistics.verdicts import foreseen, foreseen_in_words, sets_of
 from ..model.adapters import disk_need, sizes_of
 from ..model.families import PUBLISHED, adapter_kind, load_config, published
-from .devices import Device, earlier, estimated, here, named, recorded
+from .devices import Device, device_named, earlier, estimated, recorded, this_machine
 from .footprint import checkpointed
 from .peak_memory import memory
 
@@ -241,7 +242,7 @@ FOUR_BITS = ["quantization.load_in_4bit=true", "quantization.bnb_4bit_use_double
 ADAPTER = ["lora.r=16", "lora.lora_alpha=32", "lora.target_modules=all-linear"]
 
 
-def changed(
+def with_overrides(
     recipe: Recipe,
     lines: list[str],  # key=value
 ) -> Recipe:
@@ -307,7 +308,7 @@ def _proposals(recipe, on_gpu, gpus):
         yield _proposal(costs, [*checkpoint, *ADAPTER, *FOUR_BITS], gpus)
 
 # %% ../../nbs/plan/estimate.ipynb #c015
-def changes(
+def ways_to_fit(
     recipe: Recipe,
     config,  # of the model
     rows: dict | None,  # from `of_rows`
@@ -321,7 +322,7 @@ def changes(
 
     def peak(lines, proposal):
         lines = [line for line in lines if not line.startswith("training.fsdp")]
-        smaller = changed(recipe, lines)
+        smaller = with_overrides(recipe, lines)
         key = (str(smaller.lora), str(smaller.quantization))
         if key not in counts:
             counts[key] = sizes_of(smaller, config)
@@ -366,7 +367,7 @@ FAMILY_OF = {
 }  # part of a model's name -> its family
 
 
-def config_of(recipe: Recipe) -> tuple:  # (configuration, note)
+def planned_config(recipe: Recipe) -> tuple:  # (configuration, note)
     "The model's configuration, and a note if a copy replaces it. Raises `MedftError`."
     try:
         return load_config(recipe), ""
@@ -382,7 +383,7 @@ def config_of(recipe: Recipe) -> tuple:  # (configuration, note)
         return published(family), note
 
 # %% ../../nbs/plan/estimate.ipynb #speed1
-def speed(
+def device_speed(
     c: SimpleNamespace,  # from `_context`
     engine: str,
     step: dict,  # operations of a step, from peak_memory.memory
@@ -411,7 +412,7 @@ def timing(
     "Steps, tokens, seconds and cost of all engines."
     _, gpus, _ = c.where
     planned = schedule(c.recipe, c.rows, gpus)
-    speeds = {engine: speed(c, engine, m["step"], stated) for engine, m in found.items()}
+    speeds = {engine: device_speed(c, engine, m["step"], stated) for engine, m in found.items()}
     seeds = c.recipe.evaluation.seeds  # trainings of each engine
     seconds_by_engine = dict.fromkeys(speeds)
     seconds = seconds_range = cost = None
@@ -455,14 +456,14 @@ def _room(dev, is_named) -> int:
 
 def _context(recipe, device, gpus, run) -> SimpleNamespace:
     "Everything that a plan is made from. An open choice of engine is made for the planned device."
-    dev = named(device) if device else here()
+    dev = device_named(device) if device else this_machine()
     on_gpu = dev.bandwidth is not None
     if device:
         has_unsloth = bool(importlib.util.find_spec("unsloth"))
-        recipe = settled(recipe, "cuda" if on_gpu else "cpu", has_unsloth)
+        recipe = choose_engine(recipe, "cuda" if on_gpu else "cpu", has_unsloth)
     else:
         recipe = settle(recipe)
-    config, config_note = config_of(recipe)
+    config, config_note = planned_config(recipe)
     rows, missing = at_hand(recipe, run)
     notes = [config_note] if config_note else []
     if recipe.engine_chosen:
@@ -496,7 +497,7 @@ def both_checkpointings(
         both[key] = {}
         for engine, parts in found.items():
             if checkpointed(c.recipe, engine) is not on:
-                recipe = changed(c.recipe, [line])
+                recipe = with_overrides(c.recipe, [line])
                 parts = engine_memory(recipe, c.config, c.counts, engine, c.rows, *c.where)
             both[key][engine] = {part: parts[part] for part in ("activations", "peak")}
     return both
@@ -551,7 +552,7 @@ def plan(
     planned |= timing(c, found, price, tokens_per_second)
     advice = []
     if advise and not planned["fits"]:
-        advice = changes(c.recipe, c.config, c.rows, c.where[0], gpus, c.room)
+        advice = ways_to_fit(c.recipe, c.config, c.rows, c.where[0], gpus, c.room)
     counted_as = [f"{e} is counted as {m['as']}" for e, m in found.items() if m["as"] != e]
     disk = disk_need(c.recipe, c.counts, planned["steps"])
     return planned | dict(
@@ -646,7 +647,7 @@ def time_in_words(
     return lines
 
 # %% ../../nbs/plan/estimate.ipynb #q07_p4
-def in_words(
+def plan_in_words(
     p: dict,  # from `plan`
 ) -> list[str]:
     "A plan in a few lines."

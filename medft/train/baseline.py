@@ -8,20 +8,20 @@ Docs: https://medft.github.io/medft/train/baseline.html.md"""
 __all__ = ['TOKENIZER_KEYS', 'TRAINERS', 'SUMMARY_ROWS', 'has_bfloat16', 'sft_config', 'Record', 'read_log', 'peak_memory',
            'in_full', 'sft_trainer', 'adapted_model', 'eval_rows', 'pretrainer', 'classifier', 'callbacks_of',
            'check_served', 'make_trainer', 'last_checkpoint', 'resume_point', 'first_weights', 'write_first_weights',
-           'save', 'final', 'tokens_seen', 'sizes', 'summarise', 'fit', 'trainer_of', 'train', 'training_summary',
-           'trained', 'loss_gap', 'training_table', 'skip']
+           'save', 'final', 'tokens_seen', 'sizes', 'summarise_training', 'fit', 'trl_trainer', 'train',
+           'training_summary', 'trained', 'loss_gap', 'training_frame', 'skip']
 
 # %% ../../nbs/train/baseline.ipynb #c003
 from ..core.files import MedftError, model_path, read_json, write_json
 from ..core.recipe import moves_base
 from ..core.run import device, peak_rss, seed_everything
 from ..core.sections import ENGINES
-from ..data.chat_templates import load_tokenizer, rendering
+from ..data.chat_templates import load_tokenizer, template_hash
 from ..data.pipeline import load_split
 from ..data.prompts import encode
 from ..model.adapters import lora_config
 from ..model.load import labels_of, load_base
-from ..model.preflight import belongs_to, changed, set_aside
+from ..model.preflight import belongs_to, changes_since, set_aside
 from .checkpoints import log_lines, newest_whole, seal_notes, writing
 from medft.train.trainer import (
     ClassifierCollator,
@@ -285,7 +285,7 @@ def check_served(run, tok, num_rows: int = 4):
         saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     way_out = f"prepare the data again: delete {run.path.name}/data, or start a new run"
     prepared_with = read_json(run.path / "data" / "report.json", {}).get("rendering")
-    if run.recipe.task == "generative" and prepared_with and prepared_with != rendering(saved):
+    if run.recipe.task == "generative" and prepared_with and prepared_with != template_hash(saved):
         raise MedftError(
             f"{run.path.name}: its rows were written with another chat template or other special"
             f" tokens than those of the tokenizer that would be saved with the weights; {way_out}"
@@ -353,7 +353,7 @@ def resume_point(run, engine: str, belongs: dict) -> Path | None:
         earlier = seal_notes(checkpoint).get("belongs")
     else:
         earlier = training_summary(run, engine).get("belongs")
-    changes = changed(earlier, belongs)
+    changes = changes_since(earlier, belongs)
     if not changes:
         return checkpoint
     place = set_aside(run, engine)
@@ -430,7 +430,7 @@ def sizes(model) -> dict:
     return dict(total_parameters=total, trainable_parameters=trainable)
 
 # %% ../../nbs/train/baseline.ipynb #c028
-def summarise(
+def summarise_training(
     run,
     engine: str,
     trainer,
@@ -472,7 +472,7 @@ def fit(trainer) -> dict:
             trainer.go(checkpoint)
             model = trainer.accelerator.unwrap_model(trainer.model)
             out = save(run, engine, model, trainer.processing_class)
-            summary = summarise(run, engine, trainer, checkpoint, out)
+            summary = summarise_training(run, engine, trainer, checkpoint, out)
             write_json(run.path / engine / "training.json", summary)
     run.log(
         f"{engine}: {summary['steps']} steps in {summary['seconds']:.1f} s,"
@@ -482,7 +482,7 @@ def fit(trainer) -> dict:
     return summary
 
 # %% ../../nbs/train/baseline.ipynb #c030
-def trainer_of(run, engine: str = "trl"):
+def trl_trainer(run, engine: str = "trl"):
     "Plain TRL and PEFT on a prepared run."
     return make_trainer(
         run,
@@ -495,7 +495,7 @@ def trainer_of(run, engine: str = "trl"):
 
 def train(run, engine: str = "trl") -> dict:
     "Train a run's recipe with plain TRL and PEFT."
-    return fit(trainer_of(run, engine))
+    return fit(trl_trainer(run, engine))
 
 
 def training_summary(run, engine: str) -> dict:
@@ -547,7 +547,7 @@ SUMMARY_ROWS = {  # label: (key of training.json, how it is written)
 }
 
 
-def training_table(
+def training_frame(
     run,
     engines=ENGINES,  # those that were not tried are left out
 ):

@@ -14,7 +14,7 @@ __all__ = ['windows', 'WindowCollator', 'document_leak', 'isolating_collator', '
 from ..core.files import MedftError, atomic_write, read_json, write_json
 from ..core.run import Run, forget_peak
 from ..data.pipeline import load_split
-from ..model.preflight import belongs_to, changed, rows_hash
+from ..model.preflight import belongs_to, changes_since, rows_hash
 from medft.train.checkpoints import (
     SEAL,
     cut_log,
@@ -792,7 +792,7 @@ def train_once(
     record = training_record(run, engine)
     if record.get("status") == "finished":
         belongs = record.get("belongs")
-        if not (belongs and changed(belongs, belongs_to(run))):
+        if not (belongs and changes_since(belongs, belongs_to(run))):
             run.log(f"{engine}: trained already")
             return
     if whole:

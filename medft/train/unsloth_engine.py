@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/train/unsloth_engine.html.md"""
 
 # %% auto #0
 __all__ = ['UNSLOTH', 'unsloth_targets', 'unsloth_adapter', 'why_not', 'check_unsloth', 'unsloth_base', 'load_unsloth',
-           'trainer_of', 'train_unsloth']
+           'unsloth_trainer', 'train_unsloth']
 
 # %% ../../nbs/train/unsloth_engine.ipynb #c004
 import importlib.util
@@ -171,7 +171,7 @@ def load_unsloth(recipe) -> torch.nn.Module:
     return model
 
 
-def trainer_of(run):
+def unsloth_trainer(run):
     "The baseline's trainer on Unsloth's model. Raises `MedftError` if Unsloth cannot train it."
     reason = why_not(run.recipe)
     if reason:
@@ -184,4 +184,4 @@ def train_unsloth(run) -> dict | None:
     reason = why_not(run.recipe)
     if reason:
         return skip(run, "unsloth", reason)
-    return fit(trainer_of(run))
+    return fit(unsloth_trainer(run))

@@ -65,10 +65,10 @@ SCORES = [[-1.0, -2.0, -3.0, -4.0], [-2.0, -2.01, -5.0, -5.0]]
 )
 def test_a_spoiled_engine_agrees_with_nobody_and_gets_no_ratio(spoiled, why):
     seen = TRL | dict(fast=shown(**dict(losses=[3.0, 2.5, 2.0], speeds=(900, 900)) | spoiled))
-    found = page.agreement(seen, {n: SCORES for n in seen}, "bfloat16")
+    found = page.training_agreement(seen, {n: SCORES for n in seen}, "bfloat16")
     assert found["trl_best"]["agree"] and not found["fast"]["agree"] and why in found["fast"]["why"]
     engines = {n: bench.engine_figures(s, (1, 1), 1.0) for n, s in seen.items()}
-    assert set(bench.compared(engines, found, list(seen))[0].values()) == {None}
+    assert set(bench.bench_ratios(engines, found, list(seen))[0].values()) == {None}
 
 
 def test_choices_count_where_trl_is_sure():
@@ -76,7 +76,7 @@ def test_choices_count_where_trl_is_sure():
     near, wrong = [SCORES[0], [-2.02, -2.01, -5.0, -5.0]], [[-1.0, -0.5, -3.0, -4.0], SCORES[1]]
 
     def verdict(s):
-        return page.agreement(seen, good | s, "bfloat16")["fast"]
+        return page.training_agreement(seen, good | s, "bfloat16")["fast"]
 
     assert (
         verdict(dict(fast=near))["agree"] and verdict(dict(fast=near))["choices"]["near_ties"] == 1
@@ -90,7 +90,7 @@ def test_choices_count_where_trl_is_sure():
 
 def test_a_broken_trl_does_not_excuse_a_broken_rival():
     seen = dict(trl_default=shown([3.0, 2.5]), trl_best=shown([3.0, 9.0]), fast=shown([3.0, 6.0]))
-    found = page.agreement(seen, {n: SCORES for n in seen}, "float32")
+    found = page.training_agreement(seen, {n: SCORES for n in seen}, "float32")
     assert not found["fast"]["agree"] and found["fast"]["loss_tolerance"] < 0.03
 
 
@@ -100,7 +100,7 @@ def test_ratios_are_paired_by_round():
     Medians of the speeds alone would be misled."""
     seen = TRL | dict(fast=shown([3.0, 2.5, 2.0], speeds=(400, 200)))
     engines = {n: bench.engine_figures(s, (2, 10), 1000.0) for n, s in seen.items()}
-    ratios, memory = bench.compared(
+    ratios, memory = bench.bench_ratios(
         engines, {n: dict(agree=True) for n in seen}, [*seen, "unsloth"]
     )
     assert ratios == {"fast/trl_default": 8.0, "fast/trl_best": 4.0, "fast/unsloth": None} and set(
@@ -136,7 +136,7 @@ def test_ratios_are_paired_by_round():
 def test_refused_before_anything_is_made(given, says, tmp_path, monkeypatch):
     monkeypatch.setenv("MEDFT_RUNS", str(tmp_path / "runs"))
     with pytest.raises(MedftError, match=says):
-        bench.bench(**dict(recipe="quickstart", say=lambda line: None) | given)
+        bench.run_engine_bench(**dict(recipe="quickstart", say=lambda line: None) | given)
     assert not (tmp_path / "runs").exists()
 
 
@@ -167,7 +167,7 @@ def measured(tmp_path_factory):
     )
     try:
         return (
-            bench.bench(
+            bench.run_engine_bench(
                 "quickstart",
                 SMALL,
                 "trl_best,fast",
@@ -237,7 +237,7 @@ def test_the_page_says_why_there_is_no_ratio(measured):
         and "NOT AGREED" in page
         and (out / "bench.svg").stat().st_size > 5000
     )
-    assert "no ratio" in "\n".join(bench_page.in_text(found))
+    assert "no ratio" in "\n".join(bench_page.bench_text(found))
 
 
 def test_an_earlier_result_is_kept(measured, tmp_path):
@@ -261,7 +261,7 @@ def test_an_engine_killed_between_turns_keeps_its_first(tmp_path, monkeypatch):
         before(self)
 
     monkeypatch.setattr(bench.Competitor, "turn", turn)
-    found = bench.bench(
+    found = bench.run_engine_bench(
         "quickstart",
         SMALL,
         "trl_best,fast",
@@ -325,7 +325,7 @@ def test_all_engines_agree_on_a_random_model_of_a_real_shape(tmp_path, monkeypat
     monkeypatch.setenv("MEDFT_RUNS", str(tmp_path / "runs"))
     from medft.core.files import assets
 
-    found = bench.bench(
+    found = bench.run_engine_bench(
         "quickstart",
         ["training.per_device_train_batch_size=8", "training.learning_rate=2e-4"],
         shape=str(assets() / "tiny_base"),

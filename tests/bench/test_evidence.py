@@ -81,7 +81,7 @@ def test_rows_that_share_any_group_are_one_cluster(groups, clusters):
 
 
 def test_a_name_that_holds_the_separator_stays_one_name():
-    row = splits.staged(
+    row = splits.staged_row(
         dict(group=["document Smith & Sons", "focus A&B"], question="q", answer="a"),
         dict(id="1", prompt="q", completion="a"),
         1,
@@ -93,7 +93,7 @@ def test_a_name_that_holds_the_separator_stays_one_name():
 def test_both_patients_of_a_pair_part_train_and_test():
     rng = np.random.default_rng(0)
     keys = [[f"patient {a}", f"patient {b}"] for a, b in rng.integers(0, 900, (600, 2))]
-    sides = splits.sides_of(pa.array(keys, pa.list_(pa.string())), (), 1, 0.2)
+    sides = splits.split_groups(pa.array(keys, pa.list_(pa.string())), (), 1, 0.2)
     whose = {
         side: {name for names, s in zip(keys, sides, strict=True) if s == side for name in names}
         for side in ("train", "validation", "test")
@@ -127,7 +127,7 @@ def test_a_shared_second_patient_raises_no_false_alarms():
 
 @pytest.mark.parametrize("world", [trials.accuracy_world, trials.loss_world, trials.seeds_world])
 def test_trials_of_pairs(world):
-    line = trials.tried(world, 480, times=150, pairs=(10, 1))
+    line = trials.simulated_rates(world, 480, times=150, pairs=(10, 1))
     assert (
         line["verdicts"] <= 0.09 and line["covered"] >= 0.9
     )  # of so few: the page shows a thousand each
@@ -263,7 +263,7 @@ def test_nothing_is_chosen_from_scores_that_are_no_numbers(scores):
 def test_one_impossible_option_is_never_chosen_and_has_its_figures():
     frame = scoring.as_chosen(ITEMS, [RIGHT, [-INF, -2.0, -3.0, -4.0], [-5.0, -INF, -1.0, -2.0]])
     assert frame.choice.tolist() == [0, 1, 2]
-    found = evaluate.measure(frame)
+    found = evaluate.measure_predictions(frame)
     assert found["accuracy"]["value"] == round(1 / 3, 6) and all(
         np.isfinite(found[m]["value"]) for m in ("brier", "log_loss", "ece")
     )
@@ -305,19 +305,21 @@ def text_frame(nll=3.0):
 REFUSED = dict(
     choose=lambda: scoring.choose(labelled([NAN, NAN])),
     threshold=lambda: classes.best_threshold([0, 1, 1], [0.2, NAN, 0.4]),
-    measure=lambda: evaluate.measure(chosen_frame([NAN] * 4)),
-    measure_labels=lambda: evaluate.measure(labelled([NAN, 0.5]).assign(choice=0, correct=True)),
-    measure_text=lambda: evaluate.measure(text_frame(NAN)),
-    infinite_loss=lambda: evaluate.measure(text_frame(INF)),
-    compare=lambda: evaluate.compare(text_frame(), text_frame(NAN)),
+    measure=lambda: evaluate.measure_predictions(chosen_frame([NAN] * 4)),
+    measure_labels=lambda: evaluate.measure_predictions(
+        labelled([NAN, 0.5]).assign(choice=0, correct=True)
+    ),
+    measure_text=lambda: evaluate.measure_predictions(text_frame(NAN)),
+    infinite_loss=lambda: evaluate.measure_predictions(text_frame(INF)),
+    compare=lambda: evaluate.compare_predictions(text_frame(), text_frame(NAN)),
     probabilities=lambda: calibration.probabilities(chosen_frame([-1.0, NAN, -2.0, -3.0])),
     temperature=lambda: calibration.fit_temperature(chosen_frame([NAN] * 4)),
     exposure=lambda: exposure.exposure([-1.0, NAN] + [-2.0] * 998),
     exposure_of_nan=lambda: exposure.exposure([NAN] + [-2.0] * 999),
-    letters=lambda: evaluate.measure(
+    letters=lambda: evaluate.measure_predictions(
         chosen_frame().assign(letters_scores=[RIGHT, [NAN] * 4, RIGHT])
     ),
-    answers=lambda: evaluate.measure(text_frame().assign(bertscore=[0.5, NAN])),
+    answers=lambda: evaluate.measure_predictions(text_frame().assign(bertscore=[0.5, NAN])),
 )
 
 
@@ -582,18 +584,21 @@ def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch, capsys):
         measured.append(row.key)
         return rows[row.key]
 
-    monkeypatch.setattr(evidence_files, "check_machine", lambda: None)
+    monkeypatch.setattr(evidence_files, "check_plan_machine", lambda: None)
     monkeypatch.setattr(evidence_files, "plan_row", plan_row)
     monkeypatch.setattr(
         evidence_files, "kernel_row", lambda path, small: dict(bytes=shipped["process"]["notebook"])
     )
     command = ["plan", "--out", str(tmp_path / "plan.json")]
-    assert evidence_files.main(command) == 130 and "goes on from here" in capsys.readouterr().err
+    assert (
+        evidence_files.evidence_main(command) == 130
+        and "goes on from here" in capsys.readouterr().err
+    )
     assert (
         not (tmp_path / "plan.json").exists()
         and len(json.loads((tmp_path / "plan.json.part").read_text())) == 7
     )
-    assert evidence_files.main(command) == 0 and measured == list(rows)
+    assert evidence_files.evidence_main(command) == 0 and measured == list(rows)
     made = json.loads((tmp_path / "plan.json").read_text())
     assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
     assert list(made) == list(shipped) and all(
@@ -647,9 +652,9 @@ def test_the_speeds_are_measured_as_they_were(tmp_path, monkeypatch):
         asked.append((recipe, overrides, rounds))
         return shipped["data"]
 
-    monkeypatch.setattr(evidence_files, "bench", engines)
-    monkeypatch.setattr(evidence_files.bench_scoring, "bench", scoring)
-    monkeypatch.setattr(evidence_files.bench_data, "bench", data)
+    monkeypatch.setattr(evidence_files, "run_engine_bench", engines)
+    monkeypatch.setattr(evidence_files.bench_scoring, "run_scoring_bench", scoring)
+    monkeypatch.setattr(evidence_files.bench_data, "run_data_bench", data)
     evidence_files.make_again("bench", tmp_path / "data", tmp_path / "bench.json")
     same_row(json.loads((tmp_path / "bench.json").read_text()), shipped)
     questions = [f"dataset.path={tmp_path / 'data' / 'medmcqa' / 'dev.json'}"]
@@ -671,9 +676,11 @@ def test_the_speeds_are_measured_as_they_were(tmp_path, monkeypatch):
 def test_rows_of_the_trials_are_made_again():
     found = kept("verdicts.json")
     assert set(found) == set(trials.TABLES) and all(found.values())
-    same_row(trials.tried(trials.accuracy_world, 200, 1, 2000, disagree=0.2), found["nulls"][0])
     same_row(
-        trials.tried(trials.accuracy_world, 480, times=1000, pairs=trials.BLOCKS[0]),
+        trials.simulated_rates(trials.accuracy_world, 200, 1, 2000, disagree=0.2), found["nulls"][0]
+    )
+    same_row(
+        trials.simulated_rates(trials.accuracy_world, 480, times=1000, pairs=trials.BLOCKS[0]),
         found["pairs"][0],
     )
     same_row(trials.coins(10_000)[0], found["coins"][0])
@@ -692,11 +699,11 @@ def test_every_measurement_can_be_printed():
     assert set(found) == {"runs", "scoring", "data"}
     assert (
         len(bench_scoring.scoring_table(found["scoring"])) == len(found["scoring"]["cells"])
-        and not bench_data.data_table(found["data"]).empty
+        and not bench_data.jobs_table(found["data"]).empty
     )
     for one in found["runs"]:
         assert set(evidence_files.BENCH_DATA) >= {one["data"]} and any(
-            "tokens" in line for line in bench_page.in_text(one)
+            "tokens" in line for line in bench_page.bench_text(one)
         )
         assert set(one["settings"]) == set(
             bench.settings_of(load_recipe("quickstart"), 1, 1, 1, False)
@@ -723,7 +730,7 @@ def test_rows_of_the_plan_have_the_parts_that_are_predicted_now():
         } and set(row["parts"]) == set(now)
         assert (
             all(type(v) is int for v in row["parts"].values())
-            and 0.5 < peak.told(row) / row["measured"] < 2
+            and 0.5 < peak.peak_of_row(row) / row["measured"] < 2
         )
 
 
@@ -771,7 +778,7 @@ def test_the_shape_of_a_row_is_that_of_its_recipes_batches(tmp_path):
 
     run = Run.create(evidence_files.recipe_of(evidence_files.ROWS[0]), root=tmp_path)
     prepare(run)
-    batches = iter(train.trainer_of(run).get_train_dataloader())
+    batches = iter(train.trl_trainer(run).get_train_dataloader())
     seen = [
         (*b["input_ids"].shape, float((b["labels"] != -100).float().mean()))
         for b in (next(batches), next(batches))

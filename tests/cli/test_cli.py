@@ -247,7 +247,7 @@ ENDS = {  # last cells of a stage -> exit code, what its line must name
     "crashed": (["import os; os.kill(os.getpid(), 11)", "x"], 1, ["killed", "signal 11"]),
     "user_error": (
         [
-            "from medft.core.run import MedftError; raise MedftError('rows.jsonl:3: no answer')",
+            "from medft.core.files import MedftError; raise MedftError('rows.jsonl:3: no answer')",
             "x",
         ],
         2,

@@ -300,7 +300,7 @@ def test_a_stage_that_fails(place, monkeypatch):
     from stages import write
 
     ends = {
-        "from medft.core.run import MedftError; raise MedftError('rows: none')": MedftError,
+        "from medft.core.files import MedftError; raise MedftError('rows: none')": MedftError,
         "from medft.core.files import Refused; raise Refused('too far')": Refused,
         "1 / 0": Exception,
     }

@@ -25,7 +25,7 @@ HARMLESS_CHANGES = [
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     from medft.model import families
-    from medft.plan.rehearsal import few_rows
+    from medft.plan.rehearsal import few_starter_rows
 
     with pytest.MonkeyPatch.context() as m:
         m.setenv("MEDFT_RUNS", str(tmp_path_factory.mktemp("runs")))
@@ -43,7 +43,7 @@ def base(tmp_path_factory):
             "training.eval_strategy=steps",
             "training.eval_steps=3",
         ]
-        for split, path in few_rows("generative").items():
+        for split, path in few_starter_rows("generative").items():
             key = "path" if split == "train" else f"{split}_path"
             overrides.append(f"dataset.{key}={path}")
         yield overrides

@@ -66,9 +66,9 @@ STORY = dict(
 
 def runs(uri, name="generative"):
     "A client, and all runs of an experiment: engine, or `run` for the parent -> run."
-    from medft.cli.tracking import connect
+    from medft.cli.tracking import mlflow_client
 
-    client = connect(str(uri))
+    client = mlflow_client(str(uri))
     experiment = client.get_experiment_by_name(name)
     found = {}
     for run in client.search_runs([experiment.experiment_id]):

@@ -3,7 +3,7 @@
 from medft.core import sections
 from medft.core.files import MedftError
 from medft.core.recipe import (
-    BASELINES,
+    BASELINE_NAMES,
     UNSUPPORTED_LORA_KEYS,
     UNSUPPORTED_TRAINING_KEYS,
     load_recipe,
@@ -453,7 +453,7 @@ def test_names_of_baselines_are_those_registered():
     import medft.evaluate.metrics  # registers the baselines for pairs of records
     from medft.evaluate.measures import classification
 
-    assert medft.evaluate.metrics and set(BASELINES) == set(classification.BASELINES)
+    assert medft.evaluate.metrics and set(BASELINE_NAMES) == set(classification.BASELINES)
 
 
 def tied_models():
@@ -532,7 +532,7 @@ def prepared(tmp_path_factory):
             ]
             run = Run.create(load_recipe("quickstart", ["engine=[trl]", *small, *more]))
             data.prepare(run)
-            trainer = train.trainer_of(run)
+            trainer = train.trl_trainer(run)
             train.fit(trainer)
             return run, trainer.accelerator.unwrap_model(trainer.model)
 

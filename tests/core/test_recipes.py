@@ -207,12 +207,12 @@ EACH_TASK = ["nemotron_30b_medmcqa_lora", "medgemma_4b_classifier", "gemma3_4b_c
 
 @pytest.mark.parametrize("name", EACH_TASK)
 def test_a_recipe_is_rehearsed_through_all_stages(place, name):
-    from medft.cli.arguments import differences
+    from medft.cli.arguments import recipe_differences
     from medft.plan.rehearsal import rehearsal
 
     recipe = load_recipe(name, ["tracking.mlflow=false"])
     small, lines = rehearsal(recipe)
-    changed = {k for k in differences(recipe, small) if not k.startswith("dataset.")}
+    changed = {k for k in recipe_differences(recipe, small) if not k.startswith("dataset.")}
     assert changed <= SMALL | MACHINE, changed - SMALL - MACHINE
     explained = [line for line in lines if " -> " in line and ", because " in line]
     for k in changed - {"name", "description"}:

@@ -659,13 +659,15 @@ def test_a_resumed_run_takes_the_address_again_or_says_what_it_needs(
         "\n" not in str(e.value) and planted.public in str(e.value) and PASSWORD not in str(e.value)
     )
     with pytest.raises(MedftError, match="access refused.*MEDFT_URL") as e:
-        sources.parts(planted.public)
+        sources.source_parts(planted.public)
     monkeypatch.setenv("MEDFT_URL", planted.url)
     again = arguments.resumed(Run.open(run.path))
-    assert again.recipe.dataset.path == planted.public and sources.parts(again.recipe.dataset.path)
+    assert again.recipe.dataset.path == planted.public and sources.source_parts(
+        again.recipe.dataset.path
+    )
     monkeypatch.delenv("MEDFT_URL")
     again = arguments.resumed(Run.open(run.path), [f"dataset.path={planted.url}"])
-    assert "changes" not in again.manifest and sources.parts(again.recipe.dataset.path), (
+    assert "changes" not in again.manifest and sources.source_parts(again.recipe.dataset.path), (
         "the same address is no change of the recipe"
     )
     for k in [k for k in os.environ if k.startswith("MEDFT_URL_")]:

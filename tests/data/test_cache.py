@@ -86,7 +86,7 @@ def test_pruning_takes_only_what_the_cache_made(tmp_path, rows):
     ours = [
         name
         for name in left
-        if storing.KEY.fullmatch(name) and (cache / name / "report.json").exists()
+        if storing.CACHED_NAME.fullmatch(name) and (cache / name / "report.json").exists()
     ]
     assert len(ours) == storing.CACHED and f"{0:032x}" not in left
     assert prepared(tmp_path / "runs", rows)[1]["cached"]
@@ -99,7 +99,7 @@ def test_a_cache_that_cannot_be_written_ends_no_run(tmp_path, rows, monkeypatch,
         (tmp_path / "runs" / ".data").write_text("")
     else:
         full = OSError(28, "No space left on device")
-        monkeypatch.setattr(storing, "link", lambda old, new: (_ for _ in ()).throw(full))
+        monkeypatch.setattr(storing, "link_folder", lambda old, new: (_ for _ in ()).throw(full))
     run, report = prepared(tmp_path / "runs", rows)
     assert report["rows_out"] == 24
     assert "not kept for the next run" in (run.path / "logs" / "finetune.log").read_text()
@@ -107,7 +107,9 @@ def test_a_cache_that_cannot_be_written_ends_no_run(tmp_path, rows, monkeypatch,
 
 def test_a_kept_data_set_that_is_damaged_is_prepared_again(tmp_path, rows):
     first, _ = prepared(tmp_path / "runs", rows)
-    (kept,) = [p for p in (tmp_path / "runs" / ".data").iterdir() if storing.KEY.fullmatch(p.name)]
+    (kept,) = [
+        p for p in (tmp_path / "runs" / ".data").iterdir() if storing.CACHED_NAME.fullmatch(p.name)
+    ]
     (kept / "report.json").write_text("{ broken")
     again, report = prepared(tmp_path / "runs", rows)
     assert (

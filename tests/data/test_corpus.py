@@ -584,7 +584,7 @@ def test_what_differs_is_named(tmp_path, fast, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(corpus, "finish", stop)
+        m.setattr(corpus, "finish_corpus", stop)
         with pytest.raises(KeyboardInterrupt):
             make([a, b], tmp_path / "out")
     for finished in (False, True):
@@ -621,7 +621,7 @@ def test_a_corpus_is_no_input_and_a_damaged_shard_is_seen(tmp_path, fast, monkey
     def stop(*x):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(corpus, "finish", stop)
+    monkeypatch.setattr(corpus, "finish_corpus", stop)
     with pytest.raises(KeyboardInterrupt):
         make(paths, tmp_path / "half")
     next((tmp_path / "half" / "train").glob("*.arrow")).write_bytes(b"short")
@@ -649,9 +649,9 @@ def test_the_data_folder_is_what_datasets_reads(tmp_path, fast):
     ds = load_from_disk(str(tmp_path / "out" / "train"))
     assert ds.column_names == ["input_ids", "seq_lengths", "documents"] and str(ds.split) == "train"
     ds.select(range(2)).save_to_disk(tmp_path / "copy")
-    from medft.data.reading.sources import parts
+    from medft.data.reading.sources import source_parts
 
-    assert parts(str(tmp_path / "out"))[0].kind == "corpus"
+    assert source_parts(str(tmp_path / "out"))[0].kind == "corpus"
 
 
 def test_progress_says_documents_a_second(tmp_path, fast):

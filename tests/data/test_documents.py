@@ -535,14 +535,14 @@ def test_a_record_is_short_however_long_the_life():
     history = [
         [k, f"20{i // 12:02d}-{i % 12 + 1:02d}-01", "x", f"{k} {i % 60}", f"e{i}"]
         for i in range(240)
-        for k in documents.KINDS
+        for k in documents.RECORD_KINDS
     ]
     row = dict.fromkeys(documents.PERSON, "") | dict(
         first="A1",
         history=history,
         encounters=[[f"e{i}", "2020-01-01", "w", "C"] for i in range(240)],
     )
-    r = documents.record(row)
+    r = documents.patient_record(row)
     assert (
         len(r["conditions"]),
         len(r["medications"]),
@@ -607,7 +607,7 @@ def test_real_patients(folder):
         rows = read("synthea", folder / "synthea" / name)
         tables = {
             t: list(csv.DictReader((folder / f"synthea/{name}/{t}.csv").open(encoding="utf-8")))
-            for t in ("patients", "encounters", *documents.KINDS)
+            for t in ("patients", "encounters", *documents.RECORD_KINDS)
         }
         assert len(rows) == len(tables["patients"]) and sum(
             len(r["encounters"]) for r in rows

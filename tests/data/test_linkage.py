@@ -3,7 +3,7 @@
 from medft.core import files
 from medft.core.files import MedftError
 from medft.data.prepare import linkage
-from medft.data.prepare.linkage import CHANGES, KINDS, baselines, prepare_pairs
+from medft.data.prepare.linkage import CHANGES, MISMATCH_KINDS, baselines, prepare_pairs
 from medft.data.reading.documents import pair_text
 
 import csv
@@ -413,7 +413,7 @@ def test_the_card_says_what_is_there_and_the_folder_loads(made):
         s: len(rows) for s, rows in pairs(made[1]).items()
     } and set(data["test"][0]["left"]) >= {"first", "ssn", "visits"}
     assert (
-        "not stated" in (bare := linkage.card(made[2] | dict(license=None)))
+        "not stated" in (bare := linkage.data_card(made[2] | dict(license=None)))
         and "\nlicense:" not in bare
     )
 
@@ -456,7 +456,7 @@ def test_from_bundles(tmp_path):
 
 # the hub
 PUSH = """import sys, json
-from medft.core.run import MedftError
+from medft.core.files import MedftError
 from medft.data.prepare.linkage import prepare_pairs
 try: print(json.dumps(prepare_pairs(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))))
 except MedftError as e: print(f"MedftError: {e}")"""
@@ -550,6 +550,6 @@ def test_real_patients(tmp_path, folder, name, patients):
     if name == "csv" and folder == LARGE:
         assert (
             set(about["right_changes"]) == set(CHANGES)
-            and all(set(c) == {"same", *KINDS} for c in about["pairs"].values())
+            and all(set(c) == {"same", *MISMATCH_KINDS} for c in about["pairs"].values())
             and 0.3 < about["baselines"]["either"]["recall"] < 0.75
         )

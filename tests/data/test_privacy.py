@@ -1,6 +1,6 @@
 """Identifiers: what is found, what must not be, how well on generated notes, and how fast."""
 
-from medft.data.quality.identifiers import APART, KINDS, Finding, find, scan
+from medft.data.quality.identifiers import APART, IDENTIFIER_KINDS, Finding, find, scan_identifiers
 
 import json
 import random
@@ -27,12 +27,12 @@ def kinds(*texts):
 def test_a_finding_never_shows_what_it_found():
     (found,) = find(["MRN 00482913, write to ann.doe@mail.example"])
     assert [f.text for f in found] == ["00482913", "ann.doe@mail.example"]
-    shown = repr(found) + str(found[0]) + f"{found[1]}" + repr(scan(["MRN 00482913"]))
+    shown = repr(found) + str(found[0]) + f"{found[1]}" + repr(scan_identifiers(["MRN 00482913"]))
     assert "00482913" not in shown and "ann" not in shown and "mrn" in shown
 
 
 def test_rows_and_counts():
-    rows, counts = scan(
+    rows, counts = scan_identifiers(
         [
             "nothing",
             "SSN 999-12-3456",
@@ -46,7 +46,11 @@ def test_rows_and_counts():
     assert rows == [2, 6] and counts == Counter(
         {"synthetic ssn": 1, "ssn": 1, "mrn": 1, "public url": 1, "age": 1}
     )
-    assert scan([]) == ([], Counter()) and find([]) == [] and not set(KINDS) & set(APART)
+    assert (
+        scan_identifiers([]) == ([], Counter())
+        and find([]) == []
+        and not set(IDENTIFIER_KINDS) & set(APART)
+    )
 
 
 def test_findings_stand_in_order_and_do_not_overlap():
@@ -396,7 +400,7 @@ def test_never_raises_and_spans_slice_back(texts):
             isinstance(f, Finding)
             and text[f.start : f.end] == f.text
             and f.text
-            and f.kind in {*KINDS, *APART}
+            and f.kind in {*IDENTIFIER_KINDS, *APART}
             for f in fs
         )
         assert all(a.end <= b.start for a, b in zip(fs, fs[1:], strict=False))
@@ -445,7 +449,7 @@ def test_fast_enough_for_a_training_set():
         "next?\nECG\nTroponin 0.4\nAspirin 300 mg\nCT"
     ] * 60_000
     start = time.process_time()
-    assert scan(base)[0] == []
+    assert scan_identifiers(base)[0] == []
     assert time.process_time() - start < 3  # 0.5 s on a quiet core; 180,000 within three seconds
 
 
@@ -474,12 +478,14 @@ def _pubmedqa(folder):
 
 @on_real_rows
 def test_exam_questions_and_abstracts_hold_nobody(folder):
-    assert scan(_medmcqa(folder))[0] == [] and scan(_pubmedqa(folder))[0] == []
+    assert (
+        scan_identifiers(_medmcqa(folder))[0] == [] and scan_identifiers(_pubmedqa(folder))[0] == []
+    )
 
 
 @needs_large
 def test_health_pages_hold_offices_mostly():
-    rows, counts = scan(_medquad(LARGE))
+    rows, counts = scan_identifiers(_medquad(LARGE))
     assert (
         len(rows) < 50
         and counts["public phone"] > 10
@@ -492,7 +498,7 @@ def test_health_pages_hold_offices_mostly():
 def test_synthetic_patients_are_recognised(folder):
     pairs = [json.loads(line) for line in (folder / "synthea/er_pairs.jsonl").open()]
     texts = [json.dumps(p[side]) for p in pairs for side in ("left", "right")]
-    rows, counts = scan(texts)
+    rows, counts = scan_identifiers(texts)
     held = sum(bool(p[side]["ssn"]) for p in pairs for side in ("left", "right"))
     assert (
         counts["ssn"] == 0

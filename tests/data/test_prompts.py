@@ -170,7 +170,7 @@ def styled(name, **more):
 
 
 def row(tok, recipe=QUICK, **ex):
-    return K.prompts(tok, [dict(id="1", group="g", subject="s") | ex], recipe)[0]
+    return K.render_prompts(tok, [dict(id="1", group="g", subject="s") | ex], recipe)[0]
 
 
 def recipe(*overrides):
@@ -246,7 +246,7 @@ def test_shipped_rows_are_written_to_the_character_as_before(answer, chat):
     if not chat:
         tok.chat_template = None
     assert len(rows) > 10_000 and {K.form_of(r) for r in rows} >= {"options", "text", "prompt"}
-    assert K.prompts(tok, rows, recipe(f"dataset.answer={answer}")) == [
+    assert K.render_prompts(tok, rows, recipe(f"dataset.answer={answer}")) == [
         to_prompt_before(tok, r, answer) for r in rows
     ]
 
@@ -336,7 +336,7 @@ def test_a_template_that_changes_texts_is_found_out_and_rendered_row_by_row():
         )
         for i in range(9)
     ]
-    made = K.prompts(tok, rows, QUICK)
+    made = K.render_prompts(tok, rows, QUICK)
     assert (
         all("its end" not in r["prompt"] for r in made)
         and T.template(tok).notes
@@ -432,7 +432,7 @@ REFUSED = {
 def test_a_template_nothing_can_be_trained_through_is_refused_in_one_line(case):
     source, names, word = REFUSED[case]
     with pytest.raises(MedftError, match=word) as e:
-        K.prompts(
+        K.render_prompts(
             tokenizer(markers=CHATML, source=source, **names),
             [dict(id="1", group="g", question="q", answer="a")],
             QUICK,
@@ -503,7 +503,7 @@ BAD = [
 @pytest.mark.parametrize("name", ["llama3", "plain"])
 def test_a_row_that_cannot_be_written_gives_its_reason_and_stops_no_other(name):
     tok = tokenizer(markers=LLAMA, source=STYLES[name][0])
-    made = K.prompts(
+    made = K.render_prompts(
         tok,
         [dict(id=str(i), group="g", subject="") | b for i, b in enumerate(BAD)]
         + [dict(id="good", group=["a", "b"], subject="", question="q", answer="a")],
@@ -748,7 +748,7 @@ def test_the_real_formatted_rows(folder):
         json.loads(line) for line in (folder / "llama3_prompt/medical_llama3_instruct.jsonl").open()
     ]
     tok = tokenizer(markers=LLAMA, source=STYLES["llama3"][0], adds_bos=True)
-    made = K.prompts(
+    made = K.render_prompts(
         tok,
         [dict(id=str(i), group="g", subject="", formatted=r["prompt"]) for i, r in enumerate(rows)],
         QUICK,
@@ -953,7 +953,7 @@ def test_a_very_long_row_is_read_once():
 
 def test_encode_on_the_tiny_base_is_as_before():
     tok = T.load_tokenizer(QUICK)
-    rows = K.prompts(tok, [r for _, r in zip(range(300), starter(), strict=False)], QUICK)
+    rows = K.render_prompts(tok, [r for _, r in zip(range(300), starter(), strict=False)], QUICK)
     p, c = ([r[k] for r in rows] for k in ("prompt", "completion"))
     a, b = (tok(x, add_special_tokens=False)["input_ids"] for x in (p, c))
     assert K.encode(tok, p, c) == dict(
@@ -1034,7 +1034,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 CODE = """
-from medft.core.run import MedftError, load_recipe
+from medft.core.files import MedftError
+from medft.core.recipe import load_recipe
 from medft.data.chat_templates import load_tokenizer
 for name in {names!r}:
     try: load_tokenizer(load_recipe("quickstart", ["model.name=" + name])); print("loaded")

@@ -21,9 +21,9 @@ from hub_server import HubServer
 CLIENT = """
 import json, os, sys
 from types import SimpleNamespace
-from medft.data.reading import sources
+from medft.data.reading import formats, sources
 from medft.data.reading.hub import hub
-from medft.core.run import MedftError
+from medft.core.files import MedftError
 for case in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = case.pop("token", "")
     d = dict(name="org/exam", config_name=None, split=None, revision=None, streaming=False)
@@ -31,7 +31,7 @@ for case in json.loads(sys.argv[1]):
     try:
         [part], commit = hub(d)
         said = dict(rows=[r for _, r in sources.rows(part)], commit=commit, name=part.name)
-        said |= dict(digest=sources.digest(part), features=sources.features(part))
+        said |= dict(digest=sources.digest(part), features=formats.features(part))
     except MedftError as e: said = dict(error=str(e))
     except Exception as e: said = dict(crash=repr(e))
     print("SAID" + json.dumps(said))
@@ -375,7 +375,7 @@ def http():
 
 
 def read(spec, **more):
-    return [r["q"] for p in sources.parts(spec, **more) for _, r in formats.rows(p)]
+    return [r["q"] for p in sources.source_parts(spec, **more) for _, r in formats.rows(p)]
 
 
 def left(tmp_path):
@@ -402,13 +402,13 @@ def test_a_bucket_reads_like_a_folder(place, streaming, request, tmp_path):
         and get(f"{at}/both", split="test") == ["3"]
         and not [p for p in left(tmp_path) if p.name.startswith(".part-")]
     )
-    (part,) = sources.parts(f"{at}/exam/part1.jsonl", streaming=streaming)
+    (part,) = sources.source_parts(f"{at}/exam/part1.jsonl", streaming=streaming)
     assert (
         part.name.endswith("med-data/exam/part1.jsonl")
         and (part.path is None) == streaming
         and len(sources.digest(part)) > 30
     )
-    (part,) = sources.parts(f"{at}/synthea", streaming=streaming)
+    (part,) = sources.source_parts(f"{at}/synthea", streaming=streaming)
     assert part.kind == "synthea" and part.path.is_dir()
     for spec, says in {
         f"{at}/gone.jsonl": "nothing there",
@@ -429,11 +429,11 @@ def test_a_file_is_fetched_once_until_it_changes(s3, tmp_path):
 
     fs = fsspec.filesystem("s3")
     fs.pipe("med-data/again.jsonl", lines(1).encode())
-    (first,) = sources.parts(f"{s3}/again.jsonl")
+    (first,) = sources.source_parts(f"{s3}/again.jsonl")
     stamp = first.path.stat().st_mtime_ns
-    assert sources.parts(f"{s3}/again.jsonl")[0].path.stat().st_mtime_ns == stamp
+    assert sources.source_parts(f"{s3}/again.jsonl")[0].path.stat().st_mtime_ns == stamp
     fs.pipe("med-data/again.jsonl", lines(2).encode())
-    (again,) = sources.parts(f"{s3}/again.jsonl")
+    (again,) = sources.source_parts(f"{s3}/again.jsonl")
     assert read(f"{s3}/again.jsonl") == [2] and sources.digest(again) != sources.digest(first)
 
 
@@ -442,14 +442,14 @@ def test_a_key_that_points_outside_is_refused(s3):
 
     fsspec.filesystem("s3").pipe({"med-data/evil/a.jsonl": b"", "med-data/evil/../../b.jsonl": b""})
     with pytest.raises(MedftError) as e:
-        sources.parts(f"{s3}/evil")
+        sources.source_parts(f"{s3}/evil")
     assert "points outside" in str(e.value)
 
 
 def probe(env, url):
     code = (
-        "import sys\nfrom medft.data.reading import sources\nfrom medft.core.run import"
-        " MedftError\ntry: print(sources.parts(sys.argv[1]))\nexcept MedftError as e:"
+        "import sys\nfrom medft.data.reading import sources\nfrom medft.core.files import"
+        " MedftError\ntry: print(sources.source_parts(sys.argv[1]))\nexcept MedftError as e:"
         " print('SAID', e)"
     )
     done = subprocess.run(
@@ -473,7 +473,7 @@ def test_keys_that_are_missing_or_wrong(s3, tmp_path):
         f"{s3}/exam/part1.jsonl",
     )
     with pytest.raises(MedftError, match="127.0.0.1:9/a.jsonl: cannot be reached"):
-        sources.parts("http://127.0.0.1:9/a.jsonl")
+        sources.source_parts("http://127.0.0.1:9/a.jsonl")
 
 
 def test_a_package_that_is_missing_is_named(tmp_path):
@@ -498,10 +498,10 @@ def test_a_download_that_dies_leaves_nothing(http, tmp_path):
 
 def test_a_signed_link_is_a_key_and_is_not_shown(http):
     signed = f"{http.replace('://', '://user:pass@')}/exam/part1.jsonl?X-Amz-Signature=abc"
-    (part,) = sources.parts(signed)
+    (part,) = sources.source_parts(signed)
     assert part.name == f"{http}/exam/part1.jsonl" and read(signed) == [1]
     with pytest.raises(MedftError) as e:
-        sources.parts(f"{http}/gone.jsonl?token=secret")
+        sources.source_parts(f"{http}/gone.jsonl?token=secret")
     assert "secret" not in str(e.value) and "gone.jsonl" in str(e.value)
 
 

@@ -462,13 +462,13 @@ def test_an_option_about_medicine(option):
 def test_items_with_such_options_are_not_turned(monkeypatch):
     recipe = load_recipe("quickstart")
     tok = load_tokenizer(recipe)
-    from medft.data.prompts import prompts
+    from medft.data.prompts import render_prompts
 
     examples = [
         dict(id=str(i), group=str(i), subject="", question="Which?", options=o, answer=0)
         for i, o in enumerate((DRUGS, [*DRUGS[:3], "Both A and B"]))
     ]
-    rows = prompts(tok, examples, recipe)
+    rows = render_prompts(tok, examples, recipe)
     assert {i for i, *_ in scoring.turned(tok, rows, 3)} == {0} and scoring.in_fixed_order(
         tok, rows
     ) == [False, True]

@@ -55,7 +55,7 @@ def refused(rows, d=None, **kw):
 def shared(folder, name):
     "A real file, read as a recipe would."
     examples, bad, schema, n = [], Counter(), set(), 0
-    for part in sources.parts(str(folder / name)):
+    for part in sources.source_parts(str(folder / name)):
         reading = read_examples(formats.rows(part), part.name, Dataset(), formats.features(part))
         for _, _, ex, why in reading:
             n += 1
@@ -1005,7 +1005,7 @@ def test_half_a_surrogate_costs_one_row(row, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, [good, row, good])))
     d = Dataset(columns=dict(group="group")) if "group" in row else Dataset()
-    (part,) = sources.parts(str(path))
+    (part,) = sources.source_parts(str(path))
     out = list(read_examples(formats.rows(part), part.name, d))
     assert [why for *_, why in out] == [None, "broken Unicode (half of a surrogate pair)", None]
     assert one(dict(question="q", answer="a", note="\ud83d"))["answer"] == "a", (

@@ -4,7 +4,7 @@ from medft.core.recipe import load_recipe
 from medft.core.run import Run
 from medft.data import pipeline as data
 from medft.data.chat_templates import load_tokenizer
-from medft.data.prompts import prompts, sample_text
+from medft.data.prompts import render_prompts, sample_text
 from medft.data.reading.free_text import from_text
 from medft.data.reading.multiple_choice import Reject
 
@@ -67,7 +67,7 @@ def test_odd_segments_are_rejected(segments):
 
 def test_everything_is_trained_on_when_the_recipe_says_so():
     recipe = load_recipe("starter_base", ["training.completion_only_loss=false"])
-    (row,) = prompts(
+    (row,) = render_prompts(
         load_tokenizer(recipe),
         [dict(id="1", group="g", **from_text(dict(segments=[["2 + 2", 0], [" = 4", 1]])))],
         recipe,

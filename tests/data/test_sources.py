@@ -36,7 +36,7 @@ def here(tmp_path, monkeypatch):
 
 
 def read(spec, **more):
-    return [r for p in sources.parts(spec, **more) for _, r in formats.rows(p)]
+    return [r for p in sources.source_parts(spec, **more) for _, r in formats.rows(p)]
 
 
 def put(name, content):
@@ -130,8 +130,8 @@ def test_keys_become_ids_and_a_lone_conversation_stays_whole():
 def test_rows_know_their_line():
     put("a.jsonl", '{"q": 1}\n\n{"q": 2}\n')
     put("a.csv", 'q,a\n"two\nlines",1\n\nx,2\n')
-    assert [n for n, _ in formats.rows(sources.parts("a.jsonl")[0])] == [1, 3] and [
-        n for n, _ in formats.rows(sources.parts("a.csv")[0])
+    assert [n for n, _ in formats.rows(sources.source_parts("a.jsonl")[0])] == [1, 3] and [
+        n for n, _ in formats.rows(sources.source_parts("a.csv")[0])
     ] == [2, 5]
 
 
@@ -164,11 +164,11 @@ def test_class_names_of_the_hub_are_kept():
         "s.arrow": arrow(table),
         "f.arrow": arrow(table, pa.ipc.new_file),
     }.items():
-        (part,) = sources.parts(put(name, content))
+        (part,) = sources.source_parts(put(name, content))
         assert formats.features(part) == {"cop": ["a", "b", "c", "d"]} and [
             r for _, r in formats.rows(part)
         ] == [{"q": "x", "cop": 3}]
-    assert formats.features(sources.parts(put("a.jsonl", jsonl()))[0]) == {}
+    assert formats.features(sources.source_parts(put("a.jsonl", jsonl()))[0]) == {}
 
 
 def test_saved_data_sets_with_their_splits():
@@ -183,18 +183,18 @@ def test_saved_data_sets_with_their_splits():
     assert read("both") == read("one") == [dict(q="train", cop=1)] and read(
         "both", split="test"
     ) == [dict(q="test", cop=1)]
-    (part,) = sources.parts("both")
+    (part,) = sources.source_parts("both")
     assert (
         formats.features(part) == {"cop": ["a", "b"]}
         and part.kind == "folder"
         and len(sources.digest(part)) == 64
     )
     with pytest.raises(MedftError, match="no split 'tset' .did you mean 'test'"):
-        sources.parts("both", split="tset")
+        sources.source_parts("both", split="tset")
     shard = next(Path("one").glob("*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(MedftError, match="one/.*arrow.*cut off"):
-        sources.parts("one")
+        sources.source_parts("one")
 
 
 def test_folders_are_recognised():
@@ -209,7 +209,7 @@ def test_folders_are_recognised():
     put("mixed/LICENSE.txt", "MIT")
     put("mixed/.hidden.csv", "x")
     kinds = {
-        name: [(p.kind, p.path.name) for p in sources.parts(name)]
+        name: [(p.kind, p.path.name) for p in sources.source_parts(name)]
         for name in ("synthea", "fhir", "xml", "corpus", "mixed", "fhir/a.json")
     }
     assert kinds == {
@@ -232,7 +232,7 @@ def test_folders_are_recognised():
                 ]
             ),
         )
-        (part,) = sources.parts(f"{name}.zip")
+        (part,) = sources.source_parts(f"{name}.zip")
         assert part.kind == kind and part.path.is_dir()
 
 
@@ -240,7 +240,7 @@ def test_splits_in_a_folder_never_mix():
     for s in ("train", "dev", "test"):
         put(f"data/exam-{s}.jsonl", json.dumps({"q": s}))
     with pytest.raises(MedftError, match="several splits .train, validation, test."):
-        sources.parts("data")
+        sources.source_parts("data")
     assert read("data", role="train") == [{"q": "train"}] and read("data", role="test") == [
         {"q": "test"}
     ]
@@ -248,7 +248,7 @@ def test_splits_in_a_folder_never_mix():
         "data", split="validation"
     ) == read("data", split="dev") == [{"q": "dev"}]
     with pytest.raises(MedftError, match="no split 'extra'"):
-        sources.parts("data", split="extra")
+        sources.source_parts("data", split="extra")
     assert len(read(["data/exam-train.jsonl", "data/exam-dev.jsonl"])) == 2
 
 
@@ -262,28 +262,28 @@ def test_patterns_lists_and_what_is_named_twice():
         == read("**/*.jsonl")
         == read(str(Path("d").resolve() / "*.jsonl"))
     )
-    assert [p.name for p in sources.parts("d")] == ["d/0.jsonl", "d/1.jsonl", "d/2.jsonl"]
+    assert [p.name for p in sources.source_parts("d")] == ["d/0.jsonl", "d/1.jsonl", "d/2.jsonl"]
     with pytest.raises(MedftError, match="named twice"):
-        sources.parts(["d/*.jsonl", "d/1.jsonl"])
+        sources.source_parts(["d/*.jsonl", "d/1.jsonl"])
     put("[odd].jsonl", jsonl())
     assert read("[odd].jsonl") == ROWS  # a name that looks like a pattern is a name first
 
 
 def test_digest_is_of_the_content():
-    a, b = (sources.parts(put(n, jsonl()))[0] for n in ("a.jsonl", "b.jsonl"))
+    a, b = (sources.source_parts(put(n, jsonl()))[0] for n in ("a.jsonl", "b.jsonl"))
     assert (
         sources.digest(a)
         == sources.digest(b)
-        != sources.digest(sources.parts(put("c.jsonl", jsonl(ROWS[:3])))[0])
+        != sources.digest(sources.source_parts(put("c.jsonl", jsonl(ROWS[:3])))[0])
     )
 
 
 def test_an_archive_is_unpacked_once():
     put("a.zip", GOOD["a.zip"])
-    first = sources.parts("a.zip")[0]
+    first = sources.source_parts("a.zip")[0]
     stamp = first.path.stat().st_mtime_ns
     assert (
-        sources.parts("a.zip")[0].path.stat().st_mtime_ns == stamp
+        sources.source_parts("a.zip")[0].path.stat().st_mtime_ns == stamp
         and first.name == "a.zip!a.jsonl"
         and stat.S_IMODE(Path("cache").stat().st_mode) == 0o700
     )
@@ -325,7 +325,7 @@ def test_a_table_is_read_whatever_separates_its_cells(name, ending):
 
 def test_lines_before_the_header_are_counted():
     put("t.csv", 'sep=;\n\n# ward 3\nq;a\n"two\nlines";1\nx;2\n')
-    assert [n for n, _ in formats.rows(sources.parts("t.csv")[0])] == [5, 7]
+    assert [n for n, _ in formats.rows(sources.source_parts("t.csv")[0])] == [5, 7]
     put("t.csv", "sep=;\nq;a\n1;2\n1;2;3\n")
     with pytest.raises(MedftError, match="t.csv:4: 3 cells where the header has 2"):
         read("t.csv")
@@ -548,10 +548,10 @@ def test_several_kinds_and_the_way_out(members, split, says, never):
     [put(f"both/{m}", "x") for m in members]
     put("both/more/readme.md", "x")
     with pytest.raises(MedftError) as e:
-        sources.parts("both.zip", split=split)
+        sources.source_parts("both.zip", split=split)
     assert says in str(e.value) and never not in str(e.value)
     with pytest.raises(MedftError) as e:
-        sources.parts("both", split=split)
+        sources.source_parts("both", split=split)
     advice = str(e.value).rpartition("name one: ")[2]
     assert "unpack" not in str(e.value) and sources.glob.glob(advice), advice
 
@@ -572,7 +572,7 @@ def test_a_split_may_be_of_a_kind_of_its_own():
 )
 def test_a_broken_zip_is_not_called_a_gzip_file(content):
     with pytest.raises(MedftError, match="not a whole zip archive .*fetch it again") as e:
-        sources.parts(put("a.zip", content))
+        sources.source_parts(put("a.zip", content))
     assert "gzip" not in str(e.value)
 
 
@@ -625,7 +625,7 @@ def test_a_path_that_leads_nowhere(spec, says):
     with socket.socket(socket.AF_UNIX) as s:
         s.bind("plug.jsonl")
         with pytest.raises(MedftError) as e:
-            sources.parts(spec)
+            sources.source_parts(spec)
     assert says in str(e.value) and str(e.value).isprintable()
 
 
@@ -662,7 +662,7 @@ def test_a_disk_that_is_full_leaves_nothing_half(monkeypatch):
 
     monkeypatch.setattr(sources.zipfile.ZipFile, "extractall", full)
     with pytest.raises(MedftError, match="cannot be unpacked: .*No space left"):
-        sources.parts("a.zip")
+        sources.source_parts("a.zip")
     assert not [p for p in Path("cache").rglob("*") if p.is_file()] and not list(
         Path("cache").rglob(".part-*")
     )
@@ -785,7 +785,7 @@ import pyarrow.parquet
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.time()
-n = sum(1 for _ in sources.rows(sources.parts("big.jsonl")[0]))
+n = sum(1 for _ in sources.rows(sources.source_parts("big.jsonl")[0]))
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print(n, time.time() - start, grown)
 """
@@ -800,7 +800,7 @@ print(n, time.time() - start, grown)
 
 def test_reading_is_lazy():
     put("a.jsonl", jsonl() + b"broken")
-    rows = formats.rows(sources.parts("a.jsonl")[0])
+    rows = formats.rows(sources.source_parts("a.jsonl")[0])
     assert [next(rows)[1] for _ in ROWS] == ROWS
     with pytest.raises(MedftError, match=":21:"):
         next(rows)

@@ -259,7 +259,7 @@ def test_every_check_sees_the_same_question_in_another_form(tmp_path):
     assert split(run, "train")[0]["prompt"].count("Ü") == 1, (
         "what is trained on stays as it was written"
     )
-    assert len(leaks.hits(leaks.trained_on(run), split(run, "test"))) == 33
+    assert len(leaks.rows_on_list(leaks.trained_on(run), split(run, "test"))) == 33
     _, report = prepared(tmp_path, rows + again, "dataset.holdout=0.0")
     assert report["checks"]["duplicates"]["count"] == 66
     _, report = prepared(
@@ -303,7 +303,7 @@ def test_plain_conversations_are_cut_and_masked(tmp_path, name):
     row = split(run, "train")[0]
     assert (
         report["shapes"]["train"] == "formatted"
-        and chat_formats.family_of(PLAIN[name].format(*FACTS[0])) == name
+        and chat_formats.format_of_text(PLAIN[name].format(*FACTS[0])) == name
     )
     assert (
         row["completion"].strip() == "Sign 0.<eos>"

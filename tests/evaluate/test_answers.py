@@ -116,7 +116,7 @@ def test_answers_do_not_depend_on_the_batch(base):
     bounds = [2 * len(tok(r["reference"])["input_ids"]) + 8 for r in ROWS]
     assert all(
         s["answer_tokens"] <= n and s["ended"] == (s["answer_tokens"] < n)
-        for s, n in zip(said, bounds)
+        for s, n in zip(said, bounds, strict=True)
     )
     assert [
         s["answer_tokens"] for s in answers.write_answers(model, tok, ROWS, max_new_tokens=2)
@@ -251,7 +251,7 @@ def made(good, n=80, seed=0):
             nll=k + 5.0,
             tokens=5,
             bytes=20,
-            **answers.judged(said, meant),
+            **answers.judged_answers(said, meant),
             answer_tokens=k,
             reference_tokens=4,
             ended=k < 12,
@@ -335,7 +335,7 @@ def test_equal_models_rarely_differ():
             )
             for _ in range(2)
         ]
-        spoke.append([d["label"] != "tie" for d in written.beside(*both).values()])
+        spoke.append([d["label"] != "tie" for d in written.answer_comparisons(*both).values()])
     rates = np.mean(spoke, 0)
     assert (rates <= 0.085).all() and (rates >= 0.01).all(), (
         rates

@@ -72,7 +72,7 @@ MEDMCQA = [
     dict(
         id=f"m{i}",
         question=q,
-        **dict(zip(("opa", "opb", "opc", "opd"), o)),
+        **dict(zip(("opa", "opb", "opc", "opd"), o, strict=True)),
         cop=a,
         choice_type="single",
         exp=None,
@@ -84,7 +84,7 @@ MEDMCQA = [
 MEDQA = [
     dict(
         question=q,
-        options=dict(zip("ABCD", o)),
+        options=dict(zip("ABCD", o, strict=True)),
         answer=o[a],
         answer_idx="ABCD"[a],
         meta_info="step1",
@@ -104,7 +104,7 @@ MMLU = [dict(question=q, subject="anatomy", choices=o, answer=a) for q, o, a in 
 def test_prompts_are_the_harness_s_to_the_blank(tmp_path):
     "Whatever shape the file has: the texts as they stand, blanks included, and the right option."
     q, o, _ = QUESTIONS[0]
-    listed = "".join(f"{x}. {t}\n" for x, t in zip("ABCD", o))
+    listed = "".join(f"{x}. {t}\n" for x, t in zip("ABCD", o, strict=True))
     one = rows(
         "medmcqa", lines(tmp_path / "one.jsonl", [r | dict(cop=r["cop"] + 1) for r in MEDMCQA])
     )
@@ -236,7 +236,14 @@ def test_refused_before_anything_is_loaded(tmp_path, monkeypatch, wanted, said):
     lines(Path("mmlu.jsonl"), MMLU)
     lines(
         Path("five.jsonl"),
-        [dict(question="Which?", options=dict(zip("ABCDE", "vwxyz")), answer_idx="E", answer="z")],
+        [
+            dict(
+                question="Which?",
+                options=dict(zip("ABCDE", "vwxyz", strict=True)),
+                answer_idx="E",
+                answer="z",
+            )
+        ],
     )
     lines(Path("text.jsonl"), [dict(question="Why?", answer="So.")])
     with pytest.raises(MedftError, match=said):
@@ -330,7 +337,7 @@ def test_a_few_real_items_as_the_harness_judges_them(tiny, folder, name):
 @needs_large
 @pytest.mark.long
 def test_all_real_items_as_the_harness_judges_them(tmp_path, tiny):
-    found = bm.remake(LARGE, tmp_path / "evidence.json")["tasks"]
+    found = bm.remake_agreement(LARGE, tmp_path / "evidence.json")["tasks"]
     assert [f["benchmark"] for f in found] == list(bm.FILES) and all(
         f["rows"] >= 500 for f in found
     )
@@ -407,7 +414,7 @@ def test_real_rows_are_known_by_what_they_ask(tmp_path, folder, name):
     run = prepared(tmp_path, folder / bm.FILES[name], "dataset.max_samples=40")
     trained = leaks.trained_on(run)
     found = rows(name, folder / bm.FILES[name])
-    assert len(leaks.hits(trained, [dict(content=r["content"]) for r in found])) >= len(
+    assert len(leaks.rows_on_list(trained, [dict(content=r["content"]) for r in found])) >= len(
         data.load_split(run, "train")
     )
 
@@ -433,7 +440,7 @@ PUBMEDQA = [
 ASK = """
 import json, sys
 from medft.evaluate.scoring import benchmarks as bm
-from medft.core.run import MedftError
+from medft.core.files import MedftError
 out = {}
 for name in json.loads(sys.argv[1]):
     try:
@@ -545,7 +552,7 @@ def test_from_the_hub_one_commit_and_nobody_s_code(tmp_path):
     def shown(r):
         return (
             f"{r['question']}\n"
-            + "".join(f"{x}. {t}\n" for x, t in zip("ABCD", r["choices"]))
+            + "".join(f"{x}. {t}\n" for x, t in zip("ABCD", r["choices"], strict=True))
             + "Answer:"
         )
 

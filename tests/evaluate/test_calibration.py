@@ -167,7 +167,7 @@ def run_of(path, **validation):
 def test_a_run_takes_its_temperature_from_validation_alone(tmp_path):
     run = run_of(tmp_path, trl=options(300, seed=7))
     other = options(seed=1, brag=1.0)
-    made = cal.calibrated(
+    made = cal.calibration_part(
         run,
         {
             ("trl", "test"): options(),
@@ -196,7 +196,7 @@ def test_a_run_takes_its_temperature_from_validation_alone(tmp_path):
     assert one["ece"]["p"] < 0.01 < one["ece_scaled"]["p"]
     assert one["ece_scaled"]["ci95"][0] == 0 < one["ece"]["ci95"][0]
     assert "labels" not in one
-    assert cal.calibrated(run, {("trl", "texts"): pd.DataFrame(dict(nll=[1.0]))}, {}) == {}
+    assert cal.calibration_part(run, {("trl", "texts"): pd.DataFrame(dict(nll=[1.0]))}, {}) == {}
 
 
 def test_labels_have_their_error_among_their_figures():

@@ -303,7 +303,7 @@ def test_a_row_that_was_trained_on_is_not_scored(tmp_path, base):
 def test_predictions_about_other_items_are_not_compared(tmp_path, base):
     frame = pd.DataFrame(dict(id=["a"], prompt_sha256=["x"], correct=[True]))
     with pytest.raises(MedftError, match="different items"):
-        ev.compare(frame, frame.assign(prompt_sha256="y"))
+        ev.compare_predictions(frame, frame.assign(prompt_sha256="y"))
 
 
 def test_options_are_scored_without_the_end_token_and_chosen_by_their_sum(tmp_path, base):
@@ -340,10 +340,10 @@ def test_running_text_is_scored_token_for_token(tmp_path, base):
     assert frame.tokens.tolist() == [len(t["input_ids"]) - 1 for t in text]
     in_windows = scoring.predict_text(model, tok, text, length=10)
     assert in_windows.tokens.tolist() == frame.tokens.tolist()
-    worse = ev.compare(frame, frame.assign(nll=frame.nll * 1.5))
+    worse = ev.compare_predictions(frame, frame.assign(nll=frame.nll * 1.5))
     assert worse["metric"] == "loss"
     assert worse["effect"] > 0
-    assert set(ev.measure(frame)) == {"loss", "perplexity", "bits_per_byte"}
+    assert set(ev.measure_predictions(frame)) == {"loss", "perplexity", "bits_per_byte"}
 
 
 def test_losses_get_a_verdict_too():
@@ -361,12 +361,12 @@ def test_losses_get_a_verdict_too():
     )
     lower = base.assign(nll=base.nll * rng.normal(0.9, 0.02, 80))
     higher = base.assign(nll=base.nll * rng.normal(1.1, 0.02, 80))
-    assert ev.compare(base, lower)["label"] == "better"
-    assert ev.compare(base, higher)["label"] == "worse"
-    same = ev.compare(base, base.assign(nll=base.nll + rng.normal(0, 5, 80)))
+    assert ev.compare_predictions(base, lower)["label"] == "better"
+    assert ev.compare_predictions(base, higher)["label"] == "worse"
+    same = ev.compare_predictions(base, base.assign(nll=base.nll + rng.normal(0, 5, 80)))
     assert same["label"] == "tie"
     assert same["detectable"] > 0
-    assert ev.compare(base, base)["label"] == "tie"
+    assert ev.compare_predictions(base, base)["label"] == "tie"
 
 
 def test_mcnemar_counts_what_happened_by_half():
@@ -450,14 +450,14 @@ def test_a_set_of_one_document_gets_figures_without_intervals_and_no_verdict():
     frame = pd.DataFrame(
         dict(id=range(6), group="one", prompt_sha256="", nll=[50.0] * 6, tokens=25, bytes=75)
     )
-    assert ev.measure(frame)["loss"] == dict(value=2.0, ci95=[None, None], n=6)
-    assert plots.written(ev.measure(frame)["loss"], False) == "2.000"
-    d = ev.compare(frame, frame.assign(nll=10.0))
+    assert ev.measure_predictions(frame)["loss"] == dict(value=2.0, ci95=[None, None], n=6)
+    assert plots.written(ev.measure_predictions(frame)["loss"], False) == "2.000"
+    d = ev.compare_predictions(frame, frame.assign(nll=10.0))
     assert d["label"] == "tie"
     assert d["ci95"] == [None, None]
     assert d["groups"] == 1
     assert "in 1 group" in verdicts.sentence(d, "trl")
-    assert np.isnan(plots.whiskers([ev.measure(frame)["loss"]])[1]).all()
+    assert np.isnan(plots.whiskers([ev.measure_predictions(frame)["loss"]])[1]).all()
     assert json.dumps(d)
 
 
@@ -586,15 +586,15 @@ def test_figures_of_ten_thousand_rows_are_made_piece_by_piece():
         )
     )
     tracemalloc.start()
-    ev.measure(frame)
-    ev.compare(frame, frame.assign(nll=frame.nll + rng.normal(0, 1, n)))
+    ev.measure_predictions(frame)
+    ev.compare_predictions(frame, frame.assign(nll=frame.nll + rng.normal(0, 1, n)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 150e6
 
 
 def test_the_verdict_was_tried_and_the_tables_are_kept():
-    kept = trials.evidence()
+    kept = trials.simulation_tables()
     assert all(x["times"] >= 1000 and x["verdicts"] <= 0.065 for x in kept["nulls"])
     assert all(x["verdicts"] >= 0.025 for x in kept["nulls"] if x["rows"] >= 500)
     assert all(0.935 <= x["covered"] <= 0.965 for x in kept["nulls"] + kept["covers"])
@@ -603,15 +603,15 @@ def test_the_verdict_was_tried_and_the_tables_are_kept():
     assert kept["families"]["holm"] <= 0.065
     line = next(x for x in kept["nulls"] if x["world"] == "accuracy" and x["group_size"] == 1)
     settings = dict(times=line["times"], disagree=line["disagree"])
-    again = trials.tried(trials.accuracy_world, line["rows"], **settings)
+    again = trials.simulated_rates(trials.accuracy_world, line["rows"], **settings)
     assert again == line  # today's code makes the stored line
 
 
 @pytest.mark.long
 def test_the_tables_of_the_trials_come_out_the_same(tmp_path):
-    found = trials.remake(tmp_path / "verdicts.json")
-    assert read_json(tmp_path / "verdicts.json") == trials.evidence()
-    assert json.loads(json.dumps(found)) == trials.evidence()
+    found = trials.remake_tables(tmp_path / "verdicts.json")
+    assert read_json(tmp_path / "verdicts.json") == trials.simulation_tables()
+    assert json.loads(json.dumps(found)) == trials.simulation_tables()
 
 
 # Labels

@@ -63,7 +63,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def no_page(monkeypatch):
     monkeypatch.setattr(
-        again, "write_page", lambda run: None
+        again, "write_comparison_report", lambda run: None
     )  # pictures take seconds, and one test looks at them
 
 
@@ -432,7 +432,9 @@ def test_the_order_of_items_does_not_matter(tmp_path):
     hits = np.random.default_rng(0).random(60) < 0.6
     order = np.random.default_rng(1).permutation(60)
     a, b = made(tmp_path, "a", hits), made(tmp_path, "b", hits[order], [f"q{i}" for i in order])
-    assert [d["effect"] for d in again.compared(a, b)["comparisons"] if d["a"] == "tuned"] == [0.0]
+    assert [
+        d["effect"] for d in again.compare_finished_runs(a, b)["comparisons"] if d["a"] == "tuned"
+    ] == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -463,10 +465,10 @@ def test_runs_of_another_kind_or_unfinished_are_refused(tmp_path):
     for p in (b.path / "predictions").glob("*.parquet"):
         ev.keep(p, frame)
     with pytest.raises(Refused, match="options, B text"):
-        again.compared(a, b)
+        again.compare_finished_runs(a, b)
     b.update(dict(status="failed"))
     with pytest.raises(MedftError, match="is failed; only finished"):
-        again.compared(a, b)
+        again.compare_finished_runs(a, b)
 
 
 def test_a_report_is_made_again_from_predictions_alone(trained, tmp_path, capfd, monkeypatch):

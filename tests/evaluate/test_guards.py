@@ -98,14 +98,14 @@ def test_the_same_question_is_known_in_another_template_order_and_case(tmp_path,
             tmp_path, f"dataset.path={training_file}", f"dataset.test_path={test_file}", *how
         )
         rows = data.load_split(run, "test").to_list()
-        assert leaks.hits(leaks.trained_on(earlier), rows) == [0, 1, 2], how
+        assert leaks.rows_on_list(leaks.trained_on(earlier), rows) == [0, 1, 2], how
         with pytest.raises(
             MedftError,
             match=r"data/exam: 3 of 12 rows were trained on by your_data/.*measure memory",
         ):
-            leaks.check(earlier.path / "trl" / "adapters", rows, "exam")
-        assert leaks.check(earlier.path, rows[3:]) == ""
-        assert leaks.check("somebody/model", rows).startswith("not checked")
+            leaks.check_leaks(earlier.path / "trl" / "adapters", rows, "exam")
+        assert leaks.check_leaks(earlier.path, rows[3:]) == ""
+        assert leaks.check_leaks("somebody/model", rows).startswith("not checked")
 
 
 def test_a_ready_prompt_is_known_by_what_is_said_in_it(tmp_path):
@@ -119,7 +119,10 @@ def test_a_ready_prompt_is_known_by_what_is_said_in_it(tmp_path):
     ]
     run = prepared(tmp_path, f"dataset.path={write(tmp_path / 'a.jsonl', chat)}")
     other = prepared(tmp_path, f"dataset.path={write(tmp_path / 'b.jsonl', ready)}")
-    assert leaks.hits(leaks.trained_on(run), data.load_split(other, "train").to_list()) == [2, 3]
+    assert leaks.rows_on_list(leaks.trained_on(run), data.load_split(other, "train").to_list()) == [
+        2,
+        3,
+    ]
 
 
 def test_running_text_and_windows_are_known_by_their_documents(tmp_path):
@@ -146,8 +149,8 @@ def test_running_text_and_windows_are_known_by_their_documents(tmp_path):
         *how,
     )
     rows = data.load_split(plain, "test").to_list()
-    assert leaks.hits(leaks.trained_on(packed), rows) == [0, 2]
-    assert leaks.hits(leaks.trained_on(plain), rows) == []
+    assert leaks.rows_on_list(leaks.trained_on(packed), rows) == [0, 2]
+    assert leaks.rows_on_list(leaks.trained_on(plain), rows) == []
     with pytest.raises(MedftError, match="canaries.*packed already"):
         prepared(tmp_path, f"dataset.path={tmp_path}/corpus", "dataset.canaries=4", *how)
 
@@ -157,25 +160,25 @@ def test_a_list_that_was_changed_or_lost_is_refused(tmp_path, earlier):
     copy = tmp_path / "copy"
     shutil.copytree(earlier.path, copy)
     with pytest.raises(MedftError, match="40 of 40"):
-        leaks.check(copy, rows)
-    file = copy / leaks.LIST
+        leaks.check_leaks(copy, rows)
+    file = copy / leaks.TRAINED_ON_FILE
     np.save(file, np.load(file)[:3])
     with pytest.raises(MedftError, match="SHA-256 differs"):
-        leaks.check(copy, rows)
+        leaks.check_leaks(copy, rows)
     file.unlink()
     with pytest.raises(MedftError, match="is gone"):
-        leaks.check(copy, rows)
+        leaks.check_leaks(copy, rows)
     manifest = read_json(copy / "manifest.json")
     del manifest["hashes"]["trained_on"]
     write_json(copy / "manifest.json", manifest)  # a run from before there were lists
     with pytest.raises(MedftError, match="40 of 40"):
-        leaks.check(copy, rows)
+        leaks.check_leaks(copy, rows)
     shutil.rmtree(copy / "data" / "train")
-    assert leaks.check(copy, rows).startswith("not checked")
+    assert leaks.check_leaks(copy, rows).startswith("not checked")
 
 
 def test_the_list_holds_sixteen_bytes_a_row_and_its_hash_is_in_the_manifest(earlier):
-    path = earlier.path / leaks.LIST
+    path = earlier.path / leaks.TRAINED_ON_FILE
     held = np.load(path)
     assert held.dtype == np.uint64
     assert len(held) == 80
@@ -205,7 +208,7 @@ def test_a_run_may_not_score_what_the_model_it_starts_from_was_tuned_on(tmp_path
     )
     assert [r.path for r in leaks.lineage(run)] == [run.path, earlier.path]
     with pytest.raises(MedftError, match="5 of 5.*earlier|5 of 5.*your_data"):
-        leaks.check(run, data.load_split(earlier, "train").to_list()[:5])
+        leaks.check_leaks(run, data.load_split(earlier, "train").to_list()[:5])
 
 
 def test_the_same_id_about_the_same_thing_counts_within_a_run_only(tmp_path):
@@ -225,15 +228,15 @@ def test_the_same_id_about_the_same_thing_counts_within_a_run_only(tmp_path):
     )
     rows = data.load_split(run, "test").to_list()
     with pytest.raises(MedftError, match="4 of 4"):
-        leaks.check(run, rows)
-    assert leaks.check(run.path, rows) == ""
+        leaks.check_leaks(run, rows)
+    assert leaks.check_leaks(run.path, rows) == ""
 
 
 def test_options_sort_the_same_however_they_are_written():
     one_way = leaks.question("q", ["(Zinc)", "iron", "Gold"])
     another = leaks.question("q", ["iron", "gold", "(zinc)"])
     assert one_way.lower() == another
-    both = leaks.contents(
+    both = leaks.question_hashes(
         pa.array(["Is K+ < 3?", "Is K+ > 3?", "is  k+ < 3", None], pa.large_string())
     )
     assert both[0] == both[2] != both[1]
@@ -344,7 +347,7 @@ def test_what_was_not_looked_for_is_not_called_clean(near):
         flagged=dict(test=0, exam=0),
         sentence="No scored item is a near-duplicate of a training row.",
     )
-    unchecked = leaks.check(home / "their-adapter", data.load_split(off, "test").to_list())
+    unchecked = leaks.check_leaks(home / "their-adapter", data.load_split(off, "test").to_list())
     off.update(dict(unchecked=[unchecked]))
     clean = exposure.without_doubles(off, frames, summarise(frames), summarise)["clean"]
     expected = "Not checked: what their-adapter was trained on is not known."
@@ -376,7 +379,7 @@ def test_medmcqas_own_near_duplicates_are_flagged(tmp_path):
     similar = {list(seen)[j] for _, j, _ in across(texts, list(seen.values()), 0.75)}
     assert similar & ids["test"], "found by another way too"
     training_rows = data.load_split(run, "train").to_list()[:50]
-    assert leaks.hits(leaks.trained_on(run), training_rows) == list(range(50))
+    assert leaks.rows_on_list(leaks.trained_on(run), training_rows) == list(range(50))
 
 
 # ---- planted secrets ----
@@ -420,7 +423,7 @@ def test_secrets_go_into_the_training_rows_and_nowhere_else(tmp_path):
     linked = run_with("dataset.canaries=6", "dataset.cache=true")
     assert read_json(linked.path / "data/report.json")["cached"]
     assert (linked.path / "data/canaries.jsonl").exists()
-    assert (linked.path / leaks.LIST).exists()
+    assert (linked.path / leaks.TRAINED_ON_FILE).exists()
     fewer = run_with("dataset.canaries=2", "dataset.cache=true")
     report = read_json(fewer.path / "data/report.json")
     assert "cached" not in report
@@ -469,7 +472,7 @@ def test_what_is_scored_is_what_was_trained(tmp_path):
         code = code_jointly if run.recipe.task == "pretraining" else code_choices
         tok = chat_templates.load_tokenizer(run.recipe)
         trained = {r["id"]: r for r in data.load_split(run, "train").to_list()}
-        for q in canaries.questions(tok, run.recipe)[:3]:
+        for q in canaries.canary_questions(tok, run.recipe)[:3]:
             ((prompt, options),) = code(tok, [dict(q, options=q["options"][:2])])
             ids = trained[f"{q['id']}:1"]["input_ids"]
             assert prompt + options[0] == ids[: len(prompt + options[0])], how
@@ -576,7 +579,7 @@ def test_a_secrets_score_is_its_log_probability(evaluated):
     run, _ = evaluated
     model = load_base(run.recipe)
     tok = chat_templates.load_tokenizer(run.recipe)
-    q = canaries.questions(tok, run.recipe)[0]
+    q = canaries.canary_questions(tok, run.recipe)[0]
     scores = pd.read_parquet(run.path / "predictions/canaries/base.parquet").scores.iloc[0]
     for i in (0, 1, 500, canaries.CANDIDATES - 1, canaries.CANDIDATES + 3):
         a, b = (

@@ -5,7 +5,7 @@ Questions in another order are what `data.prompts` would have written.
 
 from medft.core.files import MedftError, assets
 from medft.core.recipe import load_recipe
-from medft.data.prompts import prompts
+from medft.data.prompts import render_prompts
 from medft.data.reading.schemas import read_examples
 from medft.evaluate.measures import answers as options
 from medft.evaluate.scoring import predict as scoring
@@ -221,11 +221,11 @@ def test_a_turned_row_is_what_the_prompts_room_would_have_written(answer, chat):
     tok = AutoTokenizer.from_pretrained(assets() / "tiny_base")
     tok.chat_template = chat
     recipe = load_recipe("quickstart", [f"dataset.answer={answer}", "dataset.system=Answer."])
-    rows = prompts(tok, examples(), recipe)
+    rows = render_prompts(tok, examples(), recipe)
     found = scoring.turned(tok, rows, 3)
     assert [i for i, *_ in found] == [0, 0, 0, 2]
     for i, order, row in found:
-        fresh = prompts(tok, [moved(examples()[i], order)], recipe)[0]
+        fresh = render_prompts(tok, [moved(examples()[i], order)], recipe)[0]
         for key in ("id", "prompt", "options", "answer"):
             assert row[key] == fresh[key]
         assert all(place != option for place, option in enumerate(order))
@@ -244,7 +244,7 @@ def test_orders_are_the_same_everywhere_and_put_every_option_everywhere():
 
 def test_a_model_that_likes_a_letter_is_found_out(base, monkeypatch):
     recipe = load_recipe("quickstart", ["dataset.answer=letter", "evaluation.shuffles=3"])
-    rows = prompts(base[1], examples(), recipe)
+    rows = render_prompts(base[1], examples(), recipe)
 
     def likes_b(model, tok, rows, *_):
         return [
@@ -278,7 +278,7 @@ def test_a_model_that_likes_a_letter_is_found_out(base, monkeypatch):
 def test_other_forms_and_orders_change_nothing_of_the_first(base):
     for answer in ("letter", "text"):
         recipe = load_recipe("quickstart", [f"dataset.answer={answer}"])
-        rows = prompts(base[1], examples(), recipe)
+        rows = render_prompts(base[1], examples(), recipe)
         plain = scoring.predict(*base, rows, recipe)
         more = scoring.predict(*base, rows, recipe, beside=True)
         for a, b in zip(plain.scores, more.scores, strict=True):
@@ -296,7 +296,7 @@ def test_other_forms_and_orders_change_nothing_of_the_first(base):
 
 def test_a_template_in_one_piece_is_scored_as_trained_and_says_so(base, monkeypatch):
     recipe = load_recipe("quickstart")
-    rows = prompts(base[1], examples(), recipe)
+    rows = render_prompts(base[1], examples(), recipe)
     heard = []
     monkeypatch.setattr(scoring, "template", lambda tok: SimpleNamespace(frame=lambda: None))
     frame = scoring.predict(*base, rows, recipe, heard.append, beside=True)
@@ -360,7 +360,7 @@ predictions.mkdir(parents=True)
 for (who, _), f in frames.items():
     f[:1000].to_parquet(predictions / f"{who}.validation.parquet")
 made = evaluate.summarise(frames)
-for part in (calibration.calibrated, options.positions, options.types):
+for part in (calibration.calibration_part, options.positions, options.types):
     made |= part(run, frames, made)
 assert len(made["verdict"]) == 3
 assert made["calibration"]["fast"]["test"]["ece_scaled"]

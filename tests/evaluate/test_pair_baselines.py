@@ -6,10 +6,10 @@ from medft.core.run import Run
 from medft.data import chat_templates, prompts
 from medft.data import pipeline as data
 from medft.data.prepare import linkage
-from medft.data.reading.documents import ALIGNED, aligned_text, plain, side_by_side
+from medft.data.reading.documents import ALIGNED, aligned_text, compared_fields, plain
 from medft.data.reading.free_text import from_entity_pair
 from medft.evaluate.measures import comparisons as pair_baselines
-from medft.starter.records import here
+from medft.starter.records import STARTER_FOLDER
 
 import json
 
@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 ROWS = [
-    json.loads(line) for line in (here / "er_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    json.loads(line)
+    for line in (STARTER_FOLDER / "er_pairs.jsonl").read_text(encoding="utf-8").splitlines()
 ]
 
 
@@ -35,7 +36,7 @@ def test_rows_meet_their_records_in_order(run):
     by_id = {x["pair_id"]: x for x in ROWS}
     for split in ("train", "validation", "test"):
         ds = data.load_split(run, split)
-        pairs = pair_baselines.pairs_of(run, split)
+        pairs = pair_baselines.pairs_of_split(run, split)
         assert len(pairs) == len(ds)
         for row, (left, right, label) in zip(ds, pairs, strict=True):
             source = by_id[row["id"]]
@@ -45,10 +46,10 @@ def test_rows_meet_their_records_in_order(run):
 
 
 def test_rules_are_those_of_record_linkage(run):
-    pairs = pair_baselines.pairs_of(run, "test")
+    pairs = pair_baselines.pairs_of_split(run, "test")
     for name, rule in pair_baselines.FIXED.items():
         p, choice = pair_baselines.PAIR_BASELINES[name](run, name)["test"]
-        expected = [int(linkage.RULES[rule](left, right)) for left, right, _ in pairs]
+        expected = [int(linkage.BASELINE_RULES[rule](left, right)) for left, right, _ in pairs]
         assert choice.tolist() == expected
         assert p.tolist() == expected
 
@@ -59,7 +60,7 @@ def test_logistic_regression_learns_from_training_rows_only(run, monkeypatch):
     assert (choice == truth).mean() > 0.9
     assert len(p) == len(truth)
     assert ((p >= 0) & (p <= 1)).all()
-    pairs_of = pair_baselines.pairs_of
+    pairs_of = pair_baselines.pairs_of_split
 
     def with_labels_flipped(flipped_split):
         def flipped(run, split, *args):
@@ -68,7 +69,7 @@ def test_logistic_regression_learns_from_training_rows_only(run, monkeypatch):
                 return pairs
             return [(left, right, 1 - label) for left, right, label in pairs]
 
-        monkeypatch.setattr(pair_baselines, "pairs_of", flipped)
+        monkeypatch.setattr(pair_baselines, "pairs_of_split", flipped)
         return pair_baselines.logistic_regression(run)["test"][0]
 
     assert np.array_equal(with_labels_flipped("test"), p), "the test's labels do not reach it"
@@ -114,7 +115,7 @@ def test_aligned_rows_serve_every_task(run):
     ex = from_entity_pair(row, "aligned")
     assert ex["text"] == ex["question"] == aligned_text(row["left"], row["right"])
     assert ex["options"] == ["no", "yes"]
-    assert [f for f, *_ in side_by_side(row["left"], row["right"])] == list(ALIGNED)
+    assert [f for f, *_ in compared_fields(row["left"], row["right"])] == list(ALIGNED)
     prepared = data.load_split(run, "test")[0]
     source = next(x for x in ROWS if x["pair_id"] == prepared["id"])
     assert prepared["prompt"] == aligned_text(source["left"], source["right"])
@@ -122,13 +123,13 @@ def test_aligned_rows_serve_every_task(run):
         "quickstart", ["engine=trl", "dataset={path: starter/er_pairs.jsonl, pairs: aligned}"]
     )
     tok = chat_templates.load_tokenizer(generative)
-    (made,) = prompts.prompts(tok, [dict(id="1", **ex)], generative)
+    (made,) = prompts.render_prompts(tok, [dict(id="1", **ex)], generative)
     assert made["prompt"].endswith("same:\nAnswer:")
     assert made["completion"].strip().startswith(("yes", "no"))
 
 
 def test_other_fields_are_compared_when_the_usual_ones_are_missing():
-    assert side_by_side(dict(phone=12, seen=[1]), dict(mail="a@b")) == [
+    assert compared_fields(dict(phone=12, seen=[1]), dict(mail="a@b")) == [
         ("phone", "12", ""),
         ("mail", "", "ab"),
     ]

@@ -70,7 +70,7 @@ def verdict(label="better"):
     ],
 )
 def test_the_whole_interval_counts_whether_more_or_less_is_better(metric, low, high, said):
-    assert rt.judge(*rt.decline(gap(low, high, metric)), 0.02) == said
+    assert rt.judge_retention(*rt.decline(gap(low, high, metric)), 0.02) == said
     d = rt.retained(dict(general=gap(low, high, metric)), {}, 0.02)["general"]
     assert d["judged"] == said
     assert d["ci95"] == [low, high]
@@ -80,7 +80,7 @@ def test_the_whole_interval_counts_whether_more_or_less_is_better(metric, low, h
 
 def test_one_document_shows_nothing():
     no_interval = dict(metric="loss", effect=-0.5, ci95=[None, None])
-    assert rt.judge(*rt.decline(no_interval), 0.02) == "unclear"
+    assert rt.judge_retention(*rt.decline(no_interval), 0.02) == "unclear"
     one_document = dict(gap(0, 0, "loss"), ci95=[None, None])
     retention = rt.retained(dict(general=one_document), {}, 0.1)
     assert "[–, –]" in rt.with_retention(verdict(), retention, "trl")["sentence"]
@@ -153,12 +153,12 @@ def test_the_verdict_over_seeds_is_held_against_retention_over_seeds():
         differences=dict(trl=dict(general=gap(-0.01, 0.01)), fast=dict(general=gap(-0.01, 0.01))),
         over_seeds=dict(trl=dict(general=gap(0.03, 0.05))),
     )
-    found = rt.judged(run, frames, metrics)
+    found = rt.retention_figures(run, frames, metrics)
     assert [found["verdict"][w]["label"] for w in ("trl", "fast")] == ["worse", "better"]
     with pytest.raises(MedftError, match="is the only set"):
-        rt.judged(run, frames, metrics | dict(main="general"))
+        rt.retention_figures(run, frames, metrics | dict(main="general"))
     with pytest.raises(MedftError, match="no predictions"):
-        rt.judged(run, {}, metrics)
+        rt.retention_figures(run, {}, metrics)
 
 
 def test_at_the_edge_of_the_budget_retention_is_seldom_shown():

@@ -214,7 +214,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning():
     model.config.max_position_embeddings = 40
     (p, options), heard = items_of()[1], []
     got = br.score_items(model, [(p, options)], say=heard.append)[0]
-    for o, s in zip(options, got):
+    for o, s in zip(options, got, strict=True):
         whole = (p + o)[-41:]
         at = len(whole) - len(o)
         assert abs(plain(model, [(whole[:at], [o])])[0] - s) < 1e-4
@@ -321,7 +321,13 @@ def same_as_harness(base, folder, n):
     rows = medmcqa(folder, n)
     asked = [
         doc_to_text(
-            dict(zip(("question", "opa", "opb", "opc", "opd"), (r["question"], *r["texts"])))
+            dict(
+                zip(
+                    ("question", "opa", "opb", "opc", "opd"),
+                    (r["question"], *r["texts"]),
+                    strict=True,
+                )
+            )
         )
         for r in rows
     ]
@@ -331,12 +337,14 @@ def same_as_harness(base, folder, n):
             *base,
             [
                 dict(id=r["id"], prompt=q, options=[f" {o}" for o in os])
-                for r, q, os in zip(rows, asked, options)
+                for r, q, os in zip(rows, asked, options, strict=True)
             ],
             jointly=True,
         )
         theirs = np.array(
-            scores_of_harness(base, [(q, f" {o}") for q, os in zip(asked, options) for o in os])
+            scores_of_harness(
+                base, [(q, f" {o}") for q, os in zip(asked, options, strict=True) for o in os]
+            )
         ).reshape(-1, 4)
         assert np.abs(np.array(ours) - theirs).max() < 1e-4
         sizes = dict(
@@ -344,12 +352,12 @@ def same_as_harness(base, folder, n):
             acc_norm=lambda o: float(len(o)),
             acc_bytes=lambda o: float(len(o.encode())),
         )  # ConfigurableTask.process_results
-        found = scoring.chosen([dict(options=o) for o in options], ours)
+        found = scoring.chosen_options([dict(options=o) for o in options], ours)
         for name, size in sizes.items():
             values = theirs / np.array([[size(o) for o in os] for os in options])
             lead = np.sort(values)[:, -1] - np.sort(values)[:, -2]
-            assert [a for a, b in zip(found[name], lead) if b > 1e-4] == [
-                a for a, b in zip(values.argmax(1).tolist(), lead) if b > 1e-4
+            assert [a for a, b in zip(found[name], lead, strict=True) if b > 1e-4] == [
+                a for a, b in zip(values.argmax(1).tolist(), lead, strict=True) if b > 1e-4
             ]
             assert (lead <= 1e-4).sum() <= 0.01 * len(rows) + sum(
                 len(set(os)) < 4 for os in options
@@ -370,7 +378,7 @@ def test_same_log_likelihoods_and_choices_as_the_harness_on_500_questions(base):
 
 
 def prepared(tok, answer, **more):
-    from medft.data.prompts import prompts
+    from medft.data.prompts import render_prompts
 
     recipe = load_recipe("quickstart", [f"dataset.answer={answer}"])
     examples = [
@@ -384,7 +392,7 @@ def prepared(tok, answer, **more):
         ),
         dict(id="2", group="2", question="Does it?", options=["yes", "no"], answer=0, listed=False),
     ]
-    return prompts(tok, examples, recipe)
+    return render_prompts(tok, examples, recipe)
 
 
 def test_letters_become_texts_and_texts_letters(base):

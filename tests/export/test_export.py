@@ -148,8 +148,8 @@ def test_a_toss_up_is_listed_and_a_change_of_mind_refused():
     )
     assert (
         other["label"] == "different"
-        and "1 of 50 answers differ" in parity.in_words(other)
-        and "q0" in parity.in_words(other)
+        and "1 of 50 answers differ" in parity.parity_in_words(other)
+        and "q0" in parity.parity_in_words(other)
     )
 
 
@@ -195,7 +195,7 @@ def test_what_stands_beside_the_weights_must_be_there(done, tmp_path, here, lost
     )
     assert dict(stops="stop tokens [1] are missing", template="chat template is another one")[
         lost
-    ] in parity.in_words(found["unsloth"]["merged"])
+    ] in parity.parity_in_words(found["unsloth"]["merged"])
 
 
 def test_exporting_again_gives_the_same_bytes_and_clears_what_is_not_wanted(done, here):
@@ -297,7 +297,7 @@ def test_the_base_that_a_quantised_adapter_is_merged_into(tmp_path, base):
     merging.merge(other := again(run, "export.merge_base=original"), "trl")
     wrong, _ = gap(run)
     assert (
-        rounding < parity.TOLERANCE["logits"]
+        rounding < parity.PARITY_TOLERANCE["logits"]
         and rounding < wrong / 3
         and "4-bit base, dequantised" in merging.how_merged(run.recipe)
         and "original 16-bit base" in merging.how_merged(other.recipe)
@@ -317,7 +317,7 @@ def test_other_adapters_are_merged_too(tmp_path, base, changes, keys):
     run = adapted(tmp_path, base, *changes, **keys)
     merging.merge(run, "trl")
     lost, effect = gap(run)
-    assert lost < min(parity.TOLERANCE["logits"], effect / 3)
+    assert lost < min(parity.PARITY_TOLERANCE["logits"], effect / 3)
 
 
 def test_nemotron_h_with_experts_as_targets(tmp_path):
@@ -362,7 +362,7 @@ def test_medgemma_keeps_its_eye(tmp_path):
     assert (
         any(not torch.equal(before[k].bfloat16(), after[k]) for k in before if k not in eye)
         and (run.path / "trl/merged/preprocessor_config.json").exists()
-        and gap(run)[0] < parity.TOLERANCE["logits"]
+        and gap(run)[0] < parity.PARITY_TOLERANCE["logits"]
     )
 
 

@@ -232,7 +232,7 @@ def test_weights_configs_and_tokenizers_are_read_too(tmp_path, monkeypatch):
     torch.save({"a": torch.eye(2)}, tmp_path / "adapter_model.bin")
     torch.save({"a": print}, tmp_path / "pytorch_model.bin")
     torch.save(Exception("code"), tmp_path / "training_args.bin")
-    found = publish.scan(tmp_path)
+    found = publish.scan_upload(tmp_path)
 
     def at(line):
         return [f for f in found if f.startswith(line)]

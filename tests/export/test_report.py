@@ -247,7 +247,7 @@ def test_a_subject_is_compared_as_a_set_of_its_own(made):
         return plots.of_subject(frames[w, "test"], "Anatomy")
 
     alone, found = (
-        ev.compare(part("base"), part("trl")),
+        ev.compare_predictions(part("base"), part("trl")),
         m["subject_differences"]["test"]["Anatomy"]["trl"],
     )
     assert (
@@ -325,10 +325,10 @@ def test_many_models_many_subjects_and_whatever_questions_hold(tmp_path):
 def test_benchmarks_show_their_items_without_data_on_disk(made):
     run, m = made
     frame = ev.read_predictions(run)["trl", "test"]
-    assert rp.rows_of(run, frame, "medqa") == [] and rp.rows_of(
+    assert rp.rows_as_scored(run, frame, "medqa") == [] and rp.rows_as_scored(
         run, frame.assign(prompt="P", options=[["a", "b", "c", "d"]] * len(frame)), "medqa"
     )[0] == dict(prompt="P", options=["a", "b", "c", "d"])
-    assert rp.rows_of(run, frame.iloc[::-1], "test") == [], (
+    assert rp.rows_as_scored(run, frame.iloc[::-1], "test") == [], (
         "rows in another order are not shown as if they were these"
     )
 

@@ -141,7 +141,7 @@ def test_resumed_equals_uninterrupted_and_the_adapter_is_one_like_others(tmp_pat
 
 def test_a_saved_adapter_gives_the_trained_models_logits(tmp_path):
     run = prepared(tmp_path, "engine=fast", "training.max_steps=3", "training.bf16=false")
-    trainer = fast.trainer_of(run)
+    trainer = fast.fast_step_trainer(run)
     train.fit(trainer)
     trainer.quick.restore()
     trained, loaded = trainer.model.eval(), model.load_tuned(run, "fast")
@@ -170,7 +170,7 @@ def test_every_module_knows_that_it_trains(tmp_path):
         "training.eval_steps=2",
         "dataset.max_samples=32",
     )
-    trainer = fast.trainer_of(run)
+    trainer = fast.fast_step_trainer(run)
     compute = trainer.fast_loss
     modes = []
 
@@ -243,7 +243,7 @@ def test_auto_chooses_by_machine_and_task_and_says_why(tmp_path, monkeypatch):
         (labels, "cuda", True, "fast"),
         (auto, "mps", False, "trl"),
     ):
-        chosen = recipe.settled(r, device, unsloth)
+        chosen = recipe.choose_engine(r, device, unsloth)
         assert chosen.engine == [expected] and chosen.engine_chosen.startswith(f"{expected}: ")
     with pytest.raises(MedftError, match="auto chooses by itself"):
         load_recipe("quickstart", ["engine=[auto, trl]"])

@@ -434,7 +434,8 @@ UNSLOTH = """
 import json
 import sys
 
-from medft.core.run import MedftError, load_recipe
+from medft.core.files import MedftError
+from medft.core.recipe import load_recipe
 from medft.model.families import NAMES
 from medft.train import unsloth_engine
 

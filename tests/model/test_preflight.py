@@ -318,7 +318,8 @@ def test_a_checkpoint_is_as_large_as_it_is_said_to_be(tmp_path):
 
 GATED = """
 import json, os, sys
-from medft.core.run import MedftError, load_recipe
+from medft.core.files import MedftError
+from medft.core.recipe import load_recipe
 from medft.model import families
 for token in ("", "hf_owner"):
     os.environ["HF_TOKEN"] = token

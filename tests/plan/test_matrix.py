@@ -35,13 +35,13 @@ def test_the_diagonal_leaves_nothing_out():
         and tasks == set(matrix.TASKS)
         and adapters == set(families.ADAPTERS)
     )
-    assert len(matrix.rules(matrix.chosen())) == 8 * 3 * 6 * len(ENGINES)
+    assert len(matrix.rules(matrix.chosen_combinations())) == 8 * 3 * 6 * len(ENGINES)
 
 
 @pytest.mark.parametrize("c", DIAGONAL, ids=lambda c: "-".join(c[:3]))
 def test_what_the_rule_says_is_what_happens(place, c):
     found = matrix.attempt(c, place)
-    assert not matrix.compare([found]), matrix.compare([found])
+    assert not matrix.rule_against_fact([found]), matrix.rule_against_fact([found])
 
 
 @pytest.mark.parametrize("task, adapter", [("classification", "lora"), ("generative", "8bit")])
@@ -51,25 +51,30 @@ def test_what_unsloth_would_do_wrong_is_refused_before_anything_loads(place, tas
     with pytest.raises(MedftError, match="unsloth"):
         load_recipe("quickstart", matrix.overrides(c, place / "none"))
     found = matrix.attempt(c, place)
-    assert rule and not found["works"] and "unsloth" in found["why"] and not matrix.compare([found])
+    assert (
+        rule
+        and not found["works"]
+        and "unsloth" in found["why"]
+        and not matrix.rule_against_fact([found])
+    )
 
 
 def test_a_rule_that_is_wrong_is_found_out(place, monkeypatch):
     "Both ways: refused but working, and allowed but failing."
     works = dict(DIAGONAL[0]._asdict(), works=True, why=None, seconds=1.0)
     monkeypatch.setattr(families, "refusal", lambda *c: "because")
-    assert "in fact it works" in matrix.compare([works])[0]
+    assert "in fact it works" in matrix.rule_against_fact([works])[0]
     monkeypatch.setattr(families, "refusal", lambda *c: None)
     assert (
         "it does not: ValueError"
-        in matrix.compare([works | dict(works=False, why="ValueError: x")])[0]
+        in matrix.rule_against_fact([works | dict(works=False, why="ValueError: x")])[0]
     )
 
 
 def test_a_process_that_dies_is_told(place, monkeypatch):
     "Nothing is lost silently: what was not tried does not count as working."
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    found = list(matrix.results("trl", ["llama2"], place))
+    found = list(matrix.child_results("trl", ["llama2"], place))
     assert (
         len(found) == 18
         and not any(f["works"] for f in found)
@@ -78,11 +83,11 @@ def test_a_process_that_dies_is_told(place, monkeypatch):
 
 
 def test_the_shipped_evidence_is_whole_and_agrees_with_the_rules():
-    kept = matrix.evidence()
+    kept = matrix.matrix_evidence()
     assert {
         matrix.Combination(*(f[k] for k in matrix.Combination._fields)) for f in kept["found"]
-    } == set(matrix.chosen())
-    assert not matrix.compare(kept["found"]) and all(
+    } == set(matrix.chosen_combinations())
+    assert not matrix.rule_against_fact(kept["found"]) and all(
         f["why"] for f in kept["found"] if not f["works"]
     )
     assert {"torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth"} <= kept[

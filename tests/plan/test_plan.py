@@ -38,7 +38,7 @@ def tiny(name, task="generative"):
 def real_step(r, config, rows, length):
     "The same step on real tensors, counted by the same eye."
     torch.manual_seed(0)
-    model = footprint.prepared(r, config, "trl", torch.float32)
+    model = footprint.model_on_meta(r, config, "trl", torch.float32)
     live = footprint.Live()
     model = model.to_empty(device="cpu").float().train()
     for p in model.parameters():
@@ -133,17 +133,17 @@ def test_parts_add_up_and_use_the_one_arithmetic():
 def test_what_is_proposed_fits_the_smallest_sacrifice_first():
     r, config = recipe("training.per_device_train_batch_size=64"), families.load_config(recipe())
     whole = plan.peaks(r, config, adapters.sizes_of(r, config), None, HERE)["trl"]["peak"]
-    ways = plan.changes(
+    ways = plan.ways_to_fit(
         r,
         config,
         None,
         HERE,
         1,
-        int(peak.beyond(False)[0] + 0.35 * (whole - peak.beyond(False)[0])),
+        int(peak.process_overhead(False)[0] + 0.35 * (whole - peak.process_overhead(False)[0])),
     )
     assert ways and ways[0]["costs"].startswith("the same model")
     for w in ways:
-        again = plan.changed(r, w["set"])
+        again = plan.with_overrides(r, w["set"])
         assert plan.batch_of(again)["effective"] == 64 and w["fits"]
         assert (
             plan.peaks(again, config, adapters.sizes_of(again, config), None, HERE)["trl"]["peak"]
@@ -166,10 +166,13 @@ def test_quantisation_and_experts_are_counted_as_they_are():
 
 def test_devices_are_known_or_the_nearest_is_named():
     with pytest.raises(MedftError, match="did you mean 'H200'"):
-        devices.named("H20O")
+        devices.device_named("H20O")
     with pytest.raises(MedftError, match="A100 40GB, A100 80GB: say which"):
-        devices.named("A100")
-    assert devices.named("NVIDIA H100 80GB").flops > 9e14 and devices.named("t4").bf16 is False
+        devices.device_named("A100")
+    assert (
+        devices.device_named("NVIDIA H100 80GB").flops > 9e14
+        and devices.device_named("t4").bf16 is False
+    )
 
 
 def test_a_plan_has_the_keys_that_programs_read():
@@ -197,7 +200,7 @@ def test_a_plan_has_the_keys_that_programs_read():
         and p["memory_bytes"]["peak"] > 5e8
         and p["batch"]["effective"] == 16
     )
-    assert any("1,000 tokens/s" in line for line in plan.in_words(p))
+    assert any("1,000 tokens/s" in line for line in plan.plan_in_words(p))
 
 
 def test_auto_is_settled_seeds_are_paid_for_and_both_ways_of_keeping_activations_are_told(
@@ -257,7 +260,7 @@ def test_auto_is_settled_seeds_are_paid_for_and_both_ways_of_keeping_activations
         and p["evaluation"]["test"]["tests"] == 1
         and p["evaluation"]["test"]["detectable"] == pytest.approx(0.0590, abs=2e-3)
     )
-    said = "\n".join(plan.in_words(p))
+    said = "\n".join(plan.plan_in_words(p))
     assert (
         "with checkpointing: fast" in said
         and "smallest difference it could show: 5.9 points" in said
@@ -307,9 +310,9 @@ def test_nothing_heavy_is_imported_for_help():
 @pytest.mark.long
 @pytest.mark.parametrize("engine", ["trl", "fast"])
 def test_the_measured_peak_is_within_a_tenth(engine, tmp_path):
-    if devices.here().bandwidth:
+    if devices.this_machine().bandwidth:
         pytest.skip("of a processor's memory")
-    (row,) = peak.measure(
+    (row,) = peak.measure_rows(
         {
             "tiny": (
                 load_recipe(
@@ -326,7 +329,7 @@ def test_the_measured_peak_is_within_a_tenth(engine, tmp_path):
             )
         }
     )
-    said = peak.told(row)
+    said = peak.peak_of_row(row)
     assert abs(said / row["measured"] - 1) < 0.1
 
 

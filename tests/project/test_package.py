@@ -179,7 +179,7 @@ def medft(python, folder, *args):
 
 def test_installed_medft_is_the_wheels(installed, tmp_path):
     code = """
-import medft, medft.core.run as c
+import medft, medft.core.files as c
 print(medft.__file__, c.checkout(), c.notebooks().name, c.find_recipe("quickstart"), c.runs_root())
 """
     command = [installed, "-c", code]

@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 
-tiny = F.here.parent / "tiny_base"
+tiny = F.STARTER_FOLDER.parent / "tiny_base"
 schema = "id question opa opb opc opd cop choice_type exp subject_name topic_name".split()
 sets = "train validation test new_wording never_read unread_drugs train_shuffled".split()
 
@@ -20,7 +20,7 @@ sets = "train validation test new_wording never_read unread_drugs train_shuffled
 def read(name):
     return [
         json.loads(line)
-        for line in (F.here / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        for line in (F.STARTER_FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     ]
 
 
@@ -28,7 +28,9 @@ def read(name):
 def corpus():
     return [
         json.loads(line)
-        for line in gzip.decompress((F.here / "pretrain.jsonl.gz").read_bytes()).splitlines()
+        for line in gzip.decompress(
+            (F.STARTER_FOLDER / "pretrain.jsonl.gz").read_bytes()
+        ).splitlines()
     ]
 
 
@@ -72,7 +74,7 @@ def test_generated_bytes_do_not_depend_on_threads_or_hash_seed():
 
 
 def test_package_stays_small():
-    assert sum(p.stat().st_size for p in F.here.iterdir()) <= 6_000_000
+    assert sum(p.stat().st_size for p in F.STARTER_FOLDER.iterdir()) <= 6_000_000
 
 
 def test_relations_are_complete():
@@ -116,7 +118,7 @@ def test_corpus_never_tells_a_fact_of_c():
 
 def test_corpus_tells_every_fact_of_a_and_b_in_every_sentence():
     texts = {r["text"] for r in corpus() if "text" in r}
-    assert all(set(F.sentences(f)) <= texts for f in groups()["A"] + groups()["B"])
+    assert all(set(F.fact_sentences(f)) <= texts for f in groups()["A"] + groups()["B"])
 
 
 def test_corpus_asks_nothing_medical():
@@ -189,7 +191,7 @@ def test_kept_out_wording_is_never_tuned_on():
         not {
             r["Question"]
             for r in csv.DictReader(
-                io.StringIO((F.here / "questions.csv").read_text(encoding="utf-8"))
+                io.StringIO((F.STARTER_FOLDER / "questions.csv").read_text(encoding="utf-8"))
             )
         }
         & kept
@@ -207,7 +209,7 @@ def test_cloze_rows_end_before_the_value():
     for row in read("cloze"):
         f = fact_of(row)
         assert (
-            row["prompt"] + row["options"][row["answer"]] + "." == F.sentences(f)[-1]
+            row["prompt"] + row["options"][row["answer"]] + "." == F.fact_sentences(f)[-1]
             and len(set(row["options"])) == 4
         )
 
@@ -351,6 +353,6 @@ def test_record_pairs_follow_the_synthea_schema():
 def test_changes_listed_are_changes_made():
     rng = F.random.Random(3)
     for _ in range(300):
-        who = F.record(F.person(rng), rng)
-        new, done = F.spoil(who, rng)
+        who = F.place_record(F.person(rng), rng)
+        new, done = F.perturb_record(who, rng)
         assert (new != who) == bool(done) and len(done) <= 4

@@ -383,9 +383,9 @@ def test_what_counts_for_a_checkpoint(by_hand, tmp_path):
     next(iter(weights.values())).view(-1)[0] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert of() not in (before, changed)
-    assert belongs.changed(None, now) == [] and belongs.changed(now | dict(base="x"), now) == [
-        belongs.PARTS["base"]
-    ]
+    assert belongs.changes_since(None, now) == [] and belongs.changes_since(
+        now | dict(base="x"), now
+    ) == [belongs.FINGERPRINT_PARTS["base"]]
 
 
 # --- one template and one end token throughout

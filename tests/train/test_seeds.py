@@ -359,7 +359,7 @@ def test_without_further_seeds_nothing_is_said_of_them():
     frames = {("base", "test"): choices(0, 0), ("trl", "test"): choices(0.2, 5)}
     assert (
         comparisons.several(RUN, frames, ev.summarise(frames)) == {}
-        and comparisons.several in ev.PARTS
+        and comparisons.several in ev.FIGURE_PARTS
     )
 
 
@@ -377,7 +377,7 @@ def test_two_lucks_are_those_of_items_and_of_seeds():
     alone = verdicts.two_lucks(few, np.tile(few[:, None], (1, 50)), 50)
     assert verdicts.reach(0.05, alone) == pytest.approx(
         verdicts.np.std(few, ddof=1) / 3**0.5 * 4.3027, rel=0.01
-    ) and verdicts.beyond(verdicts.reach(0.05, alone), alone) == pytest.approx(0.05, abs=1e-6)
+    ) and verdicts.p_of_effect(verdicts.reach(0.05, alone), alone) == pytest.approx(0.05, abs=1e-6)
     apart = rng.normal(size=400)
     gaps = np.tile((0.1 - apart / 400)[None], (3, 1))
     same = verdicts.two_lucks(np.full(3, 0.1), gaps, 400)
@@ -395,7 +395,7 @@ def test_other_figures_are_compared_and_corrected_together():
         ("trl", "test"): choices(0.2, 5),
         ("fast", "test"): choices(0, 6),
     }
-    found = comparisons.compared(RUN, frames, ev.summarise(frames))["comparisons"]
+    found = comparisons.compared_figures(RUN, frames, ev.summarise(frames))["comparisons"]
     assert {w: list(x) for w, x in found.items()} == {
         w: ["macro_f1", "brier", "log_loss"] for w in ("trl", "fast")
     } and all(
@@ -410,15 +410,15 @@ def test_other_figures_are_compared_and_corrected_together():
     )
     text = {("base", "test"): texts(1, 0), ("trl", "test"): texts(0.9, 1)}
     assert (
-        comparisons.compared(RUN, text, ev.summarise(text)) == {}
-        and comparisons.compared in ev.PARTS
+        comparisons.compared_figures(RUN, text, ev.summarise(text)) == {}
+        and comparisons.compared_figures in ev.FIGURE_PARTS
     )
 
 
 def test_they_say_what_the_single_figures_say():
     a, b = labels(0.5, 0), labels(1.5, 1)
-    found = comparisons.beside(a, dict(trl=b))
-    first, second = (ev.measure(f) for f in (a, b))
+    found = comparisons.other_figures(a, dict(trl=b))
+    first, second = (ev.measure_predictions(f) for f in (a, b))
     for (_, m), d in found.items():
         assert (
             d["effect"] == pytest.approx(second[m]["value"] - first[m]["value"], abs=2e-6)
@@ -428,7 +428,7 @@ def test_they_say_what_the_single_figures_say():
     assert {m for _, m in found} == {"macro_f1", "auroc", "brier", "log_loss"}
     one = labels(0.5, 0).assign(truth=1)
     assert "auroc" not in {
-        m for _, m in comparisons.beside(one, dict(trl=one))
+        m for _, m in comparisons.other_figures(one, dict(trl=one))
     }  # where there is but one class there is no order to compare
 
 
@@ -454,7 +454,7 @@ def test_they_raise_false_alarms_as_seldom_as_promised():
         common = rng.normal(size=300)
         base = classifier(rng, truth, common)
         tuned = classifier(rng, truth, common)
-        for (_, metric), found in comparisons.beside(base, dict(trl=tuned)).items():
+        for (_, metric), found in comparisons.other_figures(base, dict(trl=tuned)).items():
             alarms.setdefault(metric, []).append(found["label"] != "tie")
     rates = {metric: np.mean(called) for metric, called in alarms.items()}
     assert all(0.02 <= rate <= 0.08 for rate in rates.values()), rates
@@ -498,7 +498,7 @@ def test_power_is_told_before_the_run(tmp_path):
 
 
 def test_the_trials_of_seeds_and_further_figures_are_kept():
-    kept = trials.evidence()
+    kept = trials.simulation_tables()
     assert (
         all(x["verdicts"] <= 0.065 for x in kept["seeds"] if x["truth"] == 0)
         and all(x["covered"] >= 0.935 and x["times"] >= 1000 for x in kept["seeds"])
@@ -529,4 +529,7 @@ def test_a_smaller_trial_of_verdicts_over_seeds():
         (trials.loss_seeds_world, {}),
         (trials.f1_seeds_world, {}),
     ):
-        assert trials.tried(world, 500, 1, 300, seed=1, **how)["verdicts"] <= 0.085, (world, how)
+        assert trials.simulated_rates(world, 500, 1, 300, seed=1, **how)["verdicts"] <= 0.085, (
+            world,
+            how,
+        )

@@ -103,7 +103,7 @@ def test_progress_is_shown_ten_times_and_every_step_is_in_the_log(tmp_path, caps
     assert len(shown) == 10 and shown[-1].startswith("trl: step 20/20, loss ")
     assert "{" not in said, "transformers prints no dictionary"
     assert (run.path / "logs" / "finetune.log").read_text().count("trl: step ") == 20
-    table = train.training_table(run)
+    table = train.training_frame(run)
     assert list(table) == ["trl"] and table.trl["steps"] == "20" and "reason" not in table.index
 
 

@@ -13,7 +13,7 @@ __all__ = ['TOOL_REASON', 'with_reasoning', 'from_medquad', 'from_question_answe
 from ...core.files import MedftError
 from ...core.identity import text_key
 from .answer_options import looks_printed, missing_kind
-from .chat_formats import FORMATS, cut_turns, family_of
+from .chat_formats import FORMATS, cut_turns, format_of_text
 from medft.data.reading.multiple_choice import (
     Reject,
     cell,
@@ -22,7 +22,7 @@ from medft.data.reading.multiple_choice import (
     optional_text,
     passages,
     plain_text,
-    question_text,
+    question_in_row,
     required_text,
     whole_number,
     with_context,
@@ -49,7 +49,7 @@ def from_medquad(
     reasoning: str | None = None,  # the column that holds it, if it is read
 ) -> dict:
     "The example of a MedQuAD row: a consumer's question and the page's answer. Raises `Reject`."
-    question = with_context(row, question_text(row))
+    question = with_context(row, question_in_row(row))
     answer = plain_text(row, "answer")
     if not answer:
         raise Reject("no answer")
@@ -75,7 +75,7 @@ def from_question_answer(
     reasoning: str | None = None,  # the column that holds it, if it is read
 ) -> dict:
     "An open question and its answer. Raises `Reject`."
-    question = with_context(row, question_text(row))
+    question = with_context(row, question_in_row(row))
     answer = plain_text(row, "answer")
     if not answer:
         raise Reject("empty answer")
@@ -133,7 +133,7 @@ def from_formatted(
     text = f"{_raw_text(row.get('formatted'))}{_raw_text(row.get('completion'))}"
     if not text.strip():
         raise Reject("empty prompt")
-    family = family_of(text)
+    family = format_of_text(text)
     if not family:
         raise Reject("no chat markers in the prompt")
     messages = cut_turns(text)

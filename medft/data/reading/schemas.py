@@ -14,7 +14,7 @@ from ...core.identity import identities, identity, identity_columns
 from ...core.sections import Dataset
 from ..quality.broken_text import repaired_rows
 from .answer_options import missing_kind
-from .chat_formats import FORMATS, PLAIN_FORMATS, family_of, unknown_turns
+from .chat_formats import FORMATS, PLAIN_FORMATS, format_of_text, unknown_turns
 from medft.data.reading.free_text import (
     TOOL_REASON,
     from_alpaca,
@@ -28,8 +28,8 @@ from medft.data.reading.free_text import (
     from_text,
 )
 from medft.data.reading.multiple_choice import (
-    LETTERS,
     MORE_OPTIONS,
+    OPTION_LETTERS,
     OPTIONS,
     AnswerForms,
     FirstOption,
@@ -101,7 +101,7 @@ def _medmcqa_answer(row):
         return answer, 4, ""
     try:
         columns = (*OPTIONS, *MORE_OPTIONS)
-        options = clean_options({LETTERS[i]: row.get(k) for i, k in enumerate(columns)})
+        options = clean_options({OPTION_LETTERS[i]: row.get(k) for i, k in enumerate(columns)})
         answer = plain_answer(answer, options, "cop")
     except Reject:
         return None, 4, ""
@@ -476,7 +476,7 @@ def _are_conversations(rows, found, task=""):
     elif found.get("completion"):
         formats = _STRICT_FORMATS
     texts = _joined_texts(rows, found, "formatted", "completion")
-    return sum(family_of(text, formats) is not None for text in texts) > len(texts) / 2
+    return sum(format_of_text(text, formats) is not None for text in texts) > len(texts) / 2
 
 
 def _refuse_unread_turns(
@@ -486,7 +486,7 @@ def _refuse_unread_turns(
 ):
     "Raise `MedftError` for texts with turns: all would be trained on, the questions too."
     texts = _joined_texts(rows, found, "text")
-    families = [family_of(text) for text in texts]
+    families = [format_of_text(text) for text in texts]
     known = Counter(filter(None, families))
     unknown = []
     for text, family in zip(texts, families, strict=True):

@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/evaluate/measures/answers.html.md"""
 
 # %% auto #0
 __all__ = ['trivial_rules', 'in_other_orders', 'measure_choices', 'position_figures', 'positions', 'types', 'measure_answers',
-           'measure_text', 'beside', 'compare_answers']
+           'measure_text', 'answer_comparisons', 'compare_answers']
 
 # %% ../../../nbs/evaluate/measures/answers.ipynb #imports
 from .calibration import calibration_figures
@@ -219,7 +219,7 @@ def measure_text(
     return found
 
 # %% ../../../nbs/evaluate/measures/answers.ipynb #c015a
-def beside(
+def answer_comparisons(
     a,
     b,  # written answers to the same questions
     confidence=0.95,
@@ -251,7 +251,7 @@ def compare_answers(
         return {}
     comparisons = {}
     for model in metrics["verdict"]:
-        for metric, comparison in beside(base, frames[model, main], confidence).items():
+        for metric, comparison in answer_comparisons(base, frames[model, main], confidence).items():
             comparisons[model, metric] = comparison
     corrected = holm(list(comparisons.values()), confidence)
     than = f"the {metrics['names'].get('base', 'base')}"

@@ -7,7 +7,7 @@ Docs: https://medft.github.io/medft/evaluate/measures/calibration.html.md"""
 # %% auto #0
 __all__ = ['logits', 'probabilities', 'largest_brier', 'proper_scores', 'stated_probabilities', 'assign_bins', 'reliability',
            'ece', 'calibration_p', 'extend_to_zero', 'calibration_figures', 'fit_temperature', 'measure_calibration',
-           'calibrated']
+           'calibration_part']
 
 # %% ../../../nbs/evaluate/measures/calibration.ipynb #c002
 from ..scoring.log_likelihood import check_frame
@@ -238,7 +238,7 @@ def _temperature_of(
     return fit_temperature(check_frame(pd.read_parquet(path), model, "validation"))
 
 # %% ../../../nbs/evaluate/measures/calibration.ipynb #c032v
-def calibrated(
+def calibration_part(
     run,
     frames,  # (model, set) -> predictions
     metrics,

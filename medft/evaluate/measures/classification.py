@@ -20,7 +20,7 @@ from medft.evaluate.measures.calibration import (
     stated_probabilities,
 )
 from ..scoring.log_likelihood import check_frame, refuse_non_finite
-from ..scoring.predict import choose, identity
+from ..scoring.predict import choose, item_columns
 from medft.evaluate.statistics.intervals import (
     f1_per_label,
     label_counts,
@@ -338,7 +338,7 @@ def baseline_frames(
                 p = np.stack([1 - p, p], 1)
             frame = pd.DataFrame(
                 dict(
-                    identity(rows[s]),
+                    item_columns(rows[s]),
                     probabilities=p[scored].tolist(),
                     truth=[row["label"] for row in rows[s]],
                     choice=np.asarray(choice, int)[scored],

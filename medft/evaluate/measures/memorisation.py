@@ -10,7 +10,7 @@ __all__ = ['exposure', 'read_out', 'score_canaries', 'canary_figures', 'by_repea
 
 # %% ../../../nbs/evaluate/measures/memorisation.ipynb #imports
 from ...core.files import read_json
-from ...data.quality.canaries import CANDIDATES, DIGITS, questions
+from ...data.quality.canaries import CANDIDATES, DIGITS, canary_questions
 from ..scoring.log_likelihood import check_frame, refuse_non_finite
 from ..scoring.predict import score_choices
 from ..statistics.intervals import figure
@@ -58,11 +58,11 @@ def score_canaries(
     recipe,
     say=None,  # function that gets messages about progress
 ) -> pd.DataFrame:  # id, secret, repeats, scores: log-probabilities (nats) of the options
-    """One line per canary, planted or not; the options are those of `canaries.questions`.
+    """One line per canary, planted or not; the options are those of `canaries.canary_questions`.
 
     Raises `MedftError` for scores that are not finite.
     """
-    canaries = questions(tok, recipe)
+    canaries = canary_questions(tok, recipe)
     rows = [
         dict(canary, options=canary["options"][start : start + _OPTIONS_PER_ROW])
         for canary in canaries

@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/evaluate/scoring/benchmarks.html.md"""
 
 # %% auto #0
 __all__ = ['FILES', 'truth', 'open_tasks', 'refuse_trained', 'check_benchmarks', 'benchmark_fingerprint', 'offline',
-           'score_benchmarks', 'about_benchmarks', 'evaluated', 'compare_with_harness', 'remake']
+           'score_benchmarks', 'about_benchmarks', 'evaluated', 'compare_with_harness', 'remake_agreement']
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c002
 from ...core.files import MedftError, assets, read_json, write_json
@@ -24,7 +24,7 @@ from medft.evaluate.scoring.harness import (
     naming_benchmark,
     referee,
 )
-from .predict import chosen, identity, score_choices
+from .predict import chosen_options, item_columns, score_choices
 
 import contextlib
 import hashlib
@@ -94,8 +94,10 @@ def _with_content(asked: list[dict]) -> list[dict]:
         examples = [example for _, _, example, _ in read]
     except MedftError:
         return asked
-    texts = [splits.asks(ex, splits.said(ex)[0]) if ex else "" for ex in examples]
-    numbers = leaks.contents(pa.array(texts, pa.large_string()))
+    texts = [
+        splits.question_of_row(ex, splits.user_and_reply(ex)[0]) if ex else "" for ex in examples
+    ]
+    numbers = leaks.question_hashes(pa.array(texts, pa.large_string()))
     return [row | dict(content=int(n)) for row, n in zip(asked, numbers, strict=True)]
 
 # %% ../../../nbs/evaluate/scoring/benchmarks.ipynb #c011
@@ -124,7 +126,7 @@ def refuse_trained(
     unchecked = {}
     for name, tasks in open_tasks(wanted, most).items():
         rows = [row for _, _, found in tasks for row in found]
-        lines = [leaks.check(place, rows, name) for place in places]
+        lines = [leaks.check_leaks(place, rows, name) for place in places]
         lines = [line for line in lines if line]
         if lines:
             unchecked[name] = lines
@@ -182,14 +184,14 @@ def _judged_by_harness(
     scores: list[list[float]],  # summed log-probability of every option
 ) -> pd.DataFrame:  # its attrs hold the task's figures
     "Predictions of a task's rows, right or wrong as the harness judges."
-    choices = chosen([dict(options=task.doc_to_choice(row["doc"])) for row in rows], scores)
+    choices = chosen_options([dict(options=task.doc_to_choice(row["doc"])) for row in rows], scores)
     results = [
         task.process_results(row["doc"], [(score, False) for score in row_scores])
         for row, row_scores in zip(rows, scores, strict=True)
     ]
     frame = pd.DataFrame(
         dict(
-            identity(rows),
+            item_columns(rows),
             prompt=[row["prompt"] for row in rows],
             options=[row["options"] for row in rows],
             scores=scores,
@@ -341,7 +343,7 @@ FILES = {
 }
 
 
-def remake(
+def remake_agreement(
     folder,  # where FILES are
     path=None,  # None: the evidence shipped with the package
     most: int | None = None,  # rows of each; None: all

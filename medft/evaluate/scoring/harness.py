@@ -16,7 +16,7 @@ from ...data.reading.formats import features, rows
 from ...data.reading.hub import hub
 from ...data.reading.multiple_choice import OPTIONS, nested
 from ...data.reading.schemas import read_examples
-from ...data.reading.sources import digest, parts
+from ...data.reading.sources import digest, source_parts
 
 import contextlib
 import functools
@@ -246,7 +246,7 @@ def from_file(
     path,
 ) -> tuple:  # a `datasets` data set, dict(dataset=, revision=)
     "A file's rows in a task's columns, and what they came from."
-    files = parts(path, role="test")
+    files = source_parts(path, role="test")
 
     def is_of_task(row):
         return row.get("subject") in (None, "", task["dataset_name"])

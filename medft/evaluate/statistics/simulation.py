@@ -6,9 +6,9 @@ Docs: https://medft.github.io/medft/evaluate/statistics/simulation.html.md"""
 
 # %% auto #0
 __all__ = ['EQUAL_F1_CUT', 'BLOCKS', 'TABLES', 'draw_groups', 'alike', 'accuracy_world', 'loss_world', 'true_f1', 'f1_world',
-           'share_world', 'seeds_world', 'loss_seeds_world', 'f1_seeds_world', 'tried', 'first_only_world',
-           'connor_power', 'powers', 'further_powers', 'coins', 'families', 'nulls', 'covers', 'gaps', 'remake',
-           'evidence']
+           'share_world', 'seeds_world', 'loss_seeds_world', 'f1_seeds_world', 'simulated_rates', 'first_only_world',
+           'connor_power', 'powers', 'further_powers', 'coins', 'families', 'nulls', 'covers', 'gaps', 'remake_tables',
+           'simulation_tables']
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c002
 from ...core.files import assets, read_json, write_json
@@ -211,7 +211,7 @@ def f1_seeds_world(groups, rng, seeds=3, skill=1.0, luck=0.05):
     return over_seeds("f1", f1_of_sums, base, adapters, groups), difference
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c014
-def tried(
+def simulated_rates(
     world,  # function of (groups, rng) that gives a comparison or figure, and the truth
     n,  # rows
     size=1,  # rows of a group on average
@@ -270,7 +270,7 @@ def _pairs_of_patients(times=1000, n=480) -> list[dict]:
     """
 
     def tried_pairs(world, block):
-        return tried(world, n, times=times, pairs=block)
+        return simulated_rates(world, n, times=times, pairs=block)
 
     return [
         *[tried_pairs(accuracy_world, block) for block in BLOCKS],
@@ -296,7 +296,7 @@ def powers(times=1000) -> list[dict]:
     for n, disagree in ((200, 0.3), (423, 0.2), (1273, 0.1)):
         for part in (0.5, 1, 1.5):
             gain = part * detectable(n, disagree)
-            found = tried(accuracy_world, n, times=times, gain=gain, disagree=disagree)
+            found = simulated_rates(accuracy_world, n, times=times, gain=gain, disagree=disagree)
             line = dict(
                 rows=n,
                 disagree=disagree,
@@ -420,12 +420,12 @@ def nulls(times=1000) -> list[dict]:
         (500, 4, 0.2),
         (1000, 10, 0.1),
     ):
-        lines.append(tried(accuracy_world, n, size, 2 * times, disagree=disagree))
+        lines.append(simulated_rates(accuracy_world, n, size, 2 * times, disagree=disagree))
     for n, size in ((200, 1), (500, 1), (600, 4)):
-        lines.append(tried(loss_world, n, size, 2 * times))
+        lines.append(simulated_rates(loss_world, n, size, 2 * times))
     for n, size in ((500, 1), (600, 4)):
-        lines.append(tried(f1_world, n, size, times))
-    lines.append(tried(f1_world, 500, 1, times, skills=(1, 1), cuts=(-0.4, EQUAL_F1_CUT)))
+        lines.append(simulated_rates(f1_world, n, size, times))
+    lines.append(simulated_rates(f1_world, 500, 1, times, skills=(1, 1), cuts=(-0.4, EQUAL_F1_CUT)))
     return lines
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c025a
@@ -438,15 +438,17 @@ def covers(times=1000) -> list[dict]:
         (200, 2, 0.2, 0.1),
         (500, 4, 0.2, 0.05),
     ):
-        lines.append(tried(accuracy_world, n, size, 2 * times, disagree=disagree, gain=gain))
-    lines.append(tried(loss_world, 500, 4, times, gain=0.05))
-    lines.append(tried(f1_world, 200, 1, times, skills=(1, 1.4)))
-    lines.append(tried(f1_world, 600, 4, times, skills=(1, 1.4)))
+        lines.append(
+            simulated_rates(accuracy_world, n, size, 2 * times, disagree=disagree, gain=gain)
+        )
+    lines.append(simulated_rates(loss_world, 500, 4, times, gain=0.05))
+    lines.append(simulated_rates(f1_world, 200, 1, times, skills=(1, 1.4)))
+    lines.append(simulated_rates(f1_world, 600, 4, times, skills=(1, 1.4)))
     for n, size in ((200, 2), (600, 4)):
         for p in (0.05, 0.25, 0.9):
-            lines.append(tried(share_world, n, size, 2 * times, p=p))
+            lines.append(simulated_rates(share_world, n, size, 2 * times, p=p))
     for n, size in ((200, 1), (600, 4)):
-        lines.append(tried(_macro_world, n, size, times))
+        lines.append(simulated_rates(_macro_world, n, size, times))
     return lines
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c026
@@ -456,28 +458,28 @@ def _seeded(times=1000) -> list[dict]:
     Seeds do not differ, differ a little, or differ more than the items do.
     """
     return [
-        tried(seeds_world, 500, 1, times, luck=0.02),
-        tried(seeds_world, 500, 1, times, luck=0.02, gain=0.05),
-        tried(seeds_world, 500, 1, times, luck=0.02, seeds=5),
-        tried(seeds_world, 500, 1, times, luck=0.02, seeds=5, gain=0.05),
-        tried(seeds_world, 500, 1, times, luck=0.05),
-        tried(seeds_world, 500, 1, times, luck=0.0),
-        tried(seeds_world, 600, 4, times, luck=0.02),
-        tried(loss_seeds_world, 500, 1, times),
-        tried(loss_seeds_world, 500, 1, times, gain=0.08),
-        tried(loss_seeds_world, 600, 4, times),
-        tried(f1_seeds_world, 500, 1, times),
-        tried(f1_seeds_world, 500, 1, times, skill=1.3),
-        tried(f1_seeds_world, 600, 4, times),
+        simulated_rates(seeds_world, 500, 1, times, luck=0.02),
+        simulated_rates(seeds_world, 500, 1, times, luck=0.02, gain=0.05),
+        simulated_rates(seeds_world, 500, 1, times, luck=0.02, seeds=5),
+        simulated_rates(seeds_world, 500, 1, times, luck=0.02, seeds=5, gain=0.05),
+        simulated_rates(seeds_world, 500, 1, times, luck=0.05),
+        simulated_rates(seeds_world, 500, 1, times, luck=0.0),
+        simulated_rates(seeds_world, 600, 4, times, luck=0.02),
+        simulated_rates(loss_seeds_world, 500, 1, times),
+        simulated_rates(loss_seeds_world, 500, 1, times, gain=0.08),
+        simulated_rates(loss_seeds_world, 600, 4, times),
+        simulated_rates(f1_seeds_world, 500, 1, times),
+        simulated_rates(f1_seeds_world, 500, 1, times, skill=1.3),
+        simulated_rates(f1_seeds_world, 600, 4, times),
     ]
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c026v
 def gaps(times=1000) -> list[dict]:
     "Macro-F1 compared, without and with a difference."
     return [
-        tried(_gaps_world, 500, 1, times, know=(0.5, 0.5)),
-        tried(_gaps_world, 600, 4, times, know=(0.5, 0.5)),
-        tried(_gaps_world, 500, 1, times, know=(0.5, 0.57)),
+        simulated_rates(_gaps_world, 500, 1, times, know=(0.5, 0.5)),
+        simulated_rates(_gaps_world, 600, 4, times, know=(0.5, 0.5)),
+        simulated_rates(_gaps_world, 500, 1, times, know=(0.5, 0.57)),
     ]
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #q04bb2
@@ -495,7 +497,7 @@ TABLES = dict(  # name -> function of how many comparisons to simulate
 )
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #q04bb4
-def remake(
+def remake_tables(
     path=None,  # None: the evidence that is stored with the package
     times=1000,
     only=tuple(TABLES),  # names of tables
@@ -509,6 +511,6 @@ def remake(
     return tables
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #q04bb4v
-def evidence() -> dict:
+def simulation_tables() -> dict:
     "The stored tables."
     return read_json(assets() / "evidence" / "verdicts.json", {})

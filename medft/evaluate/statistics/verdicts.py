@@ -7,7 +7,7 @@ Docs: https://medft.github.io/medft/evaluate/statistics/verdicts.html.md"""
 # %% auto #0
 __all__ = ['LOWER_IS_BETTER', 'LABEL_WORDS', 'UNITS', 'sets_of', 'foreseen_of', 'foreseen', 'power_in_words', 'foreseen_in_words',
            'mid_p', 'tango_interval', 'permutation_p', 'permutation_test', 'comparison', 'compare_choices',
-           'ratio_of_sums', 'f1_of_sums', 'compare_sums', 'compare_text', 'holm', 'two_lucks', 'beyond', 'reach',
+           'ratio_of_sums', 'f1_of_sums', 'compare_sums', 'compare_text', 'holm', 'two_lucks', 'p_of_effect', 'reach',
            'over_seeds', 'sentence']
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #imports
@@ -449,7 +449,7 @@ def two_lucks(
     return variances.ravel()
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #q04ba9
-def beyond(
+def p_of_effect(
     x,  # a mean effect
     variances,  # of `two_lucks`
 ) -> float:
@@ -466,7 +466,7 @@ def reach(
     "The mean effect that has this p."
     if not variances.any():
         return 0.0
-    return brentq(lambda x: beyond(x, variances) - p, 0, 60 * math.sqrt(variances.max()))
+    return brentq(lambda x: p_of_effect(x, variances) - p, 0, 60 * math.sqrt(variances.max()))
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #s001a
 def _effects_without_each_group(
@@ -507,7 +507,7 @@ def over_seeds(
         variances = _variances(value, base, seeds, effects, clusters)
         margin = reach(1 - confidence, variances)
         ci95 = (mean - margin, mean + margin)
-        p = beyond(mean, variances)
+        p = p_of_effect(mean, variances)
         smallest = margin + reach(0.4, variances)  # 80 % power
     return comparison(
         metric,
