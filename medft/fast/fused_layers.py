@@ -6,8 +6,8 @@ Docs: https://medft.github.io/medft/fast/fused_layers.html.md"""
 
 # %% auto #0
 __all__ = ['CHUNK_ELEMENTS', 'block_measures', 'logits_to_gradient_', 'HeadLoss', 'supervised_loss', 'base_layer',
-           'fusion_obstacle', 'activation_of', 'LoraBranch', 'FusedLinear', 'fused_linear', 'Norm', 'norm_kind',
-           'keep_memory']
+           'fusion_obstacle', 'weight_of', 'activation_of', 'LoraBranch', 'FusedLinear', 'fused_linear', 'Norm',
+           'norm_kind', 'keep_memory']
 
 # %% ../../nbs/fast/fused_layers.ipynb #imports
 import medft.core.files  # noqa: F401  switches telemetry and hub code off before peft loads
@@ -223,7 +223,7 @@ def fusion_obstacle(
     return None
 
 # %% ../../nbs/fast/fused_layers.ipynb #c007a
-def _weight_of(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def weight_of(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
     "A base layer's weight in the type of the computation; unpacked if it has 4 bits."
     states = getattr(base, "quant_state", None), getattr(base.weight, "quant_state", None)
     if all(state is None for state in states):
@@ -310,7 +310,7 @@ class FusedLinear(torch.autograd.Function):
         scaled_bs = []
         for module, branch in zip(modules, branches, strict=True):
             base = base_layer(module)
-            w = _weight_of(base, h.dtype)
+            w = weight_of(base, h.dtype)
             if base.bias is None:
                 y = torch.mm(h, w.t())
             else:
@@ -370,7 +370,7 @@ def _layer_gradients(
             continue
         base = base_layer(module)
         if needs_h:
-            w = _weight_of(base, d_out.dtype)
+            w = weight_of(base, d_out.dtype)
             dh = torch.mm(d_out, w) if dh is None else dh.addmm_(d_out, w)
         d_weight = d_bias = d_b = None
         if branch is not None:

@@ -7,7 +7,7 @@ Docs: https://medft.github.io/medft/fast/patching.html.md"""
 # %% auto #0
 __all__ = ['PATCHED_PARTS', 'PackedRows', 'packed_rows', 'window_of', 'score_softcap', 'fitting', 'LayerCall', 'CallRecorder',
            'two_row_positions', 'layer_calls', 'visible_windows', 'TrialInputs', 'trial_gap', 'Verdict', 'try_layer',
-           'last_layer_fits', 'plain_model', 'usual', 'Quick', 'Trials', 'quicken']
+           'last_layer_fits', 'plain_model', 'usual', 'Quick', 'Trials', 'trials', 'norm_fits', 'quicken']
 
 # %% ../../nbs/fast/patching.ipynb #c002
 from ..core.files import MedftError
@@ -625,7 +625,7 @@ def _layers_of(body: torch.nn.Module) -> list:
     return list(getattr(body, "layers", ()))
 
 
-def _trials(body: torch.nn.Module) -> Trials:
+def trials(body: torch.nn.Module) -> Trials:
     "Try every layer of a body on random hidden states."
     if not _layers_of(body):
         return Trials([], rows_apart=False)
@@ -654,7 +654,7 @@ def _trials(body: torch.nn.Module) -> Trials:
     return Trials(verdicts, cut, _library_separates_rows(body, calls, two_row_positions()))
 
 # %% ../../nbs/fast/patching.ipynb #c019x1
-def _norm_fits(norm: torch.nn.Module, kind: tuple[float, int]) -> bool:
+def norm_fits(norm: torch.nn.Module, kind: tuple[float, int]) -> bool:
     "Whether our norm of this kind computes what the module does, in float32."
     norm = copy.deepcopy(norm).float()
     device = norm.weight.device
@@ -682,7 +682,7 @@ def _obstacles_of(body: torch.nn.Module) -> list[str]:
 @patch
 def fit(self: Quick):
     "Replace every module that passes its trial, and note what stays as it was."
-    found = _trials(self.body)
+    found = trials(self.body)
     layers = _layers_of(self.body)
     self.packs = self.packs and found.rows_apart
     if not layers:
@@ -718,7 +718,7 @@ def fit_final_norm(self: Quick):
     "Replace the norm after the last layer if ours fits."
     norm = getattr(self.body, "norm", None)
     kind = None if norm is None else norm_kind(norm)
-    if kind and _norm_fits(norm, kind):
+    if kind and norm_fits(norm, kind):
         norm.forward = partial(_fast_norm, norm, kind)
         self.replaced.append(norm)
 
