@@ -338,16 +338,17 @@ class FusedLinear(torch.autograd.Function):
         if dh is not None and d_ax is not None:
             dh.addmm_(d_ax, stacked_a)
         d_stacked_a = None if d_ax is None or h is None else torch.mm(d_ax.t(), h)
+        del h, d_ax  # as large as what follows, and not needed any more
+        d_gate = None
+        if gate is not None and dh is not None:
+            d_gate = _ACTIVATIONS[ctx.activation][1](dh * x, gate)
+            dh = dh.mul_(activated)
         d_weights = []
         for branch, (d_weight, d_bias, d_b) in zip(ctx.branches, layers, strict=True):
             d_a = None
             if branch is not None and d_stacked_a is not None:
                 d_a = d_stacked_a[branch.columns].to(branch.a_dtype)
             d_weights += [d_weight, d_bias, d_a, d_b]
-        d_gate = None
-        if gate is not None and dh is not None:
-            d_gate = _ACTIVATIONS[ctx.activation][1](dh * x, gate)
-            dh = dh.mul_(activated)
         return dh, d_gate, None, None, *d_weights
 
 # %% ../../nbs/fast/fused_layers.ipynb #c013a

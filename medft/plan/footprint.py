@@ -192,6 +192,8 @@ def plain_loss(
     learned: float,  # share of positions that are trained on; these engines compute all
 ):
     "The loss as TRL (generative) and transformers' Trainer (all else) compute it."
+    # a batch holds its mask while it lives, whether the model asks for it or not
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     if task == "pretraining":
         # the positions have no name here, or they would still be counted in the loss
         return model(
@@ -200,7 +202,6 @@ def plain_loss(
             position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape),
             use_cache=False,
         ).loss
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     if task == "generative":
         return model(**inputs, labels=ids, fused_lm_head=True).loss
     return cross_entropy(model(**inputs).logits.float(), ids[:, 0], reduction="sum")

@@ -73,7 +73,7 @@ def test_editors_are_shown_the_same_names():
 
 @pytest.mark.parametrize("package", ["plan", "evaluate"])
 def test_a_wing_is_a_package_and_a_function(package):
-    module = dict(plan="devices", evaluate="scoring.finite_scores")[package]
+    module = dict(plan="devices", evaluate="statistics.intervals")[package]
     orders = (
         "import medft",
         f"import medft.{package}.{module}",

@@ -44,7 +44,7 @@ def trained(tmp_path_factory, base):
 def here(tmp_path, monkeypatch):
     "A folder for runs, and stages that run in this process: other tests start kernels."
 
-    def go(run, stages, show=print, warn=print, started=None):
+    def go(run, stages, show=print, warn=print, started=None, progress=None):
         run.update(dict(status="running", wanted=stages))
         data.prepare(run)
         ev.evaluate(run)
