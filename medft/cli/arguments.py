@@ -10,11 +10,10 @@ __all__ = ['HARMLESS', 'check_files', 'check_run_place', 'chosen_stages', 'plann
 
 # %% ../../nbs/cli/arguments.ipynb #imports
 from ..core.files import MedftError, atomic_write
-from ..core.recipe import load_recipe
+from ..core.recipe import WITHOUT_EFFECT, load_recipe
 from ..core.run import Run
 from ..core.secrets import full_url
 from ..core.sections import TRAINING_STAGES
-from ..model.preflight import WITHOUT_EFFECT
 
 import hashlib
 import os

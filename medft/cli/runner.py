@@ -30,7 +30,6 @@ sys.modules.setdefault("rfc3987_syntax", None)
 from .terminal import LineProgress
 from .tracking import tracking_uri
 from ..core import files, sections
-from ..core import run as core
 from ..core.files import MedftError, atomic_write, notebooks, read_json, write_json
 from ..core.run import Run
 from ..core.secrets import redact, redact_file
@@ -266,7 +265,7 @@ class StageFailed(Exception):
 
 def _cell_failed(stage, error, path) -> StageFailed:
     "The error for a cell that raised."
-    kind = getattr(core, error.ename, None)
+    kind = getattr(files, error.ename, None)
     message = redact(" ".join(str(error.evalue).split()))
     if isinstance(kind, type) and issubclass(kind, MedftError):
         return StageFailed(f"{stage}: {message}", 2)
