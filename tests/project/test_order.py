@@ -67,7 +67,7 @@ def test_the_story_is_numbered_and_in_order():
 
 
 @pytest.mark.parametrize("module", ORDER)
-def test_a_room_imports_only_from_rooms_before_it(module):
+def test_a_page_imports_only_from_pages_before_it(module):
     later = [m for m in imported_by(module) if ORDER.index(m) >= ORDER.index(module)]
     assert not later, f"{module} imports {later}, below it in nbs/sidebar.yml"
 
