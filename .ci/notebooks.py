@@ -1,6 +1,6 @@
 """Run every notebook in a process of its own, in reading order; it prints the failures."""
 
-import medft.core.run
+import medft.core.sections
 
 import importlib
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from nbdev.test import nbdev_test
 
 # tests/cli/test_run.py runs the stage notebooks, every cell (`medft run quickstart`).
-STAGES = {f"{name}.ipynb" for name in medft.core.run.STAGES.values()}
+STAGES = {f"{name}.ipynb" for name in medft.core.sections.STAGES.values()}
 # Nearly every notebook needs these. Loaded once, before the processes are forked, they save seconds
 # in each. transformers and trl load their parts on demand, so the parts are named.
 SHARED = {

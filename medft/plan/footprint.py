@@ -212,7 +212,7 @@ def _supervised_rows(
     length,  # tokens of a row
     n,  # supervised positions in all rows
 ):
-    "What `blocks.rows_of` would find: all rows, the supervised part of each, and its positions."
+    "All rows, the supervised part of each, and its positions, as `patching.packed_rows` finds."
     per_row = -(-n // rows)
     starts = range(0, rows * length, length)
     whole = [(start, start + length, start, start + length) for start in starts]

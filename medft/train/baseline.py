@@ -279,7 +279,7 @@ def callbacks_of(run, engine: str) -> list:
 
 
 def check_served(run, tok, num_rows: int = 4):
-    "Raise `MedftError` unless the tokenizer that will be saved writes rows as the data room did."
+    "Raise `MedftError` unless the tokenizer that will be saved writes rows as the data stage did."
     with tempfile.TemporaryDirectory() as folder:
         tok.save_pretrained(folder)
         saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

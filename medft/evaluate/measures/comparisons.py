@@ -85,7 +85,7 @@ def pairs_of_split(
     return [pairs[i] for i in data.load_split(run, split)["id"]]
 
 # %% ../../../nbs/evaluate/measures/comparisons.ipynb #c010
-FIXED = dict(  # baseline -> rule of `linkage.RULES`
+FIXED = dict(  # baseline -> rule of `linkage.BASELINE_RULES`
     all_positive="all positive",
     equal_ssn="equal SSN",
     equal_name_and_birth_date="equal name and birth date",
