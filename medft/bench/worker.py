@@ -281,10 +281,10 @@ def turn_taker(
     return Turns()
 
 # %% ../../nbs/bench/worker.ipynb #c013a
-_MODULES = dict(
-    trl="medft.train.baseline",
-    unsloth="medft.train.unsloth_engine",
-    fast="medft.fast.engine",
+_TRAINERS = dict(  # engine -> module and function
+    trl=("medft.train.baseline", "trl_trainer"),
+    unsloth=("medft.train.unsloth_engine", "unsloth_trainer"),
+    fast=("medft.fast.engine", "fast_step_trainer"),
 )
 
 
@@ -298,11 +298,12 @@ def work(
 ):
     "Train a prepared run with an engine, in turns, and save what was trained."
     start = time.perf_counter()
-    module = importlib.import_module(_MODULES[engine])
+    module, function = _TRAINERS[engine]
+    make_trainer = getattr(importlib.import_module(module), function)
     imported = time.perf_counter()
     run = Run.open(path)
     (run.path / engine).mkdir(exist_ok=True)
-    trainer = module.trainer_of(run)
+    trainer = make_trainer(run)
     drawn = same_start(trainer.model)
     seen = []
     counting(trainer, seen)

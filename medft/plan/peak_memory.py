@@ -139,10 +139,10 @@ def memory(
     return parts | dict(peak=int(max(sum(parts.values()), while_loading)), step=found)
 
 # %% ../../nbs/plan/peak_memory.ipynb #c013
-_TRAINERS = dict(
-    trl="medft.train.baseline",
-    fast="medft.fast.engine",
-    unsloth="medft.train.unsloth_engine",
+_TRAINERS = dict(  # engine -> module and function
+    trl=("medft.train.baseline", "trl_trainer"),
+    fast=("medft.fast.engine", "fast_step_trainer"),
+    unsloth=("medft.train.unsloth_engine", "unsloth_trainer"),
 )
 
 
@@ -154,7 +154,8 @@ def train_and_weigh(
     from importlib import import_module
 
     run = Run.open(folder)
-    trainer = import_module(_TRAINERS[engine]).trainer_of(run)
+    module, function = _TRAINERS[engine]
+    trainer = getattr(import_module(module), function)(run)
     (run.path / engine).mkdir(exist_ok=True)
     batches = []
     training_step = trainer.training_step

@@ -5,7 +5,7 @@ A speed without agreement does not count."""
 from medft.bench import (
     engines as bench,
 )
-from medft.bench import page, worker
+from medft.bench import page
 from medft.bench import (
     page as bench_page,
 )
@@ -160,8 +160,8 @@ def measured(tmp_path_factory):
                 [args[0], "no such engine", *args[2:]] if args[1] == "fast" else args, log
             )
 
-    whole, ceiling = bench.Process, worker.matmul_ceiling
-    bench.Process, worker.matmul_ceiling = (
+    whole, ceiling = bench.Process, bench.matmul_ceiling
+    bench.Process, bench.matmul_ceiling = (
         Broken,
         lambda dtype: measures.matmul_ceiling(dtype, 256, 0.05),
     )
@@ -181,7 +181,7 @@ def measured(tmp_path_factory):
             said,
         )
     finally:
-        bench.Process, worker.matmul_ceiling = whole, ceiling
+        bench.Process, bench.matmul_ceiling = whole, ceiling
 
 
 def test_bench_json_has_its_keys_and_the_dead_engine_its_reason(measured):

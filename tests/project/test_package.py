@@ -1,5 +1,6 @@
 """The built wheel: its files, its requirements, and that it works in an empty folder."""
 
+import json
 import os
 import re
 import shutil
@@ -228,3 +229,13 @@ def test_contributing_names_what_exists():
     assert not missing
     modules = re.findall(r"`(medft(?:\.\w+)+)`", text)
     assert all((TOP / f"{module.replace('.', '/')}.py").exists() for module in modules)
+
+
+def test_the_walks_of_the_house_page_can_be_walked():
+    cells = json.loads((TOP / "nbs/guide/house.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    functions = re.findall(r"`((?:core|data|train|evaluate)(?:\.\w+)+)\.(\w+)`", text)
+    assert len(functions) >= 8
+    for module, name in functions:
+        code = (TOP / "medft" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        assert re.search(rf"^def {name}\(", code, re.M), f"{module}.{name}"
