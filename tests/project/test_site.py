@@ -192,6 +192,27 @@ def test_sidebar_lists_every_page():
     assert sorted(listed) == sorted(p.as_posix() for p in NOTEBOOKS)
 
 
+STORY = [page for page in NOTEBOOKS if re.match(r"\d\d_|cases$", page.parts[0])]
+
+
+@pytest.mark.parametrize("page", STORY, ids=[page.as_posix() for page in STORY])
+def test_a_reader_can_open_a_page_of_the_story_elsewhere(site, page):
+    "The badges are still there when nbdev has replaced the title's cell by front matter."
+    text = "".join(source(c) for c in cells(site / "_proc" / page, "markdown"))
+    for address in ("colab.research.google.com/github", "kaggle.com/kernels/welcome?src="):
+        assert re.search(rf"{re.escape(address)}\S*/nbs/{re.escape(page.as_posix())}\)", text)
+
+
+@pytest.mark.parametrize("page", **page_ids)
+def test_a_figure_is_shown_as_a_picture(page):
+    outputs = [o for c in cells(TOP / "nbs" / page, "code") for o in c["outputs"]]
+    for output in outputs:
+        data = output.get("data", {})
+        text = "".join(data.get("text/plain", output.get("text", "")))
+        is_figure = re.match(r"<(Figure size|Axes|matplotlib)", text.strip("[ "))
+        assert not is_figure or {"image/png", "image/svg+xml"} & set(data), (page, text)
+
+
 def test_quarto_settings():
     assert (TOP / "nbs/_quarto.yml").resolve() == TOP / "_quarto.yml"
     settings = yaml.safe_load((TOP / "_quarto.yml").read_text())
