@@ -452,14 +452,14 @@ def resume_run(
     **changes,  # keys of the recipe, as for `medft.run`
 ) -> Run:
     "`medft.resume`: finish a run. Raises `MedftError` for a change that mixes two results."
-    from medft.cli import arguments, runner
+    from medft.cli import runner
 
     started = time.time()
     _read_env()
     run = _as_run(run)
     wanted = chosen_stages(_with_commas(stages))
     allowed = [key.strip() for key in (_with_commas(allow) or "").split(",")]
-    run = arguments.resumed(run, _overrides(changes), allowed)
+    run = runner.resumed(run, _overrides(changes), allowed)
     names = runner.stages_of(run.recipe, wanted) if wanted else runner.stages_begun(run)
     if run.status == "finished" and all(runner.is_complete(run, name) for name in names):
         return run

@@ -10,8 +10,8 @@ __all__ = ['app', 'explain', 'main', 'create']
 # %% ../../nbs/cli/verbs.ipynb #c002
 # These modules import nothing heavy at their top.
 from .arguments import chosen_stages, find_run, planned, planned_evaluation
+from .completion import keep_cursor_after_equals, recipe_keys, recipe_names, run_names
 from .summary import run_summary, short_verdicts, summary_table
-from .terminal import keep_cursor_after_equals, recipe_keys, recipe_names, run_names
 from ..core.files import aligned
 
 import os
@@ -222,10 +222,10 @@ def _resume(
     started = time.time()
     found = find_run(run)
     names = chosen_stages(stages)
-    from medft.cli import arguments, runner
+    from medft.cli import runner
 
     allowed = [key.strip() for option in allow or [] for key in option.split(",")]
-    found = arguments.resumed(found, overrides or (), allowed)
+    found = runner.resumed(found, overrides or (), allowed)
     names = runner.stages_of(found.recipe, names) if names else runner.stages_begun(found)
     is_done = all(runner.is_complete(found, name) for name in names)
     if is_done and found.status == "finished":

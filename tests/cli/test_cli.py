@@ -483,7 +483,7 @@ def test_an_edit_in_the_run_is_refused_and_an_edit_of_the_recipe_is_ignored(stop
 @pytest.mark.parametrize("left", ["recipe", "manifest"])
 def test_a_change_that_was_cut_off_is_taken_by_the_same_command(stopped, monkeypatch, capfd, left):
     "The power fails after the first or the second of the three files that a change writes."
-    from medft.cli import arguments
+    from medft.cli import runner
     from medft.cli.verbs import main
     from medft.core.run import Run
 
@@ -492,7 +492,7 @@ def test_a_change_that_was_cut_off_is_taken_by_the_same_command(stopped, monkeyp
 
     command = ["resume", "one", "training.logging_steps=3", "--allow", "training.logging_steps"]
     with monkeypatch.context() as m:
-        interrupted = (Run, "update") if left == "recipe" else (arguments, "freeze")
+        interrupted = (Run, "update") if left == "recipe" else (runner, "freeze")
         m.setattr(*interrupted, dies)
         assert main(command) == 130
     assert main(command) == 0, capfd.readouterr().err

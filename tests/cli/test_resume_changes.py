@@ -1,6 +1,6 @@
 "What `medft resume --allow` accepts leaves the trained weights as they are, bit by bit."
 
-from medft.cli.arguments import HARMLESS, is_harmless, resumed
+from medft.cli.runner import HARMLESS, is_harmless, resumed
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
 

@@ -233,7 +233,7 @@ def test_tab_offers_recipes_runs_and_keys(tmp_path):
 
 
 def test_the_keys_that_tab_offers_are_those_of_a_recipe():
-    from medft.cli.terminal import recipe_keys
+    from medft.cli.completion import recipe_keys
     from medft.core.recipe import HANDED_ON, UNSUPPORTED_LORA_KEYS
     from medft.core.sections import SECTIONS, Checks, Recipe
 
@@ -274,7 +274,7 @@ def test_a_completion_loads_nothing_heavy(tmp_path):
 
 @pytest.mark.skipif(not Path("/bin/bash").exists(), reason="no bash here")
 def test_bash_puts_no_blank_after_a_key(tmp_path):
-    from medft.cli.terminal import keep_cursor_after_equals
+    from medft.cli.completion import keep_cursor_after_equals
 
     from typer._completion_shared import get_completion_script
 

@@ -207,7 +207,7 @@ EACH_TASK = ["nemotron_30b_medmcqa_lora", "medgemma_4b_classifier", "gemma3_4b_c
 
 @pytest.mark.parametrize("name", EACH_TASK)
 def test_a_recipe_is_rehearsed_through_all_stages(place, name):
-    from medft.cli.arguments import recipe_differences
+    from medft.cli.runner import recipe_differences
     from medft.plan.rehearsal import rehearsal
 
     recipe = load_recipe(name, ["tracking.mlflow=false"])

@@ -1,11 +1,11 @@
 """No secret in any file, no patient's row where it must not go, no default of this machine."""
 
-from medft.cli import arguments, runner
+from medft.cli import runner
 from medft.cli import tracking as track
 from medft.core import secrets as redaction
 from medft.core.files import MedftError, atomic_write, read_json, write_json
 from medft.core.recipe import load_recipe
-from medft.core.run import Run
+from medft.core.run import Run, host_of, why_hidden
 from medft.core.secrets import (
     is_secret_name,
     known_secrets,
@@ -654,26 +654,26 @@ def test_a_resumed_run_takes_the_address_again_or_says_what_it_needs(
     for k in kept:
         monkeypatch.delenv(k)
     with pytest.raises(MedftError, match="password or signature.*dataset.path=URL.*MEDFT_URL") as e:
-        arguments.resumed(Run.open(run.path))
+        runner.resumed(Run.open(run.path))
     assert (
         "\n" not in str(e.value) and planted.public in str(e.value) and PASSWORD not in str(e.value)
     )
     with pytest.raises(MedftError, match="access refused.*MEDFT_URL") as e:
         sources.source_parts(planted.public)
     monkeypatch.setenv("MEDFT_URL", planted.url)
-    again = arguments.resumed(Run.open(run.path))
+    again = runner.resumed(Run.open(run.path))
     assert again.recipe.dataset.path == planted.public and sources.source_parts(
         again.recipe.dataset.path
     )
     monkeypatch.delenv("MEDFT_URL")
-    again = arguments.resumed(Run.open(run.path), [f"dataset.path={planted.url}"])
+    again = runner.resumed(Run.open(run.path), [f"dataset.path={planted.url}"])
     assert "changes" not in again.manifest and sources.source_parts(again.recipe.dataset.path), (
         "the same address is no change of the recipe"
     )
     for k in [k for k in os.environ if k.startswith("MEDFT_URL_")]:
         monkeypatch.delenv(k)
     run.update(dict(stages=dict(data=dict(status="finished"))))
-    assert arguments.resumed(Run.open(run.path)), "rows that are there need no password"
+    assert runner.resumed(Run.open(run.path)), "rows that are there need no password"
 
 
 # ---- rows of patients ----
@@ -726,9 +726,9 @@ PAIRS = CLEAN | dict(shapes=dict(train="entity-pairs"))
 )
 def test_single_items_are_shown_by_one_rule(tmp_path, report, overrides, shown):
     run = Run.create(load_recipe("quickstart", overrides), root=tmp_path, run_id="made")
-    assert run.why_hidden(run) or "evaluation.show_items=true" in overrides, "no report, no rows"
+    assert why_hidden(run) or "evaluation.show_items=true" in overrides, "no report, no rows"
     write_json(run.path / "data/report.json", report)
-    assert (not run.why_hidden(run)) is shown
+    assert (not why_hidden(run)) is shown
 
 
 ROW_FILES = {"notebooks/01_data.ipynb", "data/split.json", "report.html"}
@@ -746,7 +746,7 @@ def test_rows_stay_here_where_they_are_hidden(tmp_path, uri):
     assert not [f for f, text in client.files.items() if "Anna" in text or "patient-77" in text]
     log = (run.path / "logs/finetune.log").read_text().splitlines()
     (line,) = [line for line in log if "tracking: sent to" in line]
-    assert run.host_of(uri) in line and "README.md" in line
+    assert host_of(uri) in line and "README.md" in line
     assert "pw123456" not in line
     assert "notebooks/01_data.ipynb" in line.partition("stay here")[2]
     mirrored(run, uri)

@@ -1,7 +1,7 @@
 """Several seeds: each is trained as if it were alone, a killed one goes on,
 and the verdict is about the recipe."""
 
-from medft.cli import arguments
+from medft.cli import runner
 from medft.core.files import MedftError, write_json
 from medft.core.recipe import load_recipe
 from medft.core.run import Run
@@ -235,13 +235,13 @@ def test_no_seed_at_all_is_refused_and_more_seeds_are_trained_on_resuming():
         MedftError, match="evaluation.seeds: input should be greater than or equal to 1, found 0"
     ):
         load_recipe("quickstart", ["evaluation.seeds=0"])
-    assert arguments.outdated({"evaluation.seeds": (1, 3)}) == [
+    assert runner.outdated({"evaluation.seeds": (1, 3)}) == [
         "train",
         "unsloth",
         "fast",
         "evaluate",
         "export",
-    ] and arguments.outdated({"evaluation.seeds": (3, 1)}) == ["evaluate", "export"]
+    ] and runner.outdated({"evaluation.seeds": (3, 1)}) == ["evaluate", "export"]
 
 
 # The verdict
