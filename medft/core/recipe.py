@@ -395,7 +395,7 @@ WITHOUT_EFFECT = tuple(  # keys of training that leave the trained weights as th
 # The last line is honoured by the tokenizer of the whole run, not by the trainer.
 HANDED_ON = frozenset(
     """
-    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
+    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
     num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size
     gradient_accumulation_steps average_tokens_across_devices auto_find_batch_size
     max_grad_norm weight_decay optim optim_args optim_target_modules

@@ -17,7 +17,6 @@ from ..core.sections import STAGES, TRAINING_STAGES
 from ..data.chat_templates import load_tokenizer
 from ..data.pipeline import ensure_data, load_split, scored_sets
 from ..data.quality.leakage import check_leaks
-from .measures import comparisons as pair_baselines  # noqa: F401  registers rules
 from medft.evaluate.measures.answers import (
     compare_answers,
     measure_choices,

@@ -241,6 +241,7 @@ def _hide_base_path(path, recipe):
         write_json(path, config | dict.fromkeys(keys, public))
 
 # %% ../../nbs/export/publish.ipynb #c020
+# what an engine hands over -> where it lies in the repository
 _REPOSITORY_FOLDERS = dict(adapters=".", model=".", merged="merged", onnx="onnx")
 
 
@@ -379,9 +380,6 @@ def training_env(recipe) -> str:
     return "".join(lines)
 
 # %% ../../nbs/export/publish.ipynb #c014a
-_HANDED_OVER = ("adapters", "model", "merged", "onnx")  # what an engine hands over
-
-
 def make_artefacts(run: Run, engine: str):
     "Write the artefacts of an engine that the recipe asks for."
     folder = run.path / engine
@@ -398,7 +396,7 @@ def make_artefacts(run: Run, engine: str):
         export_onnx(run, engine)
     architecture = read_json(run.path / "model.json", {}).get("architecture", "")
     text = notice(run.recipe.model.name, architecture)
-    for name in _HANDED_OVER:
+    for name in _REPOSITORY_FOLDERS:
         if text and (folder / name).is_dir():
             atomic_write(folder / name / "NOTICE", text + "\n")
 
@@ -412,7 +410,7 @@ def _n_bytes(path: Path) -> int:
 
 def artefacts(run: Run) -> dict:  # path below the run's folder -> bytes and sha256
     "What is handed over, with sizes and hashes."
-    paths = [run.path / engine / name for engine in trained(run) for name in _HANDED_OVER]
+    paths = [run.path / engine / name for engine in trained(run) for name in _REPOSITORY_FOLDERS]
     paths = [path for path in paths if path.is_dir()]
     for name in ("README.md", "report.html", "training.env", "metrics.json"):
         if (run.path / name).exists():

@@ -239,3 +239,39 @@ def test_the_walks_of_the_house_page_can_be_walked():
     for module, name in functions:
         code = (TOP / "medft" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
         assert re.search(rf"^def {name}\(", code, re.M), f"{module}.{name}"
+
+
+def test_functions_that_pages_name_exist():
+    "`module.name` in prose, comments and docstrings; keys of a recipe look alike and are left out."
+    texts, leaves = {}, {}
+    for path in (TOP / "medft").rglob("*.py"):
+        module = ".".join(path.relative_to(TOP / "medft").with_suffix("").parts)
+        texts[module] = path.read_text(encoding="utf-8")
+        leaves.setdefault(path.stem, []).append(module)
+    wings = {module.split(".")[0] for module in texts}
+    keys = set(re.findall(r"^    (\w+):", texts["core.sections"], re.M))
+    seen, missing = 0, []
+    for page in (TOP / "nbs").rglob("*.ipynb"):
+        for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
+            for named in re.findall(r"`((?:[a-z_]+\.)+[A-Za-z_]+)`", "".join(cell["source"])):
+                *owner, name = named.split(".")
+                is_ours = owner[0] in wings or owner[0] in leaves
+                if not is_ours or named in texts or name in keys or owner[0] in SECTIONS_OR_FILES:
+                    continue
+                if name in FILE_ENDINGS:
+                    continue
+                seen += 1
+                modules = [".".join(owner), *leaves.get(owner[-1], [])]
+                defined = rf"^(?:def|class) {name}\b|^{name} ?="
+                if not any(re.search(defined, texts.get(m, ""), re.M) for m in modules):
+                    missing.append((page.name, cell["id"], named))
+    assert seen > 10 and not missing, missing
+
+
+SECTIONS_OR_FILES = {
+    "data",
+    "export",
+    "plan",
+    "recipe",
+}  # `data.jsonl`, `export.merge`, `plan.json`
+FILE_ENDINGS = set("html ipynb json jsonl log md parquet py safetensors svg yaml yml".split())

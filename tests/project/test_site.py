@@ -213,6 +213,34 @@ def test_a_figure_is_shown_as_a_picture(page):
         assert not is_figure or {"image/png", "image/svg+xml"} & set(data), (page, text)
 
 
+@pytest.fixture(scope="session")
+def executed(tmp_path_factory):
+    "Pages whose tables are made from the code, executed in a copy: one of them draws a picture."
+    copy = tmp_path_factory.mktemp("guide") / "nbs"
+    shutil.copytree(TOP / "nbs", copy, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    pages = [copy / "index.ipynb", *sorted((copy / "guide").glob("*.ipynb"))]
+    run = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
+    done = subprocess.run([*run, *pages], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return copy
+
+
+def shown_tables(path):
+    "The Markdown that a page's cells print."
+    outputs = [output for cell in cells(path, "code") for output in cell["outputs"]]
+    return ["".join(o["data"].get("text/markdown", "")) for o in outputs if "data" in o]
+
+
+def test_generated_pages_show_what_the_code_says_today(executed):
+    pages = [path.relative_to(executed) for path in sorted(executed.glob("guide/*.ipynb"))]
+    made = [page for page in [Path("index.ipynb"), *pages] if shown_tables(TOP / "nbs" / page)]
+    assert len(made) >= 8
+    stale = [p for p in made if shown_tables(TOP / "nbs" / p) != shown_tables(executed / p)]
+    assert not stale, f"run these pages again, and keep their outputs: {stale}"
+    picture = "images/wings.svg"
+    assert (executed / picture).read_bytes() == (TOP / "nbs" / picture).read_bytes()
+
+
 def test_quarto_settings():
     assert (TOP / "nbs/_quarto.yml").resolve() == TOP / "_quarto.yml"
     settings = yaml.safe_load((TOP / "_quarto.yml").read_text())

@@ -22,10 +22,9 @@ from medft.evaluate.statistics.intervals import (
 from medft.evaluate.statistics.verdicts import (
     compare_choices,
     compare_sums,
-    holm,
     permutation_test,
     ratio_of_sums,
-    sentence,
+    sentences_by_model,
 )
 
 import math
@@ -144,7 +143,7 @@ def positions(
     frames,  # (model, set) -> predictions
     metrics,
 ) -> dict:  # positions: model -> set -> as `position_figures` gives it
-    "For `evaluate.PARTS`: what every model chooses by position, where there are options."
+    "For `metrics.FIGURE_PARTS`: what every model chooses by position, where there are options."
     found = {}
     for (model, name), frame in frames.items():
         if "scores" in frame and "probabilities" not in frame:
@@ -157,7 +156,7 @@ def types(
     frames,  # (model, set) -> predictions
     metrics,
 ) -> dict:  # types: set -> choice type -> model -> accuracy
-    "For `evaluate.PARTS`: accuracy by choice type; nothing where rows name fewer than two."
+    "For `metrics.FIGURE_PARTS`: accuracy by choice type; nothing where rows name fewer than two."
     confidence = run.recipe.evaluation.confidence
     found = {}
     for (model, name), frame in frames.items():
@@ -244,7 +243,7 @@ def compare_answers(
     frames,  # (model, set) -> predictions
     metrics,  # metrics.json so far
 ) -> dict:  # answers: model -> metric -> comparison with the base
-    "For `evaluate.PARTS`: written answers compared on the main set, where there are any."
+    "For `metrics.FIGURE_PARTS`: written answers compared on the main set, where there are any."
     main, confidence = metrics["main"], metrics["confidence"]
     base = frames["base", main]
     if "exact" not in base:
@@ -253,10 +252,4 @@ def compare_answers(
     for model in metrics["verdict"]:
         for metric, comparison in answer_comparisons(base, frames[model, main], confidence).items():
             comparisons[model, metric] = comparison
-    corrected = holm(list(comparisons.values()), confidence)
-    than = f"the {metrics['names'].get('base', 'base')}"
-    found = {}
-    for (model, metric), d in zip(comparisons, corrected, strict=True):
-        with_sentence = d | dict(sentence=sentence(d, model, than, main))
-        found.setdefault(model, {})[metric] = with_sentence
-    return dict(answers=found)
+    return dict(answers=sentences_by_model(comparisons, metrics))

@@ -243,7 +243,7 @@ def calibration_part(
     frames,  # (model, set) -> predictions
     metrics,
 ) -> dict:  # calibration: model -> set -> as `measure_calibration` gives it
-    "For `evaluate.PARTS`: how well calibrated every model is; nothing for texts."
+    "For `metrics.FIGURE_PARTS`: how well calibrated every model is; nothing for texts."
     found, temperatures = {}, {}
     for (model, name), frame in frames.items():
         if "scores" not in frame and "probabilities" not in frame:

@@ -33,6 +33,7 @@ from medft.evaluate.statistics.verdicts import (
     permutation_p,
     ratio_of_sums,
     sentence,
+    sentences_by_model,
 )
 
 import numpy as np
@@ -242,20 +243,14 @@ def compared_figures(
     frames,  # (model, set) -> predictions
     metrics,  # metrics.json so far
 ) -> dict:  # comparisons: model -> metric -> comparison with the base
-    "For `evaluate.PARTS`: the other figures of options or labels, compared on the main set."
+    "For `metrics.FIGURE_PARTS`: the other figures of options or labels, compared on the main set."
     main, confidence = metrics["main"], metrics["confidence"]
     base = frames["base", main]
     if not {"scores", "probabilities"} & set(base):
         return {}
     tuned = {model: frames[model, main] for model in metrics["verdict"]}
     comparisons = other_figures(base, tuned, confidence)
-    corrected = holm(list(comparisons.values()), confidence)
-    than = f"the {metrics.get('names', {}).get('base', 'base')}"
-    found = {}
-    for (model, metric), d in zip(comparisons, corrected, strict=True):
-        with_sentence = d | dict(sentence=sentence(d, model, than, main))
-        found.setdefault(model, {})[metric] = with_sentence
-    return dict(comparisons=found)
+    return dict(comparisons=sentences_by_model(comparisons, metrics))
 
 # %% ../../../nbs/evaluate/measures/comparisons.ipynb #c005b
 def seeds_in(
@@ -374,7 +369,7 @@ def several(
     frames,  # (model, set) -> predictions
     metrics,  # metrics.json so far
 ) -> dict:  # verdict, verdict_first_seed, over_seeds, seeds, first_seed
-    "For `evaluate.PARTS`: the verdict over seeds, where anything was trained from several."
+    "For `metrics.FIGURE_PARTS`: the verdict over seeds, where anything was trained from several."
     differences, confidence, main = metrics["differences"], metrics["confidence"], metrics["main"]
     engines = [model for model in differences if len(seeds_in(frames, model, main)) > 1]
     if not engines:

@@ -133,7 +133,7 @@ def retention_figures(
     frames,  # (model, set) -> predictions
     metrics,  # metrics.json so far, with the verdict over seeds
 ) -> dict:  # retention; verdict, where there is a budget
-    """For `evaluate.PARTS`, after the seeds: what every model retained, and verdicts with it.
+    """For `metrics.FIGURE_PARTS`, after the seeds: what every model retained, and verdicts with it.
 
     Raises `MedftError` for a retention set without predictions, or one that is the main set.
     """

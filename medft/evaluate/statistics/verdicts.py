@@ -8,7 +8,7 @@ Docs: https://medft.github.io/medft/evaluate/statistics/verdicts.html.md"""
 __all__ = ['LOWER_IS_BETTER', 'LABEL_WORDS', 'UNITS', 'sets_of', 'foreseen_of', 'foreseen', 'power_in_words', 'foreseen_in_words',
            'mid_p', 'tango_interval', 'permutation_p', 'permutation_test', 'comparison', 'compare_choices',
            'ratio_of_sums', 'f1_of_sums', 'compare_sums', 'compare_text', 'holm', 'two_lucks', 'p_of_effect', 'reach',
-           'over_seeds', 'sentence']
+           'over_seeds', 'sentence', 'sentences_by_model']
 
 # %% ../../../nbs/evaluate/statistics/verdicts.ipynb #imports
 from ...core.run import Run
@@ -620,3 +620,17 @@ def sentence(
         f" the smallest difference {this_set} could have shown is {smallest}"
         f"{_few_groups_in_words(d)}"
     )
+
+# %% ../../../nbs/evaluate/statistics/verdicts.ipynb #c031m
+def sentences_by_model(
+    comparisons: dict,  # (model, metric) -> comparison with the base, on the main set
+    metrics: dict,  # metrics.json so far
+) -> dict:  # model -> metric -> the comparison, with its sentence
+    "Comparisons of several figures, corrected together for their number."
+    corrected = holm(list(comparisons.values()), metrics["confidence"])
+    than = f"the {metrics.get('names', {}).get('base', 'base')}"
+    found = {}
+    for (model, metric), d in zip(comparisons, corrected, strict=True):
+        with_sentence = d | dict(sentence=sentence(d, model, than, metrics["main"]))
+        found.setdefault(model, {})[metric] = with_sentence
+    return found
