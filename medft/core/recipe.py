@@ -144,7 +144,7 @@ def read_yaml(
 def _modern(raw):
     "A recipe's dict, with older spellings moved to today's names; changed in place."
     for section in SECTIONS:
-        may_be_null = section in ("quantization", "lora")
+        may_be_null = section in ("quantization", "lora", "search")
         if section in raw and raw[section] is None and not may_be_null:
             raw[section] = {}
     if "task" in raw and isinstance(raw.get("model") or {}, dict):

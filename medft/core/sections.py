@@ -7,10 +7,11 @@ Docs: https://medft.github.io/medft/core/sections.html.md"""
 # %% auto #0
 __all__ = ['LARGEST', 'Whole', 'Count', 'CountOrNone', 'Finite', 'Positive', 'NotNegative', 'Share', 'OpenShare', 'ShareBelowOne',
            'Text', 'Word', 'TextOrTexts', 'Texts', 'Name', 'Label', 'HubId', 'Size', 'Pattern', 'Patterns', 'Steps',
-           'Warmup', 'TRAINING_RANGES', 'LORA_RANGES', 'LIBRARY_RANGES', 'Weights', 'Action', 'Labels', 'STAGES',
-           'TRAINING_STAGES', 'ENGINES', 'Training', 'Lora', 'SECTIONS', 'up_to', 'number', 'not_empty', 'as_name',
-           'bounds', 'range_of', 'library_fields', 'library_default', 'library_enums', 'library_section', 'Section',
-           'Model', 'Quantization', 'Checks', 'Dataset', 'Evaluation', 'Export', 'Tracking', 'Output', 'Recipe']
+           'Warmup', 'TRAINING_RANGES', 'LORA_RANGES', 'LIBRARY_RANGES', 'Weights', 'Action', 'Labels', 'Address',
+           'Variables', 'STAGES', 'TRAINING_STAGES', 'ENGINES', 'Training', 'Lora', 'SECTIONS', 'up_to', 'number',
+           'not_empty', 'as_name', 'bounds', 'range_of', 'library_fields', 'library_default', 'library_enums',
+           'library_section', 'Section', 'Model', 'Quantization', 'Checks', 'Dataset', 'Evaluation', 'Export',
+           'Tracking', 'Output', 'Scale', 'Search', 'Recipe']
 
 # %% ../../nbs/core/sections.ipynb #imports
 import ast
@@ -627,6 +628,8 @@ class Tracking(Section):
     mlflow: bool = True  # record the run there
     uri: Text | None = None  # None: $MLFLOW_TRACKING_URI, else SQLite in the runs folder
     experiment: Text | None = None  # None: the task's name
+    # also write TensorBoard's event files into the run folder; see medft ui --tensorboard
+    tensorboard: bool = False
 
 
 class Output(Section):
@@ -637,6 +640,57 @@ class Output(Section):
     # checkpoints of lowest evaluation loss to keep, besides the newest; None:
     # training.save_total_limit decides
     keep_best: Count | None = None
+
+# %% ../../nbs/core/sections.ipynb #sc02
+def _checked_address(text):
+    "An address `HOST:PORT`, unchanged. Raises `ValueError` for anything else."
+    host, colon, port = text.rpartition(":")
+    is_port = port.isdigit() and 0 < int(port) < 65536
+    if not (colon and host and is_port) or "/" in text:
+        raise ValueError("is no address: write HOST:PORT, as in node-1:29500")
+    return text
+
+
+def _checked_variables(variables):
+    "Settings of the libraries that connect ranks, unchanged. Raises `ValueError` for others."
+    for name in variables:
+        if not re.fullmatch(r"(NCCL|GLOO|TORCH_NCCL)_[A-Z0-9_]+", name):
+            raise ValueError(
+                f"{name} is none of NCCL_*, TORCH_NCCL_* and GLOO_*;"
+                " other variables belong into the environment"
+            )
+    return variables
+
+
+Address = Annotated[Text, AfterValidator(_checked_address)]
+Variables = Annotated[dict[Text, Word], AfterValidator(_checked_variables)]
+
+
+class Scale(Section):
+    "Processes that train together (ranks), and where they run."
+
+    processes: Count | typing.Literal["auto"] = 1  # on every machine; auto: one a GPU
+    nodes: Count = 1  # machines
+    rendezvous: Address | None = None  # where the machines meet, HOST:PORT; more than one need it
+    # what is divided among the ranks: nothing but the rows (ddp), also gradients and optimizer
+    # (zero2), also the weights (fsdp, zero3)
+    strategy: typing.Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
+    launcher: typing.Literal["torchrun", "ray"] = "torchrun"  # what starts the ranks
+    max_failures: CountOrNone = 0  # how often to start again by itself when a rank is killed
+    storage: Text | None = None  # ray: where checkpoints go, a folder or URL; None: the run folder
+    network: Variables = {}  # NCCL_SOCKET_IFNAME, NCCL_IB_HCA, ...: settings for the ranks
+
+# %% ../../nbs/core/sections.ipynb #sc04
+class Search(Section):
+    "What `medft tune` tries."
+
+    space: dict[Text, list[typing.Any] | Text]  # key -> values, or a range as a text
+    metric: Text = "validation loss"  # what is made better, on validation rows
+    trials: Count = 16  # trainings to try
+    sampler: typing.Literal["tpe", "random"] = "tpe"  # what proposes the next values
+    scheduler: typing.Literal["asha", "none"] = "asha"  # asha: stop poor trials early
+    seed: up_to(2**32 - 1, least=0) = 0  # of the sampler
+    concurrent: Count = 1  # trials at the same time
 
 # %% ../../nbs/core/sections.ipynb #c034
 STAGES = dict(
@@ -670,6 +724,8 @@ class Recipe(Section):
     export: Export = Export()
     tracking: Tracking = Tracking()
     output: Output = Output()
+    scale: Scale = Scale()
+    search: Search | None = None  # None: nothing is searched
 
     @property
     def task(self) -> str:
@@ -697,4 +753,6 @@ SECTIONS = dict(
     export=Export,
     tracking=Tracking,
     output=Output,
+    scale=Scale,
+    search=Search,
 )
