@@ -42,7 +42,7 @@ from .tracking import tracking_uri
 from ..core import files, sections
 from ..core.files import notebooks, read_json, write_json
 from ..core.secrets import redact, redact_file
-from ..train.checkpoints import writing
+from ..train.checkpoints import disk_problem, writing
 
 import papermill
 import psutil
@@ -280,6 +280,9 @@ def _cell_failed(stage, error, path) -> StageFailed:
         return StageFailed(f"{stage}: {message}", 2)
     if isinstance(kind, type) and issubclass(kind, files.Refused):
         return StageFailed(f"{stage}: refused: {message}", 3)
+    problem = disk_problem(OSError(message)) if error.ename == "OSError" else None
+    if problem:
+        return StageFailed(f"{stage}: cannot write in {shorter(path.parents[1])}: {problem}", 2)
     return StageFailed(
         f"stage {stage} failed in cell [{error.exec_count}]: {error.ename}: {message[:300]};"
         f" see {shorter(path)}"

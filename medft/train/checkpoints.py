@@ -6,7 +6,7 @@ Docs: https://medft.github.io/medft/train/checkpoints.html.md"""
 
 # %% auto #0
 __all__ = ['SEAL', 'STATE', 'seal', 'damage_of', 'seal_notes', 'step_of', 'checkpoints_of', 'newest_whole', 'delete_unwanted',
-           'log_lines', 'cut_log', 'writing']
+           'log_lines', 'cut_log', 'disk_problem', 'writing']
 
 # %% ../../nbs/train/checkpoints.ipynb #c002
 from ..core.files import MedftError, atomic_write, read_json, write_json
@@ -170,7 +170,7 @@ _DISK_PROBLEMS = {
 _FULL_BELOW = 64 << 20  # bytes free
 
 
-def _disk_problem(error: Exception, folder: Path | None = None) -> str | None:
+def disk_problem(error: Exception, folder: Path | None = None) -> str | None:
     "What is wrong with the disk, if that is what an error means."
     text = str(error)
     if isinstance(error, OSError):
@@ -202,7 +202,7 @@ def writing(
     try:
         yield
     except Exception as e:
-        problem = _disk_problem(e, folder)
+        problem = disk_problem(e, folder)
         if not problem:
             raise
         name = getattr(e, "filename", None) or what

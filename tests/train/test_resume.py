@@ -102,6 +102,13 @@ def begin(home, name):
     return p, home / name
 
 
+def kernel_of(process):
+    "The process id of the kernel that a `medft run` has started last."
+    children = psutil.Process(process.pid).children(recursive=True)
+    living = [c for c in children if c.status() != psutil.STATUS_ZOMBIE]
+    return next(c.pid for c in living if "ipykernel_launcher" in " ".join(c.cmdline()))
+
+
 def adapter(run):
     return (run / "trl" / "adapters" / "adapter_model.safetensors").read_bytes()
 
@@ -127,11 +134,7 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("how", ["kill -9", "SIGTERM", "SIGTERM to the kernel"])
 def test_the_whole_command(tmp_path, uninterrupted, how):
     p, run = begin(tmp_path, "run")
-    kernel = next(
-        c.pid
-        for c in psutil.Process(p.pid).children(recursive=True)
-        if "ipykernel_launcher" in " ".join(c.cmdline())
-    )
+    kernel = kernel_of(p)
     pressed = time.time()
     if how == "kill -9":
         p.kill()
@@ -163,11 +166,12 @@ def test_the_whole_command(tmp_path, uninterrupted, how):
 
 
 @pytest.mark.long
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(tmp_path, uninterrupted):
-    "A real limit on file sizes stands for the full disk: the first checkpoint does not fit."
-    limit = """import resource, runpy, signal, sys
+@pytest.mark.parametrize("largest", [50_000, 600_000], ids=["the rows", "the first checkpoint"])
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(tmp_path, uninterrupted, largest):
+    "A real limit on file sizes stands for the full disk: the rows, or a checkpoint, do not fit."
+    limit = f"""import resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, {largest}))
 sys.argv = ['medft', *sys.argv[1:]]
 runpy.run_module('medft.cli.verbs', run_name='__main__')"""
     env = {k: v for k, v in environment(tmp_path).items() if k != "MEDFT_NOTEBOOKS"}
