@@ -7,7 +7,8 @@ Docs: https://medft.github.io/medft/core/recipe.html.md"""
 # %% auto #0
 __all__ = ['STARTER_KEYS', 'UNSUPPORTED_TRAINING_KEYS', 'WITHOUT_EFFECT', 'HANDED_ON', 'UNSUPPORTED_LORA_KEYS', 'BASELINE_NAMES',
            'set_values', 'to_yaml', 'flat', 'remember_urls', 'read_yaml', 'override', 'non_finite', 'moves_base',
-           'contradictions', 'unsloth_fits', 'load_recipe', 'kept_plain', 'auto_engine', 'choose_engine']
+           'accumulation_per_rank', 'contradictions', 'unsloth_fits', 'load_recipe', 'kept_plain', 'auto_engine',
+           'choose_engine']
 
 # %% ../../nbs/core/recipe.ipynb #imports
 from .files import MedftError, find_recipe, nearest, shipped_recipes
@@ -771,6 +772,74 @@ def _check_retention(recipe):
     if evaluation.generate and recipe.task == "classification":
         yield "evaluation", "generate", "a classifier writes nothing; leave the key out"
 
+# %% ../../nbs/core/recipe.ipynb #sc11
+def accumulation_per_rank(
+    recipe: Recipe,
+    ranks: int,  # processes that train together, on all machines
+) -> int:  # batches that each rank accumulates for a step
+    "The recipe's accumulation, divided among the ranks. Raises `MedftError` if it is not whole."
+    rows = recipe.training.per_device_train_batch_size
+    if rows is None:
+        rows = library_default("training", "per_device_train_batch_size")
+    accumulation = recipe.training.gradient_accumulation_steps or 1
+    if accumulation % ranks == 0:
+        return accumulation // ranks
+    batch = rows * accumulation
+    found = (
+        f"{ranks} processes: a step has {rows} rows × {accumulation} batches = {batch} rows, and"
+        f" {accumulation} batches cannot be divided among them"
+    )
+    if batch % ranks:
+        fitting = batch + ranks - batch % ranks
+        raise MedftError(
+            f"{found}; nor can {batch} rows: take another number of processes, or another batch,"
+            f" as in training.per_device_train_batch_size={fitting // ranks}"
+            f" training.gradient_accumulation_steps={ranks}"
+        )
+    smaller = max(n for n in range(1, min(rows, batch // ranks) + 1) if batch // ranks % n == 0)
+    raise MedftError(
+        f"{found}; to keep {batch} rows a step: training.per_device_train_batch_size={smaller}"
+        f" training.gradient_accumulation_steps={batch // smaller}"
+    )
+
+
+_SHARDING_KEYS = ("fsdp", "fsdp_config", "deepspeed")
+
+
+def _check_scale(recipe):
+    "Ranks that the batch, the engine or the machine's keys do not go with."
+    scale = recipe.scale
+    for key in _SHARDING_KEYS:
+        if getattr(recipe.training, key) and scale.strategy != "ddp":
+            reason = f"scale.strategy={scale.strategy} sets it; leave one of the two out"
+            yield "training", key, reason
+    if scale.nodes > 1 and not scale.rendezvous and scale.launcher == "torchrun":
+        reason = "say where the machines meet: scale.rendezvous: HOST:PORT of the first one"
+        yield "scale", "nodes", reason
+    if scale.nodes > 1 and scale.processes == "auto" and scale.launcher == "torchrun":
+        reason = "with several machines give a number, the same for each"
+        yield "scale", "processes", reason
+    if scale.storage and scale.launcher != "ray":
+        yield "scale", "storage", "only scale.launcher: ray copies checkpoints; leave it out"
+    if scale.strategy in ("fsdp", "zero3") and _is_quantised(recipe):
+        reason = (
+            "a quantised base stays whole on every device, and was never seen to train divided;"
+            " use ddp or zero2"
+        )
+        yield "scale", "strategy", reason
+    if scale.processes == "auto":
+        return
+    ranks = scale.processes * scale.nodes
+    if ranks > 1 and recipe.training.auto_find_batch_size:
+        reason = "every rank would find its own; give training.per_device_train_batch_size"
+        yield "training", "auto_find_batch_size", reason
+    if ranks == 1 and scale.strategy != "ddp":
+        yield "scale", "strategy", "there is nothing to divide: scale.processes is 1"
+    try:
+        accumulation_per_rank(recipe, ranks)
+    except MedftError as e:
+        yield "scale", "processes", str(e)
+
 # %% ../../nbs/core/recipe.ipynb #c043s3
 def _check_data(recipe):
     "Data sources, sets and checks that do not exist or exclude each other."
@@ -807,6 +876,7 @@ _CHECKS = (
     _check_data_loading,
     _check_optimizer,
     _check_memory_options,
+    _check_scale,
     _check_data,
     _check_scored_models,
     _check_retention,

@@ -27,7 +27,8 @@ from medft.train.baseline import (
     skip,
     training_summary,
 )
-from ..train.trainer import careful, preserved_random_state
+from ..train.ranks import any_rank, num_ranks
+from ..train.trainer import careful, preserved_random_state, without_gathering
 
 # %% ../../nbs/fast/engine.ipynb #c004
 import copy
@@ -38,6 +39,7 @@ from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
+from torch.nn.parallel import DistributedDataParallel
 
 # %% ../../nbs/fast/engine.ipynb #c008
 class UnpaddedBatch(NamedTuple):
@@ -115,20 +117,25 @@ class Fast:
             hidden, self.quick.head, targets, max(float(num_items), 1.0), self.quick.softcap
         )
         if hasattr(self, "_metrics"):
-            self.note_accuracy(batch, float(num_correct) / max(len(targets), 1))
+            self.note_accuracy(batch, float(num_correct), len(targets))
         return loss
 
 # %% ../../nbs/fast/engine.ipynb #c015
 @patch
-def note_accuracy(self: Fast, batch, accuracy):
-    "Keep the figures that SFTTrainer logs: token accuracy and tokens seen."
+def note_accuracy(self: Fast, batch, num_correct: float, num_targets: int):
+    "Keep the figures that SFTTrainer logs, of all ranks: token accuracy and tokens seen."
+    if "attention_mask" in batch:
+        num_tokens = int(batch["attention_mask"].sum())
+    else:
+        num_tokens = batch["position_ids"].shape[1]
+    if num_ranks() > 1:
+        counts = torch.tensor([[num_correct, num_targets, num_tokens]], device=self.args.device)
+        totals = self.accelerator.gather_for_metrics(counts).sum(0)
+        num_correct, num_targets, num_tokens = totals.tolist()
     metrics = self._metrics["train" if self.model.training else "eval"]
-    metrics["mean_token_accuracy"].append(accuracy)
+    metrics["mean_token_accuracy"].append(num_correct / max(num_targets, 1))
     if self.model.training:
-        if "attention_mask" in batch:
-            self._total_train_tokens += int(batch["attention_mask"].sum())
-        else:
-            self._total_train_tokens += batch["position_ids"].shape[1]
+        self._total_train_tokens += int(num_tokens)
     metrics["num_tokens"] = [self._total_train_tokens]
 
 # %% ../../nbs/fast/engine.ipynb #c017
@@ -167,8 +174,27 @@ def compute_loss(self: Fast, model, inputs, return_outputs=False, num_items_in_b
         self.prepare_step(inputs)
     if self.fallback_reason:
         return super(Fast, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
-    loss = self.fast_loss(inputs, num_items_in_batch)
+    if isinstance(model, DistributedDataParallel):
+        loss = self.loss_between_ranks(model, inputs, num_items_in_batch)
+    else:
+        loss = self.fast_loss(inputs, num_items_in_batch)
     return (loss, {}) if return_outputs else loss
+
+
+@patch
+def loss_between_ranks(self: Fast, model, batch, num_items):
+    "Our loss, computed inside the wrapper's forward, so that gradients are added up over ranks."
+    inner = model.module
+    own_forward = vars(inner).get("forward")  # accelerate's, in mixed precision
+    inner.forward = self.fast_loss
+    try:
+        loss = model(batch, num_items)
+    finally:
+        del inner.forward
+        if own_forward is not None:
+            inner.forward = own_forward
+    # The wrapper takes the mean of the ranks' gradients, and `num_items` counts those of all.
+    return loss if num_items is None else loss * num_ranks()
 
 
 @patch
@@ -280,8 +306,8 @@ def library_step_reason(self: Fast) -> str | None:
     reason = kept_plain(self.run.recipe.training)
     if reason:
         return reason
-    if self.args.world_size > 1:
-        return "several processes train together"
+    if self.run.recipe.scale.strategy != "ddp":
+        return f"{self.run.recipe.scale.strategy} owns the model"
     if self.plain_model().get_decoder() is self.plain_model():
         return "its decoder cannot be told from its head"
     if getattr(self, "aux_loss_enabled", False):
@@ -299,7 +325,7 @@ def initial_losses(self: Fast, rows: dict | None, loss_function) -> list[float]:
     "The loss of a few rows, with the adapters as they are and perturbed; empty without rows."
     if rows is None:
         return []
-    with without_trace(self):
+    with without_trace(self), without_gathering(self):
         as_it_is = float(loss_function(dict(rows)))
         with perturbed_adapters(self.model):
             return [as_it_is, float(loss_function(dict(rows)))]
@@ -307,6 +333,23 @@ def initial_losses(self: Fast, rows: dict | None, loss_function) -> list[float]:
 # %% ../../nbs/fast/engine.ipynb #c025
 @patch
 def prepare_step(self: Fast, batch):
+    "`prepare_own_step`; the ranks agree on what came of it."
+    error = None
+    try:
+        self.prepare_own_step(batch)
+    except MedftError as e:
+        error = e
+    if any_rank(error is not None) and error is None:
+        error = MedftError(f"{self.engine}: another rank refused our step; its log says why")
+    if error:
+        raise error
+    if any_rank(self.fallback_reason is not None) and self.fallback_reason is None:
+        self.quick.restore()
+        self.fallback_reason = "another rank keeps the library's step"
+
+
+@patch
+def prepare_own_step(self: Fast, batch):
     "Put the fast functions into the model, and compare the loss of a few rows with the library's."
     self.engine_report = dict(allocator=allocator(), notes=[])
     self.fallback_reason = self.library_step_reason()

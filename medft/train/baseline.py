@@ -7,13 +7,13 @@ Docs: https://medft.github.io/medft/train/baseline.html.md"""
 # %% auto #0
 __all__ = ['TOKENIZER_KEYS', 'TRAINERS', 'SUMMARY_ROWS', 'has_bfloat16', 'sft_config', 'Record', 'read_log', 'peak_memory',
            'in_full', 'sft_trainer', 'adapted_model', 'eval_rows', 'pretrainer', 'classifier', 'callbacks_of',
-           'check_served', 'make_trainer', 'last_checkpoint', 'resume_point', 'first_weights', 'write_first_weights',
-           'save', 'final', 'tokens_seen', 'sizes', 'summarise_training', 'fit', 'trl_trainer', 'train',
-           'training_summary', 'trained', 'loss_gap', 'training_frame', 'skip']
+           'check_served', 'make_trainer', 'add_blank_rows', 'last_checkpoint', 'refuse_other_ranks', 'resume_point',
+           'first_weights', 'write_first_weights', 'save', 'final', 'tokens_seen', 'sizes', 'summarise_training', 'fit',
+           'trl_trainer', 'train', 'training_summary', 'trained', 'loss_gap', 'training_frame', 'skip']
 
 # %% ../../nbs/train/baseline.ipynb #c003
 from ..core.files import MedftError, model_path, read_json, write_json
-from ..core.recipe import moves_base
+from ..core.recipe import accumulation_per_rank, moves_base
 from ..core.run import device, peak_rss, seed_everything
 from ..core.sections import ENGINES
 from ..data.chat_templates import load_tokenizer, template_hash
@@ -23,6 +23,14 @@ from ..model.adapters import lora_config
 from ..model.load import labels_of, load_base
 from ..model.preflight import belongs_to, changes_since, set_aside
 from .checkpoints import log_lines, newest_whole, seal_notes, writing
+from medft.train.ranks import (
+    from_first,
+    gathered,
+    is_first,
+    num_ranks,
+    wait_for_all,
+    with_blank_row,
+)
 from medft.train.trainer import (
     ClassifierCollator,
     WeightedLoss,
@@ -86,7 +94,15 @@ def sft_config(
         completion_only_loss=True,
         assistant_only_loss=False,
     )
-    return SFTConfig(**dict(seed=recipe.seed) | changes | settings | fixed)
+    if num_ranks() > 1:
+        settings.setdefault("ddp_find_unused_parameters", False)
+        fixed |= dict(
+            gradient_accumulation_steps=accumulation_per_rank(recipe, num_ranks()),
+            average_tokens_across_devices=True,  # else a mean of the ranks' means
+        )
+    args = SFTConfig(**dict(seed=recipe.seed) | changes | settings | fixed)
+    args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU; more GPUs need more ranks
+    return args
 
 # %% ../../nbs/train/baseline.ipynb #c011
 class Record(TrainerCallback):
@@ -111,9 +127,10 @@ class Record(TrainerCallback):
         figures = {k: v for k, v in (logs or {}).items() if isinstance(v, (int, float))}
         seconds = round(self.seconds_before + elapsed, 3)
         row = dict(step=state.global_step, seconds=seconds, **figures)
-        with self.path.open("a") as f:
-            f.write(json.dumps(row) + "\n")
-            f.flush()
+        if is_first():
+            with self.path.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+                f.flush()
         if not math.isfinite(row.get("eval_loss", 0)):
             raise MedftError(
                 f"{self.engine}: the evaluation loss is {row['eval_loss']} after step"
@@ -329,12 +346,21 @@ def make_trainer(
     build = TRAINERS[run.recipe.task]
     callbacks = callbacks_of(run, engine)
     trainer = build(run, args, model, tok, peft_config, rows, callbacks, engine_class)
+    if num_ranks() > 1:
+        add_blank_rows(trainer, tok.pad_token_id)
     trainer.run = run
     trainer.engine = engine
     trainer.remove_callback(PrinterCallback)  # `Record` shows progress
-    if moves_base(run.recipe):
+    if moves_base(run.recipe) and is_first():
         write_first_weights(run, engine, trainer.accelerator.unwrap_model(trainer.model))
     return trainer
+
+
+def add_blank_rows(trainer, pad_id: int):
+    "Let a trainer's sets end with a row that fills up batches, see `with_blank_row`."
+    trainer.train_dataset = with_blank_row(trainer.train_dataset, pad_id)
+    if trainer.eval_dataset is not None:
+        trainer.eval_dataset = with_blank_row(trainer.eval_dataset, pad_id)
 
 # %% ../../nbs/train/baseline.ipynb #c024y
 def last_checkpoint(run, engine: str) -> Path | None:
@@ -346,10 +372,22 @@ def last_checkpoint(run, engine: str) -> Path | None:
     return newest_whole(run.path / engine / "checkpoints", report)
 
 
+def refuse_other_ranks(checkpoint: Path):
+    "Raise `MedftError` if a checkpoint was written by another number of ranks."
+    ranks = seal_notes(checkpoint).get("ranks", 1)
+    if ranks != num_ranks():
+        raise MedftError(
+            f"{checkpoint.name} was written by {ranks} processes, and {num_ranks()} train now: rows"
+            f" and random numbers would be others; go on with {ranks} (scale.processes,"
+            " scale.nodes), or start a new run"
+        )
+
+
 def resume_point(run, engine: str, belongs: dict) -> Path | None:
     "The checkpoint to go on from; what was trained on other rows, base or keys is set aside first."
     checkpoint = last_checkpoint(run, engine)
     if checkpoint:
+        refuse_other_ranks(checkpoint)
         earlier = seal_notes(checkpoint).get("belongs")
     else:
         earlier = training_summary(run, engine).get("belongs")
@@ -417,7 +455,10 @@ def final(out: Path):
 # %% ../../nbs/train/baseline.ipynb #c027
 def tokens_seen(trainer) -> int:
     "Tokens that the model has read, counted on the rows, because engines log them differently."
-    return round(trainer.state.epoch * sum(map(len, trainer.train_dataset["input_ids"])))
+    rows = trainer.train_dataset["input_ids"]
+    if num_ranks() > 1:
+        rows = rows[:-1]  # the last one is blank
+    return round(trainer.state.epoch * sum(map(len, rows)))
 
 
 def sizes(model) -> dict:
@@ -448,7 +489,8 @@ def summarise_training(
         steps=trainer.state.global_step,
         tokens=tokens,
         tokens_per_second=round(tokens / seconds, 1),
-        peak_memory_bytes=peak_memory(),
+        peak_memory_bytes=max(gathered(peak_memory())),  # of the rank that needs most
+        ranks=num_ranks(),
         train_loss=sum(losses) / len(losses) if losses else None,
         bf16=trainer.args.bf16,
         resumed=bool(resumed),
@@ -465,15 +507,17 @@ def fit(trainer) -> dict:
     engine = trainer.engine
     with writing(run.path, f"{engine}'s files"):
         trainer.belongs = belongs_to(run)
-        checkpoint = resume_point(run, engine, trainer.belongs)
+        checkpoint = from_first(lambda: resume_point(run, engine, trainer.belongs))
         if checkpoint:
             run.log(f"{engine}: going on from {checkpoint.name}")
         with trainer.handling_sigterm():
             trainer.go(checkpoint)
             model = trainer.accelerator.unwrap_model(trainer.model)
-            out = save(run, engine, model, trainer.processing_class)
+            out = from_first(lambda: save(run, engine, model, trainer.processing_class))
             summary = summarise_training(run, engine, trainer, checkpoint, out)
-            write_json(run.path / engine / "training.json", summary)
+            if is_first():
+                write_json(run.path / engine / "training.json", summary)
+            wait_for_all()
     run.log(
         f"{engine}: {summary['steps']} steps in {summary['seconds']:.1f} s,"
         f" {summary['tokens_per_second']:,.0f} tokens/s,"
@@ -572,5 +616,6 @@ def training_frame(
 def skip(run, engine: str, reason: str):
     "Record that an engine was left out, and why."
     record = dict(status="skipped", engine=engine, reason=reason)
-    write_json(run.path / engine / "training.json", record)
+    if is_first():
+        write_json(run.path / engine / "training.json", record)
     run.log(f"{engine}: skipped, {reason}")

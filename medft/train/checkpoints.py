@@ -71,6 +71,10 @@ def damage_of(folder: Path) -> list[str]:
         stem = name.split(".")[0]
         if not any(sealed_name.startswith(stem) for sealed_name in sealed):
             problems.append(f"{name} was never there")
+    ranks = seal_notes(folder).get("ranks", 1)
+    states = [name for name in sealed if name.startswith("rng_state")]
+    if 0 < len(states) < ranks:
+        problems.append(f"the random state of {ranks - len(states)} of {ranks} ranks is missing")
     if not set(_WEIGHTS) & set(sealed):
         problems.append("its weights were never there")
     if problems:

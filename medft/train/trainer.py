@@ -7,8 +7,8 @@ Docs: https://medft.github.io/medft/train/trainer.html.md"""
 # %% auto #0
 __all__ = ['windows', 'WindowCollator', 'document_leak', 'isolating_collator', 'ClassifierCollator', 'class_weights',
            'WeightedLoss', 'tokens_as_text', 'overlaps', 'preserved_random_state', 'EpochLengthGroupedSampler',
-           'StopRequested', 'TrainingComplete', 'Careful', 'RestoreNotes', 'careful', 'seeds_of', 'with_seed', 'Repeat',
-           'repeats', 'let_go', 'training_record', 'train_once', 'each_seed']
+           'StopRequested', 'TrainingComplete', 'Careful', 'without_gathering', 'RestoreNotes', 'careful', 'seeds_of',
+           'with_seed', 'Repeat', 'repeats', 'let_go', 'training_record', 'train_once', 'each_seed']
 
 # %% ../../nbs/train/trainer.ipynb #imports
 from ..core.files import MedftError, atomic_write, read_json, write_json
@@ -24,6 +24,18 @@ from medft.train.checkpoints import (
     step_of,
     writing,
 )
+from .launch import ranks_of, train_in_ranks
+from medft.train.ranks import (
+    allow_numbered_cpus,
+    any_rank,
+    gathered,
+    is_first,
+    num_ranks,
+    own_rank,
+    pad_with_blanks,
+    seed_apart,
+    wait_for_all,
+)
 
 import gc
 import math
@@ -33,6 +45,7 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -229,8 +242,9 @@ class WeightedLoss:
         self.weights = weights
 
     def total_weight(self, batches: list[dict]) -> torch.Tensor:
-        "The sum of the weights of a step's rows."
+        "The sum of the weights of a step's rows; a blank row (label -100) weighs nothing."
         labels = torch.cat([batch["labels"] for batch in batches])
+        labels = labels[labels != -100]
         if self.weights is None:
             return torch.tensor(float(len(labels)))
         return self.weights[labels.cpu()].sum()
@@ -426,6 +440,20 @@ class Careful:
             self.stop_with_cause(self.step_batches, norm=norm)
         return norm
 
+# %% ../../nbs/train/trainer.ipynb #cr02
+@contextmanager
+def without_gathering(trainer):
+    "While inside, a trainer's figures are those of this rank alone."
+    if num_ranks() == 1:
+        yield
+        return
+    accelerator = trainer.accelerator
+    accelerator.gather = accelerator.gather_for_metrics = lambda value, *args, **kwargs: value
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics
+
 # %% ../../nbs/train/trainer.ipynb #c014a
 @patch
 def stop_with_cause(
@@ -436,7 +464,7 @@ def stop_with_cause(
 ):
     "Raise `MedftError` naming the step, its rows and the likely cause."
     batches = [self._prepare_inputs(batch) for batch in batches]
-    with preserved_random_state():
+    with preserved_random_state(), without_gathering(self):
         bad_places = [_rows_without_finite_loss(self, batch) for batch in batches]
     num_rows = sum(len(batch["input_ids"]) for batch in batches)
     num_bad = sum(map(len, bad_places))
@@ -467,12 +495,15 @@ _MAX_LOG_PERPLEXITY = 700  # beyond it, exp overflows
 @patch
 def prediction_step(self: Careful, model, inputs, *args, **kwargs):
     "The library's; sums of loss and items are kept."
+    self.stop_requested = any_rank(self.stop_requested)
     if self.stop_requested:
         raise StopRequested
-    num_items = float(self._get_num_items_in_batch([inputs], self.args.device) or 0)
+    with without_gathering(self):
+        num_items = float(self._get_num_items_in_batch([inputs], self.args.device) or 0)
     loss, *outputs = super(Careful, self).prediction_step(model, inputs, *args, **kwargs)
-    loss_sum, item_sum = self.eval_sums
-    self.eval_sums = (loss_sum + float(loss) * num_items, item_sum + num_items)
+    if num_items or num_ranks() == 1:
+        loss_sum, item_sum = self.eval_sums
+        self.eval_sums = (loss_sum + float(loss) * num_items, item_sum + num_items)
     return loss, *outputs
 
 
@@ -496,13 +527,29 @@ def evaluation_loop(self: Careful, *args, metric_key_prefix="eval", **kwargs):
 
 
 @patch
-def _get_train_sampler(self: Careful, *args, **kwargs):
-    "The library's; rows grouped by length come in an order that a resumed run knows."
-    sampler = super(Careful, self)._get_train_sampler(*args, **kwargs)
+def _get_train_sampler(self: Careful, dataset=None):
+    "The library's, of all rows but the blank one; groups by length are the same in a resumed run."
+    rows = self.train_dataset if dataset is None else dataset
+    if num_ranks() > 1:
+        rows = rows.select(range(len(rows) - 1))
+    sampler = super(Careful, self)._get_train_sampler(rows)
     if type(sampler) is not LengthGroupedSampler:
         return sampler
     seed = self.args.data_seed or self.args.seed
-    return EpochLengthGroupedSampler(sampler.batch_size, sampler.lengths, seed)
+    return EpochLengthGroupedSampler(sampler.batch_size * num_ranks(), sampler.lengths, seed)
+
+
+@patch
+def get_train_dataloader(self: Careful):
+    "The library's; between ranks, blank rows fill up the last batches."
+    return pad_with_blanks(super(Careful, self).get_train_dataloader(), len(self.train_dataset) - 1)
+
+
+@patch
+def get_eval_dataloader(self: Careful, eval_dataset=None):
+    "The library's; between ranks, blank rows fill up the last batches."
+    loader = super(Careful, self).get_eval_dataloader(eval_dataset)
+    return pad_with_blanks(loader, len(loader.dataset) - 1)
 
 # %% ../../nbs/train/trainer.ipynb #c018a
 @patch
@@ -525,7 +572,8 @@ def checkpoint_notes(self: Careful) -> dict:
         step=step,
         score=scores[-1] if scores else None,
         seconds=round(self.seconds + time.time() - self.started, 3),
-        pending=pending,
+        ranks=num_ranks(),
+        pending=gathered(pending),
     )
 
 
@@ -534,25 +582,33 @@ def _save_checkpoint(self: Careful, model, trial, **more):
     "The library's, with a seal; `more` is noted in it. Then unwanted checkpoints are deleted."
     folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
     if self.last_sealed == folder:
-        write_json(folder / SEAL, read_json(folder / SEAL) | more)
+        if is_first():
+            write_json(folder / SEAL, read_json(folder / SEAL) | more)
         return
-    shutil.rmtree(folder, ignore_errors=True)
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+    wait_for_all()
     try:
         with writing(self.run.path, folder.name):
             super(Careful, self)._save_checkpoint(model, trial)
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that is never read
-            seal(folder, **self.checkpoint_notes(), **more)
+            notes = self.checkpoint_notes()  # every rank has written its random state by now
+            if is_first():
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, never read
+                seal(folder, **notes, **more)
             self.last_sealed = folder
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_first():
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    delete_unwanted(
-        folder.parent,
-        best=self.run.recipe.output.keep_best,
-        newest=self.save_limit,
-        also=self.state.best_model_checkpoint,
-        greater_is_better=bool(self.args.greater_is_better),
-    )
+    if is_first():
+        delete_unwanted(
+            folder.parent,
+            best=self.run.recipe.output.keep_best,
+            newest=self.save_limit,
+            also=self.state.best_model_checkpoint,
+            greater_is_better=bool(self.args.greater_is_better),
+        )
+    wait_for_all()
 
 # %% ../../nbs/train/trainer.ipynb #cs18c
 @patch
@@ -579,6 +635,7 @@ def evaluation_is_due(self: Careful) -> bool:
 def _maybe_log_save_evaluate(self: Careful, *args, **kwargs):
     "The library's; after SIGTERM it saves a checkpoint and raises `StopRequested`."
     wants_save = self.control.should_save
+    self.stop_requested = any_rank(self.stop_requested)
     if self.stop_requested:
         missing = self.evaluation_is_due()
     else:
@@ -640,6 +697,8 @@ def restore_notes(self: Careful):
     "Restore what the checkpoint's seal remembers; raise `TrainingComplete` if nothing is left."
     remembered = seal_notes(self.resumed_from)
     pending = remembered["pending"]
+    if isinstance(pending, list):  # one for each rank
+        pending = pending[own_rank()]
     self._tr_loss += pending["loss"]
     self._globalstep_last_logged = pending["since"]
     if hasattr(self, "_metrics"):
@@ -661,8 +720,10 @@ def make_missing_evaluation(self: Careful):
     self._determine_best_metric(metrics=metrics, trial=None)
     if self.state.best_global_step == self.state.global_step:
         self.state.best_model_checkpoint = str(self.resumed_from)
-    path = self.resumed_from / SEAL
-    write_json(path, read_json(path) | dict(score=self.checkpoint_notes()["score"]))
+    score = self.checkpoint_notes()["score"]
+    if is_first():
+        path = self.resumed_from / SEAL
+        write_json(path, read_json(path) | dict(score=score))
 
 # %% ../../nbs/train/trainer.ipynb #c024a
 def _is_complete(checkpoint: Path) -> bool:
@@ -679,9 +740,11 @@ class RestoreNotes(TrainerCallback):
     def __init__(self, trainer: Careful):
         self.trainer = trainer
 
-    def on_train_begin(self, *args, **kwargs):
+    def on_train_begin(self, args, *others, **kwargs):
         if self.trainer.resumed_from:
             self.trainer.restore_notes()
+        else:
+            seed_apart(args.seed)
 
 # %% ../../nbs/train/trainer.ipynb #c025a
 @patch
@@ -693,12 +756,14 @@ def go(
     self.resumed_from = checkpoint and Path(checkpoint)
     self.started = time.time()
     log = self.run.path / self.engine / "log.jsonl"
-    if checkpoint:
-        self.seconds = seal_notes(checkpoint).get("seconds", 0.0)
+    self.seconds = seal_notes(checkpoint).get("seconds", 0.0) if checkpoint else 0.0
+    if is_first() and checkpoint:
         cut_log(log, step_of(checkpoint))
-    else:
-        self.seconds = 0.0
+    elif is_first():
         log.unlink(missing_ok=True)
+    wait_for_all()
+    if num_ranks() > 1:
+        allow_numbered_cpus()
     self.save_limit = self.args.save_total_limit
     self.args.save_total_limit = None  # old checkpoints are deleted by `delete_unwanted`
     self.args.restore_callback_states_from_checkpoint = True  # the patience of early stopping
@@ -811,7 +876,9 @@ def each_seed(
     engine: str,  # "trl", "unsloth", "fast"
     train,  # function of a run that trains it with this engine, and writes training.json
 ) -> dict:  # what the first seed's training took
-    "Train an engine with every seed of the recipe, one after the other."
+    "Train an engine with every seed of the recipe, one after the other, each in all its ranks."
+    if ranks_of(run.recipe) > 1:
+        train = partial(train_in_ranks, engine=engine)
     if run.recipe.evaluation.seeds < 2:
         train(run)
         return training_record(run, engine)
