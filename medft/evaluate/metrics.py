@@ -202,7 +202,7 @@ def _circumstances(run) -> list:
     "What all predictions of a run depend on."
     recipe = run.recipe
     return [
-        recipe.model.model_dump(),
+        recipe.model.model_dump(exclude={"cache_dir"}),
         recipe.quantization and recipe.quantization.model_dump(),
         recipe.seed,
         recipe.max_length,

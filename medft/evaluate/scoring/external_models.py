@@ -13,6 +13,7 @@ __all__ = ['name_and_commit', 'described', 'fingerprint', 'its_recipe', 'load_fu
 from ...core.files import MedftError, locate, model_path, nearest, read_json, runs_root, sha256
 from ...core.recipe import load_recipe
 from ...core.run import Run
+from ...core.secrets import public_url, remember_url
 from ...core.sections import Model, Recipe
 from ...data.chat_templates import load_tokenizer, template, why
 from ...data.pipeline import prepare
@@ -35,8 +36,10 @@ from transformers.utils import cached_file
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c005
 def name_and_commit(
     what,  # a folder, a hub id, org/name@commit, or tiny-base
-) -> tuple[str, str | None]:  # what a library loads, the hub commit
+) -> tuple[str, str | None]:  # what a library loads (a bucket's URL as it is), the hub commit
     "A model's name, split into what a library loads and the commit."
+    if "://" in str(what):
+        return str(what), None
     path = model_path(what)
     name, _, commit = str(what).partition("@")
     if Path(path).is_dir() or not commit:
@@ -52,10 +55,16 @@ def _small_file(
     path, commit = name_and_commit(what)
     if str(path).startswith((".", "/", "~")) and not Path(path).is_dir():
         raise MedftError(f"no such folder: {what}")
+    is_weights = name.endswith((".safetensors", ".bin"))
     try:
         found = cached_file(
-            path, name, revision=commit, _raise_exceptions_for_missing_entries=False
+            model_path(path, weights=is_weights),
+            name,
+            revision=commit,
+            _raise_exceptions_for_missing_entries=False,
         )
+    except MedftError:
+        raise
     except Exception as e:
         raise MedftError(
             f"no model {what!r}, neither a folder here nor on the hub: {why(e)}"
@@ -86,6 +95,7 @@ def described(
 def fingerprint(what) -> str | None:
     "What identifies a model's files: the SHA-256 of a folder, the commit on the hub."
     path, commit = name_and_commit(what)
+    path = model_path(path, weights=True)
     if Path(path).is_dir():
         return sha256(path)
     file = _small_file(what, "adapter_config.json") or _small_file(what, "config.json")
@@ -102,7 +112,8 @@ def its_recipe(recipe, what):
     found = described(what)
     path, commit = name_and_commit(found["base"] if found["adapter"] else what)
     own = recipe.model
-    if model_path(own.name) == str(path) and commit in (None, own.revision):
+    is_own = own.name == path or model_path(own.name, own.cache_dir) == path
+    if is_own and commit in (None, own.revision):
         return recipe
     model = own.model_copy(update=dict(name=str(path), revision=commit, from_config=False))
     return recipe.model_copy(update=dict(model=model))
@@ -136,6 +147,7 @@ def load_further(
     if base is None or own is not recipe:
         base = load_base(own, labels)
     path, commit = name_and_commit(what)
+    path = model_path(path, weights=True)
     return ready(PeftModel.from_pretrained(base, path, revision=commit))
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c012
@@ -151,7 +163,7 @@ def for_reader(recipe, what):
     "A recipe whose tokenizer is the one that a model reads with."
     path, commit = name_and_commit(reader(recipe, what))
     model = recipe.model.model_copy(update=dict(name=str(path), revision=commit))
-    if path == model_path(recipe.model.name):
+    if path in (recipe.model.name, model_path(recipe.model.name, recipe.model.cache_dir)):
         return recipe.model_copy(update=dict(model=model))
     unset = {  # such keys of the recipe are about its own base
         key: None
@@ -260,7 +272,7 @@ def _refuse_foreign_files(what, is_adapter: bool):
     refuse_pickles(Recipe(name="further", model=Model(name=str(path))))
     # Not of transformers' making, or not readable: loading it says so.
     with contextlib.suppress(ValueError, KeyError):
-        config_of(path, what, revision=commit)
+        config_of(model_path(path), what, revision=commit)
 
 
 def with_base(what) -> dict:  # see `described`
@@ -324,12 +336,15 @@ def meant(
         return what
     if locate(what):
         return str(locate(what))
+    if "://" in what:
+        remember_url(what)
+        return public_url(what)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", what) and not what.startswith("."):
         return what
     runs = [manifest.parent for manifest in runs_root().glob("*/*/manifest.json")]
     known = ["tiny-base", *(f"{run.parent.name}/{run.name}" for run in runs)]
     raise MedftError(
-        f"{what!r} is neither a run, nor a folder here, nor a hub id (org/name)"
+        f"{what!r} is neither a run, nor a folder here, nor a hub id (org/name), nor a bucket's URL"
         f"{nearest(what, known)}; `medft list` shows the runs"
     )
 
