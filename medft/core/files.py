@@ -248,13 +248,15 @@ def model_cache(
 
 
 def model_path(
-    name: str,  # "tiny-base", a local folder, a hub id, or the URL of a folder in a bucket
+    # "tiny-base", a local folder, a hub id, or the URL of a folder in a bucket
+    name: str | Path,
     cache_dir: str | None = None,  # the recipe's model.cache_dir
     weights: bool = False,  # whether weights are read, not only configuration and tokenizer
 ) -> str:  # a folder, or the hub id as it was given
     """What a library loads for a recipe's `model.name`; what is in a bucket is fetched.
 
     Raises `MedftError` for git-lfs pointers, and for weights that were moved to a bucket."""
+    name = str(name)
     if name == "tiny-base":
         return str(assets() / "tiny_base")
     if "://" in name:

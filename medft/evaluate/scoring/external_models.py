@@ -410,6 +410,8 @@ def _of_run(
         raise MedftError(
             f"{run.path.name} has no {', '.join(missing)} (any more); train or export it again"
         )
+    for path in found.values():
+        model_path(path, weights=True)  # refuses weights that were moved to a bucket, saying where
     return {name: str(path) for name, path in found.items()}
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c015a
