@@ -370,12 +370,23 @@ def _digest(path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _refuse_lost(upload):
+    "Raise `MedftError` when the bucket no longer holds a file that was deleted here."
+    for name, known in upload.files.items():
+        if known.get("gone") and state_there(upload.fs, upload.key(name)) != known["state"]:
+            raise MedftError(
+                f"upload: {upload.place}/{name} was deleted here after it was uploaded, and is not"
+                " there any more as it was; look for an older version of the object in the bucket"
+            )
+
+
 def _send_all(upload, choice):
     "Send what is not there yet, and the manifest last."
     missing = [n for n, path in choice.sent.items() if not upload.is_there(n, path)]
     gone = [n for n in upload.files if n not in choice.sent and not upload.files[n].get("gone")]
     for name in gone:  # the run has it no longer, or it is not to be sent any more
         del upload.files[name]
+    _refuse_lost(upload)
     known = upload.read_manifest()
     if missing and known and known.get("complete"):
         upload.write_manifest(upload.manifest(choice, complete=False))
@@ -630,7 +641,10 @@ def cleanup_in_words(
     if not found["deleted"]:
         return [*lines, "nothing was deleted"]
     freed = sum(found["deleted"].values())
-    return [*lines, f"{_size(freed)} are free; everything else of the run stays as it was"]
+    lines.append(
+        f"each was hashed here and checked in the bucket just before; {_size(freed)} are free"
+    )
+    return [*lines, "everything else of the run stays as it was"]
 
 # %% ../../nbs/export/upload.ipynb #u031
 def upload_after_run(

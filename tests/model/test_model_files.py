@@ -5,9 +5,10 @@ from medft.core.recipe import load_recipe
 from medft.data.chat_templates import load_tokenizer
 from medft.data.reading import model_files, sources
 from medft.evaluate.scoring import external_models
-from medft.model import load
+from medft.model import load, preflight
 from medft.model.families import load_config
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import sys
 import fsspec
 import pytest
 import torch
-from bucket_server import bucket
+from bucket_server import bucket, google_bucket
 
 TINY = assets() / "tiny_base"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
@@ -83,6 +84,29 @@ def test_a_cache_of_ones_own_keeps_every_version(s3, tmp_path):
     assert os.path.exists(f"{first}/model.safetensors"), "nothing is deleted unasked"
 
 
+def test_the_hubs_cache_is_looked_up_where_the_recipe_says(tmp_path):
+    "Offline, in a folder with the hub's own layout, for everything that reads a model."
+    repo = tmp_path / "mine" / "models--clinic--tiny"
+    commit = "a" * 40
+    shutil.copytree(TINY, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    named = ["model.name=clinic/tiny", "lora=null"]
+    recipe = load_recipe("quickstart", [*named, f"model.cache_dir={tmp_path / 'mine'}"])
+    config = load_config(recipe)
+    assert config._commit_hash == commit and load_tokenizer(recipe).eos_token
+    model = load.load_base(recipe)
+    load.check_origin(recipe, config, model)
+    external_models.check_scored(recipe.model_copy(update=dict(engine=[])))
+    cache_dir = recipe.model.cache_dir
+    assert external_models.fingerprint("clinic/tiny", cache_dir) == commit
+    assert preflight.keys_hash(recipe) == preflight.keys_hash(load_recipe("quickstart", named)), (
+        "where a model is cached decides nothing"
+    )
+    with pytest.raises(MedftError, match="no model 'clinic/tiny'"):
+        load_config(load_recipe("quickstart", named))
+
+
 def test_a_fetch_that_is_killed_goes_on(s3, tmp_path):
     "kill -9 in the middle of a file: what had arrived is not asked for again."
     code = (
@@ -127,6 +151,17 @@ def test_what_arrives_damaged_is_refused_by_name(s3, monkeypatch):
     with pytest.raises(MedftError) as e:
         model_path(f"{s3}/tiny")
     assert "arrived damaged" in str(e.value) and "s3://models/tiny/" in str(e.value)
+
+
+def test_a_google_bucket_states_the_md5_of_what_it_holds(tmp_path):
+    with google_bucket("models") as gs:
+        fs, _ = fsspec.core.url_to_fs(gs)
+        fs.put(f"{TINY}/", "models/tiny/", recursive=True)
+        (info, *_) = fs.ls("models/tiny", detail=True)
+        content = fs.cat_file(info["name"])
+        assert model_files.stated_md5(info) == hashlib.md5(content).hexdigest()
+        folder = model_path(f"{gs}/tiny", weights=True)
+        assert files(tmp_path / "cache" / "models" / os.path.basename(folder)) == files(TINY)
 
 
 REFUSED = {
