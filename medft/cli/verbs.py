@@ -500,9 +500,10 @@ def _upload(
     found = find_run(run)
     from medft.export import upload
 
-    say = _keep_silent if quiet else _say
-    for line in upload.upload_in_words(upload.upload_run(found, to, checkpoints), price):
-        say(line)
+    result, *details = upload.upload_in_words(upload.upload_run(found, to, checkpoints), price)
+    _say(result)
+    for line in () if quiet else details:
+        _say(line)
     if cleanup:
         for line in upload.cleanup_in_words(upload.cleanup_run(found, to)):
             _say(line)

@@ -383,9 +383,9 @@ def _refuse_lost(upload):
 def _send_all(upload, choice):
     "Send what is not there yet, and the manifest last."
     missing = [n for n, path in choice.sent.items() if not upload.is_there(n, path)]
-    gone = [n for n in upload.files if n not in choice.sent and not upload.files[n].get("gone")]
-    for name in gone:  # the run has it no longer, or it is not to be sent any more
-        del upload.files[name]
+    for name, known in list(upload.files.items()):
+        if name not in choice.sent and not known.get("gone"):
+            del upload.files[name]  # the run has it no longer, or it is not to be sent any more
     _refuse_lost(upload)
     known = upload.read_manifest()
     if missing and known and known.get("complete"):
@@ -458,6 +458,11 @@ def upload_run(
                 f"upload: {upload.place}: {refusal_reason(e)}; what has arrived is not sent again:"
                 f" medft upload {run.path}"
             ) from e
+    return _result(upload, choice)
+
+
+def _result(upload, choice) -> dict:
+    "What an upload did, for people and programs."
     checked = [known["checked"] for known in upload.files.values()]
     return dict(
         place=upload.place,

@@ -19,6 +19,7 @@ import fsspec
 import pytest
 import torch
 from bucket_server import bucket, google_bucket
+from huggingface_hub import constants
 
 TINY = assets() / "tiny_base"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
@@ -38,6 +39,7 @@ def fresh(tmp_path, monkeypatch):
     "No cache of an earlier test, and a process that has seen nothing yet."
     monkeypatch.setenv("MEDFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(model_files, "_seen", {})
 
 
