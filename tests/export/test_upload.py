@@ -313,3 +313,29 @@ def test_a_google_bucket_and_a_folder(run, tmp_path):
         stored = there(f"{gs}/runs", run)
         assert stored[HEAVY] == (assets() / "tiny_base/model.safetensors").read_bytes()
     assert read_json(run.path / "trl/merged/weights_are_elsewhere.json")["url"].startswith("gs://")
+
+
+@pytest.mark.long
+def test_a_run_from_a_bucket_into_a_bucket(s3, tmp_path, monkeypatch, capsys):
+    "All stages in processes of their own; what only the bucket has can be scored."
+    fsspec.filesystem("s3").put(f"{assets() / 'tiny_base'}/", "med/models/tiny/", recursive=True)
+    monkeypatch.setenv("MEDFT_RUNS", str(tmp_path / "runs"))
+    few = ["evaluation.max_items=4", "tracking.mlflow=false"]
+    model = [f"model.name={s3}/models/tiny", f"model.cache_dir={tmp_path / 'models'}"]
+    steps = ["engine=[trl]", "training.max_steps=2", f"output.bucket={s3}/whole"]
+    place = str(tmp_path / "runs/quickstart/one")
+    assert verbs.main(["run", "quickstart", *model, *steps, *few, "--run-dir", place]) == 0
+    assert f"uploaded to {s3}/whole/quickstart/one" in capsys.readouterr().out
+    run = Run.open(place)
+    assert manifest(f"{s3}/whole", run)["complete"]
+    adapter = read_json(run.path / "trl/adapters/adapter_config.json")
+    assert adapter["base_model_name_or_path"] == f"{s3}/models/tiny"
+    folders = [run.path, tmp_path / "models"]
+    written = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
+    assert not any(b"bucketsecret7" in p.read_bytes() for p in written)
+
+    assert verbs.main(["upload", "one", "--cleanup"]) == 0
+    assert verbs.main(["report", "one"]) == 0
+    assert "merged weights of trl: in s3://" in capsys.readouterr().out
+    merged = f"{s3}/whole/quickstart/one/trl/merged"
+    assert verbs.main(["evaluate", merged, "--recipe", "quickstart", *few]) == 0

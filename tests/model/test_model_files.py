@@ -178,6 +178,10 @@ REFUSED = {
         },
         "lacks model-00002-of-00002.safetensors",
     ),
+    "pointers": (
+        {"config.json": b"{}", "tokenizer.json": POINTER},
+        "a git-lfs pointer was uploaded",
+    ),
     "nothing": ({"notes.txt": b"x"}, "is no folder of a model"),
 }
 

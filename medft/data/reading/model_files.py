@@ -11,6 +11,7 @@ __all__ = ['about_files', 'weight_names', 'refuse_only_pickles', 'stated_md5', '
 from medft.core.files import (
     FETCHERS,
     MedftError,
+    is_pointer,
     locate,
     model_cache,
     model_path,
@@ -270,6 +271,12 @@ def _fetch_files(fs, found, names, folder, place):
                 f"model.name: {place}/{name}: {refusal_reason(e)};"
                 " what has arrived is kept, so try again"
             ) from e
+    pointers = [name for name in names if is_pointer(folder / name)]
+    if pointers:
+        raise MedftError(
+            f"model.name: {place}: {', '.join(pointers)}: a git-lfs pointer was uploaded in the"
+            " place of a file; upload what git lfs pull gives"
+        )
 
 
 FETCHERS["model"] = fetch_model
