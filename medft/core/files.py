@@ -213,7 +213,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/v1"
 def is_pointer(
     path: str | Path,  # anything that may be a file
 ) -> bool:
-    "Whether a file is a git-lfs pointer, which stands for a file that was not fetched."
+    "Whether a file is a Git LFS pointer, which stands for a file that was not fetched."
     path = Path(path)
     if not path.is_file() or path.stat().st_size > 1024:
         return False
@@ -225,17 +225,15 @@ def refuse_pointers(
     name: str,  # of what is read, as a message names it
     files,  # paths
 ):
-    "Raise `MedftError` when files are git-lfs pointers, naming them."
+    "Raise `MedftError` when files are Git LFS pointers, naming them."
     found = [Path(path) for path in files if is_pointer(path)]
     if not found:
         return
     shown = ", ".join(path.name for path in found[:3])
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    are = "is a git-lfs pointer" if len(found) == 1 else "are git-lfs pointers"
-    raise MedftError(
-        f"{name}: {shown}{more} {are}, and the content was not fetched;"
-        f" run: git -C {found[0].parent} lfs pull"
-    )
+    are = "is a Git LFS pointer" if len(found) == 1 else "are Git LFS pointers"
+    what = are if name.endswith(shown) else f"{shown}{more} {are}"
+    raise MedftError(f"{name}: {what}, not the content; run: git -C {found[0].parent} lfs pull")
 
 
 def model_cache(
@@ -255,7 +253,7 @@ def model_path(
 ) -> str:  # a folder, or the hub id as it was given
     """What a library loads for a recipe's `model.name`; what is in a bucket is fetched.
 
-    Raises `MedftError` for git-lfs pointers, and for weights that were moved to a bucket."""
+    Raises `MedftError` for Git LFS pointers, and for weights that were moved to a bucket."""
     name = str(name)
     if name == "tiny-base":
         return str(assets() / "tiny_base")

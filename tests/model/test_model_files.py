@@ -1,4 +1,4 @@
-"""Models from a bucket (moto's S3 server): fetched once, whole, checked; and git-lfs pointers."""
+"""Models from a bucket (moto's S3 server): fetched once, whole, checked; and Git LFS pointers."""
 
 from medft.core.files import MedftError, assets, is_pointer, model_path, read_json
 from medft.core.recipe import load_recipe
@@ -180,7 +180,7 @@ REFUSED = {
     ),
     "pointers": (
         {"config.json": b"{}", "tokenizer.json": POINTER},
-        "a git-lfs pointer was uploaded",
+        "a Git LFS pointer was uploaded",
     ),
     "nothing": ({"notes.txt": b"x"}, "is no folder of a model"),
 }
@@ -225,7 +225,7 @@ def test_a_key_in_an_address_is_refused_and_not_shown(s3, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.json"))
 
 
-# git-lfs
+# Git LFS
 
 
 def test_pointers_are_named_for_models_tokenizers_and_data(tmp_path):
@@ -238,19 +238,19 @@ def test_pointers_are_named_for_models_tokenizers_and_data(tmp_path):
     for call in (load_tokenizer, load_config, load.load_base):
         with pytest.raises(MedftError) as e:
             call(recipe)
-        assert "model.safetensors, tokenizer.json are git-lfs pointers" in str(e.value)
+        assert "model.safetensors, tokenizer.json are Git LFS pointers" in str(e.value)
         assert f"git -C {clone} lfs pull" in str(e.value)
 
     rows = tmp_path / "rows"
     rows.mkdir()
     for name in ("a.jsonl", "b.parquet", "c.zip", "d.csv.gz"):
         (rows / name).write_bytes(POINTER)
-        with pytest.raises(MedftError, match=f"{name} is a git-lfs pointer"):
+        with pytest.raises(MedftError, match=f"{name}: is a Git LFS pointer"):
             sources.source_parts(str(rows / name))
     saved = tmp_path / "saved"
     saved.mkdir()
     (saved / "state.json").write_text("{}")
     (saved / "data-0.arrow").write_bytes(POINTER)
     for folder, says in {rows: "a.jsonl", saved: "data-0.arrow"}.items():
-        with pytest.raises(MedftError, match=f"{says} is a git-lfs pointer"):
+        with pytest.raises(MedftError, match=f"{says}:? is a Git LFS pointer"):
             sources.source_parts(str(folder))

@@ -274,7 +274,7 @@ def _fetch_files(fs, found, names, folder, place):
     pointers = [name for name in names if is_pointer(folder / name)]
     if pointers:
         raise MedftError(
-            f"model.name: {place}: {', '.join(pointers)}: a git-lfs pointer was uploaded in the"
+            f"model.name: {place}: {', '.join(pointers)}: a Git LFS pointer was uploaded in the"
             " place of a file; upload what git lfs pull gives"
         )
 
