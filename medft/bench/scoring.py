@@ -305,7 +305,7 @@ def run_scoring_bench(
     n = min(n, len(forms["texts"]))
     cells = []
     for name in shape.split(",") if shape else [recipe.model.name]:
-        model = shape_model(recipe, name) if shape else model_path(name)
+        model = shape_model(recipe, name) if shape else model_path(name, weights=True)
         say(f"bench: {name}")
         short = Path(name).name
         compared = race_harness(model, forms, out / "scoring" / short, n, say=say, **how)

@@ -17,16 +17,14 @@ def check_files(
 ):
     "Raise `MedftError` unless everything that a recipe names is here."
     from medft.core.files import MedftError, locate
-    from medft.data.reading import recipe_sources
+    from medft.data.reading import model_files, recipe_sources
 
+    model_files.check_model(recipe.model)
     recipe_sources.open_sources(recipe, beforehand=True)
     if recipe.evaluation.models or recipe.evaluation.benchmarks:
         from medft.evaluate.scoring.external_models import check_scored
 
         check_scored(recipe)
-    is_folder = recipe.model.name.startswith((".", "/", "~"))
-    if is_folder and not locate(recipe.model.name):
-        raise MedftError(f"model.name: no such folder: {recipe.model.name}")
     encoder = recipe.evaluation.bertscore
     if encoder and not locate(Path(encoder) / "config.json"):
         raise MedftError(

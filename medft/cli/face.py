@@ -90,6 +90,9 @@ def _go(run, stages, started, quiet) -> Run:
         compare_runs.write_comparison_report(
             run
         )  # without training there is no export stage to write it
+    from medft.export.upload import upload_after_run
+
+    upload_after_run(run, _keep_quiet if quiet else _tell, _tell)
     return Run.open(run.path)
 
 # %% ../../nbs/cli/face.ipynb #f017

@@ -714,6 +714,8 @@ HARMLESS = (
     "evaluation.*",
     "output.keep_best",
     "output.hub_model_id",
+    "output.bucket",
+    "model.cache_dir",
     "dataset.cache",
     *(f"training.{k}" for k in WITHOUT_EFFECT),
 )
@@ -792,7 +794,7 @@ def outdated(
     if seeds_after > seeds_before:
         stages += TRAINING_STAGES
     for key in changes:
-        if key != "output.keep_best":
+        if key not in ("output.keep_best", "output.bucket"):
             section = key.partition(".")[0]
             stages += _STAGES_OF_SECTION.get(section, ())
     return list(dict.fromkeys(stages))

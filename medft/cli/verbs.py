@@ -127,6 +127,9 @@ def _finish(run, stages, started, quiet):
         compare_runs.write_comparison_report(
             run
         )  # without training there is no export stage to write it
+    from medft.export.upload import upload_after_run
+
+    upload_after_run(run, _keep_silent if quiet else _say, _warn)
     for line in run_summary(run, brief=quiet):
         _say(line)
 
@@ -329,8 +332,11 @@ def _report(
     "Make a run's figures, report and card again from its predictions; no model is loaded."
     found = find_run(run)
     from medft.export import compare_runs
+    from medft.export.upload import where_weights
 
     _say(compare_runs.remake_note(compare_runs.rebuilt(found)))
+    for line in where_weights(found):
+        _say(line)
     _say(f"{found.status}: {found.path}")
 
 # %% ../../nbs/cli/verbs.ipynb #c023
@@ -430,6 +436,7 @@ def _list():
     "Show all runs, newest first."
     from medft.core.files import read_json, runs_root
     from medft.core.run import list_runs
+    from medft.export.upload import where_weights
 
     rows = [["recipe", "run", "status", "day", "verdict"]]
     for run in list_runs():
@@ -440,7 +447,7 @@ def _list():
         day = (manifest.get("created") or "")[:10]
         first, *others = verdicts
         rows.append([run.recipe.name, run.path.name, run.status, day, first])
-        rows += [["", "", "", "", verdict] for verdict in others]
+        rows += [["", "", "", "", line] for line in [*others, *where_weights(run)]]
     if len(rows) == 1:
         _say(f"no runs in {runs_root()}; start one with: medft run quickstart")
         return
@@ -470,6 +477,36 @@ def _track(
         _warn(f"tracking: {error_line(e)}; the record is kept in {found.path}")
         return 1
     say("all there; look at it with: medft ui")
+
+# %% ../../nbs/cli/verbs.ipynb #up02
+@app.command(name="upload")
+def _upload(
+    run: str = typer.Argument(..., help="a run folder, recipe/id, or id", autocompletion=run_names),
+    to: str = typer.Option(
+        None,
+        metavar="URL",
+        help="s3://bucket/prefix, gs://…; the recipe's output.bucket if not given",
+    ),
+    checkpoints: bool = typer.Option(False, "--checkpoints", help="send checkpoints too"),
+    cleanup: bool = typer.Option(
+        False,
+        "--cleanup",
+        help="then delete merged weights and checkpoints here, once they are verified there",
+    ),
+    price: float = typer.Option(None, min=0, help="of keeping a GB for a month, USD"),
+    quiet: bool = _QUIET,
+):
+    "Send a finished run to a bucket, check every file there, and free the disk if asked."
+    found = find_run(run)
+    from medft.export import upload
+
+    result, *details = upload.upload_in_words(upload.upload_run(found, to, checkpoints), price)
+    _say(result)
+    for line in () if quiet else details:
+        _say(line)
+    if cleanup:
+        for line in upload.cleanup_in_words(upload.cleanup_run(found, to)):
+            _say(line)
 
 # %% ../../nbs/cli/verbs.ipynb #c030
 @app.command(name="ui")

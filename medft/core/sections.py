@@ -6,10 +6,10 @@ Docs: https://medft.github.io/medft/core/sections.html.md"""
 
 # %% auto #0
 __all__ = ['LARGEST', 'Whole', 'Count', 'CountOrNone', 'Finite', 'Positive', 'NotNegative', 'Share', 'OpenShare', 'ShareBelowOne',
-           'Text', 'Word', 'TextOrTexts', 'Texts', 'Name', 'Label', 'HubId', 'Size', 'Pattern', 'Patterns', 'Steps',
-           'Warmup', 'TRAINING_RANGES', 'LORA_RANGES', 'LIBRARY_RANGES', 'Weights', 'Action', 'Labels', 'Address',
-           'Variables', 'STAGES', 'TRAINING_STAGES', 'ENGINES', 'Training', 'Lora', 'SECTIONS', 'up_to', 'number',
-           'not_empty', 'as_name', 'bounds', 'range_of', 'library_fields', 'library_default', 'library_enums',
+           'Text', 'Word', 'TextOrTexts', 'Texts', 'Name', 'Label', 'HubId', 'BucketUrl', 'Size', 'Pattern', 'Patterns',
+           'Steps', 'Warmup', 'TRAINING_RANGES', 'LORA_RANGES', 'LIBRARY_RANGES', 'Weights', 'Action', 'Labels',
+           'Address', 'Variables', 'STAGES', 'TRAINING_STAGES', 'ENGINES', 'Training', 'Lora', 'SECTIONS', 'up_to',
+           'number', 'not_empty', 'as_name', 'bounds', 'range_of', 'library_fields', 'library_default', 'library_enums',
            'library_section', 'Section', 'Model', 'Quantization', 'Checks', 'Dataset', 'Evaluation', 'Export',
            'Tracking', 'Output', 'Scale', 'Search', 'Recipe']
 
@@ -137,6 +137,19 @@ def _checked_hub_id(text):
     return text
 
 
+def _checked_bucket(text):
+    "The URL of a bucket or a folder in one, unchanged. Raises `ValueError` for anything else."
+    scheme, mark, rest = text.partition("://")
+    is_url = bool(mark) and re.fullmatch(r"[a-z][a-z0-9+]*", scheme) and rest.strip("/")
+    if not is_url or re.search(r"[\s?#*]|::|://", rest):
+        raise ValueError("is no bucket: write the URL of a folder, as in s3://bucket/prefix")
+    if scheme in ("http", "https"):
+        raise ValueError(
+            "is no bucket: nothing can be written to a web address; use s3:// or gs://"
+        )
+    return text
+
+
 def _checked_size(text):
     "A file size as transformers reads it. Raises `ValueError` for anything else."
     size = text.upper().replace(" ", "")
@@ -171,6 +184,7 @@ def _checked_warmup(steps):
 
 
 HubId = Annotated[str, AfterValidator(_checked_hub_id)]
+BucketUrl = Annotated[str, AfterValidator(_checked_bucket)]
 Size = Annotated[str, AfterValidator(_checked_size)]
 Pattern = Annotated[str, AfterValidator(_checked_pattern)]
 Patterns = Pattern | Texts
@@ -322,6 +336,7 @@ _CHECK_NAMES = {
     _checked_name: "a name",
     _checked_label: "a name",
     _checked_hub_id: "org/name",
+    _checked_bucket: "as in s3://bucket/prefix",
     _checked_size: "as in 5GB",
     _checked_pattern: "a regular expression",
     _checked_steps: "from 1, or a share below 1",
@@ -459,8 +474,11 @@ Weights = Annotated[list[Positive], AfterValidator(not_empty)]
 class Model(Section):
     "What is tuned."
 
-    name: Text = "tiny-base"  # hub id, folder, or "tiny-base" (shipped, offline)
+    # hub id, folder, URL of a folder in a bucket, or "tiny-base" (shipped, offline)
+    name: Text = "tiny-base"
     revision: Word | None = None  # hub commit
+    # folder for fetched models, and the hub's cache; None: the libraries' own
+    cache_dir: Text | None = None
     # what is learned: answers, labels, or running text
     task: typing.Literal["generative", "classification", "pretraining"] = "generative"
     num_labels: up_to(65536, 2) | None = None  # classification only; None: as many as the data have
@@ -637,6 +655,7 @@ class Output(Section):
 
     dir: Text | None = None  # the folder for runs; None: ./runs
     hub_model_id: HubId | None = None  # org/name
+    bucket: BucketUrl | None = None  # where a finished run is uploaded to; None: nowhere
     # checkpoints of lowest evaluation loss to keep, besides the newest; None:
     # training.save_total_limit decides
     keep_best: Count | None = None

@@ -9,7 +9,8 @@ __all__ = ['PLAIN', 'why', 'load_tokenizer', 'template_hash', 'user', 'assistant
            'searched_strings', 'marked_template']
 
 # %% ../../nbs/data/chat_templates.ipynb #c002
-from ..core.files import MedftError, locate, model_path
+import medft.data.reading.model_files  # noqa: F401 (so that models come from buckets)
+from ..core.files import MedftError, locate, model_cache, model_path
 
 import hashlib
 import json
@@ -149,9 +150,13 @@ def load_tokenizer(
 ):  # a transformers tokenizer
     "The base model's tokenizer, as the recipe wants it. Raises `MedftError` if it cannot be used."
     name = recipe.model.name
+    path = model_path(name, recipe.model.cache_dir)
     try:
         tok = AutoTokenizer.from_pretrained(
-            model_path(name), revision=recipe.model.revision, trust_remote_code=False
+            path,
+            revision=recipe.model.revision,
+            cache_dir=model_cache(recipe.model.cache_dir),
+            trust_remote_code=False,
         )
     except Exception as e:
         raise MedftError(f"model.name: no tokenizer for {name!r}: {why(e)}") from None

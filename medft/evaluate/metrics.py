@@ -138,7 +138,8 @@ def _contenders(run) -> dict[str, Contender]:
             found[name] = Contender(files, not is_whole, partial(load_tuned, one, engine))
     labels = labels_of(run)
     for name, files in recipe.evaluation.models.items():
-        on_base = described(files)["adapter"] and its_recipe(recipe, files) is recipe
+        is_adapter = described(files, recipe.model.cache_dir)["adapter"]
+        on_base = is_adapter and its_recipe(recipe, files) is recipe
         found[name] = Contender(files, on_base, partial(load_further, recipe, files, labels=labels))
     return dict(sorted(found.items(), key=lambda item: not item[1].on_base))
 
@@ -202,7 +203,7 @@ def _circumstances(run) -> list:
     "What all predictions of a run depend on."
     recipe = run.recipe
     return [
-        recipe.model.model_dump(),
+        recipe.model.model_dump(exclude={"cache_dir"}),
         recipe.quantization and recipe.quantization.model_dump(),
         recipe.seed,
         recipe.max_length,
@@ -302,10 +303,11 @@ def prediction_path(run, who: str, name: str) -> Path:
 def _fingerprints(run) -> dict[str, str]:  # path or hub id -> fingerprint
     "The fingerprint of everything that is loaded; a large base is read once for all its adapters."
     found = {}
+    cache_dir = run.recipe.model.cache_dir
     for contender in _contenders(run).values():
-        for files in (contender.files, described(contender.files).get("base")):
+        for files in (contender.files, described(contender.files, cache_dir).get("base")):
             if files and str(files) not in found:
-                found[str(files)] = fingerprint(str(files))
+                found[str(files)] = fingerprint(str(files), cache_dir)
     return found
 
 # %% ../../nbs/evaluate/metrics.ipynb #c016a
@@ -317,7 +319,7 @@ def _prediction_keys(
 ) -> dict[str, str]:  # set, benchmark or CANARIES -> hash
     "What a model's predictions are made from."
     recipe = run.recipe
-    base = described(files).get("base")
+    base = described(files, recipe.model.cache_dir).get("base")
     common = [[prints[str(files)], prints.get(base)], _circumstances(run)]
     validation = _hash_of(sets.get("validation", []))
     keys = {}
@@ -434,11 +436,13 @@ def _note_evaluated(run, prints: dict):
         return str(path.relative_to(run.path)) if isinstance(path, Path) else str(path)
 
     about = {}
+    model = run.recipe.model
     for who, contender in _contenders(run).items():
         files = contender.files
-        about[who] = described(files) | dict(name=shown(files), fingerprint=prints[str(files)])
+        own = dict(name=shown(files), fingerprint=prints[str(files)])
+        about[who] = described(files, model.cache_dir) | own
     if run.recipe.task == "classification":
-        about["base"]["untrained_head"] = its_labels(run.recipe.model.name) is None
+        about["base"]["untrained_head"] = its_labels(model.name, model.cache_dir) is None
     run.update(dict(evaluated=None))  # an update merges dicts: drop models of an earlier evaluation
     run.update(dict(evaluated=about))
 

@@ -10,7 +10,7 @@ __all__ = ['bits', 'how_merged', 'base_to_merge', 'sixteen_bit', 'vision_name', 
            'not_exported', 'write_onnx', 'export_onnx']
 
 # %% ../../nbs/export/merging.ipynb #imports
-from ..core.files import MedftError, model_path, read_json, write_json
+from ..core.files import MedftError, model_cache, model_path, read_json, write_json
 from ..core.run import Run
 from ..evaluate.scoring.generation import stop_ids
 from .parity import load_its_tokenizer
@@ -101,11 +101,15 @@ def vision_name(
 
 def _base_files(recipe) -> list[Path]:
     "The base's weight files."
-    path = Path(model_path(recipe.model.name))
+    cache_dir = recipe.model.cache_dir
+    path = Path(model_path(recipe.model.name, cache_dir, weights=True))
     if not path.is_dir():
         path = Path(
             snapshot_download(
-                recipe.model.name, revision=recipe.model.revision, allow_patterns=["*.safetensors"]
+                recipe.model.name,
+                revision=recipe.model.revision,
+                cache_dir=model_cache(cache_dir),
+                allow_patterns=["*.safetensors"],
             )
         )
     return sorted(path.glob("*.safetensors"))
@@ -192,9 +196,10 @@ def _copy_processor(recipe, folder: Path):
     "Copy a multimodal base's image processor settings into a folder of weights."
     for name in ("preprocessor_config.json", "processor_config.json"):
         found = cached_file(
-            model_path(recipe.model.name),
+            model_path(recipe.model.name, recipe.model.cache_dir),
             name,
             revision=recipe.model.revision,
+            cache_dir=model_cache(recipe.model.cache_dir),
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
@@ -302,7 +307,7 @@ def _base_argument(recipe) -> str:
     name, revision = recipe.model.name, recipe.model.revision
     if name == "tiny-base":
         return f'"{_TINY_BASE}"'
-    if Path(name).is_dir():
+    if Path(name).is_dir() or "://" in name:
         return shlex.quote(Path(name).name)
     return shlex.quote(name) + (f" --revision {revision}" if revision else "")
 

@@ -272,7 +272,8 @@ def card_results(
 def base_name(recipe) -> str:
     "The base's name, without the place where it lies on this machine."
     name = recipe.model.name
-    return Path(name).name if Path(name).is_dir() else name
+    is_place = Path(name).is_dir() or "://" in name
+    return Path(name).name if is_place else name
 
 
 def _card_data(

@@ -10,7 +10,15 @@ __all__ = ['LLAMA3_ROPE', 'PUBLISHED', 'NAMES', 'ADAPTERS', 'published', 'family
            'adapter_kind', 'refusal', 'shape_names', 'shape_config', 'shape_model']
 
 # %% ../../nbs/model/families.ipynb #imports
-from ..core.files import MedftError, assets, model_path, nearest, read_json, runs_root
+from medft.core.files import (
+    MedftError,
+    assets,
+    model_cache,
+    model_path,
+    nearest,
+    read_json,
+    runs_root,
+)
 from ..core.sections import Recipe
 from ..data.chat_templates import load_tokenizer, why
 
@@ -257,8 +265,14 @@ def config_of(
 def load_config(recipe: Recipe):
     "The base model's configuration. Raises `MedftError` if it cannot be read."
     name = recipe.model.name
+    cache_dir = recipe.model.cache_dir
     try:
-        return config_of(model_path(name), name, revision=recipe.model.revision)
+        return config_of(
+            model_path(name, cache_dir),
+            name,
+            revision=recipe.model.revision,
+            cache_dir=model_cache(cache_dir),
+        )
     except MedftError:
         raise
     except Exception as e:

@@ -11,7 +11,7 @@ __all__ = ['PICKLED', 'HEADS', 'QUANTISED_LAYERS', 'MAX_NF4_CHANGE', 'keep_4bit_
            'load_tuned']
 
 # %% ../../nbs/model/load.ipynb #c003
-from ..core.files import MedftError, model_path, read_json
+from ..core.files import MedftError, model_cache, model_path, read_json
 from ..core.run import device, seed_everything
 from ..core.sections import Recipe
 from ..data.chat_templates import load_tokenizer
@@ -107,7 +107,7 @@ PICKLED = (
 
 def refuse_pickles(recipe: Recipe):
     "Raise `MedftError` if a model's folder has weights only as pickles, which can run code."
-    folder = Path(model_path(recipe.model.name))
+    folder = Path(model_path(recipe.model.name, recipe.model.cache_dir))
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     if any(folder.glob("pytorch_model*.bin")):
@@ -140,11 +140,13 @@ def load_base(
         seed_everything(recipe.seed)
         return ready(model_type._from_config(config, **kwargs).to(target))
     placed = bool(quantization) or target == "cuda"  # put on the device while it is read
+    path = model_path(recipe.model.name, recipe.model.cache_dir, weights=True)
     try:
         with quietly():
             model, info = model_type.from_pretrained(
-                model_path(recipe.model.name),
+                path,
                 revision=recipe.model.revision,
+                cache_dir=model_cache(recipe.model.cache_dir),
                 config=config,
                 quantization_config=quantization,
                 output_loading_info=True,
@@ -211,8 +213,9 @@ def weight_files(
     "Where the base's own tensors are. Raises `MedftError` if there are none in safetensors."
     find = partial(
         cached_file,
-        model_path(recipe.model.name),
+        model_path(recipe.model.name, recipe.model.cache_dir, weights=True),
         revision=recipe.model.revision or getattr(config, "_commit_hash", None),
+        cache_dir=model_cache(recipe.model.cache_dir),
         _raise_exceptions_for_missing_entries=False,
     )
     index = find("model.safetensors.index.json")
@@ -281,6 +284,7 @@ def compare_with_files(
     commit: str | None,  # on the hub
     files: dict,  # see `weight_files`
     parameters: dict,  # of a loaded model, by name
+    cache_dir: str | None = None,  # the hub's cache; None: its usual place
 ) -> dict[str, bool | None]:
     "For tensors of a base's files: whether a few rows of them are as loaded."
     found = {stored_name(name, files): name for name in parameters}
@@ -290,7 +294,7 @@ def compare_with_files(
     verdicts = {}
     for file in dict.fromkeys(files.values()):
         keys = [key for key in found if key and files[key] == file and key not in skipped]
-        with safe_open(cached_file(where, file, revision=commit), "pt") as f:
+        with safe_open(cached_file(where, file, revision=commit, cache_dir=cache_dir), "pt") as f:
             for key in keys:
                 verdicts[key] = same_rows(f.get_slice(key), parameters[found[key]])
     return verdicts
@@ -305,7 +309,7 @@ def check_origin(
     "Raise `MedftError` if a loaded base has another name, commit or numbers than the recipe's."
     name = recipe.model.name
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    wanted = model_path(name)
+    wanted = model_path(name, recipe.model.cache_dir)
     loaded = base.config._name_or_path
     way_out = "use engine: [trl] or [fast]"
     if loaded.lower() != wanted.lower():
@@ -318,7 +322,9 @@ def check_origin(
             f" and the recipe means {commit}; {way_out}"
         )
     files = weight_files(recipe, config)
-    verdicts = compare_with_files(wanted, commit, files, dict(base.named_parameters()))
+    verdicts = compare_with_files(
+        wanted, commit, files, dict(base.named_parameters()), model_cache(recipe.model.cache_dir)
+    )
     different = [key for key, same in verdicts.items() if same is False]
     if different:
         raise MedftError(

@@ -467,7 +467,8 @@ def inspect(run) -> dict:
         memory=check_fit(recipe, counts),
     )
     write_json(run.path / "model.json", info)
-    folder = Path(model_path(recipe.model.name))
+    model = recipe.model
+    folder = Path(model_path(model.name, model.cache_dir, weights=not model.from_config))
     commit = getattr(config, "_commit_hash", None)
     fingerprint = sha256(folder) if folder.is_dir() else commit
     run.update({"hashes": {"model": fingerprint}})
@@ -550,7 +551,8 @@ def _edges(path: Path) -> str:
 
 def base_hash(recipe) -> str:
     "SHA-256 of a base: its commit on the hub or its files, its tokenizer and template."
-    folder = Path(model_path(recipe.model.name))
+    model = recipe.model
+    folder = Path(model_path(model.name, model.cache_dir, weights=not model.from_config))
     config = load_config(recipe)
     tok = load_tokenizer(recipe)
     if folder.is_dir():
@@ -568,7 +570,7 @@ def base_hash(recipe) -> str:
 def keys_hash(recipe) -> str:
     "SHA-256 of the keys that decide the trained weights, the rows given."
     keys = dict(
-        model=recipe.model.model_dump(),
+        model=recipe.model.model_dump(exclude={"cache_dir"}),
         quantization=recipe.quantization and recipe.quantization.model_dump(),
         lora=recipe.lora and recipe.lora.given(),
         training={

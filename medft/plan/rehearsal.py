@@ -9,7 +9,7 @@ __all__ = ['STARTER_FILES', 'LENGTH', 'family_named', 'small_config', 'small_mod
            'problem_here', 'not_here', 'small_changes', 'rehearsal']
 
 # %% ../../nbs/plan/rehearsal.ipynb #c002
-from ..core.files import MedftError, assets, atomic_write, model_path, runs_root
+from ..core.files import MedftError, assets, atomic_write, model_cache, model_path, runs_root
 from ..core.recipe import contradictions
 from ..core.run import device
 from ..core.sections import Recipe
@@ -76,9 +76,10 @@ def small_config(recipe: Recipe) -> tuple:  # (configuration, where it comes fro
     name = recipe.model.name
     try:
         config = families.config_of(
-            model_path(name),
+            model_path(name, recipe.model.cache_dir),
             name,
             revision=recipe.model.revision,
+            cache_dir=model_cache(recipe.model.cache_dir),
             local_files_only=not _hub_answers(),
         )
         return families.shrink(config), "its own configuration, made small"

@@ -432,7 +432,7 @@ def save(run, engine: str, model, tok) -> Path:
         if path.exists():
             text = path.read_text()
             name = run.recipe.model.name
-            path.write_text(text.replace(model_path(name), name))
+            path.write_text(text.replace(model_path(name, run.recipe.model.cache_dir), name))
     shutil.rmtree(out, ignore_errors=True)
     os.replace(unfinished, out)
     if run.recipe.task == "pretraining":

@@ -23,7 +23,7 @@ except Exception as e:
     UNSLOTH = f"unsloth does not start on this machine: {str(e).splitlines()[0]}"
 
 # %% ../../nbs/train/unsloth_engine.ipynb #c005
-from ..core.files import MedftError, model_path
+from ..core.files import MedftError, model_cache, model_path
 from ..data.chat_templates import load_tokenizer
 from medft.model.adapters import (
     adapted_modules,
@@ -98,7 +98,7 @@ def why_not(recipe) -> str | None:
                 "unsloth quantises to NF4 twice, whatever it is asked; set"
                 " bnb_4bit_quant_type: nf4 and bnb_4bit_use_double_quant: true"
             )
-    is_on_hub = not Path(model_path(recipe.model.name)).is_dir()
+    is_on_hub = not Path(model_path(recipe.model.name, recipe.model.cache_dir)).is_dir()
     if is_on_hub and os.environ.get("UNSLOTH_USE_MODELSCOPE", "0") == "1":
         return (
             "UNSLOTH_USE_MODELSCOPE is set: unsloth would load the model of this name"
@@ -137,7 +137,7 @@ def check_unsloth(recipe, config, model):
 def unsloth_base(recipe, config) -> dict:
     "What Unsloth is asked to load: the recipe's own base at its own commit, and nothing else."
     arguments = dict(
-        model_name=model_path(recipe.model.name),
+        model_name=model_path(recipe.model.name, recipe.model.cache_dir, weights=True),
         revision=getattr(config, "_commit_hash", None) or recipe.model.revision,
         use_exact_model_name=True,  # otherwise its table chooses another repository
         fast_inference=False,  # vLLM would read the default branch
@@ -149,6 +149,8 @@ def unsloth_base(recipe, config) -> dict:
     )
     if recipe.model.attn_implementation:
         arguments["attn_implementation"] = recipe.model.attn_implementation
+    if recipe.model.cache_dir:
+        arguments["cache_dir"] = model_cache(recipe.model.cache_dir)
     return arguments
 
 

@@ -360,6 +360,7 @@ def test_a_classifiers_head_must_fit(tmp_path):
     def ask(labels):
         return SimpleNamespace(
             task="classification",
+            model=SimpleNamespace(cache_dir=None),
             evaluation=SimpleNamespace(models=dict(a=str(tmp_path / "a"))),
             dataset=SimpleNamespace(labels=None),
         )

@@ -10,9 +10,19 @@ __all__ = ['name_and_commit', 'described', 'fingerprint', 'its_recipe', 'load_fu
            'with_files', 'scoring_recipe', 'check_scored']
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #imports
-from ...core.files import MedftError, locate, model_path, nearest, read_json, runs_root, sha256
+from medft.core.files import (
+    MedftError,
+    locate,
+    model_cache,
+    model_path,
+    nearest,
+    read_json,
+    runs_root,
+    sha256,
+)
 from ...core.recipe import load_recipe
 from ...core.run import Run
+from ...core.secrets import public_url, remember_url
 from ...core.sections import Model, Recipe
 from ...data.chat_templates import load_tokenizer, template, why
 from ...data.pipeline import prepare
@@ -35,8 +45,10 @@ from transformers.utils import cached_file
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c005
 def name_and_commit(
     what,  # a folder, a hub id, org/name@commit, or tiny-base
-) -> tuple[str, str | None]:  # what a library loads, the hub commit
+) -> tuple[str, str | None]:  # what a library loads (a bucket's URL as it is), the hub commit
     "A model's name, split into what a library loads and the commit."
+    if "://" in str(what):
+        return str(what), None
     path = model_path(what)
     name, _, commit = str(what).partition("@")
     if Path(path).is_dir() or not commit:
@@ -47,15 +59,23 @@ def name_and_commit(
 def _small_file(
     what,  # a model's name
     name: str,  # the file's
+    cache_dir: str | None = None,  # the recipe's model.cache_dir
 ) -> Path | None:
     "A small file of a model; None: it has none. Raises `MedftError` when there is no such model."
     path, commit = name_and_commit(what)
     if str(path).startswith((".", "/", "~")) and not Path(path).is_dir():
         raise MedftError(f"no such folder: {what}")
+    is_weights = name.endswith((".safetensors", ".bin"))
     try:
         found = cached_file(
-            path, name, revision=commit, _raise_exceptions_for_missing_entries=False
+            model_path(path, cache_dir, weights=is_weights),
+            name,
+            revision=commit,
+            cache_dir=model_cache(cache_dir),
+            _raise_exceptions_for_missing_entries=False,
         )
+    except MedftError:
+        raise
     except Exception as e:
         raise MedftError(
             f"no model {what!r}, neither a folder here nor on the hub: {why(e)}"
@@ -65,11 +85,12 @@ def _small_file(
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c007
 def described(
     what,  # a model's name
+    cache_dir: str | None = None,  # the recipe's model.cache_dir
 ) -> dict:  # name, adapter (bool); of an adapter base and task_type
     "What a model is. Raises `MedftError` when it is none."
-    adapter = _small_file(what, "adapter_config.json")
+    adapter = _small_file(what, "adapter_config.json", cache_dir)
     if adapter is None:
-        if _small_file(what, "config.json") is None:
+        if _small_file(what, "config.json", cache_dir) is None:
             raise MedftError(f"{what} holds no model: neither config.json nor adapter_config.json")
         return dict(name=str(what), adapter=False)
     config = read_json(adapter)
@@ -83,12 +104,17 @@ def described(
     return dict(name=str(what), adapter=True, base=base, task_type=config.get("task_type"))
 
 
-def fingerprint(what) -> str | None:
+def fingerprint(
+    what,  # a model's name
+    cache_dir: str | None = None,  # the recipe's model.cache_dir
+) -> str | None:
     "What identifies a model's files: the SHA-256 of a folder, the commit on the hub."
     path, commit = name_and_commit(what)
+    path = model_path(path, cache_dir, weights=True)
     if Path(path).is_dir():
         return sha256(path)
-    file = _small_file(what, "adapter_config.json") or _small_file(what, "config.json")
+    file = _small_file(what, "adapter_config.json", cache_dir)
+    file = file or _small_file(what, "config.json", cache_dir)
     if commit:
         return commit
     for folder, child in pairwise(file.parts):
@@ -99,19 +125,20 @@ def fingerprint(what) -> str | None:
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c010
 def its_recipe(recipe, what):
     "The recipe with another model in it (of an adapter, its base); the same object for the same."
-    found = described(what)
-    path, commit = name_and_commit(found["base"] if found["adapter"] else what)
     own = recipe.model
-    if model_path(own.name) == str(path) and commit in (None, own.revision):
+    found = described(what, own.cache_dir)
+    path, commit = name_and_commit(found["base"] if found["adapter"] else what)
+    is_own = own.name == path or model_path(own.name, own.cache_dir) == path
+    if is_own and commit in (None, own.revision):
         return recipe
     model = own.model_copy(update=dict(name=str(path), revision=commit, from_config=False))
     return recipe.model_copy(update=dict(model=model))
 
 
-def _refuse_pickled_adapter(what):
+def _refuse_pickled_adapter(what, cache_dir=None):
     "Raise `MedftError` for an adapter from elsewhere whose weights are a pickle."
-    has_safetensors = _small_file(what, "adapter_model.safetensors") is not None
-    if not has_safetensors and _small_file(what, "adapter_model.bin") is not None:
+    has_safetensors = _small_file(what, "adapter_model.safetensors", cache_dir) is not None
+    if not has_safetensors and _small_file(what, "adapter_model.bin", cache_dir) is not None:
         raise MedftError(
             f"{what} has no adapter_model.safetensors; its adapter_model.bin is a pickle, which"
             " runs code when it is opened, so medft opens none from elsewhere; have its author"
@@ -126,23 +153,29 @@ def load_further(
     labels=None,  # of a classifier
 ):
     "A model or adapter, ready to be scored. Raises `MedftError`."
-    found = described(what)
+    cache_dir = recipe.model.cache_dir
+    found = described(what, cache_dir)
     own = its_recipe(recipe, what)
     if not found["adapter"]:
         return load_base(own, labels)
-    _refuse_pickled_adapter(what)
+    _refuse_pickled_adapter(what, cache_dir)
     from peft import PeftModel
 
     if base is None or own is not recipe:
         base = load_base(own, labels)
     path, commit = name_and_commit(what)
-    return ready(PeftModel.from_pretrained(base, path, revision=commit))
+    path = model_path(path, cache_dir, weights=True)
+    adapted = PeftModel.from_pretrained(
+        base, path, revision=commit, cache_dir=model_cache(cache_dir)
+    )
+    return ready(adapted)
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c012
 def reader(recipe, what) -> str:
     "Where a model's tokenizer is: with an adapter that brings one, else with its base."
-    found = described(what)
-    if not found["adapter"] or _small_file(what, "tokenizer_config.json"):
+    cache_dir = recipe.model.cache_dir
+    found = described(what, cache_dir)
+    if not found["adapter"] or _small_file(what, "tokenizer_config.json", cache_dir):
         return str(what)
     return found["base"]
 
@@ -151,7 +184,7 @@ def for_reader(recipe, what):
     "A recipe whose tokenizer is the one that a model reads with."
     path, commit = name_and_commit(reader(recipe, what))
     model = recipe.model.model_copy(update=dict(name=str(path), revision=commit))
-    if path == model_path(recipe.model.name):
+    if path in (recipe.model.name, model_path(recipe.model.name, recipe.model.cache_dir)):
         return recipe.model_copy(update=dict(model=model))
     unset = {  # such keys of the recipe are about its own base
         key: None
@@ -211,16 +244,19 @@ def same_items(
     return [dict(b, item_sha256=hashlib.sha256(a["prompt"].encode()).hexdigest()) for a, b in pairs]
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c018
-def its_labels(what) -> list | None:
+def its_labels(
+    what,  # a model's name
+    cache_dir: str | None = None,  # the recipe's model.cache_dir
+) -> list | None:
     "A classifier's labels: names, or numbers if only their count is known; None: no classifier."
-    if described(what)["adapter"]:
-        weights = _small_file(what, "adapter_model.safetensors")
+    if described(what, cache_dir)["adapter"]:
+        weights = _small_file(what, "adapter_model.safetensors", cache_dir)
         if weights is None:
             return None
         with safe_open(weights, "np") as f:
             heads = [f.get_slice(k).get_shape() for k in f.keys() if k.endswith("score.weight")]
         return [str(i) for i in range(heads[0][0])] if heads else None
-    config = read_json(_small_file(what, "config.json"))
+    config = read_json(_small_file(what, "config.json", cache_dir))
     if not any("SequenceClassification" in a for a in config.get("architectures") or ()):
         return None
     names = config.get("id2label") or {}
@@ -231,9 +267,10 @@ def _check_labels(
     who: str,  # the model's name in the recipe
     what,  # where it is
     labels: list | None,  # of the data; None: not known yet
+    cache_dir: str | None = None,  # the recipe's model.cache_dir
 ):
     "Raise `MedftError` when a classifier has other labels than the data, or another order."
-    own = its_labels(what)
+    own = its_labels(what, cache_dir)
     place = f"evaluation.models: {who}: {what}"
     if own is None:
         raise MedftError(f"{place} has no trained classifier's head")
@@ -251,26 +288,30 @@ def _check_labels(
         )
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c019
-def _refuse_foreign_files(what, is_adapter: bool):
+def _refuse_foreign_files(what, is_adapter: bool, cache_dir=None):
     "Raise `MedftError` for weights that are pickles, and for configurations with code of the hub."
     if is_adapter:
-        _refuse_pickled_adapter(what)
+        _refuse_pickled_adapter(what, cache_dir)
         return
     path, commit = name_and_commit(what)
-    refuse_pickles(Recipe(name="further", model=Model(name=str(path))))
+    refuse_pickles(Recipe(name="further", model=Model(name=str(path), cache_dir=cache_dir)))
     # Not of transformers' making, or not readable: loading it says so.
     with contextlib.suppress(ValueError, KeyError):
-        config_of(path, what, revision=commit)
+        where = model_path(path, cache_dir)
+        config_of(where, what, revision=commit, cache_dir=model_cache(cache_dir))
 
 
-def with_base(what) -> dict:  # see `described`
+def with_base(
+    what,  # a model's name
+    cache_dir: str | None = None,  # the recipe's model.cache_dir
+) -> dict:  # see `described`
     "What a model is. Raises `MedftError` also for an adapter without its base."
-    found = described(what)
-    _refuse_foreign_files(what, found["adapter"])
+    found = described(what, cache_dir)
+    _refuse_foreign_files(what, found["adapter"], cache_dir)
     if not found["adapter"]:
         return found
     try:
-        base = described(found["base"])
+        base = described(found["base"], cache_dir)
     except MedftError as e:
         raise MedftError(
             f"its base is missing: {e}; where it lies now belongs into base_model_name_or_path of"
@@ -287,13 +328,14 @@ def check_further(
 ):
     "Raise `MedftError` for models that this recipe could not score, by their small files alone."
     classifies = recipe.task == "classification"
+    cache_dir = recipe.model.cache_dir
     for who, what in recipe.evaluation.models.items():
         place = f"evaluation.models: {who}"
         try:
-            found = with_base(what)
+            found = with_base(what, cache_dir)
         except MedftError as e:
             raise MedftError(f"{place}: {e}") from None
-        if not classifies and not found["adapter"] and its_labels(what):
+        if not classifies and not found["adapter"] and its_labels(what, cache_dir):
             raise MedftError(f"{place}: {what} is a classifier, the recipe's task is {recipe.task}")
         task_type = found.get("task_type")
         if task_type and (task_type == "SEQ_CLS") != classifies:
@@ -302,7 +344,7 @@ def check_further(
                 f"{place}: {what} is an adapter for {purpose}, the recipe's task is {recipe.task}"
             )
         if classifies:
-            _check_labels(who, what, labels or recipe.dataset.labels)
+            _check_labels(who, what, labels or recipe.dataset.labels, cache_dir)
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c005a
 def _is_run(path) -> bool:
@@ -324,12 +366,15 @@ def meant(
         return what
     if locate(what):
         return str(locate(what))
+    if "://" in what:
+        remember_url(what)
+        return public_url(what)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", what) and not what.startswith("."):
         return what
     runs = [manifest.parent for manifest in runs_root().glob("*/*/manifest.json")]
     known = ["tiny-base", *(f"{run.parent.name}/{run.name}" for run in runs)]
     raise MedftError(
-        f"{what!r} is neither a run, nor a folder here, nor a hub id (org/name)"
+        f"{what!r} is neither a run, nor a folder here, nor a hub id (org/name), nor a bucket's URL"
         f"{nearest(what, known)}; `medft list` shows the runs"
     )
 
@@ -395,6 +440,8 @@ def _of_run(
         raise MedftError(
             f"{run.path.name} has no {', '.join(missing)} (any more); train or export it again"
         )
+    for path in found.values():
+        model_path(path, weights=True)  # refuses weights that were moved to a bucket, saying where
     return {name: str(path) for name, path in found.items()}
 
 # %% ../../../nbs/evaluate/scoring/external_models.ipynb #c015a
@@ -417,7 +464,7 @@ def _parts_of(
         raise MedftError(
             "--merged: only a run has merged weights of its own; name the folder instead"
         )
-    found = described(source)
+    found = described(source, recipe.model.cache_dir)
     base, commit = name_and_commit(found["base"] if found["adapter"] else source)
     if "tiny-base" in (source, found.get("base")):
         base = "tiny-base"
@@ -472,11 +519,12 @@ def check_scored(recipe):
     classifies = recipe.task == "classification"
     if not recipe.engine:
         name = recipe.model.name
-        labels = its_labels(name)
+        cache_dir = recipe.model.cache_dir
+        labels = its_labels(name, cache_dir)
         if not classifies and labels is not None:
             raise MedftError(f"{name} is a classifier, the recipe's task is {recipe.task}")
         if classifies and not recipe.evaluation.models:
-            _check_labels("the model", name, recipe.dataset.labels)
+            _check_labels("the model", name, recipe.dataset.labels, cache_dir)
     check_further(recipe)
     if recipe.evaluation.benchmarks:
         from medft.evaluate.scoring.benchmarks import check_benchmarks
