@@ -24,6 +24,7 @@ from ..model.adapters import disk_need, sizes_of
 from ..model.families import PUBLISHED, adapter_kind, load_config, published
 from .devices import Device, device_named, earlier, estimated, recorded, this_machine
 from .footprint import checkpointed
+from .parallel import STAGE_OF, batch_of_ranks, recipe_of_rank, strategy_refusal
 from .peak_memory import memory
 
 import importlib.util
@@ -178,13 +179,12 @@ def at_hand(
 def batch_of(
     recipe: Recipe,
     gpus: int = 1,  # devices
-) -> dict:  # micro, accumulation, devices, effective
-    "The effective batch and its factors."
+) -> dict:  # micro, accumulation (of a device), devices, effective; set: what makes it divide
+    "The effective batch, which is the recipe's, and its factors."
     training = recipe.training
     micro = training.per_device_train_batch_size or 8
     accumulation = training.gradient_accumulation_steps or 1
-    effective = micro * accumulation * gpus
-    return dict(micro=micro, accumulation=accumulation, devices=gpus, effective=effective)
+    return batch_of_ranks(micro, accumulation, gpus) | dict(devices=gpus)
 
 
 def schedule(
@@ -209,10 +209,11 @@ def schedule(
 def shape(
     recipe: Recipe,
     rows: dict | None,  # from `of_rows`; None: not known
+    gpus: int = 1,  # devices
 ) -> dict:  # rows, length (tokens), learned (share of positions)
     "Rows and tokens of the largest micro-batch."
     return dict(
-        rows=batch_of(recipe)["micro"],
+        rows=batch_of(recipe, gpus)["micro"],
         length=min(rows["longest"], recipe.max_length) if rows else recipe.max_length,
         learned=rows["learned"] if rows else 1.0,
     )
@@ -228,7 +229,10 @@ def engine_memory(
 ) -> dict:  # as from peak_memory.memory; `as`: the engine whose step was counted
     "One engine's memory at its peak, by part."
     device = dict(zip(("dev", "gpus", "stage"), where, strict=False))
-    found = memory(recipe, config, counts, engine, **shape(recipe, rows), **device)
+    gpus = device.get("gpus", 1)
+    of_device = recipe_of_rank(recipe, batch_of(recipe, gpus))
+    largest = shape(recipe, rows, gpus)
+    found = memory(of_device, config, counts, engine, **largest, **device)
     return found | {"as": "trl" if engine == "unsloth" else engine}
 
 
@@ -274,12 +278,24 @@ def _proposal(costs, lines, gpus, stage=0, smaller_batch=True) -> SimpleNamespac
     )
 
 
-def _sharding_proposals(checkpoint, gpus):
-    "Yield ZeRO's stages on more devices: on the planned number, and on 2, 4 and 8."
+def _sharding_proposals(recipe, checkpoint, gpus):
+    "Yield sharding that medft trains, on the planned number of devices, and on 2, 4 and 8."
     for n in sorted({max(gpus, 2), 2, 4, 8} - set(range(2, gpus))):
-        for stage, fsdp in ((2, "shard_grad_op"), (3, "full_shard")):
-            costs = f"the same model, on {n} devices (ZeRO {stage}: FSDP {fsdp})"
-            yield _proposal(costs, [*checkpoint, f"training.fsdp={fsdp}"], n, stage)
+        batch = batch_of(recipe, n)
+        if not batch["keeps"]:
+            continue
+        for strategy in ("zero2", "fsdp"):
+            refused = (strategy_refusal(recipe, strategy, e, on_gpu=True) for e in recipe.engine)
+            if any(refused):
+                continue
+            lines = [f"scale.strategy={strategy}", f"scale.processes={n}"]
+            yield _proposal(
+                f"the same model, on {n} devices",
+                [*checkpoint, *lines, *batch["set"]],
+                n,
+                STAGE_OF[strategy],
+                smaller_batch=not batch["set"],
+            )
 
 
 def _proposals(recipe, on_gpu, gpus):
@@ -292,7 +308,7 @@ def _proposals(recipe, on_gpu, gpus):
         yield _proposal(costs, checkpoint, gpus, smaller_batch=False)
     yield _proposal("the same model; slower", checkpoint, gpus)
     if on_gpu:
-        yield from _sharding_proposals(checkpoint, gpus)
+        yield from _sharding_proposals(recipe, checkpoint, gpus)
     if on_gpu and all_weights:
         lines = [*checkpoint, "training.optim=adamw_8bit"]
         yield _proposal("optimizer states in 8 bits", lines, gpus)
@@ -308,6 +324,11 @@ def _proposals(recipe, on_gpu, gpus):
         yield _proposal(costs, [*checkpoint, *ADAPTER, *FOUR_BITS], gpus)
 
 # %% ../../nbs/plan/estimate.ipynb #c015
+def _changes(lines) -> set[str]:
+    "Overrides, whatever the number of devices."
+    return {line for line in lines if not line.startswith("scale.processes=")}
+
+
 def ways_to_fit(
     recipe: Recipe,
     config,  # of the model
@@ -321,7 +342,7 @@ def ways_to_fit(
     counts = {}  # by adapter and quantisation, which alone decide them
 
     def peak(lines, proposal):
-        lines = [line for line in lines if not line.startswith("training.fsdp")]
+        lines = [line for line in lines if not line.startswith("scale.")]
         smaller = with_overrides(recipe, lines)
         key = (str(smaller.lora), str(smaller.quantization))
         if key not in counts:
@@ -337,8 +358,8 @@ def ways_to_fit(
         if not attempts or peak(attempts[-1], proposal) > room:
             continue  # not even the smallest batch fits
         lines = next(x for x in attempts if x is attempts[-1] or peak(x, proposal) <= room)
-        if any(set(other["set"]) <= set(lines) for other in proposed):
-            continue  # a part of these changes is enough
+        if any(_changes(other["set"]) <= _changes(lines) for other in proposed):
+            continue  # a part of these changes, or fewer devices, is enough
         proposed.append(
             dict(
                 set=lines,
@@ -392,10 +413,10 @@ def device_speed(
     "Tokens a second of one device, from the best source there is."
     if stated:
         return dict(tokens_per_second=stated, range=None, basis="as stated by the user")
-    dev, *_ = c.where
+    dev, gpus, _ = c.where
     text = c.config.get_text_config()
     layers, width = text.num_hidden_layers, text.hidden_size
-    batch = shape(c.recipe, c.rows)
+    batch = shape(c.recipe, c.rows, gpus)
     return (
         earlier(c.recipe, engine, dev.name)
         or recorded(engine, dev.name, layers, width, adapter_kind(c.recipe))
@@ -438,11 +459,8 @@ def timing(
 
 # %% ../../nbs/plan/estimate.ipynb #c019
 def _zero_stage(recipe) -> int:
-    "ZeRO's stage that the recipe asks for with FSDP."
-    fsdp = str(recipe.training.fsdp or "")
-    if "full_shard" in fsdp or "True" in fsdp:
-        return 3
-    return 2 if "shard_grad_op" in fsdp else 0
+    "ZeRO's stage that the recipe's strategy stands for; DeepSpeed's and FSDP2's stage 3 are alike."
+    return STAGE_OF[recipe.scale.strategy]
 
 # %% ../../nbs/plan/estimate.ipynb #q07_p0
 def _room(dev, is_named) -> int:
@@ -527,7 +545,7 @@ def _what_is_planned(c) -> dict:
         devices=gpus,
         zero_stage=stage,
         parameters={k: c.counts[k] for k in ("total", "active", "trainable", "quantised")},
-        batch=batch_of(recipe, gpus) | shape(recipe, c.rows),
+        batch=batch_of(recipe, gpus) | shape(recipe, c.rows, gpus),
         data=c.rows,
         evaluation=foreseen(recipe, c.rows and c.rows["sets"]),
         confidence=recipe.evaluation.confidence,
