@@ -703,7 +703,7 @@ class Scale(Section):
 class Search(Section):
     "What `medft tune` tries."
 
-    space: dict[Text, list[typing.Any] | Text]  # key -> values, or a range as a text
+    space: dict[Text, list[typing.Any] | Text] = {}  # key -> values, or a range as a text
     metric: Text = "validation loss"  # what is made better, on validation rows
     trials: Count = 16  # trainings to try
     sampler: typing.Literal["tpe", "random"] = "tpe"  # what proposes the next values

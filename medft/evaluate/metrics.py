@@ -776,6 +776,9 @@ def evaluate(run) -> dict:  # metrics.json
     score_run(run)
     metrics = figures(run)
     write_json(run.path / "metrics.json", metrics)
+    if run.manifest.get("rehearsal"):
+        run.log(REHEARSED)
+        return metrics
     for comparison in [*metrics["verdict"].values(), *metrics["between"].values()]:
         run.log(comparison["sentence"])
     return metrics

@@ -154,11 +154,14 @@ def packed(recipe: Recipe, model, stored: torch.dtype):
     return model
 
 
-def _with_torch_attention(config):
-    "A configuration whose layers run on fake tensors: attention by torch."
+def _for_fake_tensors(config):
+    "A configuration whose layers run on fake tensors: attention by torch, a padding token."
     config = copy.deepcopy(config)
     if config._attn_implementation not in ("sdpa", "eager"):
         config._attn_implementation = "sdpa"
+    text_config = config.get_text_config()
+    if text_config.pad_token_id is None:  # a run takes its tokenizer's
+        text_config.pad_token_id = 0
     return config
 
 # %% ../../nbs/plan/footprint.ipynb #c014
@@ -342,7 +345,7 @@ def watch(
 # %% ../../nbs/plan/footprint.ipynb #c018
 def model_on_meta(recipe: Recipe, config, engine: str, stored: torch.dtype):
     "The model as an engine trains it, on the meta device."
-    model = packed(recipe, meta_model(_with_torch_attention(config), recipe.task), stored)
+    model = packed(recipe, meta_model(_for_fake_tensors(config), recipe.task), stored)
     if recipe.task == "generative" and engine != "fast":
         from trl.trainer.utils import add_fused_lm_head
 

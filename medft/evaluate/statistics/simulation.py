@@ -211,6 +211,11 @@ def f1_seeds_world(groups, rng, seeds=3, skill=1.0, luck=0.05):
     return over_seeds("f1", f1_of_sums, base, adapters, groups), difference
 
 # %% ../../../nbs/evaluate/statistics/simulation.ipynb #c014
+def _name_of(world) -> str:
+    "What a function of worlds is called in tables."
+    return world.__name__.removeprefix("_").removesuffix("_world")
+
+
 def simulated_rates(
     world,  # function of (groups, rng) that gives a comparison or figure, and the truth
     n,  # rows
@@ -234,7 +239,7 @@ def simulated_rates(
     def rate(x):
         return round(float(np.mean(x)), 4)
 
-    line = dict(world=world.__name__.removesuffix("_world"), rows=n)
+    line = dict(world=_name_of(world), rows=n)
     if pairs is None:
         line |= dict(group_size=size)
     else:
@@ -328,7 +333,7 @@ def further_powers(times=1000, n=500) -> list[dict]:
         promised = norm.cdf(abs(truth) / effects.std(ddof=1) - norm.ppf(0.975))
         found = np.mean([d["label"] != "tie" for d, _ in results])
         line = dict(
-            world=world.__name__.removesuffix("_world"),
+            world=_name_of(world),
             rows=n,
             truth=round(truth, 4),
             promised=round(float(promised), 4),
