@@ -7,7 +7,7 @@ Docs: https://medft.github.io/medft/model/preflight.html.md"""
 # %% auto #0
 __all__ = ['FINGERPRINT_PARTS', 'check_tokens', 'check_length', 'check_numbers', 'training_arguments', 'check_arguments',
            'check_attention', 'check_kernels', 'check_optimizer', 'planned_steps', 'check_schedule', 'check_used',
-           'check_packing', 'check_sharding', 'check_label_numbers', 'check_combination', 'check_stored',
+           'check_packing', 'check_sharding', 'check_scale', 'check_label_numbers', 'check_combination', 'check_stored',
            'unusual_settings', 'preflight', 'training_rows', 'inspect', 'rows_hash', 'base_hash', 'keys_hash',
            'belongs_to', 'changes_since', 'set_aside', 'refuse_stale']
 
@@ -303,6 +303,26 @@ def check_sharding(recipe, tok, config):
             )
 
 
+def check_scale(recipe, tok, config):
+    "What medft cannot spread over processes yet, instead of something else under its name."
+    scale = recipe.scale
+    not_yet = dict(
+        strategy=scale.strategy != "ddp",
+        nodes=scale.nodes > 1,
+        launcher=scale.launcher != "torchrun",
+    )
+    for key, is_asked in not_yet.items():
+        if is_asked:
+            raise MedftError(
+                f"scale.{key}: {getattr(scale, key)} can be planned and not trained yet;"
+                " train with strategy ddp on one machine, started by torchrun"
+            )
+    if scale.processes not in (1, "auto") and "unsloth" in recipe.engine:
+        raise MedftError(
+            "engine: unsloth is not trained in several processes yet; use engine: [trl, fast]"
+        )
+
+
 def check_label_numbers(recipe, tok, config):
     "The number of labels, their names and their weights agree."
     num_labels = recipe.model.num_labels
@@ -372,6 +392,7 @@ _CHECKS = (
     check_kernels,
     check_optimizer,
     check_sharding,
+    check_scale,
     check_combination,
 )
 

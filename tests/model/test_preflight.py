@@ -53,6 +53,7 @@ def test_every_family_passes_for_every_task(tok, name):
             )
 
 
+TWO_RANKS = ["scale.processes=2", "training.gradient_accumulation_steps=2"]
 REFUSED = [  # family, what is asked, what is answered
     ("llama2", ["lora.target_modules=[q_proj, v_prj]"], "'v_prj' (did you mean 'v_proj'?)"),
     ("llama2", ["lora.target_modules=[nothing]"], "This model has: down_proj"),
@@ -100,6 +101,9 @@ REFUSED = [  # family, what is asked, what is answered
         [CLASSIFY, "dataset.labels=[a, b]", "model.class_weights=[1.0, 2.0, 3.0]"],
         "3 weights for 2 labels",
     ),
+    ("llama2", [*TWO_RANKS, "scale.strategy=fsdp"], "can be planned and not trained yet"),
+    ("llama2", [*TWO_RANKS, "scale.launcher=ray"], "scale.launcher: ray"),
+    ("llama2", [*TWO_RANKS, "engine=[trl, unsloth]"], "use engine: [trl, fast]"),
 ]
 ON_CPU = [
     (
