@@ -24,13 +24,19 @@ SMALL = [  # 45 rows do not divide among two ranks; no dropout, whose masks diff
     "training.eval_strategy=steps",
     "training.eval_steps=3",
     "training.bf16=false",
+    "engine=[trl, fast]",
     "tracking.mlflow=false",
 ]
 TASKS = {
-    "generative": [],
-    "classification": ["model.task=classification"],
-    "pretraining": ["model.task=pretraining"],
-    "length groups": ["training.train_sampling_strategy=group_by_length"],
+    "generative": ("quickstart",),
+    "classification": ("starter_pairs",),
+    "pretraining": (
+        "starter_base",
+        "training.lr_scheduler_type=linear",
+        "training.lr_scheduler_kwargs=null",
+        "dataset.holdout=0.1",
+    ),
+    "length groups": ("quickstart", "training.train_sampling_strategy=group_by_length"),
 }
 TRAIN = """import sys
 from medft.core.run import Run
@@ -43,8 +49,8 @@ else:
     train_engine(run, sys.argv[2])"""
 
 
-def prepared(folder, *overrides):
-    run = Run.create(load_recipe("quickstart", [*SMALL, *overrides]), run_id=str(folder))
+def prepared(folder, recipe, *overrides):
+    run = Run.create(load_recipe(recipe, [*SMALL, *overrides]), run_id=str(folder))
     ensure_data(run)
     return run
 
@@ -111,8 +117,12 @@ def until(condition, seconds):
 @pytest.mark.parametrize("whom", ["a rank", "the one that started them", "SIGTERM"])
 def test_killed_ranks_leave_nothing_and_go_on_to_the_same_weights(tmp_path, whom):
     keys = ["lora.lora_dropout=0.1", "training.save_strategy=steps", "training.save_steps=2"]
-    whole = prepared(tmp_path / "whole", *keys, "scale.processes=2", "training.max_steps=12")
-    cut = prepared(tmp_path / "cut", *keys, "scale.processes=2", "training.max_steps=12")
+    whole = prepared(
+        tmp_path / "whole", "quickstart", *keys, "scale.processes=2", "training.max_steps=12"
+    )
+    cut = prepared(
+        tmp_path / "cut", "quickstart", *keys, "scale.processes=2", "training.max_steps=12"
+    )
     trained(whole, "trl")
     process = started(cut, "trl")
     log = cut.path / "trl" / "log.jsonl"
