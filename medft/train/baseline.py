@@ -254,7 +254,7 @@ def classifier(run, args, model, tok, peft_config, rows, callbacks, engine_class
 
         def _get_num_items_in_batch(self, batches, device):
             weight = self.compute_loss_func.total_weight(batches).to(device)
-            if self.args.world_size > 1:
+            if self.args.world_size > 1 and self.args.average_tokens_across_devices:
                 return self.accelerator.gather(weight).sum()
             return weight
 

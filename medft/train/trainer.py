@@ -498,9 +498,13 @@ def prediction_step(self: Careful, model, inputs, *args, **kwargs):
     self.stop_requested = any_rank(self.stop_requested)
     if self.stop_requested:
         raise StopRequested
-    with without_gathering(self):
+    averages = self.args.average_tokens_across_devices
+    self.args.average_tokens_across_devices = False  # the mean of this rank's batch alone
+    try:
         num_items = float(self._get_num_items_in_batch([inputs], self.args.device) or 0)
-    loss, *outputs = super(Careful, self).prediction_step(model, inputs, *args, **kwargs)
+        loss, *outputs = super(Careful, self).prediction_step(model, inputs, *args, **kwargs)
+    finally:
+        self.args.average_tokens_across_devices = averages
     if num_items or num_ranks() == 1:
         loss_sum, item_sum = self.eval_sums
         self.eval_sums = (loss_sum + float(loss) * num_items, item_sum + num_items)
