@@ -717,6 +717,8 @@ HARMLESS = (
     "output.bucket",
     "model.cache_dir",
     "dataset.cache",
+    "scale.max_failures",
+    "scale.network",
     *(f"training.{k}" for k in WITHOUT_EFFECT),
 )
 # these matter where the best checkpoint is chosen

@@ -7,8 +7,8 @@ Docs: https://medft.github.io/medft/core/recipe.html.md"""
 # %% auto #0
 __all__ = ['STARTER_KEYS', 'UNSUPPORTED_TRAINING_KEYS', 'WITHOUT_EFFECT', 'HANDED_ON', 'UNSUPPORTED_LORA_KEYS', 'BASELINE_NAMES',
            'set_values', 'to_yaml', 'flat', 'remember_urls', 'read_yaml', 'override', 'non_finite', 'moves_base',
-           'accumulation_per_rank', 'contradictions', 'unsloth_fits', 'load_recipe', 'kept_plain', 'auto_engine',
-           'choose_engine']
+           'micro_batches', 'batch_of_ranks', 'accumulation_per_rank', 'contradictions', 'unsloth_fits', 'load_recipe',
+           'kept_plain', 'auto_engine', 'choose_engine']
 
 # %% ../../nbs/core/recipe.ipynb #imports
 from .files import MedftError, find_recipe, nearest, shipped_recipes
@@ -145,7 +145,7 @@ def read_yaml(
 def _modern(raw):
     "A recipe's dict, with older spellings moved to today's names; changed in place."
     for section in SECTIONS:
-        may_be_null = section in ("quantization", "lora", "search")
+        may_be_null = section in ("quantization", "lora")
         if section in raw and raw[section] is None and not may_be_null:
             raw[section] = {}
     if "task" in raw and isinstance(raw.get("model") or {}, dict):
@@ -456,6 +456,9 @@ def _check_engine(recipe):
         yield "engine", "", reason
     if "unsloth" not in recipe.engine:
         return
+    if recipe.scale.processes != 1:
+        reason = "unsloth is not trained in several processes yet; use engine: [trl, fast]"
+        yield "engine", "", reason
     if recipe.quantization and recipe.quantization.load_in_8bit:
         reason = "unsloth silently loads 16-bit when asked for 8-bit; use engine: [trl, fast]"
         yield "engine", "", reason
@@ -773,33 +776,57 @@ def _check_retention(recipe):
         yield "evaluation", "generate", "a classifier writes nothing; leave the key out"
 
 # %% ../../nbs/core/recipe.ipynb #sc11
-def accumulation_per_rank(
+def micro_batches(
     recipe: Recipe,
-    ranks: int,  # processes that train together, on all machines
-) -> int:  # batches that each rank accumulates for a step
-    "The recipe's accumulation, divided among the ranks. Raises `MedftError` if it is not whole."
+) -> tuple[int, int]:  # rows of a micro-batch, micro-batches of a step
+    "How a recipe's step is made up, with the library's defaults."
     rows = recipe.training.per_device_train_batch_size
     if rows is None:
         rows = library_default("training", "per_device_train_batch_size")
-    accumulation = recipe.training.gradient_accumulation_steps or 1
+    return rows, recipe.training.gradient_accumulation_steps or 1
+
+
+def batch_of_ranks(
+    micro: int,  # rows of a micro-batch, as the recipe says
+    accumulation: int,  # micro-batches of a step, as the recipe says
+    ranks: int,
+) -> dict:  # micro and accumulation of a rank; effective rows; set: overrides; keeps: the rows
+    "What a rank computes of a step, and what to set where the recipe's step does not divide."
+    rows = micro * accumulation
     if accumulation % ranks == 0:
-        return accumulation // ranks
-    batch = rows * accumulation
-    found = (
-        f"{ranks} processes: a step has {rows} rows × {accumulation} batches = {batch} rows, and"
-        f" {accumulation} batches cannot be divided among them"
-    )
-    if batch % ranks:
-        fitting = batch + ranks - batch % ranks
-        raise MedftError(
-            f"{found}; nor can {batch} rows: take another number of processes, or another batch,"
-            f" as in training.per_device_train_batch_size={fitting // ranks}"
-            f" training.gradient_accumulation_steps={ranks}"
+        return dict(
+            micro=micro, accumulation=accumulation // ranks, effective=rows, set=[], keeps=True
         )
-    smaller = max(n for n in range(1, min(rows, batch // ranks) + 1) if batch // ranks % n == 0)
+    keeps = rows % ranks == 0
+    if keeps:
+        of_rank = rows // ranks
+        micro = max(n for n in range(1, min(micro, of_rank) + 1) if of_rank % n == 0)
+        of_rank //= micro
+    else:
+        of_rank = math.ceil(accumulation / ranks)
+    lines = [
+        f"training.per_device_train_batch_size={micro}",
+        f"training.gradient_accumulation_steps={of_rank * ranks}",
+    ]
+    effective = micro * of_rank * ranks
+    return dict(micro=micro, accumulation=of_rank, effective=effective, set=lines, keeps=keeps)
+
+
+def accumulation_per_rank(
+    recipe: Recipe,
+    ranks: int,  # processes that train together
+) -> int:  # micro-batches that each rank accumulates for a step
+    "A rank's share of the accumulation. Raises `MedftError` where the step does not divide."
+    micro, accumulation = micro_batches(recipe)
+    batch = batch_of_ranks(micro, accumulation, ranks)
+    if not batch["set"]:
+        return batch["accumulation"]
+    rows = f"{micro * accumulation} rows"
+    way_out = f"to keep {rows}" if batch["keeps"] else f"for {batch['effective']} rows"
     raise MedftError(
-        f"{found}; to keep {batch} rows a step: training.per_device_train_batch_size={smaller}"
-        f" training.gradient_accumulation_steps={batch // smaller}"
+        f"{ranks} processes cannot share a step of {rows} (per_device_train_batch_size {micro},"
+        f" gradient_accumulation_steps {accumulation}) evenly; {way_out} a step:"
+        f" {' '.join(batch['set'])}"
     )
 
 
@@ -813,14 +840,6 @@ def _check_scale(recipe):
         if getattr(recipe.training, key) and scale.strategy != "ddp":
             reason = f"scale.strategy={scale.strategy} sets it; leave one of the two out"
             yield "training", key, reason
-    if scale.nodes > 1 and not scale.rendezvous and scale.launcher == "torchrun":
-        reason = "say where the machines meet: scale.rendezvous: HOST:PORT of the first one"
-        yield "scale", "nodes", reason
-    if scale.nodes > 1 and scale.processes == "auto" and scale.launcher == "torchrun":
-        reason = "with several machines give a number, the same for each"
-        yield "scale", "processes", reason
-    if scale.storage and scale.launcher != "ray":
-        yield "scale", "storage", "only scale.launcher: ray copies checkpoints; leave it out"
     if scale.strategy in ("fsdp", "zero3") and _is_quantised(recipe):
         reason = (
             "a quantised base stays whole on every device, and was never seen to train divided;"
@@ -829,14 +848,13 @@ def _check_scale(recipe):
         yield "scale", "strategy", reason
     if scale.processes == "auto":
         return
-    ranks = scale.processes * scale.nodes
-    if ranks > 1 and recipe.training.auto_find_batch_size:
+    if scale.processes > 1 and recipe.training.auto_find_batch_size:
         reason = "every rank would find its own; give training.per_device_train_batch_size"
         yield "training", "auto_find_batch_size", reason
-    if ranks == 1 and scale.strategy != "ddp":
+    if scale.processes == 1 and scale.strategy != "ddp":
         yield "scale", "strategy", "there is nothing to divide: scale.processes is 1"
     try:
-        accumulation_per_rank(recipe, ranks)
+        accumulation_per_rank(recipe, scale.processes)
     except MedftError as e:
         yield "scale", "processes", str(e)
 

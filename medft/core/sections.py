@@ -8,10 +8,10 @@ Docs: https://medft.github.io/medft/core/sections.html.md"""
 __all__ = ['LARGEST', 'Whole', 'Count', 'CountOrNone', 'Finite', 'Positive', 'NotNegative', 'Share', 'OpenShare', 'ShareBelowOne',
            'Text', 'Word', 'TextOrTexts', 'Texts', 'Name', 'Label', 'HubId', 'BucketUrl', 'Size', 'Pattern', 'Patterns',
            'Steps', 'Warmup', 'TRAINING_RANGES', 'LORA_RANGES', 'LIBRARY_RANGES', 'Weights', 'Action', 'Labels',
-           'Address', 'Variables', 'STAGES', 'TRAINING_STAGES', 'ENGINES', 'Training', 'Lora', 'SECTIONS', 'up_to',
-           'number', 'not_empty', 'as_name', 'bounds', 'range_of', 'library_fields', 'library_default', 'library_enums',
+           'Variables', 'STAGES', 'TRAINING_STAGES', 'ENGINES', 'Training', 'Lora', 'SECTIONS', 'up_to', 'number',
+           'not_empty', 'as_name', 'bounds', 'range_of', 'library_fields', 'library_default', 'library_enums',
            'library_section', 'Section', 'Model', 'Quantization', 'Checks', 'Dataset', 'Evaluation', 'Export',
-           'Tracking', 'Output', 'Scale', 'Search', 'Recipe']
+           'Tracking', 'Output', 'Scale', 'Recipe']
 
 # %% ../../nbs/core/sections.ipynb #imports
 import ast
@@ -646,8 +646,6 @@ class Tracking(Section):
     mlflow: bool = True  # record the run there
     uri: Text | None = None  # None: $MLFLOW_TRACKING_URI, else SQLite in the runs folder
     experiment: Text | None = None  # None: the task's name
-    # also write TensorBoard's event files into the run folder; see medft ui --tensorboard
-    tensorboard: bool = False
 
 
 class Output(Section):
@@ -661,15 +659,6 @@ class Output(Section):
     keep_best: Count | None = None
 
 # %% ../../nbs/core/sections.ipynb #sc02
-def _checked_address(text):
-    "An address `HOST:PORT`, unchanged. Raises `ValueError` for anything else."
-    host, colon, port = text.rpartition(":")
-    is_port = port.isdigit() and 0 < int(port) < 65536
-    if not (colon and host and is_port) or "/" in text:
-        raise ValueError("is no address: write HOST:PORT, as in node-1:29500")
-    return text
-
-
 def _checked_variables(variables):
     "Settings of the libraries that connect ranks, unchanged. Raises `ValueError` for others."
     for name in variables:
@@ -681,35 +670,18 @@ def _checked_variables(variables):
     return variables
 
 
-Address = Annotated[Text, AfterValidator(_checked_address)]
 Variables = Annotated[dict[Text, Word], AfterValidator(_checked_variables)]
 
 
 class Scale(Section):
-    "Processes that train together (ranks), and where they run."
+    "Processes that train together (ranks)."
 
-    processes: Count | typing.Literal["auto"] = 1  # on every machine; auto: one a GPU
-    nodes: Count = 1  # machines
-    rendezvous: Address | None = None  # where the machines meet, HOST:PORT; more than one need it
+    processes: Count | typing.Literal["auto"] = 1  # auto: one a GPU
     # what is divided among the ranks: nothing but the rows (ddp), also gradients and optimizer
-    # (zero2), also the weights (fsdp, zero3)
+    # (zero2), also the weights (fsdp, zero3); medft plans all of them, and trains ddp
     strategy: typing.Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
-    launcher: typing.Literal["torchrun", "ray"] = "torchrun"  # what starts the ranks
     max_failures: CountOrNone = 0  # how often to start again by itself when a rank is killed
-    storage: Text | None = None  # ray: where checkpoints go, a folder or URL; None: the run folder
     network: Variables = {}  # NCCL_SOCKET_IFNAME, NCCL_IB_HCA, ...: settings for the ranks
-
-# %% ../../nbs/core/sections.ipynb #sc04
-class Search(Section):
-    "What `medft tune` tries."
-
-    space: dict[Text, list[typing.Any] | Text] = {}  # key -> values, or a range as a text
-    metric: Text = "validation loss"  # what is made better, on validation rows
-    trials: Count = 16  # trainings to try
-    sampler: typing.Literal["tpe", "random"] = "tpe"  # what proposes the next values
-    scheduler: typing.Literal["asha", "none"] = "asha"  # asha: stop poor trials early
-    seed: up_to(2**32 - 1, least=0) = 0  # of the sampler
-    concurrent: Count = 1  # trials at the same time
 
 # %% ../../nbs/core/sections.ipynb #c034
 STAGES = dict(
@@ -744,7 +716,6 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     output: Output = Output()
     scale: Scale = Scale()
-    search: Search | None = None  # None: nothing is searched
 
     @property
     def task(self) -> str:
@@ -773,5 +744,4 @@ SECTIONS = dict(
     tracking=Tracking,
     output=Output,
     scale=Scale,
-    search=Search,
 )

@@ -304,22 +304,15 @@ def check_sharding(recipe, tok, config):
 
 
 def check_scale(recipe, tok, config):
-    "What medft cannot spread over processes yet, instead of something else under its name."
-    scale = recipe.scale
-    not_yet = dict(
-        strategy=scale.strategy != "ddp",
-        nodes=scale.nodes > 1,
-        launcher=scale.launcher != "torchrun",
-    )
-    for key, is_asked in not_yet.items():
-        if is_asked:
-            raise MedftError(
-                f"scale.{key}: {getattr(scale, key)} can be planned and not trained yet;"
-                " train with strategy ddp on one machine, started by torchrun"
-            )
-    if scale.processes not in (1, "auto") and "unsloth" in recipe.engine:
+    "Sharding is planned and not trained yet; nothing else runs under its name."
+    scale, training = recipe.scale, recipe.training
+    key = "scale.strategy" if scale.strategy != "ddp" else None
+    if scale.processes != 1 and (training.fsdp or training.deepspeed):
+        key = "training.fsdp" if training.fsdp else "training.deepspeed"
+    if key:
         raise MedftError(
-            "engine: unsloth is not trained in several processes yet; use engine: [trl, fast]"
+            f"{key}: several processes train with scale.strategy: ddp only so far; sharding can be"
+            " planned (medft plan)"
         )
 
 

@@ -13,7 +13,7 @@ __all__ = ['CHECKPOINT', 'FOUR_BITS', 'ADAPTER', 'FAMILY_OF', 'of_rows', 'is_her
 # %% ../../nbs/plan/estimate.ipynb #c002
 from ..core import recipe as recipes
 from ..core.files import MedftError, read_json, runs_root, write_json
-from ..core.recipe import choose_engine
+from ..core.recipe import batch_of_ranks, choose_engine, micro_batches
 from ..core.run import Run, settle
 from ..core.sections import Recipe
 from ..data.pipeline import load_split, prepare
@@ -24,7 +24,7 @@ from ..model.adapters import disk_need, sizes_of
 from ..model.families import PUBLISHED, adapter_kind, load_config, published
 from .devices import Device, device_named, earlier, estimated, recorded, this_machine
 from .footprint import checkpointed
-from .parallel import STAGE_OF, batch_of_ranks, recipe_of_rank, strategy_refusal
+from .parallel import STAGE_OF, recipe_of_rank, strategy_refusal
 from .peak_memory import memory
 
 import importlib.util
@@ -181,10 +181,7 @@ def batch_of(
     gpus: int = 1,  # devices
 ) -> dict:  # micro, accumulation (of a device), devices, effective; set: what makes it divide
     "The effective batch, which is the recipe's, and its factors."
-    training = recipe.training
-    micro = training.per_device_train_batch_size or 8
-    accumulation = training.gradient_accumulation_steps or 1
-    return batch_of_ranks(micro, accumulation, gpus) | dict(devices=gpus)
+    return batch_of_ranks(*micro_batches(recipe), gpus) | dict(devices=gpus)
 
 
 def schedule(
@@ -290,7 +287,7 @@ def _sharding_proposals(recipe, checkpoint, gpus):
                 continue
             lines = [f"scale.strategy={strategy}", f"scale.processes={n}"]
             yield _proposal(
-                f"the same model, on {n} devices",
+                f"the same model, on {n} devices: planned, not trained by medft yet",
                 [*checkpoint, *lines, *batch["set"]],
                 n,
                 STAGE_OF[strategy],

@@ -1,4 +1,4 @@
-"""One program for every launcher: it reads a job, connects to the other ranks, and trains. torchrun, Slurm and Ray start it alike.
+"""One program for all ranks: it reads a job, connects to the other ranks, and trains.
 
 Docs: https://medft.github.io/medft/scale/worker.html.md"""
 
@@ -10,6 +10,7 @@ __all__ = ['Replica', 'run_of', 'connect', 'train_engine', 'work', 'main']
 # %% ../../nbs/scale/worker.ipynb #w002
 from ..core.files import MedftError, read_json, write_json
 from ..core.run import Run
+from ..core.sections import library_default
 from ..train.launch import die_with_parent
 
 import os
@@ -49,8 +50,6 @@ def connect(
     import torch
     import torch.distributed as dist
 
-    if dist.is_initialized():  # Ray has done it
-        return
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -72,14 +71,9 @@ def train_engine(
 
         train_fast(run)
     else:
-        from medft.train.unsloth_engine import train_unsloth
-
-        train_unsloth(run)
+        raise MedftError(f"engine: {engine} is not trained in several processes")
 
 # %% ../../nbs/scale/worker.ipynb #w007
-_DEFAULT_TIMEOUT = 1800  # seconds, as transformers' ddp_timeout
-
-
 def work(
     job_file: str | Path,  # as from `write_job`
 ):
@@ -88,10 +82,8 @@ def work(
     job = read_json(job_file)
     rank = int(os.environ.get("RANK", 0))
     try:
-        if job["engine"] == "unsloth":
-            import medft.train.unsloth_engine  # noqa: F401 (before any other library)
         run = run_of(job, rank)
-        connect(run.recipe.training.ddp_timeout or _DEFAULT_TIMEOUT)
+        connect(run.recipe.training.ddp_timeout or library_default("training", "ddp_timeout"))
         train_engine(run, job["engine"])
     except Exception as e:
         names = [kind.__name__ for kind in type(e).__mro__]

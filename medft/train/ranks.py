@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, concatenate_datasets
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 
 # %% ../../nbs/train/ranks.ipynb #r004
 def num_ranks() -> int:

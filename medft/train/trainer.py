@@ -24,7 +24,7 @@ from medft.train.checkpoints import (
     step_of,
     writing,
 )
-from .launch import ranks_of, train_in_ranks
+from .launch import end_by_sigterm, on_sigterm, ranks_of, train_in_ranks
 from medft.train.ranks import (
     allow_numbered_cpus,
     any_rank,
@@ -39,10 +39,8 @@ from medft.train.ranks import (
 
 import gc
 import math
-import os
 import random
 import shutil
-import signal
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -662,12 +660,7 @@ def handling_sigterm(self: Careful):
     def request_stop(number, frame):
         self.stop_requested = True
 
-    try:
-        before = signal.signal(signal.SIGTERM, request_stop)
-    except ValueError:  # not the main thread: signals go elsewhere
-        yield
-        return
-    try:
+    with on_sigterm(request_stop):
         try:
             yield
         except StopRequested:
@@ -675,12 +668,8 @@ def handling_sigterm(self: Careful):
                 f"{self.engine}: asked to end (SIGTERM);"
                 f" checkpoint saved at step {self.state.global_step}"
             )
-        if self.stop_requested:
-            signal.signal(signal.SIGTERM, before)
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise KeyboardInterrupt
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    if self.stop_requested:
+        end_by_sigterm()
 
 # %% ../../nbs/train/trainer.ipynb #c023a
 @patch

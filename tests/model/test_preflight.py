@@ -101,9 +101,7 @@ REFUSED = [  # family, what is asked, what is answered
         [CLASSIFY, "dataset.labels=[a, b]", "model.class_weights=[1.0, 2.0, 3.0]"],
         "3 weights for 2 labels",
     ),
-    ("llama2", [*TWO_RANKS, "scale.strategy=fsdp"], "can be planned and not trained yet"),
-    ("llama2", [*TWO_RANKS, "scale.launcher=ray"], "scale.launcher: ray"),
-    ("llama2", [*TWO_RANKS, "engine=[trl, unsloth]"], "use engine: [trl, fast]"),
+    ("llama2", [*TWO_RANKS, "scale.strategy=fsdp"], "scale.strategy: several processes"),
 ]
 ON_CPU = [
     (

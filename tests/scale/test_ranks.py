@@ -147,13 +147,34 @@ def test_killed_ranks_leave_nothing_and_go_on_to_the_same_weights(tmp_path, whom
     assert logged(cut, "trl", "loss") == logged(whole, "trl", "loss")
 
 
+@pytest.mark.long
+def test_a_killed_rank_is_started_again(tmp_path):
+    keys = ["lora.lora_dropout=0.1", "training.save_strategy=steps", "training.save_steps=2"]
+    keys += ["scale.processes=2", "training.max_steps=12", "scale.max_failures=1"]
+    whole = prepared(tmp_path / "whole", "quickstart", *keys)
+    cut = prepared(tmp_path / "cut", "quickstart", *keys)
+    trained(whole, "trl")
+    process = started(cut, "trl")
+    log = cut.path / "trl" / "log.jsonl"
+    until(lambda: log.exists() and len(log.read_text().splitlines()) >= 6, 300)
+    ranks_below(process)[1].kill()
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0 and "going on from checkpoint-" in out, out[-1000:] + err[-2000:]
+    weights = "trl/adapters/adapter_model.safetensors"
+    assert (cut.path / weights).read_bytes() == (whole.path / weights).read_bytes()
+
+
 @pytest.mark.parametrize(
     "keys, ranks, words",
     [
         (["4", "4"], 2, None),
         (["4", "1"], 2, "training.per_device_train_batch_size=2 training.gradient_accumulation"),
         (["8", "3"], 2, "training.per_device_train_batch_size=6 training.gradient_accumulation"),
-        (["3", "1"], 2, "another batch"),
+        (
+            ["3", "1"],
+            2,
+            "for 6 rows a step: training.per_device_train_batch_size=3 training.gradient",
+        ),
     ],
 )
 def test_the_batch_of_a_recipe_is_kept_or_the_ranks_are_refused(keys, ranks, words):
@@ -161,6 +182,7 @@ def test_the_batch_of_a_recipe_is_kept_or_the_ranks_are_refused(keys, ranks, wor
     overrides = [
         f"training.per_device_train_batch_size={rows}",
         f"training.gradient_accumulation_steps={accumulation}",
+        "engine=[trl, fast]",
     ]
     recipe = load_recipe("quickstart", overrides)
     if words is None:
@@ -168,3 +190,11 @@ def test_the_batch_of_a_recipe_is_kept_or_the_ranks_are_refused(keys, ranks, wor
         return
     with pytest.raises(MedftError, match=words):
         load_recipe("quickstart", [*overrides, f"scale.processes={ranks}"])
+
+
+def test_an_engine_that_several_processes_cannot_use_is_left_out_or_refused(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("training: {gradient_accumulation_steps: 2}\nscale: {processes: 2}\n")
+    assert load_recipe(mine).engine == ["trl", "fast"]
+    with pytest.raises(MedftError, match="use engine: .trl, fast."):
+        load_recipe(mine, ["engine=[trl, unsloth]"])
