@@ -13,6 +13,7 @@ __all__ = ['SCORING_CODE', 'BENCHMARK_CODE', 'CANARY_CODE', 'FIGURE_KINDS', 'FIG
 
 # %% ../../nbs/evaluate/metrics.ipynb #imports
 from ..core.files import PACKAGE, MedftError, atomic_write, read_json, sha256, write_json
+from ..core.run import REHEARSED
 from ..core.sections import STAGES, TRAINING_STAGES
 from ..data.chat_templates import load_tokenizer
 from ..data.pipeline import ensure_data, load_split, scored_sets
